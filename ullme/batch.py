@@ -1,0 +1,132 @@
+"""What travels from the data module to the loss, and the shape legend of the whole project.
+
+**B** queries in a batch, **N** hard negatives per query, **C** = 1 + N candidates per query (the positive first),
+**R** rows of text, **L** tokens, **D** embedding width, **V** vocabulary, **W** ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Tokenised texts, one a row.
+
+    Args:
+        input_ids: (R, L) token ids.
+        attention_mask: (R, L), 1 on real tokens and 0 on padding, on either side.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def __getitem__(self, rows: slice) -> TokenRows:
+        return TokenRows(self.input_ids[rows], self.attention_mask[rows])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenRows:
+        return TokenRows(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
+
+    def pin_memory(self) -> TokenRows:
+        return TokenRows(self.input_ids.pin_memory(), self.attention_mask.pin_memory())
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, padding left out."""
+        return int(self.attention_mask.sum())
+
+    @classmethod
+    def cat(cls, parts: list[TokenRows]) -> TokenRows:
+        """Stack rows of different widths (each padded on the right) into one block as wide as the widest."""
+        width = max(part.input_ids.shape[1] for part in parts)
+
+        def widen(x: Tensor) -> Tensor:
+            return torch.nn.functional.pad(x, (0, width - x.shape[1]))
+
+        return cls(
+            torch.cat([widen(part.input_ids) for part in parts]),
+            torch.cat([widen(part.attention_mask) for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B queries, each with its own C candidates. The candidates of query ``b`` are rows ``b * C .. b * C + C - 1``.
+
+    Args:
+        queries: B rows.
+        passages: B * C rows, query-major, the positive of each query first.
+        passage_keys: (B, C) int64 hash of each passage's text; equal keys mean equal texts.
+        row_ids: (B,) int64, the row of the training set that each query came from.
+    """
+
+    queries: TokenRows
+    passages: TokenRows
+    passage_keys: Tensor
+    row_ids: Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.passages) != self.passage_keys.numel() or len(self.queries) != len(self.passage_keys):
+            raise ValueError(
+                f"Batch: {len(self.queries)} queries and {len(self.passages)} passages do not fit "
+                f"passage_keys of shape {tuple(self.passage_keys.shape)}; it must be (B, C) with B * C passages"
+            )
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    @property
+    def num_candidates(self) -> int:
+        """C, the positive and its hard negatives."""
+        return self.passage_keys.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens of queries and passages."""
+        return self.queries.num_tokens + self.passages.num_tokens
+
+    def __getitem__(self, rows: slice) -> Batch:
+        """Consecutive queries together with all of their candidates."""
+        start, stop, step = rows.indices(len(self))
+        assert step == 1
+        c = self.num_candidates
+        return replace(
+            self,
+            queries=self.queries[start:stop],
+            passages=self.passages[start * c : stop * c],
+            passage_keys=self.passage_keys[start:stop],
+            row_ids=self.row_ids[start:stop],
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        return replace(
+            self,
+            **{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)},
+        )
+
+    def pin_memory(self) -> Batch:
+        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Representations:
+    """Pooled, normalised embeddings of a batch.
+
+    Args:
+        queries: (B, D).
+        passages: (B, C, D), the positive first.
+        passage_keys: (B, C), as in :class:`Batch`.
+    """
+
+    queries: Tensor
+    passages: Tensor
+    passage_keys: Tensor
+
+    def __len__(self) -> int:
+        return self.queries.shape[0]

@@ -1,0 +1,144 @@
+"""The prompt contract: the one place that says how a text becomes token ids.
+
+Training, evaluation and export all go through :class:`PromptTokenizer`, and the contract is stored with every
+checkpoint, so that a model never meets another format at inference than it saw in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from ullme.batch import TokenRows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Role = Literal["query", "passage"]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Templates for the two sides of retrieval. The defaults follow E5-mistral (arXiv 2401.00368), as the paper does.
+
+    Args:
+        query: template of a query; ``{text}`` stands for the query and ``{instruction}`` for the task.
+        passage: template of a passage.
+        instruction: the task description that training uses, and evaluation where a task brings none of its own.
+        append_eos: end every text with the tokenizer's end token (what last-token pooling usually wants).
+
+    Raises:
+        ValueError: a template does not hold ``{text}`` exactly once.
+    """
+
+    query: str = "Instruct: {instruction}\nQuery: {text}"
+    passage: str = "{text}"
+    instruction: str = "Given a web search query, retrieve relevant passages that answer the query"
+    append_eos: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("query", "passage"):
+            template = getattr(self, name)
+            if template.count("{text}") != 1:
+                raise ValueError(
+                    f"prompts.{name}={template!r} must hold {{text}} exactly once; write for example '{name}: {{text}}'"
+                )
+
+    def around(self, role: Role, instruction: str | None = None) -> tuple[str, str]:
+        """What stands before and after the text. ``instruction=None`` takes the contract's own."""
+        template = self.query if role == "query" else self.passage
+        prefix, suffix = template.split("{text}")
+        filled = self.instruction if instruction is None else instruction
+        return prefix.replace("{instruction}", filled), suffix.replace("{instruction}", filled)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Prompts:
+        """Raises: ValueError: a field this version does not know, so that no part of a contract is dropped unseen."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"prompts: unknown fields {unknown}; this version knows {sorted(known)}")
+        return cls(**values)
+
+
+class PromptTokenizer:
+    """Texts to token rows under a prompt contract.
+
+    Args:
+        tokenizer: any transformers tokenizer with a pad token.
+        prompts: the contract.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> None:
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+
+    def ids(
+        self,
+        texts: Sequence[str],
+        role: Role,
+        *,
+        max_length: int,
+        instruction: str | Sequence[str | None] | None = None,
+    ) -> list[list[int]]:
+        """Token ids of each text in its template, at most ``max_length`` tokens each.
+
+        A text that is too long loses its own end: what the template puts after the text, and the end token, stay.
+
+        Args:
+            texts: R texts.
+            role: which template.
+            max_length: in tokens, template included.
+            instruction: one for all, one for each text, or None for the contract's own.
+        """
+        if not texts:
+            return []
+        one_for_all = instruction is None or isinstance(instruction, str)
+        each = [instruction] * len(texts) if one_for_all else list(instruction)  # type: ignore[arg-type]
+        around = {i: self.prompts.around(role, i) for i in set(each)}
+        rendered = [text.join(around[i]) for text, i in zip(texts, each, strict=True)]
+        suffix = around[each[0]][1]
+        rows: list[list[int]] = self.tokenizer(rendered, return_attention_mask=False)["input_ids"]
+        tail = len(self.tokenizer(suffix, add_special_tokens=False)["input_ids"]) if suffix else 0
+        end = self.tokenizer.eos_token_id
+        for n, row in enumerate(rows):
+            has_end = bool(row) and row[-1] == end
+            if self.prompts.append_eos and end is not None and not has_end:
+                row, has_end = [*row, end], True  # noqa: PLW2901
+            if len(row) > max_length:
+                keep = min(tail + has_end, max_length - 1)
+                row = row[: max_length - keep] + row[len(row) - keep :]  # noqa: PLW2901
+            # A tokenizer without special tokens turns "" into nothing; one token stands in, so that it can be pooled.
+            rows[n] = row or [end if end is not None else self.tokenizer.pad_token_id]
+        return rows
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> TokenRows:
+        """Right-padded (R, L) block of token rows; the packed forward drops the padding again."""
+        return pad_rows(rows, self.tokenizer.pad_token_id)
+
+    def __call__(
+        self,
+        texts: Sequence[str],
+        role: Role,
+        *,
+        max_length: int,
+        instruction: str | Sequence[str | None] | None = None,
+    ) -> TokenRows:
+        """:meth:`ids`, padded."""
+        return self.pad(self.ids(texts, role, max_length=max_length, instruction=instruction))
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int) -> TokenRows:
+    """(R, L) block with padding on the right."""
+    width = max(map(len, rows), default=0)
+    input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for n, row in enumerate(rows):
+        input_ids[n, : len(row)] = torch.tensor(row, dtype=torch.long)
+        attention_mask[n, : len(row)] = 1
+    return TokenRows(input_ids, attention_mask)
