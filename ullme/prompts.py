@@ -47,8 +47,10 @@ class Prompts:
                     f"prompts.{name}={template!r} must hold {{text}} exactly once; write for example '{name}: {{text}}'"
                 )
 
-    def around(self, role: Role, instruction: str | None = None) -> tuple[str, str]:
-        """What stands before and after the text. ``instruction=None`` takes the contract's own."""
+    def around(self, role: Role | None, instruction: str | None = None) -> tuple[str, str]:
+        """What stands before and after the text. ``role=None``: nothing; ``instruction=None``: the contract's own."""
+        if role is None:
+            return "", ""
         template = self.query if role == "query" else self.passage
         prefix, suffix = template.split("{text}")
         filled = self.instruction if instruction is None else instruction
@@ -81,7 +83,7 @@ class PromptTokenizer:
     def ids(
         self,
         texts: Sequence[str],
-        role: Role,
+        role: Role | None,
         *,
         max_length: int,
         instruction: str | Sequence[str | None] | None = None,
@@ -92,7 +94,7 @@ class PromptTokenizer:
 
         Args:
             texts: R texts.
-            role: which template.
+            role: which template; None for the bare text.
             max_length: in tokens, template included.
             instruction: one for all, one for each text, or None for the contract's own.
         """
@@ -124,7 +126,7 @@ class PromptTokenizer:
     def __call__(
         self,
         texts: Sequence[str],
-        role: Role,
+        role: Role | None,
         *,
         max_length: int,
         instruction: str | Sequence[str | None] | None = None,

@@ -1,0 +1,208 @@
+"""Loading the LLM: configuration, tokenizer, weights, adapter; and every refusal that needs no forward pass."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from ullme.models.pooling import POOLING_METHODS, PoolingMethod
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Attention = Literal["bidirectional", "causal"]
+AttentionPath = Literal["auto", "packed", "padded", "mask4d"]
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """How to build the embedder from an LLM. The defaults are the paper's (arXiv 2408.03402).
+
+    Args:
+        model_name_or_path: a hub name or a local folder of a decoder-only LLM.
+        model_backbone_type: transformers' model_type (mistral, llama, phi ...); checked if given.
+        lora_name: name of the adapter; null trains all weights.
+        lora_r: rank of LoRA.
+        lora_alpha: scale of LoRA, over the rank.
+        lora_dropout: dropout in front of LoRA.
+        lora_target_modules: module names, or "all-linear".
+        pooling: mean, weighted_mean, first or last.
+        attention: attention while embedding.
+        dtype: of the weights: auto (as stored), float32, bfloat16, float16, float64. Adapters stay in float32.
+        attn_implementation: transformers' choice (sdpa, eager, flash_attention_2 ...); null lets it choose.
+        trust_remote_code: run code that comes with the model.
+        gradient_checkpointing: recompute the layers in backward instead of keeping their activations.
+        attention_path: how bidirectional attention reaches the layers; auto takes the first that passes the probe.
+        probe: check at load time that attention is what it should be; false trusts attention_path.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    model_name_or_path: str
+    model_backbone_type: str | None = None
+    lora_name: str | None = "ullme"
+    lora_r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.2
+    lora_target_modules: str | list[str] = "all-linear"
+    pooling: PoolingMethod = "mean"
+    attention: Attention = "bidirectional"
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
+    attention_path: AttentionPath = "auto"
+    probe: bool = True
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, option: str, remedy: str) -> None:
+            if not ok:
+                raise ValueError(f"{option}={getattr(self, option)!r}: {remedy}")
+
+        need(bool(self.model_name_or_path), "model_name_or_path", "name a hub model or a local folder")
+        need(self.pooling in POOLING_METHODS, "pooling", f"choose one of {', '.join(POOLING_METHODS)}")
+        need(self.attention in ("bidirectional", "causal"), "attention", "choose bidirectional or causal")
+        need(self.dtype in DTYPES, "dtype", f"choose one of {', '.join(DTYPES)}")
+        need(
+            self.attention_path in ("auto", "packed", "padded", "mask4d"),
+            "attention_path",
+            "choose auto, packed, padded or mask4d",
+        )
+        if self.lora_name is not None:
+            need(
+                bool(self.lora_name) and "." not in self.lora_name,
+                "lora_name",
+                "a name without dots, or null to train all weights",
+            )
+            need(self.lora_r >= 1, "lora_r", "a positive rank; lora_name: null trains all weights")
+            need(self.lora_alpha > 0, "lora_alpha", "a positive number; usually twice lora_r")
+            need(0 <= self.lora_dropout < 1, "lora_dropout", "a share from 0 to below 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_config(options: BackboneConfig) -> PretrainedConfig:
+    """Read config.json and refuse what is no decoder-only LLM, before any weight is read.
+
+    Raises:
+        ValueError: nothing to load under this name, another model type than asked for, or not a causal LM.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = options.model_name_or_path
+    with _explained(name, "config.json"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+    wanted = options.model_backbone_type
+    if wanted is not None and wanted.lower() != config.model_type:
+        raise ValueError(
+            f"model_backbone_type={wanted!r}, but {name!r} is of type {config.model_type!r}; "
+            f"write model_backbone_type={config.model_type!r} or leave it out"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"model_name_or_path={name!r} ({config.model_type}) is an encoder-decoder; take a decoder LLM")
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not options.trust_remote_code:
+        raise ValueError(
+            f"model_name_or_path={name!r}: transformers has no causal language model of type "
+            f"{config.model_type!r}; take a decoder-only LLM"
+        )
+    return config
+
+
+def load_tokenizer(options: BackboneConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer with a pad token.
+
+    A missing pad token is borrowed from the vocabulary (end, unknown or begin token, else token 0): padding never
+    reaches the LLM, so its identity is of no consequence, and the vocabulary keeps its size.
+    """
+    from transformers import AutoTokenizer
+
+    name = options.model_name_or_path
+    with _explained(name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        size = len(tokenizer)
+        tokens = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
+        tokenizer.pad_token = next((t for t in tokens if t is not None), tokenizer.convert_ids_to_tokens(0))
+        assert len(tokenizer) == size
+    return tokenizer
+
+
+def load_backbone(options: BackboneConfig, config: PretrainedConfig) -> PreTrainedModel:
+    """The causal LM, without an adapter.
+
+    Raises:
+        ValueError: missing or unreadable weights.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    extra = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
+    with _explained(options.model_name_or_path, "weights"):
+        return AutoModelForCausalLM.from_pretrained(
+            options.model_name_or_path,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=options.trust_remote_code,
+            **extra,
+        )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
+    """Raises: ValueError: the tokenizer knows ids for which the LLM has no embedding."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"model_name_or_path={name!r}: the tokenizer has {len(tokenizer)} tokens and the LLM embeds {rows}; "
+            "they belong to different models"
+        )
+
+
+def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:
+    """Wrap the LLM with LoRA (arXiv 2106.09685) through PEFT, or make all weights trainable if lora_name is None.
+
+    Raises:
+        ValueError: lora_target_modules match nothing.
+    """
+    if options.lora_name is None:
+        return model.requires_grad_(True)
+    from peft import LoraConfig, get_peft_model
+
+    targets: str | Sequence[str] = options.lora_target_modules
+    if isinstance(targets, str) and targets != "all-linear":
+        targets = [targets]
+    lora = LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, lora, adapter_name=options.lora_name)
+    except ValueError as error:
+        raise ValueError(f"lora_target_modules={options.lora_target_modules!r}: {error}") from error
+
+
+@contextmanager
+def _explained(name: str, part: str) -> Iterator[None]:
+    """Turn a loader's errors into one that names the option, the value and the remedy."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        raise ValueError(
+            f"model_name_or_path={name!r}: cannot load the {part} ({type(error).__name__}: {reason}); "
+            "give a folder written by save_pretrained, or a hub name that this machine can reach"
+        ) from error

@@ -1,0 +1,197 @@
+"""Trained weights to and from disk: Lightning checkpoints and PEFT folders, with the contract that goes with them.
+
+Only what was trained is stored, never the frozen LLM. The contract (backbone options and prompts) lies beside the
+weights, so that a checkpoint alone rebuilds its model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ullme.prompts import Prompts
+
+if TYPE_CHECKING:
+    from ullme.models.ullme import ULLME
+
+logger = logging.getLogger(__name__)
+
+CONTRACT_KEY = "ullme"
+CONTRACT_FILE = "ullme.json"
+# The attribute of the LightningModule that holds the model, in front of every name in a Lightning checkpoint.
+STATE_PREFIX = "model."
+
+
+def contract(model: ULLME) -> dict[str, Any]:
+    """What rebuilds the model around its trained weights: plain values only."""
+    config = model.causal_lm.config.get_text_config()
+    shape = {
+        key: getattr(config, key, None) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+    }
+    return {"version": 1, "backbone": model.options.to_dict(), "prompts": model.prompts.to_dict(), "shape": shape}
+
+
+def trainable_state(model: ULLME) -> dict[str, Tensor]:
+    """Name -> trained weight."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A checkpoint file as it is; in a run folder the best, else the last, else the newest; a PEFT folder as it is.
+
+    Raises:
+        ValueError: nothing there.
+    """
+    path = Path(path)
+    if path.is_file() or (path / "adapter_config.json").is_file():
+        return path
+    found = sorted(path.rglob("*.ckpt"), key=lambda p: p.stat().st_mtime, reverse=True) if path.is_dir() else []
+    if not found:
+        raise ValueError(
+            f"checkpoint={str(path)!r}: no such file, or a folder without *.ckpt and without adapter_config.json; "
+            "give a run folder, a .ckpt file or a PEFT adapter folder"
+        )
+    named = {stem: next((p for p in found if p.stem.startswith(stem)), None) for stem in ("best", "last")}
+    chosen = named["best"] or named["last"] or found[0]
+    logger.info("checkpoint %s: taking %s", path, chosen)
+    return chosen
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The contract and the trained weights of a checkpoint. Nothing in the file is run as code.
+
+    Raises:
+        ValueError: unreadable, or not written by this project.
+    """
+    path = find_checkpoint(path)
+    if path.is_dir():
+        return _read_adapter_folder(path)
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"checkpoint={str(path)!r} cannot be read ({type(error).__name__}); it is damaged, cut short, or holds "
+            "objects that are refused because loading them would run code"
+        ) from error
+    if not isinstance(stored, dict) or CONTRACT_KEY not in stored:
+        raise ValueError(f"checkpoint={str(path)!r} was not written by ullme: it holds no {CONTRACT_KEY!r} contract")
+    state = {name.removeprefix(STATE_PREFIX): value for name, value in stored["state_dict"].items()}
+    return stored[CONTRACT_KEY], state
+
+
+def load_ullme(checkpoint: str | Path, **overrides: Any) -> ULLME:
+    """Rebuild a trained model in eval mode.
+
+    Args:
+        checkpoint: a run folder, a ``.ckpt`` file or a PEFT adapter folder.
+        **overrides: backbone options that replace the stored ones, such as ``model_name_or_path`` or ``dtype``.
+
+    Raises:
+        ValueError: unreadable checkpoint, or weights that do not fit.
+    """
+    from ullme.models.ullme import ULLME
+
+    found, state = read_checkpoint(checkpoint)
+    model = ULLME(**{**found["backbone"], **overrides}, prompts=Prompts.from_dict(found["prompts"]))
+    _fit(model, found, state, checkpoint)
+    return model.eval()
+
+
+def load_weights(model: ULLME, checkpoint: str | Path) -> None:
+    """Put trained weights, and the prompts they were trained with, into a model that is already built.
+
+    Raises:
+        ValueError: unreadable checkpoint, another backbone, another rank.
+    """
+    found, state = read_checkpoint(checkpoint)
+    model.prompts = Prompts.from_dict(found["prompts"])
+    _fit(model, found, state, checkpoint)
+
+
+def _fit(model: ULLME, found: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> None:
+    """Copy weights by name; every trainable weight must be there with its shape, and nothing else."""
+    mine = contract(model)
+    for part, key in [("shape", k) for k in mine["shape"]] + [("backbone", "lora_r")]:
+        theirs = found.get(part, {}).get(key)
+        adapter = mine["backbone"]["lora_name"] is not None
+        if theirs is not None and theirs != mine[part][key] and (key != "lora_r" or adapter):
+            raise ValueError(
+                f"checkpoint={str(source)!r} was trained with {key}={theirs!r}, but this model has "
+                f"{key}={mine[part][key]!r}; load it into the backbone and LoRA options it was trained with"
+            )
+    renamed = _with_adapter_name(state, found["backbone"].get("lora_name"), model.options.lora_name)
+    own = trainable_state(model)
+    if set(renamed) != set(own):
+        missing, extra = sorted(set(own) - set(renamed)), sorted(set(renamed) - set(own))
+        raise ValueError(
+            f"checkpoint={str(source)!r} does not fit the model: {len(missing)} weights missing {missing[:2]}, "
+            f"{len(extra)} unknown {extra[:2]}; lora_target_modules and lora_name must be those of the training"
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if parameter.shape != renamed[name].shape:
+                raise ValueError(
+                    f"checkpoint={str(source)!r}: {name} has shape {tuple(renamed[name].shape)}, "
+                    f"the model's is {tuple(parameter.shape)}; lora_r must be that of the training"
+                )
+            parameter.copy_(renamed[name])
+
+
+def _with_adapter_name(state: dict[str, Tensor], old: str | None, new: str | None) -> dict[str, Tensor]:
+    """PEFT writes the adapter's name into every weight's name; another name makes no other weights."""
+    if old is None or new is None or old == new:
+        return state
+    return {name.replace(f".{old}.", f".{new}."): value for name, value in state.items()}
+
+
+def save_adapter(model: ULLME, folder: str | Path) -> Path:
+    """Write the trained adapter as a PEFT folder, with the contract in ``ullme.json`` and the tokenizer.
+
+    Raises:
+        ValueError: all weights were trained, so there is no adapter.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    name = model.options.lora_name
+    if name is None:
+        raise ValueError("lora_name=null: all weights were trained, there is no adapter to save")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(model.llm, adapter_name=name)
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
+    model.llm.peft_config[name].save_pretrained(folder)  # type: ignore[union-attr,index,operator]
+    model.tokenizer.save_pretrained(folder)
+    (folder / CONTRACT_FILE).write_text(json.dumps(contract(model), indent=2))
+    return folder
+
+
+def _read_adapter_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A PEFT folder, ours or another's (which has no contract: then the defaults apply)."""
+    from safetensors.torch import load_file
+
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise ValueError(f"checkpoint={str(folder)!r}: adapter_model.safetensors is missing; only safetensors are read")
+    peft = json.loads((folder / "adapter_config.json").read_text())
+    if (folder / CONTRACT_FILE).is_file():
+        found = json.loads((folder / CONTRACT_FILE).read_text())
+    else:
+        targets = peft.get("target_modules")
+        backbone = {
+            "model_name_or_path": peft.get("base_model_name_or_path"),
+            "lora_name": "default",
+            "lora_r": peft["r"],
+            "lora_alpha": peft["lora_alpha"],
+            "lora_target_modules": targets,
+        }
+        found = {"backbone": backbone, "prompts": Prompts().to_dict()}
+    name = found["backbone"]["lora_name"]
+    # PEFT leaves the adapter's name out of a folder: ...lora_A.weight is ...lora_A.<name>.weight in the model.
+    state = {f"llm.{k.removesuffix('.weight')}.{name}.weight": v for k, v in load_file(weights).items()}
+    return found, state

@@ -1,0 +1,75 @@
+"""Many texts to embeddings: sorted by length, in batches of equally many tokens, back in the order they came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ullme.prompts import Role
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ullme.models.ullme import ULLME
+
+# Texts are tokenised and sorted this many at a time, so that a corpus of millions does not have to fit as token ids.
+_WINDOW = 20_000
+
+
+def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices of rows by falling length, cut so that no batch (of more than one row) exceeds ``budget`` tokens."""
+    batch: list[int] = []
+    tokens = 0
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if batch and tokens + lengths[index] > budget:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(index)
+        tokens += lengths[index]
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def encode(
+    model: ULLME,
+    texts: Sequence[str],
+    role: Role | None,
+    instruction: str | Sequence[str | None] | None,
+    batch_size: int,
+    max_length: int,
+    show_progress_bar: bool,
+    convert_to_tensor: bool,
+) -> np.ndarray | Tensor:
+    """See :meth:`ullme.models.ULLME.encode`."""
+    from tqdm.auto import tqdm
+
+    if isinstance(texts, str):
+        raise ValueError(f"texts={texts!r}: give a list of texts; one text is [text]")
+    if batch_size < 1 or max_length < 1:
+        raise ValueError(f"batch_size={batch_size}, max_length={max_length}: both must be at least 1")
+    max_length = min(max_length, model.max_positions)
+    one_for_all = instruction is None or isinstance(instruction, str)
+    tokenizer = model.prompt_tokenizer
+    out = torch.empty((len(texts), model.hidden_size), dtype=torch.float32)
+    training = model.training
+    model.eval()
+    try:
+        with tqdm(total=len(texts), unit="text", desc="encode", disable=not show_progress_bar) as bar:
+            for start in range(0, len(texts), _WINDOW):
+                part = slice(start, start + _WINDOW)
+                task = instruction if one_for_all else instruction[part]  # type: ignore[index]
+                rows = tokenizer.ids(texts[part], role, max_length=max_length, instruction=task)
+                lengths = [len(row) for row in rows]
+                budget = max(1, batch_size * sum(lengths) // len(lengths))
+                for batch in token_batches(lengths, budget):
+                    block = tokenizer.pad([rows[n] for n in batch]).to(model.device)
+                    rep = model(block.input_ids, block.attention_mask)["rep"]
+                    out[torch.tensor(batch) + start] = rep.float().cpu()
+                    bar.update(len(batch))
+    finally:
+        model.train(training)
+    return out if convert_to_tensor else out.numpy()

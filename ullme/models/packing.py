@@ -1,0 +1,291 @@
+"""The packed forward: the real tokens of all rows go through the LLM as one row, and only attention sees the borders.
+
+Norms, projections and MLPs act on each token alone, so a row of T concatenated tokens costs them exactly T tokens:
+no multiplication is spent on padding. Attention is told the row lengths through a forward keyword
+(:data:`ROWS_KEYWORD`) and runs within each row: on CUDA with ``torch.nn.attention.varlen``, elsewhere in groups of
+rows of similar length. Position ids restart in every row.
+
+An attention function registered with transformers under ``ullme_<base>`` does this when the keyword is there and is
+the ``<base>`` function when it is not. The choice travels with the call, never with the module's state, so gradient
+checkpointing recomputes what was computed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+ROWS_KEYWORD = "ullme_rows"
+PREFIX = "ullme_"
+
+# Rows go into one group while the shortest is at least this share of the longest: it bounds the padding inside
+# attention on the CPU (where attention is a few per cent of the work) against the number of kernel calls.
+_GROUP_RATIO = 0.85
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of similar length that share one call of ``scaled_dot_product_attention``.
+
+    Args:
+        index: (n, l) position of each token in the packed row; padding repeats the row's first token.
+        mask: (n, l) bool, True on real tokens, or None if every row has length l.
+    """
+
+    index: Tensor
+    mask: Tensor | None
+
+
+class PackedRows:
+    """Where each row lies in the packed row of T tokens.
+
+    Args:
+        lengths: (R,) tokens of each row, on the host.
+        device: where attention runs.
+    """
+
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        self.host_lengths = lengths
+        self.max_length = max(lengths)
+        self.lengths = torch.tensor(lengths, device=device)
+        # (R + 1,) borders of the rows, as varlen attention wants them
+        self.borders = pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """(1, T), restarting at 0 in every row."""
+        total = sum(self.host_lengths)
+        starts = self.borders[:-1].long().repeat_interleave(self.lengths, output_size=total)
+        return (torch.arange(total, device=self.lengths.device) - starts)[None]
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Rows by falling length, cut where a row is much shorter than the longest of its group."""
+        order = sorted(range(len(self.host_lengths)), key=self.host_lengths.__getitem__, reverse=True)
+        cuts = [0]
+        for n, row in enumerate(order):
+            if self.host_lengths[row] < _GROUP_RATIO * self.host_lengths[order[cuts[-1]]]:
+                cuts.append(n)
+        device = self.lengths.device
+        groups = []
+        for start, stop in zip(cuts, [*cuts[1:], len(order)], strict=True):
+            rows = torch.tensor(order[start:stop], device=device)
+            longest, shortest = self.host_lengths[order[start]], self.host_lengths[order[stop - 1]]
+            offset = torch.arange(longest, device=device)
+            mask = offset < self.lengths[rows, None]
+            index = self.borders[rows, None].long() + offset * mask
+            groups.append(Group(index, None if longest == shortest else mask))
+        return groups
+
+    @cached_property
+    def ungroup(self) -> Tensor:
+        """(T,) where each token of the packed row stands among the concatenated groups."""
+        place = torch.empty(sum(self.host_lengths), dtype=torch.long, device=self.lengths.device)
+        base = 0
+        for group in self.groups:
+            slots = torch.arange(base, base + group.index.numel(), device=place.device).view_as(group.index)
+            real = slice(None) if group.mask is None else group.mask
+            place[group.index[real].flatten()] = slots[real].flatten()
+            base += group.index.numel()
+        return place
+
+
+def real_lengths(attention_mask: Tensor) -> list[int]:
+    """(R,) real tokens of each row, on the host.
+
+    Raises:
+        ValueError: a row has no real token, so there is nothing to pool.
+    """
+    lengths = attention_mask.sum(dim=1).tolist()
+    if not lengths or min(lengths) == 0:
+        where = f"row {lengths.index(0)} has" if lengths else "the batch has"
+        raise ValueError(f"attention_mask: {where} no real token; every text needs at least one (an empty text: eos)")
+    return lengths
+
+
+def packed_attention(
+    base: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """An attention function for transformers: within rows if :data:`ROWS_KEYWORD` is given, else the ``base`` one.
+
+    Args:
+        query: (1, H, T, head_dim) packed; key and value (1, H_kv, T, head_dim).
+
+    Returns:
+        (1, T, H, head_dim) and None.
+    """
+    rows: PackedRows | None = kwargs.pop(ROWS_KEYWORD, None)
+    if rows is None:
+        function = _base_function(base, module)
+        return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if unsupported := [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]:
+        raise NotImplementedError(f"packed attention does not know {unsupported}")
+    causal = bool(kwargs["is_causal"])
+    window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+    if window is not None and window >= rows.max_length:
+        window = None
+    if query.is_cuda and not dropout and softcap is None:
+        query, key, value = _autocast(query, key, value)
+        if query.dtype in (torch.float16, torch.bfloat16):
+            return _varlen(query, key, value, rows, scaling, causal, window), None
+    return _grouped(query, key, value, rows, scaling, causal, window, softcap, dropout), None
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast a norm on queries or keys leaves them in float32; attention wants all three in one half type."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, rows: PackedRows, scale: float | None, causal: bool, window: int | None):  # noqa: ANN202
+    """(1, T, H, head_dim) with the flash kernel for rows of different lengths; half precision on CUDA."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    left, right = (-1, 0) if causal else (-1, -1)
+    if window is not None:  # transformers: causal sees `window` tokens with itself, bidirectional |i - j| <= window
+        left, right = (window - 1, 0) if causal else (window, window)
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    extra: dict[str, Any] = {}
+    if k.shape[1] != q.shape[1]:
+        if _knows("enable_gqa"):
+            extra["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if _knows("window_size"):
+        extra["window_size"] = (left, right)
+    elif (left, right) in ((-1, 0), (-1, -1)):
+        extra["is_causal"] = causal
+    else:
+        raise NotImplementedError("this torch's varlen_attn has no sliding window; install a newer torch")
+    borders, longest = rows.borders, rows.max_length
+    return varlen_attn(q, k, v, borders, borders, longest, longest, scale=scale, **extra)[None]
+
+
+@cache
+def _knows(parameter: str) -> bool:
+    """varlen_attn gained parameters over torch's versions."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return parameter in inspect.signature(varlen_attn).parameters
+
+
+def _grouped(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: PackedRows,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    """(1, T, H, head_dim), one padded attention call for each group of rows of similar length."""
+    repeats = q.shape[1] // k.shape[1]
+    attend = partial(_softcapped, softcap=softcap) if softcap is not None else scaled_dot_product_attention
+    outputs = []
+    for group in rows.groups:
+        n, length = group.index.shape
+        flat = group.index.flatten()
+        qg, kg, vg = (x[0].index_select(1, flat).unflatten(1, (n, length)).transpose(0, 1) for x in (q, k, v))
+        if repeats > 1:
+            kg, vg = (x.repeat_interleave(repeats, dim=1) for x in (kg, vg))
+        # Padding stands on the right, so causal rows never see it and need no mask of their own.
+        plain_causal = causal and window is None and softcap is None
+        mask = None if plain_causal else _mask(group, causal, window)
+        out = attend(qg, kg, vg, attn_mask=mask, dropout_p=dropout, is_causal=plain_causal, scale=scale)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, rows.ungroup)[None]
+
+
+def _mask(group: Group, causal: bool, window: int | None) -> Tensor | None:
+    """(n or 1, 1, l, l) bool, True where a query may look, or None if everywhere."""
+    mask = None if group.mask is None else group.mask[:, None, None, :]
+    if causal or window is not None:
+        place = torch.arange(group.index.shape[1], device=group.index.device)
+        distance = place[:, None] - place  # query minus key
+        near = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+        if window is not None:
+            near = near & (distance < window if causal else distance.abs() <= window)
+        mask = near[None, None] if mask is None else mask & near
+        if group.mask is not None and window is not None:
+            # A padded query whose window holds padding alone would be a row of NaN; its output is dropped anyway.
+            mask = mask | ~group.mask[:, None, :, None]
+    return mask
+
+
+def _softcapped(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softcap: float,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """Attention with tanh-capped scores (Gemma 2, arXiv 2408.00118, section 2), softmax in float32."""
+    assert not is_causal
+    scores = (q @ k.transpose(2, 3)) * (scale if scale is not None else q.shape[-1] ** -0.5)
+    scores = softcap * torch.tanh(scores / softcap)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    return nn.functional.dropout(weights, p=dropout_p) @ v
+
+
+def _base_function(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """transformers' own attention function; the eager one lives in each family's modelling file."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if base != "eager":
+        return ALL_ATTENTION_FUNCTIONS[base]
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+def install(model: nn.Module) -> None:
+    """Let a transformers model take :data:`ROWS_KEYWORD`; calls without the keyword run as before.
+
+    Raises:
+        NotImplementedError: the model's attention implementation has no mask function (paged or custom kernels).
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    base = model.config._attn_implementation
+    if base.startswith(PREFIX):
+        return
+    if base not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise NotImplementedError(f"attn_implementation={base!r} cannot be packed")
+    AttentionInterface.register(PREFIX + base, partial(packed_attention, base))
+    AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    model.config._attn_implementation = PREFIX + base
+
+
+def uninstall(model: nn.Module) -> None:
+    """Undo :func:`install`."""
+    model.config._attn_implementation = model.config._attn_implementation.removeprefix(PREFIX)
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """A 4D attention mask without elements: masking_utils hands a 4D mask on as it is, so no (T, T) mask is built."""
+    return torch.empty((1, 1, 0, 0), device=device)

@@ -1,0 +1,57 @@
+"""From hidden states to one vector a text, in float32 whatever the weights' dtype.
+
+Pooling works on the packed form, the real tokens of all rows behind one another, and so never sees padding.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+PoolingMethod = Literal["mean", "weighted_mean", "first", "last"]
+POOLING_METHODS: tuple[str, ...] = get_args(PoolingMethod)
+
+
+def pool(hidden: Tensor, lengths: Tensor, method: PoolingMethod = "mean") -> Tensor:
+    """One vector a row.
+
+    Args:
+        hidden: (T, D) hidden states of the real tokens, row after row.
+        lengths: (R,) tokens of each row, summing to T.
+        method: ``mean``; ``weighted_mean``, the i-th token (from 1) weighing i (SGPT, arXiv 2202.08904, eq. 2);
+            ``first``; ``last``.
+
+    Returns:
+        (R, D) in float32 (float64 for float64 hidden states).
+
+    Raises:
+        ValueError: an unknown method.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    ends = lengths.cumsum(0)
+    if method == "last":
+        return hidden[ends - 1].to(wide)
+    if method == "first":
+        return hidden[ends - lengths].to(wide)
+    if method == "mean":
+        total = torch.segment_reduce(hidden.to(wide), "sum", lengths=lengths)
+        return total / lengths[:, None]
+    if method == "weighted_mean":
+        token = torch.arange(len(hidden), device=hidden.device)
+        row = torch.arange(len(lengths), device=hidden.device).repeat_interleave(lengths, output_size=len(hidden))
+        place = token - (ends - lengths)[row] + 1
+        total = torch.segment_reduce(hidden.to(wide) * place[:, None], "sum", lengths=lengths)
+        return total / (lengths * (lengths + 1) / 2)[:, None]
+    raise ValueError(f"pooling={method!r} is unknown; choose one of {', '.join(POOLING_METHODS)}")
+
+
+def pool_padded(hidden: Tensor, attention_mask: Tensor, method: PoolingMethod = "mean") -> Tensor:
+    """:func:`pool` on padded states (R, L, D) with a mask (R, L), padded on either side; the mask is left as is.
+
+    Returns:
+        (R, D).
+    """
+    mask = attention_mask.bool()
+    return pool(hidden[mask], mask.sum(dim=1), method)

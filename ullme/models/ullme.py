@@ -1,0 +1,175 @@
+"""ULLME: one decoder LLM that embeds with bidirectional attention and generates with causal attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ullme.models import attention, backbone, encoding
+from ullme.models.backbone import BackboneConfig
+from ullme.models.pooling import pool
+from ullme.prompts import Prompts, PromptTokenizer, Role
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedModel
+
+
+class ULLME(nn.Module):
+    """A decoder LLM as a text embedder that can still generate (arXiv 2408.03402, sections 3.1 and 3.2).
+
+    Example::
+
+        model = ULLME(model_name_or_path="mistralai/Mistral-7B-v0.1", lora_name="ullme-mistral", lora_r=16)
+        inputs = model.tokenizer(["This a example sentence."], return_tensors="pt")
+        rep = model(**inputs, is_generate=False)["rep"]  # (1, D)
+
+    Args:
+        model_name_or_path: a hub name or a local folder of a decoder-only LLM.
+        model_backbone_type: transformers' model_type; checked against the config if given.
+        lora_name: name of the adapter; None trains all weights.
+        prompts: the prompt contract; None takes the default one.
+        **options: every other field of :class:`~ullme.models.backbone.BackboneConfig`.
+
+    Attributes:
+        tokenizer: with a pad token.
+        prompts: the prompt contract.
+        llm: the (PEFT-wrapped) causal LM.
+        attention_path: how embedding runs (packed, padded or mask4d), as the probe chose it.
+
+    Raises:
+        ValueError: an option out of range, a backbone that cannot be loaded or whose attention does not obey.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        model_backbone_type: str | None = None,
+        lora_name: str | None = "ullme",
+        *,
+        prompts: Prompts | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.options = BackboneConfig(model_name_or_path, model_backbone_type, lora_name, **options)
+        self.prompts = prompts or Prompts()
+        config = backbone.load_config(self.options)
+        self.tokenizer = backbone.load_tokenizer(self.options)
+        model = backbone.load_backbone(self.options, config)
+        backbone.check_vocabulary(self.tokenizer, model, model_name_or_path)
+        self.attention_path = self._attention_path(model)
+        self.llm = backbone.add_adapter(model, self.options)
+        if self.options.gradient_checkpointing:
+            # Reentrant checkpointing would need inputs that require gradients; frozen embeddings give none.
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def _attention_path(self, model: PreTrainedModel) -> str:
+        wanted, causal = self.options.attention_path, self.options.attention == "causal"
+        if self.options.probe:
+            return attention.choose_path(model, causal, wanted)
+        path = "packed" if wanted == "auto" else wanted
+        if path == "packed":
+            attention.packing.install(model)
+        return path
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """transformers' own model, adapters inside."""
+        return self.llm if self.options.lora_name is None else self.llm.get_base_model()  # type: ignore[return-value]
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of an embedding."""
+        return self.causal_lm.config.get_text_config().hidden_size
+
+    @property
+    def max_positions(self) -> int:
+        """The longest text the LLM was made for, in tokens."""
+        return getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def prompt_tokenizer(self) -> PromptTokenizer:
+        """Texts to token rows under this model's prompt contract."""
+        return PromptTokenizer(self.tokenizer, self.prompts)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, is_generate: bool = False, **kwargs: Any
+    ) -> Any:
+        """Embed or generate. The only way into the backbone: hooks of FSDP and of checkpointing sit here.
+
+        Args:
+            input_ids: (R, L) token ids.
+            attention_mask: (R, L), padded on either side; None means no padding.
+            is_generate: False embeds, True runs the causal language model.
+            **kwargs: with ``is_generate=True``, passed on to transformers' forward.
+
+        Returns:
+            ``{"rep": (R, D)}``, pooled in float32 and of unit length; with ``is_generate=True`` what transformers'
+            own causal LM returns.
+
+        Raises:
+            ValueError: a row without a real token, or arguments that embedding does not take.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if is_generate:
+            return self.causal_lm(input_ids=input_ids, attention_mask=attention_mask, is_causal=True, **kwargs)
+        if kwargs:
+            raise ValueError(f"{sorted(kwargs)}: only is_generate=True takes more than input_ids and attention_mask")
+        causal = self.options.attention == "causal"
+        hidden = attention.PATHS[self.attention_path](self.causal_lm.base_model, input_ids, attention_mask, causal)
+        pooled = pool(hidden.flat, hidden.lengths, self.options.pooling)
+        return {"rep": nn.functional.normalize(pooled, dim=-1)}
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """The pre-trained LLM, with the same weights and no second copy.
+
+        Raises:
+            ValueError: there is no adapter to switch off.
+        """
+        if self.options.lora_name is None:
+            raise ValueError("lora_name=null: without an adapter the pre-trained LLM is gone once training starts")
+        with self.llm.disable_adapter():  # type: ignore[operator]
+            yield
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' ``generate`` with causal attention, adapters on."""
+        return self.causal_lm.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        role: Role | None = None,
+        instruction: str | Sequence[str | None] | None = None,
+        batch_size: int = 64,
+        max_length: int = 512,
+        show_progress_bar: bool = False,
+        convert_to_tensor: bool = False,
+    ) -> np.ndarray | Tensor:
+        """Embed texts in the order given, each as if it were alone.
+
+        Args:
+            texts: R texts; an empty text is embedded as the end token.
+            role: ``query`` or ``passage`` puts the text into that template; None leaves it bare.
+            instruction: the task, one for all texts or one for each; None takes the contract's own.
+            batch_size: texts of average length at once. Batches hold equally many tokens, not texts.
+            max_length: in tokens, template included; never more than the LLM's positions.
+            show_progress_bar: count texts on stderr.
+            convert_to_tensor: a tensor on the CPU instead of an array.
+
+        Returns:
+            (R, D) in float32, of unit length.
+        """
+        return encoding.encode(
+            self, texts, role, instruction, batch_size, max_length, show_progress_bar, convert_to_tensor
+        )
