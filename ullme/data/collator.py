@@ -1,0 +1,135 @@
+"""Texts to token blocks, in the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ullme.batch import Batch, TokenRows
+from ullme.data.sampler import Draw, ShortRows, draw
+from ullme.data.sources import RowSource
+from ullme.prompts import PromptTokenizer, Role
+
+
+def passage_key(text: str) -> int:
+    """63-bit hash of a text, the same in every process and on every machine."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+class TrainDataset(Dataset[tuple[int, Draw]]):
+    """Rows drawn for an epoch; the index is (row, epoch), as :class:`~ullme.data.sampler.GlobalBatchSampler` gives it.
+
+    Args:
+        source: all rows.
+        seed: of the run.
+        num_hard_negatives: N.
+        short_rows: see :func:`ullme.data.sampler.draw`.
+    """
+
+    def __init__(self, source: RowSource, seed: int, num_hard_negatives: int, short_rows: ShortRows = "borrow") -> None:
+        self.source = source
+        self.seed = seed
+        self.num_hard_negatives = num_hard_negatives
+        self.short_rows: ShortRows = short_rows
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: tuple[int, int]) -> tuple[int, Draw]:
+        row, epoch = index
+        return row, draw(self.source, row, epoch, self.seed, self.num_hard_negatives, self.short_rows)
+
+
+class Collator:
+    """Drawn rows to a :class:`~ullme.batch.Batch`: the candidates of query b are rows b * C .. b * C + C - 1, the
+    positive first.
+
+    Args:
+        prompt_tokenizer: the prompt contract with its tokenizer.
+        query_max_length: in tokens, template included.
+        passage_max_length: in tokens, template included.
+    """
+
+    def __init__(self, prompt_tokenizer: PromptTokenizer, query_max_length: int, passage_max_length: int) -> None:
+        self.prompt_tokenizer = prompt_tokenizer
+        self.query_max_length = query_max_length
+        self.passage_max_length = passage_max_length
+
+    def __call__(self, items: Sequence[tuple[int, Draw]]) -> Batch:
+        draws = [drawn for _, drawn in items]
+        passages = [text for drawn in draws for text in (drawn.positive, *drawn.negatives)]
+        instructions = [drawn.instruction for drawn in draws]
+        return Batch(
+            queries=self.prompt_tokenizer(
+                [drawn.query for drawn in draws], "query", max_length=self.query_max_length, instruction=instructions
+            ),
+            passages=self.prompt_tokenizer(passages, "passage", max_length=self.passage_max_length),
+            passage_keys=torch.tensor([passage_key(text) for text in passages]).view(len(draws), -1),
+            row_ids=torch.tensor([row for row, _ in items]),
+        )
+
+
+@dataclass(frozen=True)
+class EvalRows:
+    """Texts of a corpus or of its queries, with their places, so that their order of arrival does not matter.
+
+    Args:
+        rows: R texts.
+        indices: (R,) int64, the position of each in the corpus or in the list of queries.
+    """
+
+    rows: TokenRows
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> EvalRows:
+        return EvalRows(
+            self.rows.to(device, non_blocking=non_blocking), self.indices.to(device, non_blocking=non_blocking)
+        )
+
+    def pin_memory(self) -> EvalRows:
+        return EvalRows(self.rows.pin_memory(), self.indices.pin_memory())
+
+
+class EvalDataset(Dataset[tuple[int, str]]):
+    """Texts with their positions."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> tuple[int, str]:
+        return index, self.texts[index]
+
+
+class EvalCollator:
+    """(position, text) pairs to :class:`EvalRows` under the same prompt contract as training."""
+
+    def __init__(self, prompt_tokenizer: PromptTokenizer, role: Role, max_length: int) -> None:
+        self.prompt_tokenizer = prompt_tokenizer
+        self.role: Role = role
+        self.max_length = max_length
+
+    def __call__(self, items: Sequence[tuple[int, str]]) -> EvalRows:
+        rows = self.prompt_tokenizer([text for _, text in items], self.role, max_length=self.max_length)
+        return EvalRows(rows, torch.tensor([index for index, _ in items]))
+
+
+def length_sorted_batches(texts: Sequence[str], batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    """This rank's batches of positions, the longest texts first so that a lack of memory shows at once.
+
+    Every rank gets the same number of batches (sharded models need that); to make it so a batch may come twice.
+    """
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    surplus = -len(batches) % world_size
+    return [*batches, *(batches[i % len(batches)] for i in range(surplus))][rank::world_size]

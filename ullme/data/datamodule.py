@@ -1,0 +1,249 @@
+"""The LightningDataModule: rows to train on and a retrieval collection to validate on."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from ullme.batch import Batch
+from ullme.data.beir import BeirFolder, read_beir
+from ullme.data.collator import Collator, EvalCollator, EvalDataset, EvalRows, TrainDataset, length_sorted_batches
+from ullme.data.records import Schema
+from ullme.data.sampler import GlobalBatchSampler, ShortRows, settle_short_rows
+from ullme.data.sources import OnBadRow, RowSource, open_source
+from ullme.prompts import PromptTokenizer, Role
+
+log = logging.getLogger(__name__)
+
+
+class ULLMEDataModule(L.LightningDataModule):
+    """Training rows and a BEIR folder for validation.
+
+    Batches are global: ``batch_size`` counts the queries of all ranks together, and each rank is given its own slice
+    of every batch. So the trainer must run with ``use_distributed_sampler=False``. The place in the data follows the
+    trainer's step counter, one optimizer step a batch, so a resumed run goes on with the very next batch.
+
+    Args:
+        train: JSONL files (paths, patterns or folders), or a dataset: a hub name, a dataset folder, table files.
+        train_split: which split of the dataset.
+        train_name: the dataset's configuration, where it has several.
+        schema: the columns: auto, bge, tevatron, sentence-transformers or ullme.
+        on_bad_row: stop at the first bad row with its place and reason, before training; or skip and count them.
+        short_rows: a row with too few hard negatives of its own borrows positives of other rows, repeats its own
+            negatives, or is dropped.
+        num_hard_negatives: hard negatives for each query.
+        batch_size: queries in a global batch, over all ranks; one optimizer step.
+        query_max_length: in tokens, template included.
+        passage_max_length: in tokens, template included.
+        max_rows: train on the first so many rows after a shuffle; null uses all.
+        val: a BEIR folder to validate on; null for none.
+        val_split: which of its qrels.
+        val_batch_size: texts in a validation batch, on each rank.
+        num_workers: processes that draw and tokenise.
+        seed: decides the order of the rows and the draws, apart from every other seed; not negative.
+        drop_last: leave out an epoch's last batch if it is not full.
+
+    Raises:
+        ValueError: from ``setup``: data that cannot be read, a bad row, or options that do not fit the data.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str],
+        train_split: str = "train",
+        train_name: str | None = None,
+        schema: Schema = "auto",
+        on_bad_row: OnBadRow = "stop",
+        short_rows: ShortRows = "borrow",
+        num_hard_negatives: int = 8,
+        batch_size: int = 512,
+        query_max_length: int = 64,
+        passage_max_length: int = 256,
+        max_rows: int | None = None,
+        val: str | None = None,
+        val_split: str = "test",
+        val_batch_size: int = 64,
+        num_workers: int = 2,
+        seed: int = 42,
+        drop_last: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("num_hard_negatives", num_hard_negatives, 0),
+            ("query_max_length", query_max_length, 1),
+            ("passage_max_length", passage_max_length, 1),
+            ("val_batch_size", val_batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise ValueError(f"data.{name}={value} must be at least {least}")
+        self.train = train
+        self.train_split = train_split
+        self.train_name = train_name
+        self.schema: Schema = schema
+        self.on_bad_row: OnBadRow = on_bad_row
+        self.short_rows: ShortRows = short_rows
+        self.num_hard_negatives = num_hard_negatives
+        self.batch_size = batch_size
+        self.query_max_length = query_max_length
+        self.passage_max_length = passage_max_length
+        self.max_rows = max_rows
+        self.val = val
+        self.val_split = val_split
+        self.val_batch_size = val_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.drop_last = drop_last
+        self.source: RowSource | None = None
+        self.beir: BeirFolder | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and check everything once. ``stage`` is Lightning's: fit, validate or None for both."""
+        if self.val is not None and self.beir is None:
+            self.beir = read_beir(self.val, self.val_split)
+        if stage in ("fit", None) and self.source is None:
+            self.source = self._open_train()
+            self._sampler(*self._rank_and_world_size())  # options that do not fit the data fail here, early
+
+    def _open_train(self) -> RowSource:
+        source = open_source(
+            self.train,
+            name=self.train_name,
+            split=self.train_split,
+            schema=self.schema,
+            on_bad_row=self.on_bad_row,
+            max_rows=self.max_rows,
+            seed=self.seed,
+        )
+        settled, short = settle_short_rows(source, self.num_hard_negatives, self.short_rows, self.seed)
+        if self._rank_and_world_size()[0] == 0:
+            log.info("data: %d rows to train on", len(settled))
+            if source.skipped:
+                log.warning("data: skipped %d bad rows, the first: %s", len(source.skipped), source.skipped[:3])
+            if short:
+                log.warning(
+                    "data: %d of %d rows have fewer than %d hard negatives (data.short_rows=%s)",
+                    short,
+                    len(source),
+                    self.num_hard_negatives,
+                    self.short_rows,
+                )
+        return settled
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """This rank's slice of the global batches, from where the trainer's step counter stands."""
+        trainer = self.trainer
+        assert trainer is not None
+        # overfit_batches is Lightning's way to see the same batches again and again
+        position = (lambda: 0) if trainer.overfit_batches else (lambda: trainer.global_step)
+        return self.train_dataloader_for(self._prompt_tokenizer(), *self._rank_and_world_size(), position=position)
+
+    def train_dataloader_for(
+        self,
+        prompt_tokenizer: PromptTokenizer,
+        rank: int = 0,
+        world_size: int = 1,
+        epoch: int = 0,
+        start_batch: int = 0,
+        position: Callable[[], int] | None = None,
+    ) -> DataLoader[Batch]:
+        """The training batches without a Trainer; iterating again gives the next epoch.
+
+        Args:
+            prompt_tokenizer: the prompt contract with its tokenizer.
+            rank: this process.
+            world_size: W; ``batch_size`` must divide by it.
+            epoch: the first epoch.
+            start_batch: where in it to start.
+            position: see :class:`~ullme.data.sampler.GlobalBatchSampler`.
+
+        Returns:
+            A loader of :class:`~ullme.batch.Batch`; its length is that of a whole epoch.
+        """
+        self.setup("fit")
+        assert self.source is not None
+        dataset = TrainDataset(self.source, self.seed, self.num_hard_negatives, self.short_rows)
+        sampler = self._sampler(rank, world_size, epoch, start_batch, position)
+        return self._loader(
+            dataset, sampler, Collator(prompt_tokenizer, self.query_max_length, self.passage_max_length)
+        )
+
+    def val_dataloader(self) -> list[DataLoader[EvalRows]]:
+        """Loaders of the corpus and of the queries, in this order; none without a validation folder.
+
+        ``EvalRows.indices`` are positions in ``beir.corpus_ids`` and ``beir.query_ids``. Over several ranks each gets
+        its share, and a few rows may come to two ranks.
+        """
+        if self.beir is None:
+            return []
+        prompt_tokenizer = self._prompt_tokenizer()
+        return [
+            self._eval_loader(list(self.beir.corpus.values()), prompt_tokenizer, "passage", self.passage_max_length),
+            self._eval_loader(list(self.beir.queries.values()), prompt_tokenizer, "query", self.query_max_length),
+        ]
+
+    def _eval_loader(
+        self, texts: list[str], prompt_tokenizer: PromptTokenizer, role: Role, max_length: int
+    ) -> DataLoader[EvalRows]:
+        batches = length_sorted_batches(texts, self.val_batch_size, *self._rank_and_world_size())
+        return self._loader(EvalDataset(texts), batches, EvalCollator(prompt_tokenizer, role, max_length))
+
+    def _loader(self, dataset: Any, batch_sampler: Any, collate: Callable[[Any], Any]) -> DataLoader[Any]:
+        if self.num_workers:  # a tokenizer that has threads of its own must not be forked
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        return DataLoader(
+            dataset,
+            batch_sampler=batch_sampler,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # a loader draws a number from the global generator at each epoch, which would change dropout on resuming
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def _sampler(
+        self,
+        rank: int,
+        world_size: int,
+        epoch: int = 0,
+        start_batch: int = 0,
+        position: Callable[[], int] | None = None,
+    ) -> GlobalBatchSampler:
+        assert self.source is not None
+        return GlobalBatchSampler(
+            len(self.source), self.batch_size, self.seed, rank, world_size, self.drop_last, epoch, start_batch, position
+        )
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        """Of the data-parallel group, which is not every process where a strategy also splits the model."""
+        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
+
+    def _prompt_tokenizer(self) -> PromptTokenizer:
+        assert self.trainer is not None
+        model = self.trainer.lightning_module.model
+        return PromptTokenizer(model.tokenizer, model.prompts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must not change for a resumed run to meet the rows in the order of an uninterrupted one."""
+        rows = len(self.source) if self.source is not None else 0
+        return {"rows": rows, "batch_size": self.batch_size, "seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Warn where the data is not the checkpoint's."""
+        now = self.state_dict()
+        changed = {k: (state_dict[k], now[k]) for k in now if k in state_dict and state_dict[k] != now[k]}
+        if changed and self.source is not None:
+            log.warning(
+                "data: resuming with other data than the checkpoint was made with (then, now): %s; some rows of this "
+                "epoch will be seen twice or not at all",
+                changed,
+            )

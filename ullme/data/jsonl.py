@@ -1,0 +1,37 @@
+"""Lines of a JSONL file, with what is needed to find a bad one and to come back to a good one."""
+
+from __future__ import annotations
+
+import json
+from codecs import BOM_UTF8
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ullme.data.records import BadRow
+
+
+def iter_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """(line number from 1, byte offset, raw line) of every line that is not blank; a UTF-8 mark at the start is no
+    part of the first line."""
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            start = offset
+            offset += len(line)
+            if number == 1 and line.startswith(BOM_UTF8):
+                line, start = line[len(BOM_UTF8) :], start + len(BOM_UTF8)  # noqa: PLW2901
+            if line.strip():
+                yield number, start, line
+
+
+def parse_line(line: bytes) -> Any:
+    """The value of one line. Raises: BadRow: non-UTF-8 or broken JSON."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRow(f"not UTF-8 (byte {error.start} of the line: {error.reason}); save the file as UTF-8") from None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"broken JSON ({error})") from None

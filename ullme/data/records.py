@@ -1,0 +1,164 @@
+"""One training row, and the column schemas it can arrive in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Schema = Literal["auto", "bge", "tevatron", "sentence-transformers", "ullme"]
+
+_NUMBERED_NEGATIVE = re.compile(r"negative_(\d+)")
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on; the message is the reason, without the place."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row: a query, what answers it and what does not.
+
+    Args:
+        query: the query's text.
+        positives: at least one text, all different.
+        negatives: any number of texts, all different, none of them a positive of this row.
+        instruction: the task description of this row, or None for the prompt contract's own.
+    """
+
+    query: str
+    positives: tuple[str, ...]
+    negatives: tuple[str, ...]
+    instruction: str | None = None
+
+
+def parse_record(row: Any, schema: Schema = "auto") -> Record:
+    """Read one raw row.
+
+    Texts lose white space at their ends, repeated texts are dropped, and so is a negative that equals a positive of
+    the same row: a model must never be taught that a positive is its own negative.
+
+    Args:
+        row: a mapping from column to value.
+        schema: which columns to expect; ``auto`` recognises them.
+
+    Raises:
+        BadRow: not a mapping, a missing key, a wrong type, an empty text, or no positive.
+    """
+    if not isinstance(row, Mapping):
+        raise BadRow(f"the row is a {type(row).__name__}, not an object with keys; write one JSON object a line")
+    return _PARSERS[detect_schema(row) if schema == "auto" else schema](row)
+
+
+def detect_schema(row: Mapping[str, Any]) -> Schema:
+    """The schema whose columns these are. Raises: BadRow: none."""
+    if row.keys() & {"positive_passages", "negative_passages"}:
+        return "tevatron"
+    if row.keys() & {"pos", "neg"}:
+        return "bge"
+    if "anchor" in row or isinstance(row.get("positive"), str):
+        return "sentence-transformers"
+    if row.keys() & {"positive", "negative"}:
+        return "ullme"
+    raise BadRow(
+        f"missing key: {sorted(map(str, row))} fit no schema; expected query and pos (bge), query and "
+        "positive_passages (tevatron), anchor and positive (sentence-transformers) or query and positive (ullme)"
+    )
+
+
+def _parse_bge(row: Mapping[str, Any]) -> Record:
+    instruction = row.get("prompt")
+    if not isinstance(instruction, str | None):
+        raise BadRow(f"'prompt' must be a text, not {type(instruction).__name__}")
+    negatives = _texts(row, "neg") if row.get("neg") is not None else []
+    return _record(_text(_get(row, "query"), "query"), _texts(row, "pos"), negatives, instruction or None)
+
+
+def _parse_ullme(row: Mapping[str, Any]) -> Record:
+    negatives = _texts(row, "negative") if row.get("negative") is not None else []
+    return _record(_text(_get(row, "query"), "query"), _texts(row, "positive"), negatives)
+
+
+def _parse_tevatron(row: Mapping[str, Any]) -> Record:
+    negatives = _passages(row, "negative_passages") if row.get("negative_passages") is not None else []
+    return _record(_text(_get(row, "query"), "query"), _passages(row, "positive_passages"), negatives)
+
+
+def _parse_sentence_transformers(row: Mapping[str, Any]) -> Record:
+    query = "anchor" if "anchor" in row else "query"
+    # A table of rows with different numbers of negatives has nulls in the columns that a row does not use.
+    numbered = sorted((int(m[1]), key) for key in row if (m := _NUMBERED_NEGATIVE.fullmatch(key)))
+    keys = [key for key in ("negative", *(key for _, key in numbered)) if row.get(key) is not None]
+    return _record(
+        _text(_get(row, query), query),
+        [_text(_get(row, "positive"), "positive")],
+        [_text(row[key], key) for key in keys],
+    )
+
+
+_PARSERS: dict[str, Callable[[Mapping[str, Any]], Record]] = {
+    "bge": _parse_bge,
+    "tevatron": _parse_tevatron,
+    "sentence-transformers": _parse_sentence_transformers,
+    "ullme": _parse_ullme,
+}
+
+
+def _record(query: str, positives: Iterable[str], negatives: Iterable[str], instruction: str | None = None) -> Record:
+    unique = tuple(dict.fromkeys(positives))
+    if not unique:
+        raise BadRow("no positive")
+    own = set(unique)
+    return Record(query, unique, tuple(n for n in dict.fromkeys(negatives) if n not in own), instruction)
+
+
+def _get(row: Mapping[str, Any], key: str) -> Any:
+    if key not in row:
+        raise BadRow(f"missing key '{key}'")
+    return row[key]
+
+
+def _list(row: Mapping[str, Any], key: str) -> list[Any]:
+    values = _get(row, key)
+    if not isinstance(values, list):
+        raise BadRow(f"'{key}' must be a list, not {type(values).__name__}")
+    return values
+
+
+def _texts(row: Mapping[str, Any], key: str) -> list[str]:
+    return [_text(value, f"{key}[{i}]") for i, value in enumerate(_list(row, key))]
+
+
+def _passages(row: Mapping[str, Any], key: str) -> list[str]:
+    return [join_title(value, f"{key}[{i}]") for i, value in enumerate(_list(row, key))]
+
+
+def join_title(passage: Any, where: str) -> str:
+    """``title`` and ``text`` of a passage with a space between; the title may be missing, null or empty.
+
+    Raises:
+        BadRow: not an object, no ``text``, a wrong type, or nothing but white space.
+    """
+    if not isinstance(passage, Mapping):
+        raise BadRow(f"'{where}' must be an object with title and text, not {type(passage).__name__}")
+    if "text" not in passage:
+        raise BadRow(f"missing key 'text' in '{where}'")
+    title, text = passage.get("title") or "", passage["text"]
+    for name, value in (("title", title), ("text", text)):
+        if not isinstance(value, str):
+            raise BadRow(f"'{where}.{name}' must be a text, not {type(value).__name__}")
+    return _text(f"{title.strip()} {text.strip()}", where)
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow(f"'{where}' must be a text, not {type(value).__name__}")
+    value = value.strip()
+    if not value:
+        raise BadRow(f"'{where}' is an empty text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
+        raise BadRow(f"'{where}' holds a character that cannot be written as UTF-8 ({error.reason})") from None
+    return value

@@ -1,0 +1,178 @@
+"""Which texts a row gives in an epoch, and which rows make a batch.
+
+Both are pure functions of the seed, the epoch and the row, so that neither workers nor ranks nor an interruption
+change what the model sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Literal, NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from ullme.data.sources import RowSource, Subset
+
+ShortRows = Literal["borrow", "repeat", "drop"]
+
+
+class Draw(NamedTuple):
+    """What one row gives in one epoch: a query, a positive, N hard negatives, and the row's own instruction."""
+
+    query: str
+    positive: str
+    negatives: list[str]
+    instruction: str | None
+
+
+def draw(
+    source: RowSource, row: int, epoch: int, seed: int, num_hard_negatives: int, short_rows: ShortRows = "borrow"
+) -> Draw:
+    """One positive and N hard negatives of a row, the same for the same (seed, epoch, row) everywhere.
+
+    Args:
+        source: all rows.
+        row: which row.
+        epoch: from 0.
+        seed: of the run, not negative.
+        num_hard_negatives: N.
+        short_rows: what stands in for missing negatives. ``borrow`` takes positives of other rows, never a text that
+            is a positive or already a negative of this row; ``repeat`` goes round the row's own negatives, and
+            borrows where there are none.
+
+    Raises:
+        ValueError: there are not enough other texts to borrow.
+    """
+    record = source[row]
+    rng = np.random.default_rng([seed, epoch, row])
+    positive = record.positives[rng.integers(len(record.positives))]
+    order = rng.permutation(len(record.negatives))[:num_hard_negatives]
+    negatives = [record.negatives[i] for i in order]
+    missing = num_hard_negatives - len(negatives)
+    if missing and short_rows == "repeat" and negatives:
+        negatives = [negatives[i % len(negatives)] for i in range(num_hard_negatives)]
+    elif missing:
+        negatives += _borrow(source, missing, {*record.positives, *negatives}, rng)
+    return Draw(record.query, positive, negatives, record.instruction)
+
+
+def _borrow(source: RowSource, count: int, taken: set[str], rng: np.random.Generator) -> list[str]:
+    """Positives of other rows, all different, none in ``taken``."""
+    borrowed: list[str] = []
+    # Random rows nearly always do; where most texts are the same (class labels as positives), look at every row.
+    start = int(rng.integers(len(source)))
+    everywhere = ((start + i) % len(source) for i in range(len(source)))
+    for other in chain(rng.integers(len(source), size=8 * count).tolist(), everywhere):
+        free = [text for text in source[other].positives if text not in taken]
+        if free:
+            borrowed.append(free[rng.integers(len(free))])
+            taken.add(borrowed[-1])
+        if len(borrowed) == count:
+            return borrowed
+    raise ValueError(
+        f"a row lacks {count} hard negatives and only {len(borrowed)} different positives of other rows can be "
+        "borrowed; lower data.num_hard_negatives, or set data.short_rows to repeat or drop"
+    )
+
+
+def settle_short_rows(
+    source: RowSource, num_hard_negatives: int, short_rows: ShortRows, seed: int
+) -> tuple[RowSource, int]:
+    """The rows to train on, and how many have fewer than N hard negatives of their own (``drop`` leaves them out).
+
+    Raises:
+        ValueError: no row is left, or the shortest row cannot be filled.
+    """
+    short = source.num_negatives < num_hard_negatives
+    count = int(short.sum())
+    if not count:
+        return source, 0
+    if short_rows == "drop":
+        if count == len(source):
+            raise ValueError(
+                f"data.short_rows=drop leaves no row: all {count} have fewer than "
+                f"data.num_hard_negatives={num_hard_negatives} negatives; lower it, or borrow or repeat"
+            )
+        return Subset(source, np.flatnonzero(~short)), count
+    draw(source, int(source.num_negatives.argmin()), 0, seed, num_hard_negatives, short_rows)
+    return source, count
+
+
+class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (row, epoch), cut from one permutation of all rows per (seed, epoch) that every rank shares.
+
+    A rank takes its slice of every global batch, so the union over ranks is the batch of a single process. An
+    iteration starts at ``start_batch`` and, once exhausted, is followed by the next epoch from its beginning; one
+    that is broken off starts again at the same place.
+
+    Args:
+        num_rows: rows in an epoch.
+        batch_size: queries of a **global** batch, over all ranks.
+        seed: not negative.
+        rank: this process.
+        world_size: W.
+        drop_last: leave out a last batch that is not full. Otherwise it is spread over the ranks as evenly as
+            possible, and left out only where it has fewer rows than there are ranks.
+        epoch: the first iteration's epoch.
+        start_batch: the first iteration's first batch.
+        position: batches seen so far over all epochs; asked at the start of every iteration, in place of ``epoch``
+            and ``start_batch``. A trainer's step counter keeps the data in step with training, whatever happened.
+
+    Raises:
+        ValueError: ``batch_size`` does not divide by ``world_size``, or an epoch has no batch.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+        epoch: int = 0,
+        start_batch: int = 0,
+        position: Callable[[], int] | None = None,
+    ) -> None:
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(
+                f"data.batch_size={batch_size} is the global batch and must be a positive multiple of the number of "
+                f"processes ({world_size}); choose for example {max(1, batch_size // world_size) * world_size}"
+            )
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.drop_last = drop_last
+        self.position = position
+        if not len(self):
+            raise ValueError(
+                f"data.batch_size={batch_size} is larger than the {num_rows} rows there are; lower it"
+                + (" or set data.drop_last=false" if drop_last else "")
+            )
+        self.load(epoch, start_batch)
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, wherever the iteration starts."""
+        full, rest = divmod(self.num_rows, self.batch_size)
+        return full if self.drop_last or rest < self.world_size else full + 1
+
+    def load(self, epoch: int, start_batch: int = 0) -> None:
+        """Let the next iteration start there. Raises: ValueError: an epoch has no such batch."""
+        if not 0 <= start_batch < len(self):
+            raise ValueError(f"start_batch={start_batch} must be one of the {len(self)} batches of an epoch, from 0")
+        self.epoch = epoch
+        self.start_batch = start_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        if self.position is not None:
+            self.load(*divmod(self.position(), len(self)))
+        epoch = self.epoch
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
+        for batch in range(self.start_batch, len(self)):
+            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield [(row, epoch) for row in np.array_split(rows, self.world_size)[self.rank].tolist()]
+        self.load(epoch + 1)

@@ -1,0 +1,283 @@
+"""Where rows come from: JSONL files and anything that `datasets.load_dataset` reads.
+
+A source is checked from end to end once, when it is made, so that a bad row stops the run before a model is loaded.
+It keeps no corpus in memory and is cheap to send to a worker.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
+
+import numpy as np
+
+from ullme.data.jsonl import iter_lines, parse_line
+from ullme.data.records import BadRow, Record, Schema, parse_record
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+OnBadRow = Literal["stop", "skip"]
+
+_JSONL = (".jsonl", ".json")
+_TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+_SAVED_TO_DISK = ("dataset_info.json", "dataset_dict.json")
+
+
+class RowSource(Protocol):
+    """A sequence of rows.
+
+    Attributes:
+        num_negatives: (rows,) how many hard negatives each row has of its own.
+        skipped: "place: reason" of every bad row that was left out.
+    """
+
+    num_negatives: np.ndarray
+    skipped: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> Record: ...
+
+
+class _Checked:
+    """What the validating pass collects: where each good row is, and what was wrong with the bad ones."""
+
+    def __init__(self, schema: Schema, on_bad_row: OnBadRow) -> None:
+        self.schema = schema
+        self.on_bad_row = on_bad_row
+        self.positions = array("q")
+        self.num_negatives = array("q")
+        self.skipped: list[str] = []
+
+    def add(self, position: int, where: str, raw: Any) -> None:
+        """``raw`` is a row, or a line of JSON. Raises: ValueError: it is bad, and bad rows stop."""
+        try:
+            record = parse_record(parse_line(raw) if isinstance(raw, bytes) else raw, self.schema)
+        except BadRow as reason:
+            if self.on_bad_row == "stop":
+                raise ValueError(f"{where}: {reason}; mend the row or set data.on_bad_row=skip") from None
+            self.skipped.append(f"{where}: {reason}")
+            return
+        self.positions.append(position)
+        self.num_negatives.append(len(record.negatives))
+
+    def finish(self, name: str) -> None:
+        """Raises: ValueError: there is nothing to train on."""
+        if not self.positions:
+            first = f"; the first of {len(self.skipped)} bad rows is {self.skipped[0]}" if self.skipped else ""
+            raise ValueError(f"data.train={name!r} holds no usable row{first}")
+
+
+class JsonlSource:
+    """Rows of JSONL files, read from the file when they are asked for.
+
+    Args:
+        files: files, patterns such as ``train-*.jsonl``, or folders. A folder stands for its .jsonl and .json files;
+            where some of them are named after ``split`` (train.jsonl, train-00001.jsonl), for those alone.
+        schema: the columns, see :func:`ullme.data.records.parse_record`.
+        on_bad_row: ``stop`` raises at the first bad row, ``skip`` leaves it out and notes it in ``skipped``.
+        split: see ``files``.
+
+    Raises:
+        ValueError: no such file, a bad row ("file:line: reason"), or no usable row.
+    """
+
+    def __init__(
+        self,
+        files: str | Sequence[str],
+        schema: Schema = "auto",
+        on_bad_row: OnBadRow = "stop",
+        split: str = "train",
+    ) -> None:
+        names = [files] if isinstance(files, str) else list(files)
+        self.files = [path for name in names for path in expand_files(name, split)]
+        self.schema: Schema = schema
+        checked = _Checked(schema, on_bad_row)
+        self._ends: list[int] = []
+        for path in self.files:
+            for number, offset, line in iter_lines(path):
+                checked.add(offset, f"{path}:{number}", line)
+            self._ends.append(len(checked.positions))
+        checked.finish(", ".join(names))
+        self._offsets = np.asarray(checked.positions)
+        self.num_negatives = np.asarray(checked.num_negatives)
+        self.skipped = checked.skipped
+        self._handles: dict[int, BinaryIO] = {}
+        self._pid = os.getpid()
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, row: int) -> Record:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        handle = self._handle(bisect_right(self._ends, row))
+        handle.seek(int(self._offsets[row]))
+        return parse_record(parse_line(handle.readline()), self.schema)
+
+    def _handle(self, file: int) -> BinaryIO:
+        if self._pid != os.getpid():  # a forked worker shares the parent's file position, so it opens its own
+            self._handles, self._pid = {}, os.getpid()
+        if file not in self._handles:
+            self._handles[file] = self.files[file].open("rb")
+        return self._handles[file]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_handles": {}}
+
+
+class HubSource:
+    """Rows of a dataset on the hub, of a local dataset folder, of a ``save_to_disk`` folder or of table files.
+
+    Args:
+        path: hub name, folder, or .parquet, .arrow or .csv files.
+        name: the dataset's configuration, where it has several.
+        split: which split.
+        schema: the columns, see :func:`ullme.data.records.parse_record`.
+        on_bad_row: as in :class:`JsonlSource`; rows are named "path[split] row i".
+
+    Raises:
+        ValueError: it cannot be loaded, a bad row, or no usable row.
+    """
+
+    def __init__(
+        self,
+        path: str | Sequence[str],
+        name: str | None = None,
+        split: str = "train",
+        schema: Schema = "auto",
+        on_bad_row: OnBadRow = "stop",
+    ) -> None:
+        self.schema: Schema = schema
+        self.dataset = _load(path, name, split)
+        checked = _Checked(schema, on_bad_row)
+        for i, row in enumerate(self.dataset):
+            checked.add(i, f"{path}[{split}] row {i}", row)
+        checked.finish(f"{path}[{split}]")
+        self._rows = np.asarray(checked.positions)
+        self.num_negatives = np.asarray(checked.num_negatives)
+        self.skipped = checked.skipped
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> Record:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        return parse_record(self.dataset[int(self._rows[row])], self.schema)
+
+
+class Subset:
+    """Some rows of another source.
+
+    Args:
+        source: the other source.
+        rows: (rows,) positions in it.
+    """
+
+    def __init__(self, source: RowSource, rows: np.ndarray) -> None:
+        self.source = source
+        self.rows = rows
+        self.num_negatives = source.num_negatives[rows]
+        self.skipped = source.skipped
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Record:
+        return self.source[int(self.rows[row])]
+
+
+def open_source(
+    spec: str | Sequence[str],
+    *,
+    name: str | None = None,
+    split: str = "train",
+    schema: Schema = "auto",
+    on_bad_row: OnBadRow = "stop",
+    max_rows: int | None = None,
+    seed: int = 42,
+) -> RowSource:
+    """The source that ``spec`` stands for.
+
+    Args:
+        spec: .jsonl or .json files, patterns or folders with such files (one or a list), or what
+            :class:`HubSource` takes.
+        name: the hub dataset's configuration.
+        split: which split.
+        schema: the columns.
+        on_bad_row: ``stop`` or ``skip``.
+        max_rows: keep the first so many rows after a shuffle with ``seed``; None keeps all.
+        seed: of that shuffle.
+
+    Raises:
+        ValueError: nothing there, a list of datasets, a bad row, or no usable row.
+    """
+    names = [spec] if isinstance(spec, str) else list(spec)
+    if not names:
+        raise ValueError("data.train is empty; name a file, a folder or a dataset")
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"data.max_rows={max_rows} must be at least 1; leave it out to use every row")
+    source: RowSource
+    if all(map(_is_jsonl, names)):
+        source = JsonlSource(names, schema, on_bad_row, split)
+    elif len(names) == 1 or all(Path(n).suffix in _TABLES for n in names):
+        source = HubSource(names[0] if len(names) == 1 else names, name, split, schema, on_bad_row)
+    else:
+        raise ValueError(f"data.train={names}: a list must hold JSONL files or table files only; name one dataset")
+    if max_rows is None or max_rows >= len(source):
+        return source
+    return Subset(source, np.random.default_rng(seed).permutation(len(source))[:max_rows])
+
+
+def expand_files(name: str, split: str) -> list[Path]:
+    """The files that a path, a pattern or a folder stands for, sorted. Raises: ValueError: none."""
+    path = Path(name)
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.suffix in _JSONL and p.is_file())
+        named = [p for p in found if re.match(rf"{re.escape(split)}[-._]", p.name)]
+        found = named or found
+    elif path.is_file():
+        found = [path]
+    else:
+        found = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.is_file())
+    if not found:
+        raise ValueError(f"data.train={name!r}: no such file; check the path (it is read relative to {Path.cwd()})")
+    return found
+
+
+def _is_jsonl(name: str) -> bool:
+    path = Path(name)
+    if not path.is_dir():
+        return path.suffix in _JSONL
+    saved = any((path / marker).exists() for marker in _SAVED_TO_DISK)
+    return not saved and any(p.suffix in _JSONL for p in path.iterdir())
+
+
+def _load(path: str | Sequence[str], name: str | None, split: str) -> Dataset:
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    files = [path] if isinstance(path, str) else list(path)
+    try:
+        if all(Path(f).suffix in _TABLES for f in files):
+            return load_dataset(_TABLES[Path(files[0]).suffix], data_files={split: files}, split=split)
+        if any((Path(files[0]) / marker).exists() for marker in _SAVED_TO_DISK):
+            saved = load_from_disk(files[0])
+            if not isinstance(saved, DatasetDict):
+                return saved
+            if split not in saved:
+                raise ValueError(f"it has the splits {sorted(saved)}")
+            return saved[split]
+        return load_dataset(files[0], name, split=split)
+    except (FileNotFoundError, ConnectionError, ValueError) as error:
+        raise ValueError(
+            f"data.train={path!r}, data.train_split={split!r}, data.train_name={name!r} cannot be loaded ({error}); "
+            "name a JSONL file, a folder or a dataset that can be reached, and a split it has"
+        ) from error
