@@ -1,0 +1,174 @@
+"""The command line of evaluation: ``evaluate.py`` and ``ullme evaluate``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+if TYPE_CHECKING:
+    from mteb.abstasks import AbsTask
+
+    from ullme.models import WrappedULLME
+
+DESCRIPTION = "Evaluate an LLM, a trained checkpoint or a sentence-transformers model on MTEB tasks and local files."
+# Options of WrappedULLME that are handed on when given, and their types.
+MODEL_OPTIONS: dict[str, tuple[type, str]] = {
+    "model_backbone_type": (str, "transformers' model_type; checked if given"),
+    "lora_name": (str, "name of the adapter; the checkpoint's unless given"),
+    "lora_r": (int, "rank of LoRA; the checkpoint's unless given"),
+    "lora_alpha": (float, "scale of LoRA; the checkpoint's unless given"),
+    "pooling": (str, "mean, weighted_mean, first or last"),
+    "attention": (str, "bidirectional or causal"),
+    "dtype": (str, "of the weights: auto, float32, bfloat16 or float16"),
+    "device": (str, "such as cuda:0 or cpu; a GPU if there is one, unless given"),
+    "max_length": (int, "in tokens, template included (default: 512)"),
+}
+PROMPT_OPTIONS = {
+    "query_prompt": ("query", "template of a query, with {text} and {instruction}"),
+    "passage_prompt": ("passage", "template of a passage, with {text}"),
+    "instruction": ("instruction", "the task, where an mteb task brings none of its own"),
+}
+LOCAL_OPTIONS = {
+    "corpus": ("FOLDER", "BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv"),
+    "reranking": ("FILE", "JSON lines of query, pos, neg"),
+    "sts": ("FILE", "tab-separated sentence1, sentence2, score"),
+    "pair_classification": ("FILE", "JSON lines of sentence1, sentence2, label 0 or 1"),
+    "classification": ("FOLDER", "train.jsonl and test.jsonl of text, label"),
+    "clustering": ("FILE", "JSON lines of text, label"),
+}
+
+
+def parser() -> ArgumentParser:
+    """The options; every one may also stand in a YAML file given with --config."""
+    options = ArgumentParser(prog="evaluate", description=DESCRIPTION, exit_on_error=False)
+    options.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options")
+    model = options.add_argument_group("Model")
+    model.add_argument("--model", type=str, help="hub name or folder of an LLM or a sentence-transformers model")
+    model.add_argument("--checkpoint", type=str, help="run folder, Lightning checkpoint or adapter folder")
+    for name, (type_, text) in MODEL_OPTIONS.items():
+        model.add_argument(f"--{name}", type=type_ | None, help=text)
+    for name, (_, text) in PROMPT_OPTIONS.items():
+        model.add_argument(f"--{name}", type=str | None, help=f"{text}; the checkpoint's unless given")
+    model.add_argument(
+        "--use_task_instructions", type=bool, default=True, help="false: the prompt contract's instruction everywhere"
+    )
+    model.add_argument("--instructions", type=dict[str, str], default={}, help="instruction by mteb task name or type")
+    tasks = options.add_argument_group("Tasks")
+    tasks.add_argument("--tasks", nargs="+", type=str, default=[], help='mteb tasks or benchmarks ("MTEB(eng, v1)")')
+    tasks.add_argument("--langs", nargs="+", type=str, default=[], help="ISO 639-3 codes to keep of --tasks; else all")
+    for name, (metavar, text) in LOCAL_OPTIONS.items():
+        tasks.add_argument(f"--{name}", nargs="+", type=str, default=[], metavar=metavar, help=text)
+    output = options.add_argument_group("Output")
+    output.add_argument("--output", type=str, default="results", help="folder of mteb's result files")
+    output.add_argument("--overwrite", action="store_true", help="compute again what is there")
+    output.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    output.add_argument("--batch_size", type=int, default=64, help="texts a forward")
+    output.add_argument("--progress", type=bool, default=True, help="progress bars")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate and print a table.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+
+    Returns:
+        The exit status: 0; 1 where a task could not be evaluated; 2 for a mistake of the user, explained in one line.
+    """
+    try:
+        options = parser().parse_args(argv)
+        _check(options)
+        return _run(options)
+    except (ArgumentError, ValueError) as error:
+        print(f"evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _check(options: Any) -> None:
+    """Refuse what can be refused before the slow imports."""
+    if options.model is None and options.checkpoint is None:
+        raise ValueError("nothing to evaluate: give --model NAME_OR_FOLDER, --checkpoint RUN, or both")
+    if not options.tasks and not any(options[name] for name in LOCAL_OPTIONS):
+        local = ", ".join(f"--{name} {metavar}" for name, (metavar, _) in LOCAL_OPTIONS.items())
+        raise ValueError(f"nothing to evaluate on: give --tasks NAME ..., or local data with {local}")
+    if options.batch_size < 1:
+        raise ValueError(f"--batch_size {options.batch_size} must be at least 1")
+    if Path(options.output).is_file():
+        raise ValueError(f"--output {options.output} is a file; name a folder")
+    if options.checkpoint is not None and not Path(options.checkpoint).exists():
+        raise ValueError(f"--checkpoint {options.checkpoint} does not exist; give a run folder or a checkpoint file")
+
+
+def _run(options: Any) -> int:
+    _quiet()
+    from ullme.eval.mteb import evaluate_tasks
+    from ullme.eval.table import markdown_table, text_table
+
+    tasks = _tasks(options)
+    model = _model(options)
+    print(f"{model.mteb_model_meta.name}, revision {model.mteb_model_meta.revision}", file=sys.stderr)
+    rows = evaluate_tasks(
+        model,
+        tasks,
+        output=options.output,
+        overwrite=options.overwrite,
+        batch_size=options.batch_size,
+        show_progress_bar=options.progress,
+    )
+    print(markdown_table(rows) if options.markdown else text_table(rows))
+    failed = [row for row in rows if row.error is not None]
+    for row in failed:
+        print(f"evaluate: {row.task}: {row.error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _tasks(options: Any) -> list[AbsTask]:
+    from ullme.eval import local_tasks
+    from ullme.eval.mteb import find_tasks
+
+    make = {
+        "corpus": local_tasks.retrieval_task,
+        "reranking": local_tasks.reranking_task,
+        "sts": local_tasks.sts_task,
+        "pair_classification": local_tasks.pair_classification_task,
+        "classification": local_tasks.classification_task,
+        "clustering": local_tasks.clustering_task,
+    }
+    local = [make[name](path) for name in LOCAL_OPTIONS for path in options[name]]
+    return [*find_tasks(options.tasks, options.langs), *local]
+
+
+def _model(options: Any) -> WrappedULLME:
+    from ullme.models import WrappedULLME
+
+    given = {name: options[name] for name in MODEL_OPTIONS if options[name] is not None}
+    prompts = {field: options[name] for name, (field, _) in PROMPT_OPTIONS.items() if options[name] is not None}
+    if prompts:
+        given["prompts"] = prompts
+    return WrappedULLME(
+        options.model,
+        model_checkpoint=options.checkpoint,
+        use_task_instructions=options.use_task_instructions,
+        instructions=options.instructions,
+        **given,
+    )
+
+
+def _quiet() -> None:
+    """Leave mteb's progress bars, and drop the warnings and the bars of the libraries below it."""
+    warnings.filterwarnings("ignore")
+    for library in ("mteb", "transformers", "sentence_transformers", "datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    from datasets import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    disable_progress_bars()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

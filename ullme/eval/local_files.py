@@ -1,0 +1,116 @@
+"""Readers of local evaluation files. Each checks every row and says which file and line is wrong, and what to do."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ullme.data.jsonl import iter_lines, parse_line
+from ullme.data.records import BadRow
+
+Rows = list[dict[str, Any]]
+
+
+def content_hash(*paths: Path) -> str:
+    """Eight hexadecimal digits that change whenever the content of one of the files does."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:8]
+
+
+def existing_file(path: str | Path, option: str) -> Path:
+    """Raises: ValueError: no such file."""
+    if not (found := Path(path)).is_file():
+        raise ValueError(f"{option}={str(path)!r}: no such file; give the path of an existing file")
+    return found
+
+
+def read_jsonl(path: Path, columns: Sequence[str], option: str) -> Rows:
+    """Rows of a JSON-lines file.
+
+    Raises:
+        ValueError: an empty file, a line that is not a JSON object, or a missing column.
+    """
+    rows = []
+    for number, _, line in iter_lines(path):
+        where = f"{option}: {path}, line {number}"
+        try:
+            row = parse_line(line)
+        except BadRow as reason:
+            raise ValueError(f"{where}: {reason}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} must be a JSON object with {_listed(columns)}")
+        rows.append(_checked(row, columns, where))
+    return _not_empty(rows, path, option)
+
+
+def read_tsv(path: Path, columns: Sequence[str], option: str) -> Rows:
+    """Rows of a tab-separated file with a header; quotes are ordinary characters.
+
+    Raises:
+        ValueError: an empty file, a missing column, or a row with more fields than the header.
+    """
+    rows = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
+            for row in reader:
+                where = f"{option}: {path}, line {reader.line_num}"
+                if None in row:
+                    raise ValueError(f"{where} has more fields than the header; separate fields with one tab each")
+                rows.append(_checked(row, columns, where))
+    except UnicodeDecodeError:
+        raise ValueError(f"{option}: {path} is not UTF-8 text; save it as UTF-8") from None
+    return _not_empty(rows, path, option)
+
+
+def texts(row: dict[str, Any], column: str, where: str) -> list[str]:
+    """A column that holds a non-empty list of texts.
+
+    Raises:
+        ValueError: it holds anything else.
+    """
+    value = row[column]
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{where}: {column!r} must be a list with at least one text, not {value!r:.80}")
+    return value
+
+
+def text(row: dict[str, Any], column: str, where: str) -> str:
+    """Raises: ValueError: the column does not hold a text."""
+    if not isinstance(value := row[column], str):
+        raise ValueError(f"{where}: {column!r} must be a text, not {value!r:.80}")
+    return value
+
+
+def number(row: dict[str, Any], column: str, where: str) -> float:
+    """Raises: ValueError: the column does not hold a finite number."""
+    try:
+        value = float(row[column])
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{where}: {column!r} must be a number, not {row[column]!r:.80}")
+    return value
+
+
+def _checked(row: dict[str, Any], columns: Sequence[str], where: str) -> dict[str, Any]:
+    if missing := [column for column in columns if row.get(column) is None]:
+        raise ValueError(f"{where} lacks {_listed(missing)}; every row needs {_listed(columns)}, it has {_listed(row)}")
+    return row
+
+
+def _not_empty(rows: Rows, path: Path, option: str) -> Rows:
+    if not rows:
+        raise ValueError(f"{option}: {path} holds no rows; give a file with at least one")
+    return rows
+
+
+def _listed(names: Sequence[str] | dict[str, Any]) -> str:
+    return ", ".join(repr(name) for name in names)

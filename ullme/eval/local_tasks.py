@@ -1,0 +1,240 @@
+"""Local files as mteb tasks, made at run time and scored by mteb's own code.
+
+A task is called after its file or folder, followed by a hash of the content (``banking77-1a2b3c4d``), so that mteb's
+result cache never answers for a file that has changed since.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ullme.eval.local_files import content_hash, existing_file, number, read_jsonl, read_tsv, text, texts
+
+if TYPE_CHECKING:
+    from mteb.abstasks import AbsTask
+
+# Names that say nothing by themselves: the folder's name goes before them.
+GENERIC_NAMES = {"all", "corpus", "data", "dataset", "dev", "eval", "test", "train", "val", "validation"}
+
+
+def retrieval_task(folder: str | Path, split: str = "test") -> AbsTask:
+    """A BEIR-layout folder (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv) as retrieval; main score nDCG@10.
+
+    Raises:
+        ValueError: a missing file or a bad row.
+    """
+    from mteb.abstasks import AbsTaskRetrieval
+
+    from ullme.data.beir import read_beir
+
+    folder = Path(folder)
+    beir = read_beir(folder, split)
+    files = [folder / "corpus.jsonl", folder / "queries.jsonl", folder / "qrels" / f"{split}.tsv"]
+
+    def load() -> dict[str, Any]:
+        return _retrieval_data(beir.corpus, beir.queries, beir.qrels)
+
+    return _make_task(AbsTaskRetrieval, "Retrieval", "ndcg_at_10", folder, content_hash(*files), load)
+
+
+def reranking_task(file: str | Path) -> AbsTask:
+    """JSON lines of {query, pos: [...], neg: [...]}: each query ranks its own candidates; main score MAP.
+
+    Raises:
+        ValueError: a missing file or a bad row, one without positives or without negatives included.
+    """
+    from mteb.abstasks import AbsTaskRetrieval
+
+    path = existing_file(file, "reranking")
+    corpus: dict[str, str] = {}
+    queries, qrels, candidates = {}, {}, {}
+    for n, row in enumerate(read_jsonl(path, ("query", "pos", "neg"), "reranking"), start=1):
+        where = f"reranking: {path}, row {n}"
+        positives, negatives = texts(row, "pos", where), texts(row, "neg", where)
+        if both := set(positives) & set(negatives):
+            raise ValueError(f"{where}: {both.pop()!r:.80} is both in 'pos' and in 'neg'; keep it in one of them")
+        ids = {passage: corpus.setdefault(passage, f"d{len(corpus)}") for passage in [*positives, *negatives]}
+        queries[f"q{n}"] = text(row, "query", where)
+        qrels[f"q{n}"] = {id_: int(passage in set(positives)) for passage, id_ in ids.items()}
+        # Sorted by id and not positives first: were all scores equal, the order given must not decide.
+        candidates[f"q{n}"] = sorted(ids.values())
+
+    def load() -> dict[str, Any]:
+        return _retrieval_data({id_: passage for passage, id_ in corpus.items()}, queries, qrels, candidates)
+
+    return _make_task(AbsTaskRetrieval, "Reranking", "map_at_1000", path, content_hash(path), load)
+
+
+def sts_task(file: str | Path) -> AbsTask:
+    """Tab-separated sentence1, sentence2, score as STS; main score Spearman's correlation with the cosine.
+
+    Raises:
+        ValueError: a missing file or column, a score that is not a number, or the same score on every row.
+    """
+    from mteb.abstasks import AbsTaskSTS
+
+    path = existing_file(file, "sts")
+    rows = read_tsv(path, ("sentence1", "sentence2", "score"), "sts")
+    scores = [number(row, "score", f"sts: {path}, row {n}") for n, row in enumerate(rows, start=1)]
+    if len(set(scores)) < 2:
+        raise ValueError(f"sts: {path} has the same score on every row; a rank correlation needs at least two values")
+    columns = {**{name: [row[name] for row in rows] for name in ("sentence1", "sentence2")}, "score": scores}
+    bounds = {"min_score": min(scores), "max_score": max(scores)}
+    return _make_task(
+        AbsTaskSTS, "STS", "cosine_spearman", path, content_hash(path), _splits(test=columns), **bounds
+    )
+
+
+def pair_classification_task(file: str | Path) -> AbsTask:
+    """JSON lines of {sentence1, sentence2, label: 0 or 1}; main score average precision.
+
+    Raises:
+        ValueError: a missing file, a bad row, or a label that never occurs.
+    """
+    from mteb.abstasks import AbsTaskPairClassification
+
+    path = existing_file(file, "pair_classification")
+    rows = read_jsonl(path, ("sentence1", "sentence2", "label"), "pair_classification")
+    columns: dict[str, list[Any]] = {"sentence1": [], "sentence2": [], "labels": []}
+    for n, row in enumerate(rows, start=1):
+        where = f"pair_classification: {path}, row {n}"
+        if (label := number(row, "label", where)) not in (0, 1):
+            raise ValueError(f"{where}: 'label' must be 0 or 1, not {row['label']!r}")
+        columns["labels"].append(int(label))
+        for name in ("sentence1", "sentence2"):
+            columns[name].append(text(row, name, where))
+    _need_two_labels(columns["labels"], "pair_classification", path)
+    return _make_task(
+        AbsTaskPairClassification, "PairClassification", "max_ap", path, content_hash(path), _splits(test=columns)
+    )
+
+
+def classification_task(folder: str | Path) -> AbsTask:
+    """A folder with train.jsonl and test.jsonl of {text, label}; main score accuracy of mteb's logistic regression.
+
+    Raises:
+        ValueError: a missing file, a bad row, one label only, or a test label that training lacks.
+    """
+    from mteb.abstasks import AbsTaskClassification
+
+    folder = Path(folder)
+    files = {split: existing_file(folder / f"{split}.jsonl", "classification") for split in ("train", "test")}
+    read = {split: _labelled(path, "classification") for split, path in files.items()}
+    names = sorted(set(read["train"][1]))
+    _need_two_labels(names, "classification", files["train"])
+    if unknown := sorted(set(read["test"][1]) - set(names)):
+        raise ValueError(f"classification: {files['test']} has labels that train.jsonl lacks: {unknown[:5]}")
+    index = {name: n for n, name in enumerate(names)}
+    columns = {
+        split: {"text": sentences, "label": [index[label] for label in labels]}
+        for split, (sentences, labels) in read.items()
+    }
+    digest = content_hash(*files.values())
+    return _make_task(AbsTaskClassification, "Classification", "accuracy", folder, digest, _splits(**columns))
+
+
+def clustering_task(file: str | Path) -> AbsTask:
+    """JSON lines of {text, label}; main score V-measure over ten bootstrap samples of all texts.
+
+    Raises:
+        ValueError: a missing file, a bad row, or one label only.
+    """
+    from mteb.abstasks import AbsTaskClustering
+
+    path = existing_file(file, "clustering")
+    sentences, labels = _labelled(path, "clustering")
+    _need_two_labels(labels, "clustering", path)
+    columns = {"sentences": sentences, "labels": labels}
+    # mteb's default embeds 4 % of a task's texts; a local file is embedded whole.
+    whole = {
+        "max_fraction_of_documents_to_embed": None,
+        "max_documents_per_cluster": min(len(sentences), 16_384),
+    }
+    return _make_task(
+        AbsTaskClustering, "Clustering", "v_measure", path, content_hash(path), _splits(test=columns), **whole
+    )
+
+
+def _labelled(path: Path, option: str) -> tuple[list[str], list[str]]:
+    sentences, labels = [], []
+    for n, row in enumerate(read_jsonl(path, ("text", "label"), option), start=1):
+        sentences.append(text(row, "text", f"{option}: {path}, row {n}"))
+        if not isinstance(row["label"], str | int):
+            raise ValueError(f"{option}: {path}, row {n}: 'label' must be a text or an integer, not {row['label']!r}")
+        labels.append(str(row["label"]))
+    return sentences, labels
+
+
+def _need_two_labels(labels: Iterable[Any], option: str, path: Path) -> None:
+    if len(set(labels)) < 2:
+        raise ValueError(f"{option}: {path} has one label only; at least two are needed")
+
+
+def _splits(**columns: dict[str, list[Any]]) -> Callable[[], Any]:
+    def load() -> Any:
+        from datasets import Dataset, DatasetDict
+
+        return DatasetDict({split: Dataset.from_dict(values) for split, values in columns.items()})
+
+    return load
+
+
+def _retrieval_data(
+    corpus: dict[str, str],
+    queries: dict[str, str],
+    qrels: dict[str, dict[str, int]],
+    candidates: dict[str, list[str]] | None = None,
+) -> dict[str, Any]:
+    """mteb's layout of a retrieval task."""
+    from datasets import Dataset
+
+    def texts_by_id(named: dict[str, str]) -> Dataset:
+        return Dataset.from_dict({"id": list(named), "text": list(named.values())})
+
+    data = {
+        "corpus": texts_by_id(corpus),
+        "queries": texts_by_id(queries),
+        "relevant_docs": {query: dict(grades) for query, grades in qrels.items()},
+        "top_ranked": candidates,
+    }
+    return {"default": {"test": data}}
+
+
+def _make_task(
+    base: type[AbsTask],
+    type_: str,
+    main_score: str,
+    path: Path,
+    digest: str,
+    load: Callable[[], Any],
+    **attributes: Any,
+) -> AbsTask:
+    """An instance of ``base`` whose data come from ``load()``."""
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    def load_data(self: AbsTask, **_: Any) -> None:
+        self.dataset = load()
+        self.data_loaded = True
+
+    metadata = TaskMetadata(
+        name=f"{task_name(path)}-{digest}",
+        description=f"Local file or folder {path.name}",
+        dataset={"path": path.name, "revision": digest},
+        type=type_,
+        category="t2t",
+        eval_langs=["eng-Latn"],
+        main_score=main_score,
+    )
+    return type(f"Local{type_}", (base,), {"metadata": metadata, "load_data": load_data, **attributes})()
+
+
+def task_name(path: Path) -> str:
+    """The name of a file or folder without its ending, with its parent's before it where it says little by itself."""
+    resolved = path.resolve()
+    name = resolved.stem if resolved.is_file() else resolved.name
+    if name.lower() in GENERIC_NAMES:
+        name = f"{resolved.parent.name}-{name}"
+    return re.sub(r"[^\w.-]+", "_", name) or "local"

@@ -1,0 +1,212 @@
+"""Evaluation through mteb: its tasks, its scores and its result files.
+
+mteb itself is imported inside the functions, because that takes seconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ullme.eval.table import Row
+
+if TYPE_CHECKING:
+    from mteb.abstasks import AbsTask
+    from mteb.cache import ResultCache
+    from mteb.results import TaskResult
+
+# Reasons why the data of a task cannot be had; anything else is a fault and is raised.
+_UNREACHABLE = "its data are not on this machine and could not be downloaded"
+
+
+def eval_mteb_dataset(
+    model: Any,
+    dataset_name: str,
+    langs: Sequence[str] = ("eng",),
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    batch_size: int = 64,
+) -> dict[str, float]:
+    """Main score of one mteb task, times 100 as papers print it, for each language.
+
+    Args:
+        model: a :class:`~ullme.models.WrappedULLME` or any other mteb encoder.
+        dataset_name: name of an mteb task, such as "MSMARCO".
+        langs: ISO 639-3 codes. A language's score is the mean over the subsets in that language alone, or, where
+            there are none (bitext mining), over the subsets that contain it.
+        output: folder for mteb's result files; results already there are not computed again. None keeps no files.
+        overwrite: compute again what is there.
+        batch_size: texts a forward.
+
+    Returns:
+        For example ``{"eng": 35.8}``.
+
+    Raises:
+        ValueError: an unknown task, a language that the task does not have, or data that cannot be had.
+    """
+    task = _one_task(dataset_name)
+    subsets = {lang: _subsets(task, lang) for lang in langs}
+    task.filter_languages(None, hf_subsets=sorted({subset for chosen in subsets.values() for subset in chosen}))
+    with _cache(output) as cache:
+        result = _evaluate(model, task, cache, overwrite=overwrite, batch_size=batch_size, show_progress_bar=True)
+    if isinstance(result, str):
+        raise ValueError(f"{dataset_name}: {result}")
+    return {lang: _score(result, task, chosen) for lang, chosen in subsets.items()}
+
+
+def evaluate_tasks(
+    model: Any,
+    tasks: Sequence[AbsTask],
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    batch_size: int = 64,
+    show_progress_bar: bool = True,
+) -> list[Row]:
+    """Evaluate tasks one after the other, each written to disk as soon as it is done.
+
+    A task whose data cannot be had gives a row without score and with the reason; the others go on.
+
+    Args:
+        model: a :class:`~ullme.models.WrappedULLME` or any other mteb encoder.
+        tasks: what :func:`find_tasks` and :mod:`ullme.eval.local_tasks` return. Tasks hold a random state that
+            evaluation advances: make them anew for every model.
+        output: folder for mteb's result files (``results/MODEL/REVISION/TASK.json``); None keeps no files.
+        overwrite: compute again what is there.
+        batch_size: texts a forward.
+        show_progress_bar: mteb's bars.
+
+    Returns:
+        A row for each task, in order.
+    """
+    rows = []
+    with _cache(output) as cache:
+        for task in tasks:
+            result = _evaluate(
+                model, task, cache, overwrite=overwrite, batch_size=batch_size, show_progress_bar=show_progress_bar
+            )
+            failed = isinstance(result, str)
+            rows.append(
+                Row(
+                    task=task.metadata.name,
+                    type=task.metadata.type,
+                    main_score=task.metadata.main_score,
+                    score=None if failed else _score(result, task, task.hf_subsets),
+                    error=result if failed else None,
+                )
+            )
+    return rows
+
+
+def find_tasks(names: Sequence[str], langs: Sequence[str] | None = None) -> list[AbsTask]:
+    """mteb tasks by the names of tasks and benchmarks, without duplicates.
+
+    Args:
+        names: such as "SciFact" or "MTEB(eng, v1)"; a benchmark brings its own splits and languages.
+        langs: ISO 639-3 codes to keep of tasks named one by one; None keeps all.
+
+    Raises:
+        ValueError: an unknown name (with the nearest known ones), or a task that has none of the languages.
+    """
+    import mteb
+
+    found: dict[str, AbsTask] = {}
+    for name in names:
+        try:
+            tasks = [*mteb.get_benchmark(name)]
+        except KeyError:
+            task = _one_task(name)
+            if langs:
+                subsets = {subset for lang in langs for subset in _subsets(task, lang)}
+                task.filter_languages(None, hf_subsets=sorted(subsets))
+            tasks = [task]
+        for task in tasks:
+            found.setdefault(task.metadata.name, task)
+    return list(found.values())
+
+
+def nearest_names(name: str, count: int = 3) -> list[str]:
+    """The names of mteb tasks and benchmarks that look most like ``name``, upper and lower case alike."""
+    import mteb
+    from mteb.get_tasks import TASK_LIST
+
+    known = [task.metadata.name for task in TASK_LIST] + [benchmark.name for benchmark in mteb.get_benchmarks()]
+    lowered = {known_name.lower(): known_name for known_name in known}
+    return [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=count, cutoff=0.5)]
+
+
+def _one_task(name: str) -> AbsTask:
+    import mteb
+
+    try:
+        return mteb.get_task(name)
+    except KeyError:
+        nearest = nearest_names(name)
+    advice = f"did you mean {' or '.join(nearest)}?" if nearest else "mteb.get_tasks() lists the known ones"
+    raise ValueError(f"tasks: {name!r} is not the name of an mteb task or benchmark; {advice}")
+
+
+def _subsets(task: AbsTask, lang: str) -> list[str]:
+    """Subsets in this language alone, or else those that contain it."""
+    languages = {
+        subset: {code.split("-")[0] for code in codes}
+        for subset, codes in task.metadata.hf_subsets_to_langscripts.items()
+    }
+    alone = [subset for subset, codes in languages.items() if codes == {lang}]
+    chosen = alone or [subset for subset, codes in languages.items() if lang in codes]
+    if not chosen:
+        has = sorted(set().union(*languages.values()))
+        raise ValueError(f"langs: {task.metadata.name} has no language {lang!r}; it has {', '.join(has)}")
+    return chosen
+
+
+@contextmanager
+def _cache(output: str | Path | None) -> Iterator[ResultCache]:
+    from mteb.cache import ResultCache
+
+    if output is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield ResultCache(folder)
+    else:
+        yield ResultCache(Path(output))
+
+
+def _evaluate(
+    model: Any, task: AbsTask, cache: ResultCache, *, overwrite: bool, batch_size: int, show_progress_bar: bool
+) -> TaskResult | str:
+    """The result, or why the data cannot be had."""
+    import mteb
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        results = mteb.evaluate(
+            model,
+            task,
+            cache=cache,
+            overwrite_strategy="always" if overwrite else "only-missing",
+            encode_kwargs={"batch_size": batch_size, "show_progress_bar": show_progress_bar},
+            co2_tracker=False,
+            show_progress_bar=show_progress_bar,
+        )
+    except (ConnectionError, DatasetNotFoundError, HfHubHTTPError) as error:
+        return f"{_UNREACHABLE} ({type(error).__name__})"
+    if results.exceptions:
+        return f"{_UNREACHABLE} ({results.exceptions[0].exception})"
+    return results[0]
+
+
+def _score(result: TaskResult, task: AbsTask, subsets: Sequence[str]) -> float:
+    """Mean main score over the task's splits and these subsets, times 100."""
+    kept = [
+        scores["main_score"]
+        for split in task.eval_splits
+        for scores in result.scores[split]
+        if scores["hf_subset"] in subsets
+    ]
+    return 100 * float(sum(kept) / len(kept))

@@ -1,0 +1,60 @@
+"""The table of results, as text for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+HEADER = ("Task", "Type", "Main score", "Score")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task's result.
+
+    Args:
+        task: the task's name.
+        type: mteb's task type.
+        main_score: the name of the score that counts.
+        score: its value times 100, or None where the task could not be evaluated.
+        error: why it could not be.
+    """
+
+    task: str
+    type: str
+    main_score: str
+    score: float | None
+    error: str | None = None
+
+
+def mean_score(rows: Sequence[Row]) -> float | None:
+    """Mean over the tasks that have a score; None where none has."""
+    scores = [row.score for row in rows if row.score is not None]
+    return sum(scores) / len(scores) if scores else None
+
+
+def text_table(rows: Sequence[Row]) -> str:
+    """Columns aligned with spaces, the mean in the last line."""
+    lines = _cells(rows)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    printed = ["  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=True))][:-1]) for line in lines]
+    printed = [f"{left}  {line[-1].rjust(widths[-1])}" for left, line in zip(printed, lines, strict=True)]
+    return "\n".join([printed[0], rule, *printed[1:-1], rule, printed[-1]])
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The same table in Markdown."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in _cells(rows)]
+    return "\n".join([lines[0], "|---|---|---|---:|", *lines[1:]])
+
+
+def _cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    scored = sum(row.score is not None for row in rows)
+    label = f"Mean of {scored}" if scored == len(rows) else f"Mean of {scored} of {len(rows)}"
+    body = [(row.task, row.type, row.main_score, _number(row.score)) for row in rows]
+    return [HEADER, *body, (label, "", "", _number(mean_score(rows)))]
+
+
+def _number(score: float | None) -> str:
+    return "-" if score is None else f"{score:.2f}"
