@@ -1,0 +1,239 @@
+"""The language of the miniature world: what can be said of an entity, and in which words it is asked for.
+
+The wording of a relation's passages and of its queries share no content word, so that a query has the entity's name in
+common with its passage and little else. ``{s}`` is the subject, ``{o}`` the object.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+SYLLABLES = _words(
+    "ba be bi bo da de di do fa fe fi fo ga ge go gu ka ke ki ko la le li lo "
+    "ma me mi mo na ne ni no pa pe pi po ra re ri ro sa se si so ta te ti to va ve vi vo"
+)
+ENDINGS = _words("ban del din far gor kan lim lor mar men nor pel ras rin sol tan ter tis vel vor")
+
+KINDS = ("person", "town", "company", "instrument")
+
+WORDS = {
+    "craft": _words("baker carpenter clockmaker gardener lawyer painter sailor tailor weaver doctor shepherd printer"),
+    "goods": _words(
+        "amber barley candles carpets copper glass honey lamps leather olives paper pepper salt silk soap tea"
+    ),
+    "month": _words("January February March April May June July August September October November December"),
+    "wood": _words("ash bamboo beech cedar cherry ebony elm maple oak pear pine walnut"),
+    "mood": _words("bright dark dry gentle harsh hollow mild piercing sweet warm"),
+    "occasion": _words("weddings funerals harvests banquets markets coronations parades dances"),
+    "year": [str(year) for year in range(1700, 1900, 7)],
+    "count": _words("two three four five six seven eight nine ten eleven twelve"),
+    "thousands": [
+        f"{n} thousand" for n in _words("two three four five six seven eight nine twenty thirty forty sixty")
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One thing that can be known of every entity of a kind.
+
+    Args:
+        name: unique over the world.
+        subject: the kind it speaks of, one of ``KINDS``.
+        object: another of ``KINDS``, or a key of ``WORDS``.
+        statements: how passages word it, each holding ``{s}`` and ``{o}``.
+        questions: how queries word it, each holding ``{s}``.
+    """
+
+    name: str
+    subject: str
+    object: str
+    statements: tuple[str, ...]
+    questions: tuple[str, ...]
+
+
+RELATIONS = (
+    Relation(
+        "born in",
+        "person",
+        "town",
+        ("{s} was born in {o}.", "The cradle of {s} stood in {o}.", "Parish books show that {s} was baptised at {o}."),
+        ("where does {s} come from?", "what is the native place of {s}?", "which home did {s} have as a child?"),
+    ),
+    Relation(
+        "taught by",
+        "person",
+        "person",
+        ("{s} studied under {o}.", "As a pupil, {s} took lessons from {o}.", "{s} spent an apprenticeship with {o}."),
+        ("who was the teacher of {s}?", "which mentor instructed {s}?", "by whom was {s} educated?"),
+    ),
+    Relation(
+        "craft",
+        "person",
+        "craft",
+        ("{s} worked as a {o}.", "By trade {s} was a {o}.", "Neighbours hired {s} as their {o}."),
+        ("what job did {s} do?", "how did {s} earn money?", "which profession did {s} choose?"),
+    ),
+    Relation(
+        "heir",
+        "person",
+        "person",
+        ("{s} left all belongings to {o}.", "{o} inherited the house of {s}.", "The will of {s} names only {o}."),
+        ("who is the heir of {s}?", "to whom did the wealth of {s} go?", "who got the fortune of {s}?"),
+    ),
+    Relation(
+        "died",
+        "person",
+        "year",
+        ("{s} died in {o}.", "A grave stone of {o} marks where {s} was buried.", "{s} passed away in {o}."),
+        ("when did the life of {s} end?", "until which date did {s} live?", "what is the last date known of {s}?"),
+    ),
+    Relation(
+        "exports",
+        "town",
+        "goods",
+        ("{s} exports {o}.", "Ships leave {s} loaded with {o}.", "Caravans carry {o} out of {s}."),
+        ("what does {s} sell abroad?", "which wares do foreign buyers get from {s}?", "on what trade does {s} rely?"),
+    ),
+    Relation(
+        "inhabitants",
+        "town",
+        "thousands",
+        ("{s} counts {o} inhabitants.", "The census found {o} souls in {s}.", "{s} is settled by {o} citizens."),
+        ("how many people live in {s}?", "what is the population of {s}?", "how big is {s}?"),
+    ),
+    Relation(
+        "mayor",
+        "town",
+        "person",
+        ("{s} is governed by mayor {o}.", "The mayor of {s} is called {o}.", "In {s}, the council obeys {o}."),
+        ("who rules {s}?", "which politician leads {s}?", "who is the head of administration at {s}?"),
+    ),
+    Relation(
+        "fair",
+        "town",
+        "month",
+        ("{s} holds its fair in {o}.", "Each {o}, stalls and jugglers fill {s}.", "Crowds dance in {s} every {o}."),
+        ("when do they celebrate at {s}?", "what is the date of the festival of {s}?", "best time for a feast at {s}?"),
+    ),
+    Relation(
+        "built by",
+        "town",
+        "company",
+        (
+            "The walls of {s} were built by {o}.",
+            "{s} let {o} erect its bridge.",
+            "Masons of {o} raised the tower of {s}.",
+        ),
+        (
+            "which contractor constructed {s}?",
+            "who is the architect behind {s}?",
+            "to whom does {s} owe its monuments?",
+        ),
+    ),
+    Relation(
+        "founded by",
+        "company",
+        "person",
+        ("{s} was founded by {o}.", "{o} laid the foundation of {s}.", "With a small inheritance {o} established {s}."),
+        ("who started {s}?", "which entrepreneur set up {s}?", "whose idea was {s}?"),
+    ),
+    Relation(
+        "seat",
+        "company",
+        "town",
+        ("{s} has its headquarters in {o}.", "{s} is run from {o}.", "The offices of {s} are in {o}."),
+        ("where is {s} based?", "what is the address of {s}?", "which location does {s} occupy?"),
+    ),
+    Relation(
+        "makes",
+        "company",
+        "goods",
+        ("{s} manufactures {o}.", "Workers at {s} turn out {o}.", "The factory of {s} is known for {o}."),
+        ("what does {s} produce?", "which product can one buy of {s}?", "what article made {s} rich?"),
+    ),
+    Relation(
+        "opened",
+        "company",
+        "year",
+        (
+            "{s} opened its doors in {o}.",
+            "{s} was entered in the register in {o}.",
+            "{s} has been in business since {o}.",
+        ),
+        ("how old is {s}?", "when did {s} begin?", "what is the age of {s}?"),
+    ),
+    Relation(
+        "bought by",
+        "company",
+        "company",
+        ("{s} was bought by {o}.", "{o} took over {s}.", "All shares of {s} went to {o}."),
+        ("who acquired {s}?", "which firm is the owner of {s}?", "what is the parent group of {s}?"),
+    ),
+    Relation(
+        "designed by",
+        "instrument",
+        "person",
+        ("The {s} was designed by {o}.", "{o} drew the first {s}.", "The {s} goes back to a sketch of {o}."),
+        ("who invented the {s}?", "whose creation is the {s}?", "which genius devised the {s}?"),
+    ),
+    Relation(
+        "wood",
+        "instrument",
+        "wood",
+        ("The {s} is carved from {o}.", "The body of a {s} is {o}.", "Luthiers cut the {s} out of {o}."),
+        ("what material is the {s} made of?", "which timber does a {s} need?", "what does one build a {s} with?"),
+    ),
+    Relation(
+        "strings",
+        "instrument",
+        "count",
+        ("The {s} has {o} strings.", "{o} strings are stretched over the {s}.", "A {s} is strung with {o} courses."),
+        (
+            "how many cords belong to a {s}?",
+            "what number of wires does the {s} use?",
+            "how many lines to tune on a {s}?",
+        ),
+    ),
+    Relation(
+        "sound",
+        "instrument",
+        "mood",
+        ("The {s} sounds {o}.", "Listeners call the voice of the {s} {o}.", "A {o} ring is proper to the {s}."),
+        ("what tone has the {s}?", "how would you describe hearing a {s}?", "what is the timbre of the {s} like?"),
+    ),
+    Relation(
+        "played at",
+        "instrument",
+        "occasion",
+        ("The {s} is played at {o}.", "Musicians bring the {s} to {o}.", "No {o} go by without the {s}."),
+        ("on which event does one perform on a {s}?", "why do people want a {s}?", "what purpose serves the {s}?"),
+    ),
+)
+
+FILLERS = (
+    "Old travellers like to repeat this.",
+    "So at least the chronicle tells us.",
+    "Later scholars have confirmed the story.",
+    "Few readers remember it today.",
+    "There is no reason to doubt the source.",
+    "A note in the margin says the same.",
+    "Nobody in the region would deny it.",
+    "The archive keeps a letter about it.",
+    "Much else has been forgotten.",
+    "It is mentioned in every almanac.",
+    "The papers are silent on the rest.",
+    "Even so, opinions differ on the details.",
+)
+MENTIONS = (
+    "Much has been written about {s}.",
+    "A word on {s} first.",
+    "Here is what we know about {s}.",
+    "This page is about {s}.",
+    "The name {s} appears in many old books.",
+)
