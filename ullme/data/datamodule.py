@@ -141,8 +141,12 @@ class ULLMEDataModule(L.LightningDataModule):
         """This rank's slice of the global batches, from where the trainer's step counter stands."""
         trainer = self.trainer
         assert trainer is not None
-        # overfit_batches is Lightning's way to see the same batches again and again
-        position = (lambda: 0) if trainer.overfit_batches else (lambda: trainer.global_step)
+        # Lightning's way to see the same batches again and again
+        overfit = bool(trainer.overfit_batches)  # type: ignore[attr-defined]
+
+        def position() -> int:
+            return 0 if overfit else trainer.global_step
+
         return self.train_dataloader_for(self._prompt_tokenizer(), *self._rank_and_world_size(), position=position)
 
     def train_dataloader_for(
@@ -229,7 +233,7 @@ class ULLMEDataModule(L.LightningDataModule):
 
     def _prompt_tokenizer(self) -> PromptTokenizer:
         assert self.trainer is not None
-        model = self.trainer.lightning_module.model
+        model: Any = self.trainer.lightning_module.model
         return PromptTokenizer(model.tokenizer, model.prompts)
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,7 +7,6 @@ change what the model sees.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import chain
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -61,20 +60,26 @@ def draw(
 def _borrow(source: RowSource, count: int, taken: set[str], rng: np.random.Generator) -> list[str]:
     """Positives of other rows, all different, none in ``taken``."""
     borrowed: list[str] = []
-    # Random rows nearly always do; where most texts are the same (class labels as positives), look at every row.
-    start = int(rng.integers(len(source)))
-    everywhere = ((start + i) % len(source) for i in range(len(source)))
-    for other in chain(rng.integers(len(source), size=8 * count).tolist(), everywhere):
-        free = [text for text in source[other].positives if text not in taken]
-        if free:
-            borrowed.append(free[rng.integers(len(free))])
-            taken.add(borrowed[-1])
+    for text in _others(source, 8 * count, rng):
+        if text not in taken:
+            borrowed.append(text)
+            taken.add(text)
         if len(borrowed) == count:
             return borrowed
     raise ValueError(
         f"a row lacks {count} hard negatives and only {len(borrowed)} different positives of other rows can be "
         "borrowed; lower data.num_hard_negatives, or set data.short_rows to repeat or drop"
     )
+
+
+def _others(source: RowSource, tries: int, rng: np.random.Generator) -> Iterator[str]:
+    """Positives of random rows; and of every row, where ``tries`` do not do because most rows have the same texts."""
+    for row in rng.integers(len(source), size=tries).tolist():
+        positives = source[row].positives
+        yield positives[rng.integers(len(positives))]
+    start = int(rng.integers(len(source)))
+    for i in range(len(source)):
+        yield from source[(start + i) % len(source)].positives
 
 
 def settle_short_rows(

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import pickle
+from itertools import chain
+
+import pytest
+import torch
+
+from ullme.data.collator import (
+    Collator,
+    EvalCollator,
+    TrainDataset,
+    length_sorted_batches,
+    passage_key,
+)
+from ullme.data.sampler import Draw
+from ullme.data.sources import open_source
+from ullme.prompts import Prompts, PromptTokenizer
+
+
+@pytest.fixture
+def prompt_tokenizer(tokenizer):
+    return PromptTokenizer(tokenizer, Prompts(query="{instruction}|{text}", passage="P:{text}", instruction="task"))
+
+
+def read(tokenizer, rows):
+    return [tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(rows.input_ids, rows.attention_mask, strict=True)]
+
+
+DRAWS = [
+    (5, Draw("qa", "pa", ["na1", "na2"], None)),
+    (2, Draw("qb", "pb", ["nb1", "nb2"], "other")),
+    (9, Draw("qc", "pc", ["pa", "nc2"], None)),
+]
+
+
+def test_each_query_keeps_its_own_candidates_positive_first(tokenizer, prompt_tokenizer):
+    batch = Collator(prompt_tokenizer, 32, 32)(DRAWS)
+    assert read(tokenizer, batch.queries) == ["task|qa", "other|qb", "task|qc"]
+    assert read(tokenizer, batch.passages) == [
+        f"P:{text}" for text in ("pa", "na1", "na2", "pb", "nb1", "nb2", "pc", "pa", "nc2")
+    ]
+    assert batch.num_candidates == 3
+    assert batch.row_ids.tolist() == [5, 2, 9]
+    for b, (_, drawn) in enumerate(DRAWS):  # list-major regrouping would give query b another query's passages
+        own = read(tokenizer, batch[b : b + 1].passages)
+        assert own == [f"P:{text}" for text in (drawn.positive, *drawn.negatives)]
+
+
+def test_keys_are_equal_where_texts_are(prompt_tokenizer):
+    batch = Collator(prompt_tokenizer, 32, 32)(DRAWS)
+    texts = [[d.positive, *d.negatives] for _, d in DRAWS]
+    flat = list(chain(*texts))
+    equal_keys = batch.passage_keys.view(-1, 1) == batch.passage_keys.view(1, -1)
+    equal_texts = torch.tensor([[a == b for b in flat] for a in flat])
+    assert torch.equal(equal_keys, equal_texts)
+    assert batch.passage_keys.dtype == torch.int64
+    assert batch.passage_keys.shape == (3, 3)
+
+
+def test_keys_are_stable_and_fit_int64():
+    assert passage_key("a passage") == 0xDDC1A6194D980666 >> 1  # printf 'a passage' | b2sum -l 64
+    assert all(0 <= passage_key(str(i)) < 2**63 for i in range(1000))
+    assert len({passage_key(str(i)) for i in range(1000)}) == 1000
+
+
+def test_lengths_are_limited_each_on_its_side(prompt_tokenizer):
+    batch = Collator(prompt_tokenizer, 7, 11)([(0, Draw("q" * 50, "p" * 50, ["n"], None))])
+    assert batch.queries.input_ids.shape == (1, 7)
+    assert batch.passages.input_ids.shape == (2, 11)
+    assert batch.passages.attention_mask.sum(1).tolist() == [11, 3]
+
+
+def test_no_hard_negatives(prompt_tokenizer):
+    batch = Collator(prompt_tokenizer, 32, 32)([(0, Draw("q", "p", [], None)), (1, Draw("r", "s", [], None))])
+    assert batch.num_candidates == 1
+    assert len(batch.passages) == 2
+
+
+def test_dataset_and_collator_travel_to_a_worker(write_jsonl, rows, prompt_tokenizer):
+    dataset = TrainDataset(open_source(write_jsonl(rows)), seed=1, num_hard_negatives=2)
+    collator = Collator(prompt_tokenizer, 32, 32)
+    index = [(3, 0), (0, 0), (3, 1)]
+    here = collator([dataset[i] for i in index])
+    sent_dataset, sent_collator = pickle.loads(pickle.dumps((dataset, collator)))
+    there = sent_collator([sent_dataset[i] for i in index])
+    assert torch.equal(here.passages.input_ids, there.passages.input_ids)
+    assert torch.equal(here.passage_keys, there.passage_keys)
+    assert here.row_ids.tolist() == [3, 0, 3]
+
+
+def test_eval_rows(tokenizer, prompt_tokenizer):
+    rows = EvalCollator(prompt_tokenizer, "query", 32)([(4, "a"), (1, "bb")])
+    assert read(tokenizer, rows.rows) == ["task|a", "task|bb"]
+    assert rows.indices.tolist() == [4, 1]
+    moved = rows.to("meta")
+    assert moved.indices.device.type == moved.rows.input_ids.device.type == "meta"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 4, 10, 13])
+def test_eval_batches_cover_every_text_with_as_many_batches_on_each_rank(world_size, count):
+    texts = ["x" * ((7 * i) % 11) for i in range(count)]
+    ranks = [length_sorted_batches(texts, 4, rank, world_size) for rank in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert {i for batches in ranks for batch in batches for i in batch} == set(range(count))
+    first = ranks[0][0]
+    assert len(texts[first[0]]) == max(map(len, texts)), "the longest first"
+    if world_size == 1:
+        assert sorted(chain(*ranks[0])) == list(range(count))
