@@ -83,9 +83,7 @@ def sts_task(file: str | Path) -> AbsTask:
         raise ValueError(f"sts: {path} has the same score on every row; a rank correlation needs at least two values")
     columns = {**{name: [row[name] for row in rows] for name in ("sentence1", "sentence2")}, "score": scores}
     bounds = {"min_score": min(scores), "max_score": max(scores)}
-    return _make_task(
-        AbsTaskSTS, "STS", "cosine_spearman", path, content_hash(path), _splits(test=columns), **bounds
-    )
+    return _make_task(AbsTaskSTS, "STS", "cosine_spearman", path, content_hash(path), _splits(test=columns), **bounds)
 
 
 def pair_classification_task(file: str | Path) -> AbsTask:

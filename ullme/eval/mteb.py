@@ -135,7 +135,9 @@ def nearest_names(name: str, count: int = 3) -> list[str]:
     import mteb
     from mteb.get_tasks import TASK_LIST
 
-    known = [task.metadata.name for task in TASK_LIST] + [benchmark.name for benchmark in mteb.get_benchmarks()]
+    known = [task.metadata.name for task in TASK_LIST]
+    for benchmark in mteb.get_benchmarks():
+        known += [benchmark.name, *(benchmark.aliases or [])]
     lowered = {known_name.lower(): known_name for known_name in known}
     return [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=count, cutoff=0.5)]
 

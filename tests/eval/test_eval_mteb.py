@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from ullme.eval import eval_mteb_dataset, evaluate_tasks, find_tasks, local_tasks
+from ullme.eval.mteb import nearest_names
+from ullme.models import WrappedULLME
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llm):
+    return WrappedULLME(str(tiny_llm), device="cpu")
+
+
+def mock_tasks() -> list[type]:
+    """Every text task that mteb mocks, once."""
+    from mteb.mocks import MOCK_TASK_TEST_GRID
+
+    return sorted({type(task) for task in MOCK_TASK_TEST_GRID}, key=lambda task: task.__name__)
+
+
+def count_encodes(model, monkeypatch) -> list[str]:
+    """The texts encoded from now on."""
+    seen: list[str] = []
+    encode = model.model.encode
+    monkeypatch.setattr(model.model, "encode", lambda texts, **kwargs: (seen.extend(texts), encode(texts, **kwargs))[1])
+    return seen
+
+
+def test_the_mocks_cover_every_type_of_the_papers_benchmark():
+    assert {task.metadata.type for task in mock_tasks()} >= {
+        "BitextMining",
+        "Classification",
+        "Clustering",
+        "InstructionReranking",
+        "InstructionRetrieval",
+        "MultilabelClassification",
+        "PairClassification",
+        "Reranking",
+        "Retrieval",
+        "STS",
+        "Summarization",
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("task", mock_tasks(), ids=lambda task: task.__name__)
+def test_every_type_of_task_gets_a_score(model, task):
+    [row] = evaluate_tasks(model, [task()], show_progress_bar=False)
+    assert row.error is None
+    assert row.type == task.metadata.type
+    assert row.main_score == task.metadata.main_score
+    assert -100 <= row.score <= 100
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_results_are_kept_and_not_computed_again(model, beir_folder, tmp_path, monkeypatch):
+    seen = count_encodes(model, monkeypatch)
+
+    def rows(overwrite: bool = False):
+        task = local_tasks.retrieval_task(beir_folder)
+        return evaluate_tasks(model, [task], output=tmp_path / "out", overwrite=overwrite, show_progress_bar=False)
+
+    first = rows()
+    assert len(seen) == 9
+    assert rows() == first
+    assert len(seen) == 9
+    assert rows(overwrite=True) == first
+    assert len(seen) == 18
+    with (beir_folder / "corpus.jsonl").open("a") as corpus:
+        corpus.write('{"_id": "d9", "text": "one more"}\n')
+    rows()
+    assert len(seen) == 28
+
+
+def test_result_files_are_mtebs_own(model, sts_file, tmp_path):
+    from mteb.results import TaskResult
+
+    task = local_tasks.sts_task(sts_file)
+    [row] = evaluate_tasks(model, [task], output=tmp_path, show_progress_bar=False)
+    folder = tmp_path / "results" / "local__tiny-llm" / model.mteb_model_meta.revision
+    result = TaskResult.from_disk(folder / f"{task.metadata.name}.json")
+    # mteb writes six digits.
+    assert 100 * result.get_score() == pytest.approx(row.score, abs=1e-4)
+    assert json.loads((folder / "model_meta.json").read_text())["name"] == "local/tiny-llm"
+
+
+def test_two_models_do_not_share_results(model, tiny_llm, sts_file, tmp_path):
+    causal = WrappedULLME(str(tiny_llm), device="cpu", attention="causal")
+    for one in (model, causal):
+        evaluate_tasks(one, [local_tasks.sts_task(sts_file)], output=tmp_path, show_progress_bar=False)
+    assert len(list(tmp_path.rglob("similar-*.json"))) == 2
+
+
+def test_data_out_of_reach_leave_the_other_tasks_alone(model, sts_file, tmp_path, monkeypatch):
+    unreachable, reachable = local_tasks.sts_task(sts_file), local_tasks.sts_task(sts_file)
+
+    def offline(**_):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(unreachable, "load_data", offline)
+    failed, done = evaluate_tasks(model, [unreachable, reachable], show_progress_bar=False)
+    assert failed.score is None
+    assert "could not be downloaded" in failed.error
+    assert done.score is not None
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """mteb knows its own mock tasks by name."""
+    import mteb  # noqa: F401
+
+    registry = sys.modules["mteb.get_tasks"]._TASKS_REGISTRY
+    for task in mock_tasks():
+        monkeypatch.setitem(registry, task.metadata.name, task)
+
+
+@pytest.mark.usefixtures("registered")
+def test_paper_api_gives_percent_by_language(model, tmp_path):
+    scores = eval_mteb_dataset(
+        model=model, dataset_name="MockMultilingualSTSTask", langs=["fra", "eng"], output=tmp_path
+    )
+    assert list(scores) == ["fra", "eng"]
+    [file] = tmp_path.rglob("MockMultilingualSTSTask.json")
+    written = {entry["hf_subset"]: entry["main_score"] for entry in json.loads(file.read_text())["scores"]["test"]}
+    assert scores == pytest.approx({lang: 100 * written[lang] for lang in ("fra", "eng")}, abs=1e-4)
+    assert eval_mteb_dataset(model=model, dataset_name="MockSTSTask") == pytest.approx({"eng": scores["eng"]})
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_language_brings_its_own_subsets_only(model, monkeypatch):
+    seen = count_encodes(model, monkeypatch)
+    eval_mteb_dataset(model=model, dataset_name="MockMultilingualSTSTask", langs=["fra"])
+    assert len(seen) == 4
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_language_that_the_task_lacks(model):
+    with pytest.raises(ValueError, match="MockSTSTask has no language 'deu'; it has eng"):
+        eval_mteb_dataset(model=model, dataset_name="MockSTSTask", langs=["deu"])
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [("SciFatc", "SciFact"), ("stsbenchmark", "STSBenchmark"), ("MTEB(eng v1)", "MTEB(eng, v1)")],
+)
+def test_an_unknown_name_suggests_the_nearest(typo, meant):
+    assert meant in nearest_names(typo)
+    with pytest.raises(ValueError, match="is not the name of an mteb task or benchmark; did you mean") as refused:
+        find_tasks([typo])
+    assert meant in str(refused.value)
+
+
+def test_a_benchmark_is_its_tasks_and_doubles_go():
+    tasks = find_tasks(["SciFact", "MTEB(eng, v1)", "SciFact"])
+    names = [task.metadata.name for task in tasks]
+    assert names[0] == "SciFact"
+    assert len(names) == len(set(names)) == 56
+    by_name = dict(zip(names, tasks, strict=True))
+    assert by_name["STS22"].hf_subsets == ["en"]
+    assert list(by_name["MSMARCO"].eval_splits) == ["dev"]
+
+
+def test_langs_narrow_a_named_task():
+    [task] = find_tasks(["STS17"], langs=["eng"])
+    assert task.hf_subsets == ["en-en"]

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+from eval_helpers import DOCUMENTS, write_jsonl
+
+from ullme.data.beir import read_beir
+from ullme.eval import evaluate_tasks, local_tasks
+from ullme.models import WrappedULLME
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llm):
+    return WrappedULLME(str(tiny_llm), device="cpu")
+
+
+def score(model, task) -> float:
+    [row] = evaluate_tasks(model, [task], show_progress_bar=False)
+    assert row.error is None
+    return row.score
+
+
+def ndcg_at_10(similarities: dict[str, float], grades: dict[str, int]) -> float:
+    """By definition: sum of grade / log2(rank + 1) over that of the ideal order."""
+
+    def dcg(ordered: list[int]) -> float:
+        return sum(grade / math.log2(rank + 2) for rank, grade in enumerate(ordered[:10]))
+
+    ranked = sorted(similarities, key=similarities.__getitem__, reverse=True)
+    return dcg([grades.get(doc, 0) for doc in ranked]) / dcg(sorted(grades.values(), reverse=True))
+
+
+def test_retrieval_is_ndcg_of_the_models_own_embeddings(model, beir_folder):
+    beir = read_beir(beir_folder)
+    documents = model.model.encode(list(beir.corpus.values()), role="passage")
+    expected = []
+    for query, text in beir.queries.items():
+        similarities = documents @ model.model.encode([text], role="query")[0]
+        expected.append(ndcg_at_10(dict(zip(beir.corpus, similarities, strict=True)), beir.qrels[query]))
+    assert 0.1 < np.mean(expected) < 1
+    # mteb rounds to five digits.
+    assert score(model, local_tasks.retrieval_task(beir_folder)) == pytest.approx(100 * np.mean(expected), abs=1e-3)
+
+
+def test_reranking_is_mean_average_precision(model, reranking_file):
+    def average_precision(query: str, relevant: str, candidates: list[str]) -> float:
+        similarities = model.model.encode(candidates, role="passage") @ model.model.encode([query], role="query")[0]
+        rank = sorted(range(len(candidates)), key=lambda n: -similarities[n]).index(candidates.index(relevant))
+        return 1 / (rank + 1)
+
+    first = average_precision("where does the cat sleep", DOCUMENTS[0], DOCUMENTS[:4])
+    second = average_precision("what falls on hills", DOCUMENTS[5], [DOCUMENTS[5], DOCUMENTS[0], DOCUMENTS[4]])
+    assert score(model, local_tasks.reranking_task(reranking_file)) == pytest.approx(50 * (first + second), abs=1e-3)
+
+
+def test_sts_is_spearman_of_the_cosine(model, sts_file):
+    from scipy.stats import spearmanr
+
+    task = local_tasks.sts_task(sts_file)
+    instruction = model.instruction_for(task.metadata)
+    rows = [line.split("\t") for line in sts_file.read_text().splitlines()[1:]]
+    left, right = (model.model.encode([row[n] for row in rows], role="query", instruction=instruction) for n in (0, 1))
+    expected = spearmanr((left * right).sum(1), [float(row[2]) for row in rows]).statistic
+    assert score(model, task) == pytest.approx(100 * expected, abs=1e-6)
+
+
+def test_pair_classification_is_average_precision(model, pairs_file):
+    task = local_tasks.pair_classification_task(pairs_file)
+    task.load_data()
+    labels = task.dataset["test"]["labels"]
+    assert list(labels) == [1, 0, 0, 1, 0, 0]
+    assert 100 * sum(labels) / len(labels) <= score(model, task) <= 100
+
+
+def test_classification_and_clustering_run(model, classification_folder, clustering_file):
+    # Three of the six training texts are the test texts, so that a few right answers are certain.
+    assert 30 < score(model, local_tasks.classification_task(classification_folder)) <= 100
+    assert 0 <= score(model, local_tasks.clustering_task(clustering_file)) <= 100
+
+
+def test_clustering_uses_every_text(clustering_file):
+    task = local_tasks.clustering_task(clustering_file)
+    assert task.max_fraction_of_documents_to_embed is None
+    assert task.max_document_to_embed is None
+
+
+def test_a_changed_file_is_another_task(sts_file):
+    before = local_tasks.sts_task(sts_file).metadata.name
+    assert re.fullmatch(r"similar-[0-9a-f]{8}", before)
+    assert local_tasks.sts_task(sts_file).metadata.name == before
+    sts_file.write_text(sts_file.read_text() + "new\tpair\t1.5\n")
+    assert local_tasks.sts_task(sts_file).metadata.name != before
+
+
+def test_every_file_of_a_beir_folder_counts(beir_folder):
+    names = {local_tasks.retrieval_task(beir_folder).metadata.name}
+    for file, line in {
+        "corpus.jsonl": '{"_id": "d9", "text": "more"}\n',
+        "queries.jsonl": '{"_id": "q9", "text": "unjudged"}\n',
+        "qrels/test.tsv": "q2\td1\t1\n",
+    }.items():
+        (beir_folder / file).write_text((beir_folder / file).read_text() + line)
+        names.add(local_tasks.retrieval_task(beir_folder).metadata.name)
+    assert len(names) == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("msmarco/dev", "msmarco-dev"), ("wiki qa/rerank.test.jsonl", "rerank.test"), ("so/all.jsonl", "so-all")],
+)
+def test_names_say_something(tmp_path, path, name):
+    (tmp_path / path).parent.mkdir(parents=True)
+    if path.endswith(".jsonl"):
+        (tmp_path / path).touch()
+    else:
+        (tmp_path / path).mkdir()
+    assert local_tasks.task_name(tmp_path / path) == name
+
+
+def test_line_separators_inside_a_text_are_text(tmp_path):
+    rows = [{"text": "one\u2028two", "label": "a"}, {"text": "three\x85four", "label": "b"}]
+    path = tmp_path / "odd.jsonl"
+    path.write_text("\n".join(f'{{"text": "{row["text"]}", "label": "{row["label"]}"}}' for row in rows))
+    task = local_tasks.clustering_task(path)
+    task.load_data()
+    assert list(task.dataset["test"]["sentences"]) == [row["text"] for row in rows]
+
+
+STS_HEADER = "sentence1\tsentence2\tscore\n"
+BAD_FILES = {
+    "sts: empty": ("sts_task", "", "holds no rows"),
+    "sts: header only": ("sts_task", STS_HEADER, "holds no rows"),
+    "sts: column": ("sts_task", "sentence1\tsentence2\na\tb\n", "lacks 'score'"),
+    "sts: short row": ("sts_task", STS_HEADER + "a\tb\n", "line 2 lacks 'score'"),
+    "sts: long row": ("sts_task", STS_HEADER + "a\tb\t1\t2\n", "more fields than the header"),
+    "sts: not numeric": (
+        "sts_task",
+        STS_HEADER + "a\tb\t1\na\tb\thigh\n",
+        "row 2: 'score' must be a number, not 'high'",
+    ),
+    "sts: nan": ("sts_task", STS_HEADER + "a\tb\t1\na\tb\tnan\n", "must be a number"),
+    "sts: constant": ("sts_task", STS_HEADER + "a\tb\t1\nc\td\t1\n", "same score on every row"),
+    "sts: encoding": ("sts_task", b"sentence1\tsentence2\tscore\n\xff\tb\t1\n", "not UTF-8"),
+    "clustering: empty": ("clustering_task", "", "holds no rows"),
+    "clustering: json": ("clustering_task", '{"text": "a"\n', "line 1: broken JSON"),
+    "clustering: list": ("clustering_task", '["a", "b"]\n', "must be a JSON object"),
+    "clustering: label": ("clustering_task", '{"text": "a"}\n', "lacks 'label'"),
+    "clustering: text": ("clustering_task", '{"text": 3, "label": "a"}\n', "'text' must be a text, not 3"),
+    "clustering: label type": (
+        "clustering_task",
+        '{"text": "a", "label": [1]}\n',
+        "'label' must be a text or an integer",
+    ),
+    "clustering: one label": ("clustering_task", '{"text": "a", "label": "x"}\n', "one label only"),
+    "pairs: label": (
+        "pair_classification_task",
+        '{"sentence1": "a", "sentence2": "b", "label": 2}\n',
+        "'label' must be 0 or 1, not 2",
+    ),
+    "pairs: one label": (
+        "pair_classification_task",
+        '{"sentence1": "a", "sentence2": "b", "label": 1}\n',
+        "one label only",
+    ),
+    "reranking: no positive": ("reranking_task", '{"query": "q", "pos": [], "neg": ["a"]}\n', "'pos' must be a list"),
+    "reranking: string": ("reranking_task", '{"query": "q", "pos": "a", "neg": ["b"]}\n', "'pos' must be a list"),
+    "reranking: both": ("reranking_task", '{"query": "q", "pos": ["a"], "neg": ["a"]}\n', "both in 'pos' and in 'neg'"),
+}
+
+
+@pytest.mark.parametrize(("maker", "content", "message"), BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_files_are_refused(tmp_path, maker, content, message):
+    path = tmp_path / "bad.file"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=re.escape(message)) as refused:
+        getattr(local_tasks, maker)(path)
+    assert "bad.file" in str(refused.value)
+
+
+@pytest.mark.parametrize("maker", ["sts_task", "clustering_task", "pair_classification_task", "reranking_task"])
+def test_missing_files_are_refused(tmp_path, maker):
+    with pytest.raises(ValueError, match="no such file"):
+        getattr(local_tasks, maker)(tmp_path / "nothing")
+
+
+def test_missing_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        local_tasks.retrieval_task(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="no such file"):
+        local_tasks.classification_task(tmp_path / "nothing")
+
+
+def test_a_test_label_must_occur_in_training(classification_folder):
+    write_jsonl(classification_folder / "test.jsonl", [{"text": "a", "label": "unheard of"}])
+    with pytest.raises(ValueError, match=r"labels that train\.jsonl lacks.*unheard of"):
+        local_tasks.classification_task(classification_folder)
