@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,15 +12,25 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from ullme.batch import Batch
 from ullme.data.beir import BeirFolder, read_beir
-from ullme.data.collator import Collator, EvalCollator, EvalDataset, EvalRows, TrainDataset, length_sorted_batches
+from ullme.data.collator import Collator, EvalCollator, EvalDataset, TrainDataset, length_sorted_batches
 from ullme.data.records import Schema
 from ullme.data.sampler import GlobalBatchSampler, ShortRows, settle_short_rows
 from ullme.data.sources import OnBadRow, RowSource, open_source
 from ullme.prompts import PromptTokenizer, Role
 
 log = logging.getLogger(__name__)
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader whose place follows the trainer's step counter. It has no state of its own to keep; the two methods
+    are how Lightning learns that it can be resumed inside an epoch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
 
 
 class ULLMEDataModule(L.LightningDataModule):
@@ -137,7 +148,7 @@ class ULLMEDataModule(L.LightningDataModule):
                 )
         return settled
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Any]:
         """This rank's slice of the global batches, from where the trainer's step counter stands."""
         trainer = self.trainer
         assert trainer is not None
@@ -157,7 +168,7 @@ class ULLMEDataModule(L.LightningDataModule):
         epoch: int = 0,
         start_batch: int = 0,
         position: Callable[[], int] | None = None,
-    ) -> DataLoader[Batch]:
+    ) -> DataLoader[Any]:
         """The training batches without a Trainer; iterating again gives the next epoch.
 
         Args:
@@ -175,17 +186,17 @@ class ULLMEDataModule(L.LightningDataModule):
         assert self.source is not None
         dataset = TrainDataset(self.source, self.seed, self.num_hard_negatives, self.short_rows)
         sampler = self._sampler(rank, world_size, epoch, start_batch, position)
-        return self._loader(
-            dataset, sampler, Collator(prompt_tokenizer, self.query_max_length, self.passage_max_length)
-        )
+        collator = Collator(prompt_tokenizer, self.query_max_length, self.passage_max_length)
+        return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=collator, **self._loader_options())
 
-    def val_dataloader(self) -> list[DataLoader[EvalRows]]:
+    def val_dataloader(self) -> list[DataLoader[Any]]:
         """Loaders of the corpus and of the queries, in this order; none without a validation folder.
 
-        ``EvalRows.indices`` are positions in ``beir.corpus_ids`` and ``beir.query_ids``. Over several ranks each gets
+        They yield :class:`~ullme.data.collator.EvalRows`, whose ``indices`` are positions in ``beir.corpus_ids`` and ``beir.query_ids``. Over several ranks each gets
         its share, and a few rows may come to two ranks.
         """
         if self.beir is None:
+            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # it is meant to be
             return []
         prompt_tokenizer = self._prompt_tokenizer()
         return [
@@ -195,23 +206,21 @@ class ULLMEDataModule(L.LightningDataModule):
 
     def _eval_loader(
         self, texts: list[str], prompt_tokenizer: PromptTokenizer, role: Role, max_length: int
-    ) -> DataLoader[EvalRows]:
+    ) -> DataLoader[Any]:
         batches = length_sorted_batches(texts, self.val_batch_size, *self._rank_and_world_size())
-        return self._loader(EvalDataset(texts), batches, EvalCollator(prompt_tokenizer, role, max_length))
+        collator = EvalCollator(prompt_tokenizer, role, max_length)
+        return DataLoader(EvalDataset(texts), batch_sampler=batches, collate_fn=collator, **self._loader_options())
 
-    def _loader(self, dataset: Any, batch_sampler: Any, collate: Callable[[Any], Any]) -> DataLoader[Any]:
+    def _loader_options(self) -> dict[str, Any]:
         if self.num_workers:  # a tokenizer that has threads of its own must not be forked
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        return DataLoader(
-            dataset,
-            batch_sampler=batch_sampler,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
             # a loader draws a number from the global generator at each epoch, which would change dropout on resuming
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
 
     def _sampler(
         self,
