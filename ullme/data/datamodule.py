@@ -192,8 +192,8 @@ class ULLMEDataModule(L.LightningDataModule):
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Loaders of the corpus and of the queries, in this order; none without a validation folder.
 
-        They yield :class:`~ullme.data.collator.EvalRows`, whose ``indices`` are positions in ``beir.corpus_ids`` and ``beir.query_ids``. Over several ranks each gets
-        its share, and a few rows may come to two ranks.
+        They yield :class:`~ullme.data.collator.EvalRows`, whose ``indices`` are positions in ``beir.corpus_ids`` and
+        ``beir.query_ids``. Over several ranks each gets its share, and a few rows may come to two ranks.
         """
         if self.beir is None:
             warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # it is meant to be
