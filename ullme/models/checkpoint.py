@@ -115,31 +115,59 @@ def load_weights(model: ULLME, checkpoint: str | Path) -> None:
 
 def _fit(model: ULLME, found: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> None:
     """Copy weights by name; every trainable weight must be there with its shape, and nothing else."""
+    renamed = _with_adapter_name(state, found["backbone"].get("lora_name"), model.options.lora_name)
+    _check_fit(model, found, renamed, source)
+    with torch.no_grad():
+        for name, parameter in trainable_state(model).items():
+            parameter.copy_(renamed[name])
+
+
+def check_fit(model: ULLME, checkpoint: dict[str, Any], source: str = "ckpt_path") -> None:
+    """Before a run is resumed: the same backbone, the same adapter, the same prompts.
+
+    Args:
+        model: the model of the run.
+        checkpoint: a Lightning checkpoint, as read.
+        source: where it came from, for the message.
+
+    Raises:
+        ValueError: something differs.
+    """
+    if CONTRACT_KEY not in checkpoint:
+        raise ValueError(f"checkpoint={source!r} was not written by ullme: it holds no {CONTRACT_KEY!r} contract")
+    found = checkpoint[CONTRACT_KEY]
+    state = {name.removeprefix(STATE_PREFIX): value for name, value in checkpoint["state_dict"].items()}
+    if found["prompts"] != model.prompts.to_dict():
+        raise ValueError(
+            f"checkpoint={source!r} was trained with model.prompts={found['prompts']}, this run has "
+            f"{model.prompts.to_dict()}; resume with the prompts of the training"
+        )
+    _check_fit(model, found, state, source)
+
+
+def _check_fit(model: ULLME, found: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> None:
     mine = contract(model)
-    for part, key in [("shape", k) for k in mine["shape"]] + [("backbone", "lora_r")]:
+    adapter = mine["backbone"]["lora_name"] is not None
+    for part, key in [("shape", key) for key in mine["shape"]] + [("backbone", "lora_r")] * adapter:
         theirs = found.get(part, {}).get(key)
-        adapter = mine["backbone"]["lora_name"] is not None
-        if theirs is not None and theirs != mine[part][key] and (key != "lora_r" or adapter):
+        if theirs is not None and theirs != mine[part][key]:
             raise ValueError(
                 f"checkpoint={str(source)!r} was trained with {key}={theirs!r}, but this model has "
                 f"{key}={mine[part][key]!r}; load it into the backbone and LoRA options it was trained with"
             )
-    renamed = _with_adapter_name(state, found["backbone"].get("lora_name"), model.options.lora_name)
     own = trainable_state(model)
-    if set(renamed) != set(own):
-        missing, extra = sorted(set(own) - set(renamed)), sorted(set(renamed) - set(own))
+    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    if missing or extra:
         raise ValueError(
             f"checkpoint={str(source)!r} does not fit the model: {len(missing)} weights missing {missing[:2]}, "
             f"{len(extra)} unknown {extra[:2]}; lora_target_modules and lora_name must be those of the training"
         )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            if parameter.shape != renamed[name].shape:
-                raise ValueError(
-                    f"checkpoint={str(source)!r}: {name} has shape {tuple(renamed[name].shape)}, "
-                    f"the model's is {tuple(parameter.shape)}; lora_r must be that of the training"
-                )
-            parameter.copy_(renamed[name])
+    for name, parameter in own.items():
+        if parameter.shape != state[name].shape:
+            raise ValueError(
+                f"checkpoint={str(source)!r}: {name} has shape {tuple(state[name].shape)}, the model's is "
+                f"{tuple(parameter.shape)}; lora_r must be that of the training"
+            )
 
 
 def _with_adapter_name(state: dict[str, Tensor], old: str | None, new: str | None) -> dict[str, Tensor]:

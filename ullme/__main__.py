@@ -1,0 +1,36 @@
+"""The ``ullme`` command: ``ullme train`` and ``ullme evaluate`` are train.py and evaluate.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import ullme
+
+# name -> (module with a main(argv), what it does). A module is imported only when its command runs.
+COMMANDS = {
+    "train": ("ullme.cli", "train an embedder (train.py)"),
+    "evaluate": ("ullme.eval.cli", "evaluate an embedder on MTEB or local data (evaluate.py)"),
+    "quickstart": ("ullme.quickstart", "the whole job in miniature, offline, in a few minutes"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a subcommand. Exits with status 2 on an unknown one."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in COMMANDS:
+        import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+        return
+    if arguments == ["--version"]:
+        print(f"ullme {ullme.__version__}")
+        return
+    usage = "usage: ullme COMMAND ...\n\n" + "\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items())
+    if arguments and arguments[0] not in ("-h", "--help"):
+        print(f"{usage}\n\nerror: there is no command {arguments[0]!r}", file=sys.stderr)
+        raise SystemExit(2)
+    print(usage)
+
+
+if __name__ == "__main__":
+    main()

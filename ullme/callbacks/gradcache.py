@@ -1,0 +1,53 @@
+"""GradCache as a Lightning callback: any batch size in the memory of one chunk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ullme import gradcache
+from ullme.batch import Batch
+from ullme.callbacks.base import Logs, LossCallback
+from ullme.losses import RepresentationLoss
+
+if TYPE_CHECKING:
+    from ullme.module import ULLMEModule
+
+
+class GradCache(LossCallback):
+    """Gradients of the whole batch, a chunk at a time (arXiv 2101.06983). The result does not depend on the chunks.
+
+    Args:
+        terms: the terms of the objective; None is InfoNCE alone.
+        chunk_size: queries in a chunk, each with all its candidates; null leaves it to chunk_tokens.
+        chunk_tokens: real tokens in a chunk: even use of memory whatever the lengths; null leaves it to chunk_size.
+
+    Raises:
+        ValueError: both or neither of chunk_size and chunk_tokens, or one below 1.
+    """
+
+    def __init__(
+        self,
+        terms: list[RepresentationLoss] | None = None,
+        chunk_size: int | None = None,
+        chunk_tokens: int | None = 16384,
+    ) -> None:
+        super().__init__(terms)
+        if chunk_size is not None:
+            chunk_tokens = None
+        for name, value in (("chunk_size", chunk_size), ("chunk_tokens", chunk_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"loss.{name}={value}: must be at least 1")
+        if chunk_size is None and chunk_tokens is None:
+            raise ValueError("loss.chunk_size=null and loss.chunk_tokens=null: give one of them")
+        self.chunk_size, self.chunk_tokens = chunk_size, chunk_tokens
+
+    def backward(self, module: ULLMEModule, batch: Batch) -> Logs:
+        logs: Logs = {}
+        engine = gradcache.GradCache(
+            embed=self.embed(module),
+            loss=self.objective(batch, logs),
+            backward=module.manual_backward,
+            no_sync=self.no_sync(module),
+        )
+        engine.step(batch, gradcache.chunk_slices(batch, self.chunk_size, self.chunk_tokens))
+        return logs

@@ -1,0 +1,72 @@
+"""The LightningCLI behind train.py: ``model:``, ``data:``, ``loss:``, ``checkpoint:`` and ``trainer:``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from ullme.callbacks import LossCallback, Throughput
+from ullme.data.datamodule import ULLMEDataModule
+from ullme.module import ULLMEModule
+
+
+class SaveConfig(SaveConfigCallback):
+    """config.yaml beside the run, and the same to the logger."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.config.as_dict())
+
+
+class ULLMECLI(LightningCLI):
+    """LightningCLI with one loss, one checkpoint policy, and everything of a run in one folder."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(LossCallback, "loss", subclass_mode=True)
+        parser.set_defaults({"loss": {"class_path": "ullme.callbacks.GradCache"}})
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step{step}"})
+        parser.set_defaults({"checkpoint.auto_insert_metric_name": False})
+        # Without a fixed folder `--ckpt_path last` would look for the last checkpoint of a run that just began.
+        parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=_checkpoint_folder)
+
+
+def _checkpoint_folder(root: str | None) -> str:
+    return os.path.join(root or "runs", "checkpoints")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train from the command line. A mistake in the configuration ends with one line and exit status 2.
+
+    Args:
+        argv: arguments; None takes the command line's.
+    """
+    # Set before the parser runs, so that any config stacks on top: the sampler cuts global batches itself.
+    defaults: dict[str, Any] = {
+        "use_distributed_sampler": False,
+        "max_epochs": 1,
+        "log_every_n_steps": 10,
+        "num_sanity_val_steps": 0,
+        "callbacks": [Throughput()],
+    }
+    try:
+        ULLMECLI(
+            ULLMEModule,
+            ULLMEDataModule,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=defaults,
+            auto_configure_optimizers=False,
+            args=None if argv is None else list(argv),
+        )
+    except ValueError as error:
+        if os.environ.get("ULLME_TRACEBACK"):
+            raise
+        print(f"error: {error}\n(ULLME_TRACEBACK=1 shows where)", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -1,0 +1,109 @@
+"""InfoNCE (arXiv 1807.03748), the paper's contrastive loss L_CL (arXiv 2408.03402, eq. 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ullme.batch import Representations
+from ullme.distributed import gather, gather_sizes, global_mean_weight, world
+from ullme.losses.base import RepresentationLoss
+
+
+def info_nce(
+    queries: Tensor, passages: Tensor, positives: Tensor, excluded: Tensor | None, temperature: float
+) -> Tensor:
+    """Mean over queries of −log exp(s⁺/τ) / Σ exp(s/τ), in nats.
+
+    Args:
+        queries: (B, D), of unit length for cosines.
+        passages: (M, D), the positives and every negative.
+        positives: (B,) index of each query's positive among the M.
+        excluded: (B, M) bool, True where a passage is no negative of the query; never true for its positive.
+        temperature: τ.
+
+    Returns:
+        A scalar in float32 (float64 for float64 inputs).
+    """
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    with torch.autocast(queries.device.type, enabled=False):
+        scores = queries.to(wide) @ passages.to(wide).T / temperature
+        if excluded is not None:
+            scores = scores.masked_fill(excluded, float("-inf"))
+        return cross_entropy(scores, positives)
+
+
+class InfoNCE(RepresentationLoss):
+    """Contrastive loss over hard negatives and, across all ranks, the other queries' passages.
+
+    Args:
+        temperature: τ; the paper gives none, 0.05 is common for cosines (arXiv 2104.08821).
+        in_batch_negatives: use the passages of other queries too, of every rank.
+        mask_duplicates: a passage whose text equals the query's positive is no negative, wherever it stands.
+        bidirectional: add the loss of finding a positive's query among all queries, and halve the sum.
+        weight: λ_CL.
+
+    Raises:
+        ValueError: a temperature that is not positive.
+    """
+
+    name = "info_nce"
+
+    def __init__(
+        self,
+        temperature: float = 0.05,
+        in_batch_negatives: bool = True,
+        mask_duplicates: bool = True,
+        bidirectional: bool = False,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__(weight)
+        if not temperature > 0:
+            raise ValueError(f"InfoNCE.temperature={temperature}: must be above 0")
+        if bidirectional and not in_batch_negatives:
+            raise ValueError(
+                "InfoNCE.bidirectional=true needs in_batch_negatives=true: its negatives are other queries"
+            )
+        self.temperature = temperature
+        self.in_batch_negatives = in_batch_negatives
+        self.mask_duplicates = mask_duplicates
+        self.bidirectional = bidirectional
+
+    def forward(self, reps: Representations) -> Tensor:
+        """The mean over this rank's queries, scaled so that the mean over ranks is the global mean.
+
+        Args:
+            reps: queries (B, D), passages (B, C, D).
+        """
+        sizes = gather_sizes(len(reps), reps.queries.device)
+        rank, _ = world()
+        queries, keys = gather(reps.queries, sizes), gather(reps.passage_keys, sizes)
+        passages = gather(reps.passages, sizes)
+        own = torch.arange(len(reps), device=queries.device) + sum(sizes[:rank])
+        c = passages.shape[1]
+        excluded = self._excluded(own, keys)
+        loss = info_nce(reps.queries, passages.flatten(0, 1), own * c, excluded, self.temperature)
+        if self.bidirectional:
+            positive_keys = keys[:, 0]
+            same = self._same_text(positive_keys[own], positive_keys, own) if self.mask_duplicates else None
+            back = info_nce(reps.passages[:, 0], queries, own, same, self.temperature)
+            loss = (loss + back) / 2
+        return loss * global_mean_weight(sizes)
+
+    def _excluded(self, own: Tensor, keys: Tensor) -> Tensor | None:
+        """(B, M) bool: what is no negative of each own query, out of the M = B_global * C passages."""
+        c = keys.shape[1]
+        excluded = torch.zeros((len(own), keys.numel()), dtype=torch.bool, device=keys.device)
+        if self.mask_duplicates:
+            excluded |= self._same_text(keys[own, 0], keys.flatten(), own * c)
+        if not self.in_batch_negatives:
+            owner = torch.arange(keys.numel(), device=keys.device) // c
+            excluded |= owner != own[:, None]
+        return excluded
+
+    @staticmethod
+    def _same_text(mine: Tensor, others: Tensor, itself: Tensor) -> Tensor:
+        """(B, M) bool: others with the same key as mine, except the entry that is mine."""
+        same = others == mine[:, None]
+        return same.scatter(1, itself[:, None], False)

@@ -1,0 +1,160 @@
+"""The LightningModule: builds the model, steps the optimizer, validates, and decides what a checkpoint holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from ullme.batch import Batch
+from ullme.models.backbone import BackboneConfig
+from ullme.prompts import Prompts
+
+if TYPE_CHECKING:
+    from ullme.callbacks.base import LossCallback
+    from ullme.data.beir import BeirFolder
+    from ullme.data.collator import EvalRows
+    from ullme.models.ullme import ULLME
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101), its schedule and gradient clipping.
+
+    Args:
+        lr: peak learning rate; the paper's is 2e-4.
+        weight_decay: of AdamW.
+        betas: of AdamW.
+        schedule: how the rate goes down after warm-up.
+        warmup: steps if 1 or more, else a share of all steps.
+        gradient_clip_val: largest norm of all gradients together; null does not clip.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    lr: float = 2e-4
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = 0.03
+    gradient_clip_val: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        for name, ok in (
+            ("lr", self.lr > 0),
+            ("warmup", self.warmup >= 0),
+            ("gradient_clip_val", self.gradient_clip_val is None or self.gradient_clip_val > 0),
+        ):
+            if not ok:
+                raise ValueError(f"model.optimizer.{name}={getattr(self, name)} is out of range; see --help")
+
+
+class ULLMEModule(L.LightningModule):
+    """Trains an embedder. What the gradient is, the callback under ``loss:`` decides.
+
+    Args:
+        backbone: how to build the embedder.
+        prompts: the prompt contract.
+        optimizer: AdamW and its schedule.
+    """
+
+    loss: LossCallback
+
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        prompts: Prompts = Prompts(),  # noqa: B008 - frozen
+        optimizer: OptimizerConfig = OptimizerConfig(),
+    ) -> None:
+        super().__init__()
+        self.backbone, self.prompts, self.optimizer_config = backbone, prompts, optimizer
+        self.automatic_optimization = False
+        # Checkpoints hold what was trained only; on_load_checkpoint checks that this is all there.
+        self.strict_loading = False
+        self.model: ULLME | None = None
+
+    def configure_model(self) -> None:
+        """Build the model on the process that will train it; Lightning may call this more than once."""
+        from ullme.models import ULLME
+
+        if self.model is None:
+            self.model = ULLME(**self.backbone.to_dict(), prompts=self.prompts)
+            self.model.train()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """One optimizer step on one global batch."""
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        logs = self.loss.backward(self, batch)
+        norm = self._clip()
+        optimizer.step()
+        self.lr_schedulers().step()
+        self.log("train/loss", logs["loss"], prog_bar=True, batch_size=len(batch), sync_dist=True)
+        terms = {f"train/{name}": value for name, value in logs.items() if name != "loss"}
+        self.log_dict({**terms, "train/grad_norm": norm}, batch_size=len(batch), sync_dist=True)
+        self.log("lr", optimizer.param_groups[0]["lr"])
+        return logs
+
+    def _clip(self) -> Tensor:
+        """Clip in place; the norm before clipping."""
+        largest = self.optimizer_config.gradient_clip_val
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        return torch.nn.utils.clip_grad_norm_(parameters, float("inf") if largest is None else largest)
+
+    def configure_optimizers(self) -> Any:
+        from transformers import get_scheduler
+
+        options = self.optimizer_config
+        optimizer = torch.optim.AdamW(
+            [p for p in self.parameters() if p.requires_grad],
+            lr=options.lr,
+            betas=options.betas,
+            weight_decay=options.weight_decay,
+        )
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = int(options.warmup if options.warmup >= 1 else options.warmup * total)
+        name = "constant_with_warmup" if options.schedule == "constant" else options.schedule
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_validation_epoch_start(self) -> None:
+        beir = self._beir()
+        self._corpus = torch.zeros(len(beir.corpus), self.model.hidden_size, device=self.device)
+        self._queries = torch.zeros(len(beir.queries), self.model.hidden_size, device=self.device)
+
+    def validation_step(self, batch: EvalRows, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Embed texts of the corpus (loader 0) or its queries (loader 1) into their places."""
+        rep = self.model(batch.rows.input_ids, batch.rows.attention_mask)["rep"]
+        (self._corpus if dataloader_idx == 0 else self._queries)[batch.indices] = rep.float()
+
+    def on_validation_epoch_end(self) -> None:
+        from ullme.eval.retrieval import retrieval_metrics
+
+        beir = self._beir()
+        place = {name: n for n, name in enumerate(beir.corpus)}
+        relevant = [{place[p]: grade for p, grade in beir.qrels[query].items()} for query in beir.queries]
+        scores = retrieval_metrics(self._queries, self._corpus, relevant)
+        self.log_dict({f"val/{name}": value for name, value in scores.items()}, prog_bar=True, rank_zero_only=True)
+        del self._corpus, self._queries
+
+    def _beir(self) -> BeirFolder:
+        return self.trainer.datamodule.beir  # type: ignore[attr-defined]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trained weights and add the contract that rebuilds the model around them."""
+        from ullme.models.checkpoint import CONTRACT_KEY, STATE_PREFIX, contract, trainable_state
+
+        trained = {STATE_PREFIX + name for name in trainable_state(self.model)}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint[CONTRACT_KEY] = contract(self.model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another backbone, another adapter or other prompts, before any weight is copied."""
+        from ullme.models.checkpoint import check_fit
+
+        self.configure_model()
+        check_fit(self.model, checkpoint)
