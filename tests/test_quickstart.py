@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from ullme import quickstart
+from ullme.data.miniature import build_world
+from ullme.quickstart import Scores, bm25_scores, main, table, training_loss
+
+SMALL = ["--entities=60", "--pretrain_steps=10", "--hidden_size=64", "--num_layers=1"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return build_world(tmp_path_factory.mktemp("world"), train_entities=40, val_entities=12, distractors=30)
+
+
+def write_beir(folder, corpus, queries, qrels):
+    (folder / "qrels").mkdir()
+    for name, texts in [("corpus", corpus), ("queries", queries)]:
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"_id": i, "text": t}) + "\n" for i, t in texts.items())
+        )
+    lines = [f"{query}\t{doc}\t1\n" for query, doc in qrels.items()]
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
+
+
+def test_bm25_scores_by_hand(tmp_path):
+    pytest.importorskip("bm25s")
+    # "alpha" ranks a (alone) before b (diluted); the second query wants b, the third a document it shares no word with
+    corpus = {"a": "alpha", "b": "alpha beta gamma delta", **{f"x{n}": f"word{n}" for n in range(150)}, "z": "zeta"}
+    write_beir(tmp_path, corpus, {"1": "alpha", "2": "alpha", "3": "alpha"}, {"1": "a", "2": "b", "3": "z"})
+    scores = bm25_scores(tmp_path)
+    assert scores.ndcg_at_10 == pytest.approx((1 + 1 / math.log2(3)) / 3)
+    assert scores.mrr_at_10 == pytest.approx((1 + 1 / 2) / 3)
+    assert scores.recall_at_100 == pytest.approx(2 / 3)
+
+
+def test_bm25_alone_does_not_solve_the_world(world):
+    pytest.importorskip("bm25s")
+    assert 0.4 < bm25_scores(world.dev_folder).ndcg_at_10 < 0.75
+
+
+def test_table():
+    lines = table({"untrained": Scores(0.0312, 0.02, 0.5), "trained": Scores(0.9, 0.85, 1.0)}).splitlines()
+    assert [line.split() for line in lines] == [
+        ["nDCG@10", "MRR@10", "Recall@100"],
+        ["untrained", "3.1", "2.0", "50.0"],
+        ["trained", "90.0", "85.0", "100.0"],
+    ]
+
+
+def test_training_loss_skips_rows_without_it(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "metrics.csv").write_text(f"step,{quickstart.LOSS},val/ndcg\n0,3.5,\n1,,0.5\n2,1.5,\n")
+    assert training_loss(tmp_path) == [(0, 3.5), (2, 1.5)]
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert main([f"--output={tmp_path}"]) == 2
+    assert "holds other files" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_missing_config_is_explained(tmp_path, capsys):
+    assert main([f"--output={tmp_path / 'out'}", f"--config={tmp_path / 'none.yaml'}"]) == 2
+    assert "--config" in capsys.readouterr().err
+
+
+def test_training_wins(tmp_path, capsys):
+    """The whole quickstart, smaller: the trained embedder beats the untrained one on entities neither has seen."""
+    pytest.importorskip("ullme.cli")
+    output = tmp_path / "run"
+    training = ["--trainer.max_steps=40", "--data.batch_size=32", "--data.num_workers=0"]
+    assert main([f"--output={output}", *SMALL, *training]) == 0
+    scores = json.loads((output / "scores.json").read_text())
+    assert scores["trained"]["ndcg_at_10"] > 2 * scores["untrained"]["ndcg_at_10"]
+    assert scores["trained"]["ndcg_at_10"] > scores["untrained"]["ndcg_at_10"] + 0.1
+    losses = [loss for _, loss in training_loss(output / "train")]
+    assert len(losses) == 40
+    assert losses[-1] < losses[0] - 1
+    assert (output / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+    assert "Recall@100" in capsys.readouterr().out
