@@ -167,3 +167,24 @@ def test_a_benchmark_is_its_tasks_and_doubles_go():
 def test_langs_narrow_a_named_task():
     [task] = find_tasks(["STS17"], langs=["eng"])
     assert task.hf_subsets == ["en-en"]
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_task_made_of_tasks_is_their_mean(model):
+    from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
+    from mteb.abstasks.aggregated_task import AbsTaskAggregate
+    from mteb.mocks import MockRetrievalTask, MockSTSTask
+
+    parts = [MockSTSTask(), MockRetrievalTask().filter_eval_splits(["test"])]
+    metadata = AggregateTaskMetadata(
+        name="BothTogether",
+        description="two mocks",
+        tasks=parts,
+        type="Retrieval",
+        eval_langs=["eng-Latn"],
+        eval_splits=["test"],
+        main_score="ndcg_at_10",
+    )
+    together = type("BothTogether", (AbsTaskAggregate,), {"metadata": metadata})()
+    first, second, both = evaluate_tasks(model, [*parts, together], show_progress_bar=False)
+    assert both.score == pytest.approx((first.score + second.score) / 2)

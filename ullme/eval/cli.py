@@ -100,10 +100,12 @@ def _check(options: Any) -> None:
         raise ValueError(f"nothing to evaluate on: give --tasks NAME ..., or local data with {local}")
     if options.batch_size < 1:
         raise ValueError(f"--batch_size {options.batch_size} must be at least 1")
-    if Path(options.output).is_file():
-        raise ValueError(f"--output {options.output} is a file; name a folder")
     if options.checkpoint is not None and not Path(options.checkpoint).exists():
         raise ValueError(f"--checkpoint {options.checkpoint} does not exist; give a run folder or a checkpoint file")
+    try:
+        Path(options.output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {options.output} cannot be made ({error.strerror}); name another folder") from None
 
 
 def _run(options: Any) -> int:

@@ -84,7 +84,7 @@ class WrappedULLME(AbsEncoder):
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} must be at least 1")
         name = None if model_name_or_path is None else str(model_name_or_path)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = usable_device(device)
         adapter = {"lora_name": lora_name, "lora_r": lora_r, "lora_alpha": lora_alpha}
         given = {**adapter, "model_backbone_type": model_backbone_type, **options}
         given = {option: value for option, value in given.items() if value is not None}
@@ -222,6 +222,22 @@ def is_sentence_transformer(name: str) -> bool:
         return False
 
 
+def usable_device(device: str | None) -> str:
+    """The device asked for, or else a GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={device!r} cannot be used here ({reason}); leave it out or give cpu") from error
+    return device
+
+
 def result_name(model_name: str, checkpoint: str | Path | None) -> str:
     """``organisation/model`` as mteb wants it, the checkpoint's run and file behind: ``local/llama--my-run``.
 
@@ -278,7 +294,12 @@ def _sentence_transformer(name: str, device: str, max_length: int | None, option
     if unfit := sorted(set(options) - {"lora_name", "lora_r", "lora_alpha", "model_backbone_type"}):
         raise ValueError(f"{name!r} is a sentence-transformers model and brings its own settings; leave out {unfit}")
     loading = {} if dtype is None else {"model_kwargs": {"dtype": dtype}}
-    wrapper = SentenceTransformerEncoderWrapper(name, device=device, **loading)
+    try:
+        wrapper = SentenceTransformerEncoderWrapper(name, device=device, **loading)
+    except Exception as error:
+        raise ValueError(
+            f"model_name_or_path={name!r} has a modules.json, but sentence-transformers cannot load it: {error}"
+        ) from error
     if max_length is not None:
         wrapper.model.max_seq_length = max_length
     return wrapper

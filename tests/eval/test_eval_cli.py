@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from eval_helpers import write_jsonl
+
+from ullme.eval.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def base(tiny_llm, tmp_path) -> list[str]:
+    return ["--model", str(tiny_llm), "--device", "cpu", "--output", str(tmp_path / "out"), "--progress", "false"]
+
+
+def test_help_needs_no_heavy_import():
+    code = (
+        "import sys; from ullme.eval.cli import parser; parser().format_help();"
+        "print([name for name in ('torch', 'transformers', 'mteb', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_kind_of_local_data(
+    base, beir_folder, sts_file, classification_folder, clustering_file, pairs_file, reranking_file, tmp_path, capsys
+):
+    arguments = [
+        *base,
+        *("--corpus", str(beir_folder), "--sts", str(sts_file), "--classification", str(classification_folder)),
+        *("--clustering", str(clustering_file), "--pair_classification", str(pairs_file)),
+        *("--reranking", str(reranking_file), "--query_prompt", "{text}"),
+    ]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    for type_ in ("Retrieval", "Reranking", "STS", "PairClassification", "Classification", "Clustering"):
+        assert f"  {type_}  " in printed
+    assert "Mean of 6" in printed
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*-????????.json")}
+    assert len(written) == 6
+    assert main([*arguments, "--markdown"]) == 0
+    assert capsys.readouterr().out.startswith("| Task | Type | Main score | Score |")
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*-????????.json")} == written
+    assert main([*arguments, "--overwrite"]) == 0
+    overwritten = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*-????????.json")}
+    assert all(overwritten[name] > written[name] for name in written)
+
+
+def test_options_from_a_file_reach_the_model(tiny_llm, sts_file, tmp_path, monkeypatch):
+    import ullme.models
+
+    made = {}
+
+    class Stop(Exception):
+        pass
+
+    def wrapped(*args, **kwargs):
+        made.update(kwargs, model=args[0])
+        raise Stop
+
+    monkeypatch.setattr(ullme.models, "WrappedULLME", wrapped, raising=False)
+    config = tmp_path / "eval.yaml"
+    config.write_text(
+        f"model: {tiny_llm}\nsts: [{sts_file}]\noutput: {tmp_path / 'out'}\npooling: last\nlora_r: 8\nmax_length: 64\n"
+        'query_prompt: "{text}"\nuse_task_instructions: false\ninstructions: {STS: compare}\n'
+    )
+    with pytest.raises(Stop):
+        main(["--config", str(config), "--max_length", "32"])
+    assert made == {
+        "model": str(tiny_llm),
+        "model_checkpoint": None,
+        "pooling": "last",
+        "lora_r": 8,
+        "max_length": 32,
+        "prompts": {"query": "{text}"},
+        "use_task_instructions": False,
+        "instructions": {"STS": "compare"},
+    }
+
+
+BAD = {
+    "nothing": ([], "give --model NAME_OR_FOLDER, --checkpoint RUN, or both"),
+    "no tasks": (["--model", "{llm}"], "nothing to evaluate on: give --tasks NAME ..., or local data with --corpus"),
+    "option": (["--modle", "x"], "unrecognized arguments: --modle"),
+    "type": (["--model", "{llm}", "--batch_size", "many"], "batch_size"),
+    "batch_size": (["--model", "{llm}", "--tasks", "SciFact", "--batch_size", "0"], "--batch_size 0"),
+    "config": (["--config", "{tmp}/none.yaml"], "none.yaml"),
+    "checkpoint": (["--checkpoint", "{tmp}/none", "--tasks", "SciFact"], "none does not exist"),
+    "no checkpoint in it": (["--checkpoint", "{tmp}", "--tasks", "SciFact"], "give a run folder, a .ckpt file"),
+    "output": (["--model", "{llm}", "--tasks", "SciFact", "--output", "{tmp}/file/x"], "cannot be made"),
+    "task": (["--model", "{llm}", "--tasks", "SciFatc"], "did you mean SciFact"),
+    "language": (["--model", "{llm}", "--tasks", "SciFact", "--langs", "deu"], "has no language 'deu'; it has eng"),
+    "model": (["--model", "{tmp}/none", "--tasks", "SciFact"], "model_name_or_path="),
+    "model type": (["--model", "{llm}", "--model_backbone_type", "phi", "--tasks", "SciFact"], "model_backbone_type"),
+    "pooling": (["--model", "{llm}", "--pooling", "max", "--tasks", "SciFact"], "pooling='max'"),
+    "dtype": (["--model", "{llm}", "--dtype", "int3", "--tasks", "SciFact"], "dtype='int3'"),
+    "device": (["--model", "{llm}", "--device", "abacus", "--tasks", "SciFact"], "device='abacus' cannot be used"),
+    "prompt": (["--model", "{llm}", "--query_prompt", "q:", "--tasks", "SciFact"], "must hold {text} exactly once"),
+    "corpus": (["--model", "{llm}", "--corpus", "{tmp}"], "corpus.jsonl: no such file"),
+    "sts": (["--model", "{llm}", "--sts", "{tmp}/file"], "holds no rows"),
+    "sentence-transformers": (["--model", "{tmp}/st", "--tasks", "SciFact"], "sentence-transformers cannot load it"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
+def test_mistakes_are_one_line_and_status_2(arguments, message, tiny_llm, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    write_jsonl(tmp_path / "st" / "modules.json", [{"broken": True}])
+    places = {"{llm}": str(tiny_llm), "{tmp}": str(tmp_path)}
+    filled = [part.replace("{llm}", places["{llm}"]).replace("{tmp}", places["{tmp}"]) for part in arguments]
+    if "--output" not in filled and filled:
+        filled += ["--output", str(tmp_path / "out")]
+    assert main(filled) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    [line] = [line for line in printed.err.splitlines() if line.startswith("evaluate: error: ")]
+    assert message in line
+    assert "Traceback" not in printed.err
+
+
+def test_evaluate_py_is_the_same_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "evaluate.py"), "--model", "x"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "nothing to evaluate on" in done.stderr
+
+
+def test_unreachable_data_are_status_1(base, capsys):
+    assert main([*base, "--tasks", "SciFact"]) == 1
+    printed = capsys.readouterr()
+    assert "evaluate: SciFact: its data are not on this machine" in printed.err
+    assert "Mean of 0 of 1" in printed.out
