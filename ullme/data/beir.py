@@ -114,8 +114,7 @@ def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
             query, document, grade = columns
             qrels.setdefault(query, {})[document] = int(grade)
         except ValueError:
-            if number == 1 and len(columns) == 3:
-                qrels.clear()  # the header
+            if number == 1 and len(columns) == 3:  # the header
                 continue
             raise ValueError(
                 f"{path}:{number}: expected query id, document id and a whole number, with tabs between: {columns}"
