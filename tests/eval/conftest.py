@@ -1,82 +1,16 @@
-"""A tiny LLM, a tiny sentence-transformers model and small local data sets, all made on the spot."""
+"""A tiny LLM and small local data sets, made on the spot."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
-from eval_helpers import DOCUMENTS, write_jsonl
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-def make_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<s>", "</s>", "<pad>"]
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(DOCUMENTS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+from eval_helpers import DOCUMENTS, save_tiny_llm, write_jsonl
 
 
 @pytest.fixture(scope="session")
 def tiny_llm(tmp_path_factory) -> Path:
-    """Folder of a random Llama of two layers with a byte-level tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("models") / "tiny-llm"
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_sentence_transformer(tmp_path_factory, tiny_llm) -> Path:
-    """Folder of a sentence-transformers model around a random Bert, with different prompts for the two sides."""
-    import torch
-    from transformers import BertConfig, BertModel
-
-    sentence_transformers = pytest.importorskip("sentence_transformers")
-    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
-    folder = tmp_path_factory.mktemp("models")
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.2,
-    )
-    BertModel(config).save_pretrained(folder / "bert")
-    tokenizer.save_pretrained(folder / "bert")
-    bert = modules.Transformer(str(folder / "bert"))
-    pooling = modules.Pooling(bert.get_embedding_dimension())
-    prompts = {"query": "find: ", "document": "text: "}
-    model = sentence_transformers.SentenceTransformer(
-        modules=[bert, pooling, modules.Normalize()], prompts=prompts, device="cpu"
-    )
-    model.save(str(folder / "tiny-st"))
-    return folder / "tiny-st"
+    return save_tiny_llm(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -51,6 +51,17 @@ def test_every_kind_of_local_data(
     assert all(overwritten[name] > written[name] for name in written)
 
 
+def test_a_checkpoint_alone_brings_its_backbone(make_model, sts_file, tmp_path, capsys):
+    from ullme.models.checkpoint import save_adapter
+
+    run = save_adapter(make_model(pooling="last"), tmp_path / "my-run")
+    arguments = ["--checkpoint", str(run), "--sts", str(sts_file), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--device", "cpu", "--progress", "false"]) == 0
+    assert "STS" in capsys.readouterr().out
+    [folder] = (tmp_path / "out" / "results").iterdir()
+    assert folder.name.endswith("--my-run")
+
+
 def test_options_from_a_file_reach_the_model(tiny_llm, sts_file, tmp_path, monkeypatch):
     import ullme.models
 

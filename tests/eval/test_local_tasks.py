@@ -75,6 +75,7 @@ def test_pair_classification_is_average_precision(model, pairs_file):
     assert 100 * sum(labels) / len(labels) <= score(model, task) <= 100
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_classification_and_clustering_run(model, classification_folder, clustering_file):
     # Three of the six training texts are the test texts, so that a few right answers are certain.
     assert 30 < score(model, local_tasks.classification_task(classification_folder)) <= 100

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from eval_helpers import save_sentence_transformer, save_tiny_llm
 
 from ullme.models import ULLME, WrappedULLME
 from ullme.models.checkpoint import save_adapter
@@ -14,6 +15,16 @@ from ullme.prompts import Prompts
 
 OWN = "contract's own instruction"
 PROMPTS = Prompts(query="[Q {instruction}] {text}", passage="[P] {text}", instruction=OWN)
+
+
+@pytest.fixture(scope="module")
+def tiny_llm(tmp_path_factory):
+    return save_tiny_llm(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def tiny_sentence_transformer(tmp_path_factory):
+    return save_sentence_transformer(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
