@@ -1,6 +1,6 @@
 """The main job in a few minutes on two CPU cores, with nothing to download: ``python -m ullme quickstart``.
 
-A miniature world is invented, a tiny Llama pre-trained on its training passages, turned into an embedder by the same
+A miniature world is invented, a tiny Llama pre-trained on its training texts, turned into an embedder by the same
 entry point as ``train.py``, and evaluated before and after by the same entry point as ``evaluate.py`` on queries about
 entities that neither training has seen.
 """
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--config", type=Path, default=CONFIG, help="training options (default: quickstart.yaml)")
     options.add_argument("--seed", type=int, default=0, help="of the world, the LLM and the training")
     options.add_argument("--entities", type=int, default=600, help="entities to train on, each with five facts")
-    options.add_argument("--pretrain_steps", type=int, default=120, help="steps of language modelling")
+    options.add_argument("--pretrain_steps", type=int, default=200, help="steps of language modelling")
     options.add_argument("--hidden_size", type=int, default=128, help="width of the LLM, a multiple of 32")
     options.add_argument("--num_layers", type=int, default=4, help="depth of the LLM")
     return options

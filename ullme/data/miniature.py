@@ -82,7 +82,11 @@ class World:
 
     @property
     def pretrain_file(self) -> Path:
-        """The training passages, one a line."""
+        """What the language model reads, a text a line: the training passages, and one question on each of their facts.
+
+        The questions stand alone, without their answers. An LLM has met questions before it is made an embedder; one
+        that has not gives all their words, which it never had to tell apart, nearly the same vector.
+        """
         return self.folder / "pretrain.txt"
 
     @property
@@ -129,7 +133,9 @@ def build_world(
     world.folder.mkdir(parents=True, exist_ok=True)
     _write_jsonl(world.train_file, _training_rows(rng, world.train))
     passages = list(world.train.passages.values())
-    world.pretrain_file.write_text("".join(f"{passage.text}\n" for passage in passages), encoding="utf-8")
+    questions = [rng.choice(_questions(fact)) for fact in world.train.facts]
+    texts = "".join(f"{text}\n" for text in [passage.text for passage in passages] + questions)
+    world.pretrain_file.write_text(texts, encoding="utf-8")
     _write_beir(world.val_folder, rng, world.val, [])
     _write_beir(world.dev_folder, rng, world.dev, rng.sample(passages, min(distractors, len(passages))))
     facts = ({"group": name} | asdict(fact) for name, group in groups.items() for fact in group.facts)
@@ -181,9 +187,14 @@ def _passage_text(rng: random.Random, subject: str, statements: Sequence[str]) -
     """The statements, each starting with a capital, between a mention of the subject and remarks that say nothing."""
     sentences = [statement[0].upper() + statement[1:] for statement in statements]
     sentences.insert(0, rng.choice(MENTIONS).format(s=subject))
-    for filler in rng.sample(FILLERS, 2 if len(statements) == 1 else 1):
+    for filler in rng.sample(FILLERS, 1):
         sentences.insert(rng.randrange(1, len(sentences) + 1), filler)
     return " ".join(sentences)
+
+
+def _questions(fact: Fact) -> list[str]:
+    """Every query that asks for the fact."""
+    return [question.format(s=fact.subject) for question in _BY_NAME[fact.relation].questions]
 
 
 def _training_rows(rng: random.Random, group: Group) -> list[dict[str, Any]]:
@@ -193,8 +204,7 @@ def _training_rows(rng: random.Random, group: Group) -> list[dict[str, Any]]:
     for fact in group.facts:
         texts = [passage.text for passage in hard_negatives.sample(rng, fact)]
         positive = group.passages[fact.passage_id].text
-        for question in _BY_NAME[fact.relation].questions:
-            rows.append({"query": question.format(s=fact.subject), "pos": [positive], "neg": texts})
+        rows += [{"query": question, "pos": [positive], "neg": texts} for question in _questions(fact)]
     rng.shuffle(rows)
     return rows
 
@@ -230,7 +240,7 @@ def _write_beir(folder: Path, rng: random.Random, group: Group, distractors: Ite
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     corpus = [*group.passages.values(), *distractors]
     _write_jsonl(folder / "corpus.jsonl", ({"_id": p.id, "title": "", "text": p.text} for p in corpus))
-    queries = [rng.choice(_BY_NAME[fact.relation].questions).format(s=fact.subject) for fact in group.facts]
+    queries = [rng.choice(_questions(fact)) for fact in group.facts]
     _write_jsonl(folder / "queries.jsonl", ({"_id": f"q{n}", "text": text} for n, text in enumerate(queries)))
     lines = [f"q{n}\t{fact.passage_id}\t1\n" for n, fact in enumerate(group.facts)]
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines), encoding="utf-8")

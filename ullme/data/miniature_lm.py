@@ -21,11 +21,11 @@ def build_backbone(
     texts: Sequence[str],
     *,
     seed: int = 0,
-    steps: int = 150,
+    steps: int = 200,
     hidden_size: int = 128,
     num_layers: int = 4,
     vocab_size: int = 1024,
-    batch_size: int = 32,
+    batch_size: int = 16,
     block_length: int = 128,
     learning_rate: float = 4e-3,
     progress: bool = True,
@@ -36,7 +36,8 @@ def build_backbone(
 
     Args:
         folder: made if it is not there.
-        texts: what the language model reads. The quickstart gives it the training passages and nothing else.
+        texts: what the tokenizer and the language model learn from; in the quickstart ``World.pretrain_file``, which
+            knows no entity of the test queries.
         seed: of the initial weights and of the order of the text.
         steps: optimizer steps of ``batch_size * block_length`` tokens each.
         hidden_size: D; a multiple of 32, the width of a head.

@@ -98,7 +98,10 @@ def load_config(options: BackboneConfig) -> PretrainedConfig:
         ValueError: nothing to load under this name, another model type than asked for, or not a causal LM.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
 
     name = options.model_name_or_path
     with _explained(name, "config.json"):
@@ -111,6 +114,8 @@ def load_config(options: BackboneConfig) -> PretrainedConfig:
         )
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"model_name_or_path={name!r} ({config.model_type}) is an encoder-decoder; take a decoder LLM")
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise ValueError(f"model_name_or_path={name!r} ({config.model_type}) is an encoder; take a decoder-only LLM")
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not options.trust_remote_code:
         raise ValueError(
             f"model_name_or_path={name!r}: transformers has no causal language model of type "

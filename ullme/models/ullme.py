@@ -65,7 +65,8 @@ class ULLME(nn.Module):
         self.llm = backbone.add_adapter(model, self.options)
         if self.options.gradient_checkpointing:
             # Reentrant checkpointing would need inputs that require gradients; frozen embeddings give none.
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})  # transformers 5.2x renamed it
 
     def _attention_path(self, model: PreTrainedModel) -> str:
         wanted, causal = self.options.attention_path, self.options.attention == "causal"

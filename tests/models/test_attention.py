@@ -1,0 +1,131 @@
+"""Attention is what it is asked to be, on every family, and no family stays causal in silence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import FAMILIES, make_llm
+
+from ullme.models import attention
+
+IDS = torch.tensor([[5, 9, 13, 21, 34, 55], [7, 8, 11, 12, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+
+
+def first_states(model, run, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Position 0 of both rows, before and after each row's last token changes."""
+    changed = IDS.clone()
+    changed[0, 5], changed[1, 3] = 99, 98
+    out = []
+    for ids in (IDS, changed):
+        hidden = run(model.base_model, ids, MASK, causal)
+        out.append(hidden.flat[hidden.lengths.cumsum(0) - hidden.lengths])
+    return out[0], out[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_first_token_sees_last_only_if_bidirectional(family):
+    model = make_llm(family)
+    assert attention.choose_path(model, causal=False) == "packed"
+    with torch.no_grad():
+        before, after = first_states(model, attention.run_packed, causal=False)
+        assert ((before - after).abs().amax(1) > 1e-3).all()
+        before, after = first_states(model, attention.run_packed, causal=True)
+        torch.testing.assert_close(before, after, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_equals_padded(family, causal):
+    model = make_llm(family).double()
+    attention.packing.install(model)
+    with torch.no_grad():
+        packed = attention.run_packed(model.base_model, IDS, MASK, causal)
+        padded = attention.run_padded(model.base_model, IDS, MASK, causal)
+        other = attention.run_padded(model.base_model, IDS, MASK, not causal)
+    assert packed.lengths.tolist() == [6, 4]
+    torch.testing.assert_close(packed.flat, padded.flat, rtol=1e-6, atol=1e-6)  # RoPE tables are float32
+    assert (packed.flat - other.flat).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_equals_padded_under_a_sliding_window(family, causal):
+    ids = torch.arange(3, 43).view(2, 20)
+    mask = torch.ones_like(ids)
+    mask[1, 13:] = 0
+    outputs = {}
+    for window in (3, None):
+        model = make_llm(family, sliding_window=window or 4096)  # float32: gemma2's eager softmax overflows in float64
+        attention.packing.install(model)
+        with torch.no_grad():
+            outputs[window] = attention.run_packed(model.base_model, ids, mask, causal).flat
+            padded = attention.run_padded(model.base_model, ids, mask, causal).flat
+        torch.testing.assert_close(outputs[window], padded, rtol=1e-5, atol=1e-5)
+    assert (outputs[3] - outputs[None]).abs().max() > 1e-3  # the window mattered
+
+
+@pytest.mark.parametrize("path", ["packed", "padded", "mask4d"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_side_does_not_matter(path, causal):
+    model = make_llm("gpt2").double()  # learned positions: a shifted row would show
+    attention.packing.install(model)
+    run = attention.PATHS[path]
+    left = IDS.clone()
+    left[1] = IDS[1].roll(2)
+    with torch.no_grad():
+        right = run(model.base_model, IDS, MASK, causal)
+        flipped = run(model.base_model, left, torch.stack([MASK[0], MASK[1].roll(2)]), causal)
+    torch.testing.assert_close(right.flat, flipped.flat, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("family", "path"), [("stablelm", "mask4d"), ("nemotron", "mask4d"), ("mpt", "mask4d")])
+def test_a_family_that_ignores_the_keyword_gets_a_path_that_works(family, path):
+    model = make_llm(family)
+    assert attention.choose_path(model, causal=False) == path
+    with torch.no_grad():
+        before, after = first_states(model, attention.PATHS[path], causal=False)
+    assert ((before - after).abs().amax(1) > 1e-3).all()
+
+
+def test_a_family_that_stays_causal_is_refused_by_name_and_layer():
+    model = make_llm("bloom")
+    with pytest.raises(ValueError, match=r"'bloom' backbone.*layers 0-1 of 2 stay causal.*attention: causal"):
+        attention.choose_path(model, causal=False)
+    assert attention.choose_path(model, causal=True) == "padded"
+
+
+def test_one_causal_layer_is_found_behind_a_bidirectional_one():
+    """What the first layer mixed in must not hide that the second one looks back only."""
+    model = make_llm("llama")
+    layer = model.base_model.layers[1].self_attn
+    plain = layer.forward
+
+    def stubborn(*args, **kwargs):
+        return plain(*args, **{**kwargs, "is_causal": True, "attention_mask": None})
+
+    layer.forward = stubborn
+    with pytest.raises(ValueError, match=r"padded: layers 1 of 2 stay causal"):
+        attention.choose_path(model, causal=False, wanted="padded")
+    with pytest.raises(ValueError, match="packed: layers 1 of 2 stay causal"):
+        attention.choose_path(model, causal=False, wanted="packed")
+
+
+def test_no_attention_at_all_is_refused():
+    with pytest.raises(ValueError, match="no layer has attention"):
+        attention.choose_path(make_llm("mamba", expand=2), causal=False)
+
+
+def test_packing_is_left_out_where_it_failed():
+    model = make_llm("stablelm")
+    attention.choose_path(model, causal=False)
+    assert not model.config._attn_implementation.startswith("ullme")
+
+
+def test_hybrid_warns_about_its_recurrent_layers(caplog):
+    model = make_llm("llama")
+    model.config.layer_types = ["full_attention", "conv"]
+    layer = model.base_model.layers[1]
+    layer.forward = lambda hidden_states, **kwargs: hidden_states  # sees its own token only, as a blind layer would
+    assert attention.choose_path(model, causal=False) == "packed"
+    assert "layers [1] are recurrent" in caplog.text

@@ -1,0 +1,232 @@
+"""The model's public behaviour, on a tiny LLM of every family the issue names."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import FAMILIES, TEXTS, make_tokenizer, save_llm
+
+from ullme.models import ULLME
+from ullme.models.encoding import token_batches
+from ullme.prompts import Prompts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_listing_1_runs_as_printed(family, llm_folder):
+    model = ULLME(
+        model_name_or_path=llm_folder(family),
+        model_backbone_type=family,
+        lora_name="ullme-mistral",
+        lora_r=16,
+        lora_alpha=32,
+    )
+    model_inputs = model.tokenizer(["This a example sentence."], return_tensors="pt")
+    out = model(input_ids=model_inputs["input_ids"], attention_mask=model_inputs["attention_mask"], is_generate=False)
+    assert set(out) == {"rep"}
+    assert out["rep"].shape == (1, 32)
+    assert out["rep"].norm().item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_is_transformers_own_and_alternates_with_embedding(family, make_model, llm_folder):
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(llm_folder(family)).eval()
+    model = make_model(family, gradient_checkpointing=True)
+    batch = model.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        expected = plain(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+    for train in (False, True):
+        model.train(train)
+        with torch.no_grad():
+            rep = model(ids, mask)["rep"]
+            with model.adapters_off():
+                logits = model(ids, mask, is_generate=True).logits[mask.bool()]
+                off = model(ids, mask)["rep"]
+            again = model(ids, mask)["rep"]
+            adapted = model(ids, mask, is_generate=True).logits[mask.bool()]
+        torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+        torch.testing.assert_close(rep, again, rtol=0, atol=0)
+        assert (adapted - expected).abs().max() > 1e-3  # the adapter was at work
+        assert (off - rep).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "stablelm"])
+@pytest.mark.parametrize("generate_between", [False, True])
+def test_checkpointing_changes_no_gradient(family, generate_between, make_model):
+    """A causal forward between embedding and its backward must not turn the recomputation causal."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model(family, gradient_checkpointing=checkpointing).train()
+        batch = model.tokenizer(TEXTS, padding=True, return_tensors="pt")
+        rep = model(batch["input_ids"], batch["attention_mask"])["rep"]
+        if generate_between:
+            model(batch["input_ids"], batch["attention_mask"], is_generate=True)
+        (rep * torch.arange(32.0)).sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    plain, recomputed = gradients
+    assert max(g.abs().max() for g in plain.values()) > 1e-3
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointing_recomputes(make_model):
+    """The comparison above would be empty if checkpointing were off."""
+    model = make_model(gradient_checkpointing=True).train()
+    layer, calls = model.causal_lm.base_model.layers[0].mlp, []
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    batch = model.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    model(batch["input_ids"], batch["attention_mask"])["rep"].sum().backward()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "first", "last"])
+def test_padding_side_does_not_matter(family, pooling, make_model):
+    model = make_model(family, pooling=pooling).eval()
+    out = {}
+    for side in ("left", "right"):
+        model.tokenizer.padding_side = side
+        batch = model.tokenizer(TEXTS, padding=True, return_tensors="pt")
+        assert (batch["attention_mask"][-1, 0] == 0) == (side == "left")
+        with torch.no_grad():
+            out[side] = model(batch["input_ids"], batch["attention_mask"])["rep"]
+    torch.testing.assert_close(out["left"], out["right"], rtol=0, atol=1e-6)
+
+
+def test_encode_equals_one_at_a_time(make_model):
+    model = make_model()
+    texts = [*TEXTS, "", "x" * 400, *TEXTS[:2]]
+    together = model.encode(texts, batch_size=3)
+    alone = np.concatenate([model.encode([text]) for text in texts])
+    np.testing.assert_allclose(together, alone, atol=2e-6)
+    assert np.abs(together[:5] - together[4]).max() > 0.01
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
+    np.testing.assert_array_equal(together[0], together[-2])
+
+
+def test_encode_edge_cases(make_model):
+    model = make_model().train()
+    assert model.encode([]).shape == (0, 32)
+    assert model.encode([""]).shape == (1, 32)
+    assert model.training  # encode left the mode as it was
+    assert isinstance(model.encode(TEXTS, convert_to_tensor=True), torch.Tensor)
+    with pytest.raises(ValueError, match="give a list of texts"):
+        model.encode("one text")
+    with pytest.raises(ValueError, match="batch_size=0"):
+        model.encode(TEXTS, batch_size=0)
+
+
+def test_encode_takes_the_prompt_contract(make_model):
+    prompts = Prompts(query="Q {instruction}: {text}", passage="P: {text}", instruction="find")
+    model = make_model(prompts=prompts)
+    bare = model.encode(["Q find: hello", "P: hello"])
+    np.testing.assert_array_equal(model.encode(["hello"], role="query"), bare[:1])
+    np.testing.assert_array_equal(model.encode(["hello"], role="passage"), bare[1:])
+    other = model.encode(["hello", "hello"], role="query", instruction=[None, "sort"])
+    np.testing.assert_allclose(other[:1], bare[:1], atol=1e-6)
+    assert np.abs(other[1] - other[0]).max() > 1e-3
+
+
+def test_encode_never_exceeds_the_positions(make_model):
+    model = make_model("gpt2")  # learned positions: one too many is an index error
+    assert model.encode(["word " * 500]).shape == (1, 32)
+
+
+def test_token_batches_keep_the_budget():
+    lengths = [5, 90, 30, 30, 7, 100, 1]
+    batches = list(token_batches(lengths, 100))
+    assert sorted(i for batch in batches for i in batch) == list(range(7))
+    assert all(sum(lengths[i] for i in batch) <= 100 or len(batch) == 1 for batch in batches)
+    assert batches[0] == [5]
+
+
+def test_bfloat16_pools_in_float32(make_model):
+    model = make_model(dtype="bfloat16").eval()
+    batch = model.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        rep = model(batch["input_ids"], batch["attention_mask"])["rep"]
+    assert rep.dtype == torch.float32
+    reference = make_model(dtype="float32").encode(TEXTS, convert_to_tensor=True)
+    assert torch.nn.functional.cosine_similarity(rep, reference).min() > 0.99
+
+
+def test_lora_is_what_trains(make_model):
+    model = make_model()
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert all("lora_" in name for name in trained)
+    touched = {name.split(".lora_")[0].split(".")[-1] for name in trained}
+    assert touched == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}  # not the head
+    chosen = make_model(lora_target_modules=["q_proj"])
+    assert all("q_proj" in name for name, p in chosen.named_parameters() if p.requires_grad)
+    full = make_model(lora_name=None)
+    assert all(p.requires_grad for p in full.parameters())
+    with pytest.raises(ValueError, match="lora_name=null"), full.adapters_off():
+        pass
+
+
+@pytest.mark.parametrize("special", [{"eos_token": "</s>"}, {"unk_token": "<s>"}, {}])
+def test_missing_pad_token_does_not_grow_the_vocabulary(special, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    folder = save_llm(tmp_path, "llama")
+    bare = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer().backend_tokenizer, **special)
+    assert bare.pad_token is None
+    bare.save_pretrained(folder)
+    model = ULLME(folder)
+    assert len(model.tokenizer) == len(bare)
+    assert model.tokenizer.pad_token_id is not None
+    assert model.causal_lm.get_input_embeddings().weight.shape[0] == 304
+    np.testing.assert_allclose(model.encode(TEXTS)[4:], model.encode(TEXTS[4:]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_backbone_type": "mistral"}, "model_backbone_type='mistral'.*is of type 'llama'"),
+        ({"pooling": "median"}, "pooling='median': choose one of mean"),
+        ({"lora_r": 0}, "lora_r=0: a positive rank"),
+        ({"lora_name": "v1.0"}, "lora_name='v1.0': a name without dots"),
+        ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
+        ({"lora_target_modules": ["nothing"]}, "lora_target_modules=.*nothing"),
+        ({"dtype": "int8"}, "dtype='int8': choose one of auto"),
+        ({"attention": "sideways"}, "attention='sideways'"),
+        ({"attention_path": "flat"}, "attention_path='flat'"),
+        ({"attn_implementation": "nonsense"}, "cannot load the weights"),
+    ],
+)
+def test_wrong_options_are_named(options, message, llm_folder):
+    with pytest.raises(ValueError, match=message):
+        ULLME(llm_folder(), **options)
+
+
+def test_wrong_folders_are_named(tmp_path, llm_folder):
+    with pytest.raises(ValueError, match=r"model_name_or_path='.*none'.*cannot load the config.json"):
+        ULLME(str(tmp_path / "none"))
+    from transformers import BertConfig, T5Config
+
+    for config, message in ((T5Config(), "encoder-decoder"), (BertConfig(), "is an encoder; take a decoder-only LLM")):
+        config.save_pretrained(tmp_path / config.model_type)
+        with pytest.raises(ValueError, match=message):
+            ULLME(str(tmp_path / config.model_type))
+    save_llm(tmp_path / "small", "llama", vocab_size=100)
+    with pytest.raises(ValueError, match=r"the tokenizer has 300 tokens and the LLM embeds 100"):
+        ULLME(str(tmp_path / "small"))
+
+
+def test_forward_refuses_what_it_would_drop(make_model):
+    model = make_model()
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    with pytest.raises(ValueError, match="labels"):
+        model(ids, labels=ids)
+    with pytest.raises(ValueError, match="row 1 has no real token"):
+        model(ids, torch.tensor([[1, 1, 1], [0, 0, 0]]))
+
+
+def test_causal_embedding_is_an_option(make_model):
+    causal, both = make_model(attention="causal", pooling="first"), make_model(pooling="first")
+    for model, reacts in ((causal, False), (both, True)):
+        a, b = model.encode(["the river Elba", "the river flows"])
+        assert bool(np.abs(a - b).max() > 1e-3) == reacts

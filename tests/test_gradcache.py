@@ -1,0 +1,206 @@
+"""GradCache against the whole batch at once: the loss and every gradient, for any chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ullme.batch import Batch, TokenRows
+from ullme.gradcache import GradCache, chunk_slices, embed_batch
+from ullme.losses import InfoNCE
+from ullme.prompts import pad_rows
+
+B, C = 5, 3
+
+
+def make_batch(b: int = B, c: int = C) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+
+    def rows(n: int, longest: int) -> TokenRows:
+        lengths = torch.randint(2, longest, (n,), generator=generator).tolist()
+        return pad_rows([torch.randint(3, 300, (k,), generator=generator).tolist() for k in lengths], 0)
+
+    return Batch(rows(b, 6), rows(b * c, 15), torch.arange(b * c).view(b, c), torch.arange(b))
+
+
+def embedder(model):
+    return lambda rows: model(rows.input_ids, rows.attention_mask)["rep"]
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    out = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert out
+    model.zero_grad()
+    return out
+
+
+def assert_same_gradients(found: dict, expected: dict, rel: float) -> None:
+    scale = max(g.abs().max().item() for g in expected.values())
+    assert scale > 1e-3, "a comparison of zeros proves nothing"
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max().item() <= rel * scale, name
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model(lora_dropout=0.0).double().train()
+
+
+@pytest.mark.parametrize("lora_name", ["ullme", None])
+@pytest.mark.parametrize("slices", [1, 2, 3, B, 99, "tokens"])
+def test_every_gradient_equals_the_full_batchs(make_model, lora_name, slices):
+    model = make_model(lora_name=lora_name).double().train()
+    batch, loss = make_batch(), InfoNCE(0.05)
+    full = loss(embed_batch(embedder(model), batch))
+    full.backward()
+    expected = gradients(model)
+    chunks = chunk_slices(batch, None, 60) if slices == "tokens" else chunk_slices(batch, slices, None)
+    assert len(chunks) > 1 or slices in (B, 99)
+    cached = GradCache(embedder(model), loss).step(batch, chunks)
+    assert cached.item() == pytest.approx(full.item(), rel=1e-12)
+    assert_same_gradients(gradients(model), expected, 1e-10)
+
+
+def test_chunks_matter_to_the_loss_itself(model):
+    """The mean over chunks of each chunk's own loss is another number: in-batch negatives cross chunks."""
+    batch, loss = make_batch(), InfoNCE(0.05)
+    with torch.no_grad():
+        whole = loss(embed_batch(embedder(model), batch)).item()
+        parts = [loss(embed_batch(embedder(model), batch[n : n + 1])).item() for n in range(B)]
+    assert abs(whole - sum(parts) / B) > 1e-2
+
+
+def test_replay_reproduces_dropout_exactly(make_model):
+    model = make_model(lora_dropout=0.3).double().train()
+    batch = make_batch()
+    seen: list[torch.Tensor] = []
+
+    def embed(rows: TokenRows) -> torch.Tensor:
+        rep = embedder(model)(rows)
+        seen.append(rep.detach().clone())
+        return rep
+
+    GradCache(embed, InfoNCE()).step(batch, chunk_slices(batch, 2, None))
+    first, second = seen[:3], seen[3:]
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    again = embed_batch(embedder(model), batch[:2])
+    assert (again.queries - first[0][:2]).abs().max() > 1e-3  # dropout was on, and the state moved on
+
+
+def test_gradient_with_dropout_is_that_of_the_loss_it_reports(make_model):
+    """Finite difference along one direction, with the random state of the step restored."""
+    model = make_model(lora_dropout=0.3).double().train()
+    batch, loss = make_batch(), InfoNCE(0.1)
+    slices = chunk_slices(batch, 2, None)
+
+    def step() -> float:
+        torch.manual_seed(5)
+        value = GradCache(embedder(model), loss).step(batch, slices).item()
+        step.gradients = gradients(model)
+        return value
+
+    step()
+    parameter = next(p for n, p in model.named_parameters() if "lora_B" in n)
+    name = next(n for n, p in model.named_parameters() if p is parameter)
+    gradient = step.gradients[name]
+    direction = gradient / gradient.norm()
+    values = []
+    for sign in (1, -1):
+        parameter.data.add_(direction, alpha=sign * 1e-5)
+        values.append(step())
+        parameter.data.sub_(direction, alpha=sign * 1e-5)
+    assert (values[0] - values[1]) / 2e-5 == pytest.approx(gradient.norm().item(), rel=1e-6)
+
+
+def test_works_under_autocast(make_model):
+    """Autocast keeps copies of weights made without gradient; they must not be used for the replay."""
+    model, batch, loss = make_model().train(), make_batch(), InfoNCE(0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss(embed_batch(embedder(model), batch)).backward()
+        expected = gradients(model)
+        GradCache(embedder(model), loss).step(batch, chunk_slices(batch, 2, None))
+    found = gradients(model)
+    assert_same_gradients(found, expected, 0.1)
+    cosine = torch.nn.functional.cosine_similarity(
+        torch.cat([g.flatten() for g in found.values()]), torch.cat([g.flatten() for g in expected.values()]), dim=0
+    )
+    assert cosine > 0.99
+
+
+def test_checkpointing_and_chunks_together(make_model):
+    expected, found = [], []
+    for checkpointing, out in ((False, expected), (True, found)):
+        model = make_model(gradient_checkpointing=checkpointing, lora_dropout=0.2).double().train()
+        batch = make_batch()
+        torch.manual_seed(1)
+        GradCache(embedder(model), InfoNCE()).step(batch, chunk_slices(batch, 2, None))
+        out.append(gradients(model))
+    assert_same_gradients(found[0], expected[0], 1e-10)
+
+
+def test_gradients_are_synchronised_with_the_last_chunk_only(model):
+    from contextlib import contextmanager
+
+    events = []
+
+    @contextmanager
+    def no_sync():
+        events.append("no_sync")
+        yield
+
+    batch = make_batch()
+    GradCache(embedder(model), InfoNCE(), no_sync=no_sync).step(batch, chunk_slices(batch, 2, None))
+    assert events == ["no_sync"] * 2  # three chunks
+
+
+def test_memory_does_not_hold_the_batch(model):
+    """Tensors kept for backward: never more than those of one chunk, however many chunks there are."""
+    import weakref
+
+    class Kept:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+    def most_kept(batch: Batch, slices: list[slice]) -> int:
+        alive: weakref.WeakSet[Kept] = weakref.WeakSet()
+        most = 0
+
+        def pack(tensor: torch.Tensor) -> Kept:
+            nonlocal most
+            kept = Kept(tensor)
+            alive.add(kept)
+            most = max(most, len(alive))
+            return kept
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+            GradCache(embedder(model), InfoNCE()).step(batch, slices)
+        return most
+
+    batch = make_batch()
+    one = most_kept(batch[:1], [slice(0, 1)])
+    assert one > 100
+    assert most_kept(batch, chunk_slices(batch, 1, None)) <= 1.2 * one  # rows of one chunk differ in their groups
+
+
+def test_chunk_slices():
+    batch = make_batch()
+    assert chunk_slices(batch, 2, None) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert chunk_slices(batch, 99, None) == [slice(0, 5)]
+    tokens = [batch[n : n + 1].num_tokens for n in range(B)]
+    slices = chunk_slices(batch, None, 60)
+    assert [n for s in slices for n in range(s.start, s.stop)] == list(range(B))
+    assert all(sum(tokens[s]) <= 60 for s in slices)
+    assert chunk_slices(batch, None, 1) == [slice(n, n + 1) for n in range(B)]  # one that is too long stands alone
+
+
+def test_batch_slices_keep_candidates_with_their_query():
+    """The released original regrouped rows list-major, so queries met other queries' passages."""
+    batch = make_batch()
+    part = batch[1:3]
+    assert len(part) == 2
+    assert part.passage_keys.tolist() == [[3, 4, 5], [6, 7, 8]]
+    torch.testing.assert_close(part.passages.input_ids, batch.passages.input_ids[3:9])
+    with pytest.raises(ValueError, match="do not fit"):
+        Batch(batch.queries, batch.passages[:4], batch.passage_keys, batch.row_ids)
