@@ -167,8 +167,8 @@ def test_relations_are_well_formed():
 
 
 def test_passages_are_20_to_60_tokens(world):
-    texts = world.pretrain_file.read_text().splitlines()
-    lengths = [len(ids) for ids in train_tokenizer(texts)(texts)["input_ids"]]
+    tokenizer = train_tokenizer(world.pretrain_file.read_text().splitlines())
+    lengths = [len(ids) for ids in tokenizer([*passages_by_text(world.train)])["input_ids"]]
     assert min(lengths) >= 20
     assert max(lengths) <= 60
 
@@ -176,6 +176,14 @@ def test_passages_are_20_to_60_tokens(world):
 @pytest.fixture(scope="module")
 def texts(world):
     return world.pretrain_file.read_text().splitlines()
+
+
+def test_pretraining_reads_passages_and_lonely_questions(world, texts):
+    questions = {question for fact in world.train.facts for question in ask(fact)}
+    passages = list(passages_by_text(world.train))
+    assert texts[: len(passages)] == passages
+    assert len(texts) - len(passages) == len(world.train.facts)
+    assert set(texts[len(passages) :]) <= questions
 
 
 def test_tokenizer_round_trip(texts):
