@@ -118,15 +118,28 @@ def registered(monkeypatch):
         monkeypatch.setitem(registry, task.metadata.name, task)
 
 
-@pytest.mark.usefixtures("registered")
-def test_paper_api_gives_percent_by_language(model, tmp_path):
-    scores = eval_mteb_dataset(
-        model=model, dataset_name="MockMultilingualSTSTask", langs=["fra", "eng"], output=tmp_path
-    )
+@pytest.fixture
+def two_languages(registered, monkeypatch):
+    """A task whose two languages have opposite scores, so that they cannot be mistaken for one another."""
+    from mteb.mocks import MockMultilingualSTSTask
+
+    def load_data(self, **_):
+        MockMultilingualSTSTask.load_data(self)
+        opposite = self.dataset["fra"]["test"].map(lambda row: {"score": 1 - row["score"]})
+        self.dataset["fra"] = {"test": opposite}
+
+    metadata = MockMultilingualSTSTask.metadata.model_copy(update={"name": "TwoLanguages"})
+    task = type("TwoLanguages", (MockMultilingualSTSTask,), {"metadata": metadata, "load_data": load_data})
+    monkeypatch.setitem(sys.modules["mteb.get_tasks"]._TASKS_REGISTRY, "TwoLanguages", task)
+    return "TwoLanguages"
+
+
+def test_paper_api_gives_percent_by_language(model, two_languages, tmp_path):
+    scores = eval_mteb_dataset(model=model, dataset_name=two_languages, langs=["fra", "eng"], output=tmp_path)
     assert list(scores) == ["fra", "eng"]
-    [file] = tmp_path.rglob("MockMultilingualSTSTask.json")
-    written = {entry["hf_subset"]: entry["main_score"] for entry in json.loads(file.read_text())["scores"]["test"]}
-    assert scores == pytest.approx({lang: 100 * written[lang] for lang in ("fra", "eng")}, abs=1e-4)
+    # Two pairs each: the rank correlation is 1 or -1.
+    assert scores["eng"] == pytest.approx(-scores["fra"])
+    assert abs(scores["eng"]) == pytest.approx(100)
     assert eval_mteb_dataset(model=model, dataset_name="MockSTSTask") == pytest.approx({"eng": scores["eng"]})
 
 

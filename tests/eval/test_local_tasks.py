@@ -110,11 +110,16 @@ def test_every_file_of_a_beir_folder_counts(beir_folder):
 
 @pytest.mark.parametrize(
     ("path", "name"),
-    [("msmarco/dev", "msmarco-dev"), ("wiki qa/rerank.test.jsonl", "rerank.test"), ("so/all.jsonl", "so-all")],
+    [
+        ("msmarco/dev", "msmarco-dev"),
+        ("wiki qa/rerank.test.jsonl", "wiki_qa-rerank.test"),
+        ("sts/STSBenchmark.test.tsv", "STSBenchmark.test"),
+        ("so/all.jsonl", "so-all"),
+    ],
 )
 def test_names_say_something(tmp_path, path, name):
     (tmp_path / path).parent.mkdir(parents=True)
-    if path.endswith(".jsonl"):
+    if "." in path:
         (tmp_path / path).touch()
     else:
         (tmp_path / path).mkdir()

@@ -246,6 +246,33 @@ def test_a_sentence_transformers_folder_scores_as_with_mteb_alone(tiny_sentence_
     assert evaluate(wrapped, mock(name)) == 100 * own[0].get_score()
 
 
+def test_a_sentence_transformers_folder_has_its_own_prompts_on_each_side(tiny_sentence_transformer):
+    from mteb.types import PromptType
+
+    wrapped = WrappedULLME(str(tiny_sentence_transformer), device="cpu")
+    encode = wrapped.model.encode
+    task = mock("MockRetrievalTask").metadata
+    text = "the old mill"
+
+    def side(prompt_type):
+        loader = mteb_loader([text], task, prompt_type)
+        return wrapped.encode(loader, task_metadata=task, hf_split="test", hf_subset="default", prompt_type=prompt_type)
+
+    query, passage = side(PromptType.query), side(PromptType.document)
+    np.testing.assert_allclose(query, encode([f"find: {text}"]), atol=1e-6)
+    np.testing.assert_allclose(passage, encode([f"text: {text}"]), atol=1e-6)
+    assert np.abs(query - passage).max() > 1e-3
+
+
+def mteb_loader(texts, metadata, prompt_type):
+    from datasets import Dataset
+    from mteb._create_dataloaders import create_dataloader
+
+    return create_dataloader(
+        Dataset.from_dict({"id": ["d0"], "text": texts}), task_metadata=metadata, prompt_type=prompt_type
+    )
+
+
 def test_a_sentence_transformers_folder_keeps_its_own_settings(tiny_sentence_transformer):
     path = str(tiny_sentence_transformer)
     with pytest.raises(ValueError, match=r"brings its own settings; leave out \['pooling', 'prompts'\]"):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
 # Names that say nothing by themselves: the folder's name goes before them.
-GENERIC_NAMES = {"all", "corpus", "data", "dataset", "dev", "eval", "test", "train", "val", "validation"}
+GENERIC_NAMES = {"all", "corpus", "data", "dataset", "dev", "eval", "pairs", "rerank", "test", "train", "validation"}
 
 
 def retrieval_task(folder: str | Path, split: str = "test") -> AbsTask:
@@ -233,6 +233,6 @@ def task_name(path: Path) -> str:
     """The name of a file or folder without its ending, with its parent's before it where it says little by itself."""
     resolved = path.resolve()
     name = resolved.stem if resolved.is_file() else resolved.name
-    if name.lower() in GENERIC_NAMES:
+    if set(name.lower().split(".")) <= GENERIC_NAMES:
         name = f"{resolved.parent.name}-{name}"
     return re.sub(r"[^\w.-]+", "_", name) or "local"
