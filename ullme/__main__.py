@@ -17,11 +17,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a subcommand. Exits with status 2 on an unknown one."""
+    """Run a subcommand and exit with its status; 2 if there is none of that name."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in COMMANDS:
-        import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
-        return
+        raise SystemExit(import_module(COMMANDS[arguments[0]][0]).main(arguments[1:]))
     if arguments == ["--version"]:
         print(f"ullme {ullme.__version__}")
         return

@@ -36,6 +36,24 @@ class ULLMECLI(LightningCLI):
         # Without a fixed folder `--ckpt_path last` would look for the last checkpoint of a run that just began.
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=_checkpoint_folder)
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse what would fail later with somebody else's words. Raises: ValueError."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        trainer = config.trainer
+        if trainer.gradient_clip_val is not None:
+            raise ValueError(
+                f"trainer.gradient_clip_val={trainer.gradient_clip_val}: GradCache clips after its last chunk; "
+                "write model.optimizer.gradient_clip_val instead"
+            )
+        if trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: accumulation would take the "
+                "negatives apart; raise data.batch_size instead, GradCache fits any batch into the memory of a chunk"
+            )
+        path = config.get("ckpt_path")
+        if path not in (None, "best", "last", "hpc") and not os.path.isfile(path):
+            raise ValueError(f"ckpt_path={path!r}: no such file; give a .ckpt file, or last")
+
 
 def _checkpoint_folder(root: str | None) -> str:
     return os.path.join(root or "runs", "checkpoints")

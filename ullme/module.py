@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,6 +89,7 @@ class ULLMEModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One optimizer step on one global batch."""
+        self._seed_step()
         optimizer = self.optimizers()
         optimizer.zero_grad()
         logs = self.loss.backward(self, batch)
@@ -98,6 +101,12 @@ class ULLMEModule(L.LightningModule):
         self.log_dict({**terms, "train/grad_norm": norm}, batch_size=len(batch), sync_dist=True)
         self.log("lr", optimizer.param_groups[0]["lr"])
         return logs
+
+    def _seed_step(self) -> None:
+        """Dropout is a function of (seed, step, rank), so that a resumed run draws what an uninterrupted one does."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        entropy = np.random.SeedSequence([seed, self.global_step, self.global_rank])
+        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
 
     def _clip(self) -> Tensor:
         """Clip in place; the norm before clipping."""

@@ -1,0 +1,265 @@
+"""train.py from the outside: a run, its checkpoints, resuming, its errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ullme import cli
+from ullme.models.checkpoint import find_checkpoint, load_ullme, load_weights, save_adapter
+
+NOUNS = [
+    "river",
+    "mill",
+    "market",
+    "town",
+    "kettle",
+    "mitten",
+    "passage",
+    "square",
+    "number",
+    "document",
+    "harp",
+    "oak",
+]
+
+
+def write_rows(folder: Path, count: int = 24) -> tuple[str, str]:
+    """Training rows, and a BEIR folder, about small made-up things."""
+    lines = []
+    for n in range(count):
+        noun = NOUNS[n % len(NOUNS)]
+        negatives = [f"the {other} of {n + k}" for k, other in enumerate(NOUNS) if other != noun]
+        lines.append({"query": f"which {noun} is {n}", "pos": [f"the {noun} number {n}"], "neg": negatives})
+    train = folder / "train.jsonl"
+    train.write_text("\n".join(json.dumps(line) for line in lines))
+    beir = folder / "beir"
+    (beir / "qrels").mkdir(parents=True)
+    corpus = [{"_id": f"d{n}", "title": "", "text": f"the {noun} stands here"} for n, noun in enumerate(NOUNS)]
+    queries = [{"_id": f"q{n}", "text": f"where is the {noun}"} for n, noun in enumerate(NOUNS)]
+    (beir / "corpus.jsonl").write_text("\n".join(map(json.dumps, corpus)))
+    (beir / "queries.jsonl").write_text("\n".join(map(json.dumps, queries)))
+    qrels = ["query-id\tcorpus-id\tscore", *(f"q{n}\td{n}\t1" for n in range(len(NOUNS)))]
+    (beir / "qrels" / "test.tsv").write_text("\n".join(qrels))
+    return str(train), str(beir)
+
+
+@pytest.fixture
+def arguments(tmp_path, llm_folder):
+    """Command line of a small run in a folder of its own; later options win."""
+    train, beir = write_rows(tmp_path)
+
+    def make(run: str, *extra: str) -> list[str]:
+        return [
+            "fit",
+            "--seed_everything=3",
+            "--trainer.accelerator=cpu",
+            "--trainer.devices=1",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+            "--trainer.log_every_n_steps=1",
+            f"--trainer.default_root_dir={tmp_path / run}",
+            "--trainer.logger=CSVLogger",
+            f"--trainer.logger.save_dir={tmp_path / run}",
+            "--trainer.logger.name=",
+            "--trainer.logger.version=",
+            f"--model.backbone.model_name_or_path={llm_folder()}",
+            "--model.backbone.lora_r=4",
+            "--model.optimizer.lr=0.01",
+            f"--data.train={train}",
+            f"--data.val={beir}",
+            "--data.batch_size=4",
+            "--data.num_hard_negatives=2",
+            "--data.num_workers=0",
+            "--loss.chunk_size=3",
+            *extra,
+        ]
+
+    return make
+
+
+def logged(folder: Path, column: str) -> dict[int, float]:
+    with (folder / "metrics.csv").open() as file:
+        return {int(row["step"]): float(row[column]) for row in csv.DictReader(file) if row.get(column)}
+
+
+def test_fast_dev_run(arguments):
+    cli.main(arguments("run", "--trainer.fast_dev_run=2"))
+
+
+def test_a_run_learns_validates_and_saves_only_what_it_trained(arguments, tmp_path):
+    cli.main(arguments("run", "--trainer.max_epochs=4", "--trainer.max_steps=24"))
+    losses = logged(tmp_path / "run", "train/loss")
+    assert len(losses) == 24
+    assert np.mean(list(losses.values())[-4:]) < 0.8 * np.mean(list(losses.values())[:4])
+    for column in ("val/ndcg@10", "val/mrr@10", "val/recall@100", "tokens/s", "lr", "train/grad_norm"):
+        assert logged(tmp_path / "run", column), column
+    assert (tmp_path / "run" / "config.yaml").is_file()
+
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    stored = torch.load(last, weights_only=True)
+    assert all("lora_" in name for name in stored["state_dict"])
+    assert stored["ullme"]["prompts"]["query"].startswith("Instruct")
+    model = load_ullme(tmp_path / "run")
+    assert not model.training
+    # the checkpoint gives what the run ended with: its last validation, computed through encode
+    beir = [f"the {noun} stands here" for noun in NOUNS], [f"where is the {noun}" for noun in NOUNS]
+    scores = model.encode(beir[1], role="query") @ model.encode(beir[0], role="passage").T
+    ranks = (scores > scores.diagonal()[:, None]).sum(1)
+    mrr = np.mean([1 / (r + 1) if r < 10 else 0 for r in ranks])
+    final = list(logged(tmp_path / "run", "val/mrr@10").values())[-1]
+    assert final == pytest.approx(mrr, abs=1e-6)
+
+
+@pytest.mark.parametrize("interrupted_at", [3, 6, 8])
+def test_resume_gives_the_same_losses(arguments, tmp_path, interrupted_at):
+    """With dropout on, mid-epoch (3, 8) and between epochs (6 steps each)."""
+    common = ("--trainer.max_epochs=2", "--checkpoint.every_n_train_steps=1", "--checkpoint.save_top_k=-1")
+    cli.main(arguments("whole", *common))
+    whole = logged(tmp_path / "whole", "train/loss")
+    assert len(whole) == 12
+    start = tmp_path / "whole" / "checkpoints" / f"step{interrupted_at}.ckpt"
+    cli.main(arguments("resumed", *common, f"--ckpt_path={start}"))
+    resumed = logged(tmp_path / "resumed", "train/loss")
+    assert sorted(resumed) == list(range(interrupted_at, 12))
+    assert resumed == {step: whole[step] for step in resumed}
+    a = torch.load(tmp_path / "whole" / "checkpoints" / "step12.ckpt", weights_only=True)["state_dict"]
+    b = torch.load(tmp_path / "resumed" / "checkpoints" / "step12.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_ckpt_path_last_goes_on(arguments, tmp_path):
+    cli.main(arguments("run", "--trainer.max_epochs=1"))
+    cli.main(arguments("run", "--trainer.max_epochs=2", "--ckpt_path=last"))
+    stored = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert stored["global_step"] == 12
+
+
+def test_the_loss_and_its_chunks_do_not_change_the_run(arguments, tmp_path):
+    """GradCache with any chunks and FullBatch give the same losses, step after step (no dropout)."""
+    runs = {
+        "one": ("--loss.chunk_size=1",),
+        "tokens": ("--loss=GradCache", "--loss.chunk_tokens=70"),
+        "full": ("--loss=FullBatch",),
+    }
+    losses = {}
+    for name, extra in runs.items():
+        dropped = [a for a in arguments(name) if "chunk_size" not in a]
+        cli.main([*dropped, "--trainer.max_steps=4", "--model.backbone.lora_dropout=0", *extra])
+        losses[name] = list(logged(tmp_path / name, "train/loss").values())
+    assert len(losses["full"]) == 4
+    assert losses["full"][0] != losses["full"][3]
+    np.testing.assert_allclose(losses["one"], losses["full"], rtol=1e-4)
+    np.testing.assert_allclose(losses["tokens"], losses["full"], rtol=1e-4)
+
+
+def test_bfloat16_mixed_precision_trains(arguments, tmp_path):
+    cli.main(arguments("run", "--trainer.precision=bf16-mixed", "--trainer.max_epochs=3"))
+    losses = list(logged(tmp_path / "run", "train/loss").values())
+    assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
+
+
+def test_full_fine_tuning_saves_all_weights(arguments, tmp_path):
+    cli.main(arguments("run", "--model.backbone.lora_name=null", "--trainer.max_steps=2"))
+    model = load_ullme(tmp_path / "run")
+    stored = torch.load(find_checkpoint(tmp_path / "run"), weights_only=True)
+    assert {n.removeprefix("model.") for n in stored["state_dict"]} == {n for n, _ in model.named_parameters()}
+
+
+def test_wandb_offline(arguments, tmp_path):
+    dropped = [a for a in arguments("run", "--trainer.max_steps=2") if "logger" not in a]
+    logger = ["--trainer.logger=WandbLogger", "--trainer.logger.offline=true", f"--trainer.logger.save_dir={tmp_path}"]
+    cli.main([*dropped, *logger])
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_adapter_folder_round_trip(make_model, tmp_path):
+    model = make_model()
+    folder = save_adapter(model, tmp_path / "adapter")
+    texts = ["one text", "another"]
+    np.testing.assert_array_equal(load_ullme(folder).encode(texts), model.encode(texts))
+    fresh = make_model(lora_name="other")
+    with torch.no_grad():
+        for name, parameter in fresh.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    assert np.abs(fresh.encode(texts) - model.encode(texts)).max() > 1e-3
+    load_weights(fresh, folder)  # under another adapter name
+    np.testing.assert_array_equal(fresh.encode(texts), model.encode(texts))
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model.options.model_name_or_path), folder
+    ).eval()
+    ids = torch.tensor([[1, 5, 9]])
+    torch.testing.assert_close(theirs(ids).logits, model.eval()(ids, is_generate=True).logits)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--model.backbone.model_name_or_path=/nowhere/at/all"], "model_name_or_path='/nowhere/at/all'"),
+        (["--model.backbone.lora_r=0"], "lora_r=0"),
+        (["--model.backbone.lora_rank=8"], "lora_rank"),
+        (["--model.optimizer.lr=-1"], "model.optimizer.lr=-1"),
+        (["--model.prompts.query=no text here"], "prompts.query='no text here' must hold {text}"),
+        (["--loss.chunk_size=0"], "loss.chunk_size=0"),
+        (["--loss=GradCash"], "GradCash"),
+        (["--trainer.precision=16-true"], "trainer.precision='16-true' is not supported"),
+        (["--data.train=missing.jsonl"], "missing.jsonl"),
+        (["--data.batch_size=512"], "data.batch_size=512"),
+        (["--ckpt_path=missing.ckpt"], "missing.ckpt"),
+        (["--trainer.gradient_clip_val=1.0"], "model.optimizer.gradient_clip_val"),
+        (["--trainer.accumulate_grad_batches=2"], "data.batch_size"),
+    ],
+)
+def test_mistakes_end_with_one_message_and_status_2(arguments, tmp_path, capsys, extra, message):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments("run", *extra))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_checkpoint_of_another_rank_backbone_or_prompt_is_refused(arguments, tmp_path, llm_folder, capsys):
+    cli.main(arguments("run", "--trainer.max_steps=1"))
+    last = f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"
+    for extra, message in (
+        ("--model.backbone.lora_r=8", "trained with lora_r=4, but this model has lora_r=8"),
+        (f"--model.backbone.model_name_or_path={llm_folder('mistral')}", "trained with model_type='llama'"),
+        ("--model.prompts.query=other: {text}", "trained with model.prompts="),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(arguments("again", last, extra))
+        assert message in capsys.readouterr().err
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
+    for content, message in ((b"", "cannot be read"), (b"PK\x03\x04 nonsense", "cannot be read")):
+        (tmp_path / "x.ckpt").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_ullme(tmp_path / "x.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="was not written by ullme"):
+        load_ullme(tmp_path / "x.ckpt")
+    torch.save({"ullme": Path("code")}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="loading them would run code"):
+        load_ullme(tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"give a run folder, a .ckpt file or a PEFT adapter folder"):
+        load_ullme(tmp_path / "nothing")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_rows(arguments, monkeypatch, capsys):
+    from ullme.losses import InfoNCE
+
+    monkeypatch.setattr(InfoNCE, "forward", lambda self, reps: reps.queries.sum() * float("nan"))
+    with pytest.raises(SystemExit):
+        cli.main(arguments("run"))
+    assert "info_nce is nan (training rows [" in capsys.readouterr().err
