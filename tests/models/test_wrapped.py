@@ -10,7 +10,6 @@ from eval_helpers import save_sentence_transformer, save_tiny_llm
 
 from ullme.models import ULLME, WrappedULLME
 from ullme.models.checkpoint import save_adapter
-from ullme.models.wrapped import is_sentence_transformer, result_name
 from ullme.prompts import Prompts
 
 OWN = "contract's own instruction"
@@ -199,18 +198,6 @@ def test_the_revision_is_that_of_the_content(adapters, tiny_llm):
     assert WrappedULLME(str(tiny_llm), device="cpu").mteb_model_meta.name == "local/tiny-llm"
 
 
-@pytest.mark.parametrize(
-    ("model_name", "checkpoint", "name"),
-    [
-        ("mistralai/Mistral-7B-v0.1", None, "mistralai/Mistral-7B-v0.1"),
-        ("mistralai/Mistral-7B-v0.1", "runs/grl/checkpoints/last.ckpt", "mistralai/Mistral-7B-v0.1--grl-last"),
-        ("gpt2", "runs/grl/step=5.ckpt", "local/gpt2--grl-step_5"),
-    ],
-)
-def test_result_names(model_name, checkpoint, name):
-    assert result_name(model_name, checkpoint) == name
-
-
 def test_from_model_uses_the_model_as_it_is(tiny_llm):
     ullme = ULLME(str(tiny_llm), lora_name=None)
     wrapped = WrappedULLME.from_model(ullme, "run/step-10", max_length=32)
@@ -281,23 +268,6 @@ def test_a_sentence_transformers_folder_keeps_its_own_settings(tiny_sentence_tra
     assert short.model.max_seq_length == 7
     assert plain.mteb_model_meta.revision != short.mteb_model_meta.revision
     assert plain.mteb_model_meta.name == "local/tiny-st"
-
-
-def test_what_is_a_sentence_transformer(tiny_sentence_transformer, tiny_llm, monkeypatch):
-    import huggingface_hub
-
-    asked = []
-    monkeypatch.setattr(huggingface_hub, "file_exists", lambda name, file: bool(asked.append(name)) or True)
-    monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: True)
-    assert is_sentence_transformer(str(tiny_sentence_transformer))
-    assert not is_sentence_transformer(str(tiny_llm))
-    assert not is_sentence_transformer("organisation/embedder")
-    assert not is_sentence_transformer("not a / hub name")
-    assert asked == []
-    monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: False)
-    assert is_sentence_transformer("organisation/embedder")
-    assert not is_sentence_transformer(str(tiny_llm))
-    assert asked == ["organisation/embedder"]
 
 
 def test_user_errors():

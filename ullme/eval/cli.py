@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +115,8 @@ def _run(options: Any) -> int:
 
     tasks = _tasks(options)
     model = _model(options)
-    print(f"{model.mteb_model_meta.name}, revision {model.mteb_model_meta.revision}", file=sys.stderr)
+    meta = model.mteb_model_meta
+    print(f"{meta.name}, revision {meta.revision}", file=sys.stderr)
     rows = evaluate_tasks(
         model,
         tasks,
@@ -127,7 +128,7 @@ def _run(options: Any) -> int:
     print(markdown_table(rows) if options.markdown else text_table(rows))
     failed = [row for row in rows if row.error is not None]
     for row in failed:
-        print(f"evaluate: {row.task}: {row.error}", file=sys.stderr)
+        print(f"evaluate: {row.error}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -135,7 +136,7 @@ def _tasks(options: Any) -> list[AbsTask]:
     from ullme.eval import local_tasks
     from ullme.eval.mteb import find_tasks
 
-    make = {
+    make: dict[str, Callable[[str], AbsTask]] = {
         "corpus": local_tasks.retrieval_task,
         "reranking": local_tasks.reranking_task,
         "sts": local_tasks.sts_task,

@@ -126,7 +126,7 @@ def classification_task(folder: str | Path) -> AbsTask:
     if unknown := sorted(set(read["test"][1]) - set(names)):
         raise ValueError(f"classification: {files['test']} has labels that train.jsonl lacks: {unknown[:5]}")
     index = {name: n for n, name in enumerate(names)}
-    columns = {
+    columns: dict[str, dict[str, list[Any]]] = {
         split: {"text": sentences, "label": [index[label] for label in labels]}
         for split, (sentences, labels) in read.items()
     }
@@ -203,7 +203,7 @@ def _retrieval_data(
 
 def _make_task(
     base: type[AbsTask],
-    type_: str,
+    type_: Any,
     main_score: str,
     path: Path,
     digest: str,

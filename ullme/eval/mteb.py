@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from mteb.cache import ResultCache
     from mteb.results import TaskResult
 
-# Reasons why the data of a task cannot be had; anything else is a fault and is raised.
-_UNREACHABLE = "its data are not on this machine and could not be downloaded"
+
+class TaskDataError(ValueError):
+    """The data of a task are not on this machine and could not be downloaded."""
 
 
 def eval_mteb_dataset(
@@ -47,15 +48,14 @@ def eval_mteb_dataset(
         For example ``{"eng": 35.8}``.
 
     Raises:
-        ValueError: an unknown task, a language that the task does not have, or data that cannot be had.
+        ValueError: an unknown task, a language that the task does not have, or (TaskDataError) data that cannot be
+            had.
     """
     task = _one_task(dataset_name)
     subsets = {lang: _subsets(task, lang) for lang in langs}
     task.filter_languages(None, hf_subsets=sorted({subset for chosen in subsets.values() for subset in chosen}))
     with _cache(output) as cache:
         result = _evaluate(model, task, cache, overwrite=overwrite, batch_size=batch_size, show_progress_bar=True)
-    if isinstance(result, str):
-        raise ValueError(f"{dataset_name}: {result}")
     return {lang: _score(result, task, chosen) for lang, chosen in subsets.items()}
 
 
@@ -87,19 +87,15 @@ def evaluate_tasks(
     rows = []
     with _cache(output) as cache:
         for task in tasks:
-            result = _evaluate(
-                model, task, cache, overwrite=overwrite, batch_size=batch_size, show_progress_bar=show_progress_bar
-            )
-            failed = isinstance(result, str)
-            rows.append(
-                Row(
-                    task=task.metadata.name,
-                    type=task.metadata.type,
-                    main_score=task.metadata.main_score,
-                    score=None if failed else _score(result, task, task.hf_subsets),
-                    error=result if failed else None,
+            score, error = None, None
+            try:
+                result = _evaluate(
+                    model, task, cache, overwrite=overwrite, batch_size=batch_size, show_progress_bar=show_progress_bar
                 )
-            )
+                score = _score(result, task, task.hf_subsets)
+            except TaskDataError as reason:
+                error = str(reason)
+            rows.append(Row(task.metadata.name, task.metadata.type, task.metadata.main_score, score, error))
     return rows
 
 
@@ -180,8 +176,8 @@ def _cache(output: str | Path | None) -> Iterator[ResultCache]:
 
 def _evaluate(
     model: Any, task: AbsTask, cache: ResultCache, *, overwrite: bool, batch_size: int, show_progress_bar: bool
-) -> TaskResult | str:
-    """The result, or why the data cannot be had."""
+) -> TaskResult:
+    """Raises: TaskDataError: the data cannot be had. Anything else that fails is a fault and is raised as it is."""
     import mteb
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError
@@ -197,10 +193,17 @@ def _evaluate(
             show_progress_bar=show_progress_bar,
         )
     except (ConnectionError, DatasetNotFoundError, HfHubHTTPError) as error:
-        return f"{_UNREACHABLE} ({type(error).__name__})"
+        raise _unreachable(task, type(error).__name__) from error
     if results.exceptions:
-        return f"{_UNREACHABLE} ({results.exceptions[0].exception})"
+        # mteb's answer for a gated data set.
+        raise _unreachable(task, results.exceptions[0].exception)
     return results[0]
+
+
+def _unreachable(task: AbsTask, reason: str) -> TaskDataError:
+    return TaskDataError(
+        f"{task.metadata.name}: its data are not on this machine and could not be downloaded ({reason})"
+    )
 
 
 def _score(result: TaskResult, task: AbsTask, subsets: Sequence[str]) -> float:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +16,13 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
+from ullme.models.identity import is_sentence_transformer, result_name, weights_digest
 from ullme.prompts import Prompts
 
 if TYPE_CHECKING:
     import numpy as np
     from mteb.abstasks.task_metadata import TaskMetadata
     from mteb.types import Array, BatchedInput
-    from torch import nn
     from torch.utils.data import DataLoader
 
     from ullme.models.ullme import ULLME
@@ -63,6 +61,8 @@ class WrappedULLME(AbsEncoder):
         ValueError: neither model nor checkpoint, options that do not fit the kind of model, or a checkpoint that does
             not fit the LLM.
     """
+
+    mteb_model_meta: ModelMeta
 
     def __init__(
         self,
@@ -206,22 +206,6 @@ class WrappedULLME(AbsEncoder):
         }
 
 
-def is_sentence_transformer(name: str) -> bool:
-    """Whether a folder, a cached hub model or, unless offline, a hub model holds a modules.json."""
-    from huggingface_hub import constants, file_exists, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    if (folder := Path(name)).is_dir():
-        return (folder / "modules.json").is_file()
-    try:
-        if isinstance(try_to_load_from_cache(name, "modules.json"), str):
-            return True
-        return not constants.is_offline_mode() and file_exists(name, "modules.json")
-    except (HFValidationError, OSError):
-        # Not a hub name, or a hub out of reach: loading the LLM will say so in its own words.
-        return False
-
-
 def usable_device(device: str | None) -> str:
     """The device asked for, or else a GPU if there is one.
 
@@ -236,34 +220,6 @@ def usable_device(device: str | None) -> str:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={device!r} cannot be used here ({reason}); leave it out or give cpu") from error
     return device
-
-
-def result_name(model_name: str, checkpoint: str | Path | None) -> str:
-    """``organisation/model`` as mteb wants it, the checkpoint's run and file behind: ``local/llama--my-run``.
-
-    A Lightning checkpoint ``my-run/checkpoints/last.ckpt`` gives ``my-run-last``.
-    """
-    local = os.path.isdir(model_name) or model_name.count("/") != 1
-    name = f"local/{Path(model_name).resolve().name}" if local else model_name
-    if checkpoint is not None:
-        path = Path(checkpoint).resolve()
-        parts = [path.name] if path.is_dir() else [_run_folder(path).name, path.stem]
-        name = f"{name}--{'-'.join(parts)}"
-    return re.sub(r"[^\w./-]+", "_", name)
-
-
-def _run_folder(file: Path) -> Path:
-    return next((folder for folder in file.parents if folder.name != "checkpoints"), file.parent)
-
-
-def weights_digest(module: nn.Module) -> bytes:
-    """SHA-256 over the names, types, shapes and values of all weights, in order."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        value = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy())
-    return digest.digest()
 
 
 def _load(name: str | None, checkpoint: str | Path | None, options: dict[str, Any]) -> ULLME:
@@ -293,7 +249,7 @@ def _sentence_transformer(name: str, device: str, max_length: int | None, option
     dtype = options.pop("dtype", None)
     if unfit := sorted(set(options) - {"lora_name", "lora_r", "lora_alpha", "model_backbone_type"}):
         raise ValueError(f"{name!r} is a sentence-transformers model and brings its own settings; leave out {unfit}")
-    loading = {} if dtype is None else {"model_kwargs": {"dtype": dtype}}
+    loading: dict[str, Any] = {} if dtype is None else {"model_kwargs": {"dtype": dtype}}
     try:
         wrapper = SentenceTransformerEncoderWrapper(name, device=device, **loading)
     except Exception as error:
@@ -306,7 +262,7 @@ def _sentence_transformer(name: str, device: str, max_length: int | None, option
 
 
 def _query_prompt(task_metadata: TaskMetadata) -> str | None:
-    prompt = task_metadata.prompt
+    prompt: Any = task_metadata.prompt
     return prompt.get("query") if isinstance(prompt, dict) else prompt
 
 
