@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,13 +60,14 @@ def _checkpoint_folder(root: str | None) -> str:
     return os.path.join(root or "runs", "checkpoints")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train from the command line. A mistake in the configuration ends with one line and exit status 2.
+def build(argv: Sequence[str] | None = None, run: bool = True) -> ULLMECLI:
+    """The CLI, run or only instantiated.
 
     Args:
-        argv: arguments; None takes the command line's.
+        argv: arguments; None takes the command line's. With ``run=False`` there is no subcommand among them.
+        run: whether to run the subcommand.
     """
-    # Set before the parser runs, so that any config stacks on top: the sampler cuts global batches itself.
+    # Defaults below any config. The sampler cuts global batches itself, so Lightning must not put in its own.
     defaults: dict[str, Any] = {
         "use_distributed_sampler": False,
         "max_epochs": 1,
@@ -73,16 +75,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         "num_sanity_val_steps": 0,
         "callbacks": [Throughput()],
     }
+    return ULLMECLI(
+        ULLMEModule,
+        ULLMEDataModule,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults=defaults,
+        auto_configure_optimizers=False,
+        args=None if argv is None else list(argv),
+        run=run,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train from the command line. A mistake in the configuration ends with one line and exit status 2."""
+    # Deprecations inside other libraries are no business of who trains a model.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
-        ULLMECLI(
-            ULLMEModule,
-            ULLMEDataModule,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults=defaults,
-            auto_configure_optimizers=False,
-            args=None if argv is None else list(argv),
-        )
+        build(argv)
     except ValueError as error:
         if os.environ.get("ULLME_TRACEBACK"):
             raise

@@ -1,0 +1,49 @@
+"""Every YAML in configs/ parses, and instantiates trainer, module, data and loss, alone or stacked on the base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ullme import cli
+from ullme.callbacks import LossCallback
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+
+
+def arguments(path: Path) -> list[str]:
+    """Stack a fragment on what it needs; later files win."""
+    content = yaml.safe_load(path.read_text())
+    stack = [path]
+    if not content.get("model", {}).get("backbone", {}).get("model_name_or_path"):
+        stack.insert(0, CONFIGS / "model" / "phi-1.5.yaml")
+    if path.name != "base.yaml" and not content.get("data", {}).get("train", "").startswith("runs/"):
+        stack.insert(0, CONFIGS / "base.yaml")
+    return [f"--config={p}" for p in stack]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_instantiates(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger=false"]
+    app = cli.build([*arguments(path), *here], run=False)
+    assert sum(isinstance(c, LossCallback) for c in app.trainer.callbacks) == 1
+    assert app.model.backbone.model_name_or_path
+    assert app.datamodule.batch_size > 0
+
+
+def test_there_are_configs():
+    assert {"base.yaml", "quickstart.yaml"} <= {p.name for p in FILES}
+
+
+def test_stacking_merges_deeply(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = ["base.yaml", "model/mistral-7b.yaml", "strategy/cpu.yaml"]
+    app = cli.build([*(f"--config={CONFIGS / f}" for f in files), "--model.optimizer.lr=0.5"], run=False)
+    assert app.model.backbone.model_backbone_type == "mistral"
+    assert app.model.backbone.lora_alpha == 32  # from the base
+    assert app.model.backbone.dtype == "float32"  # from the strategy
+    assert app.model.optimizer_config.lr == 0.5
