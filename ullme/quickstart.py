@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--entities", type=int, default=600, help="entities to train on, each with five facts")
     options.add_argument("--pretrain_steps", type=int, default=200, help="steps of language modelling")
     options.add_argument("--hidden_size", type=int, default=128, help="width of the LLM, a multiple of 32")
-    options.add_argument("--num_layers", type=int, default=4, help="depth of the LLM")
+    options.add_argument("--num_layers", type=int, default=2, help="depth of the LLM")
     return options
 
 

@@ -237,3 +237,14 @@ def test_pretraining_leaves_the_global_random_state_alone(texts, tmp_path):
     state = torch.random.get_rng_state()
     build_backbone(tmp_path, texts, hidden_size=32, num_layers=1, steps=1, vocab_size=300, batch_size=2, progress=False)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_files_are_read_by_the_data_module_without_complaint(world, rows):
+    from ullme.data import open_source, read_beir
+
+    source = open_source(str(world.train_file), schema="bge")
+    assert (len(source), source.skipped) == (len(rows), [])
+    for folder, group in [(world.val_folder, world.val), (world.dev_folder, world.dev)]:
+        beir = read_beir(folder)
+        assert len(beir.queries) == len(group.facts)
+        assert group.passages.keys() <= beir.corpus.keys()

@@ -167,7 +167,7 @@ def _group(rng: random.Random, names: Sequence[str], prefix: str) -> Group:
     return Group(kinds, facts, passages)
 
 
-def _object(rng: random.Random, relation: Relation, subject: str, of_kind: dict[str, list[str]]) -> str:
+def _object(rng: random.Random, relation: Relation, subject: str, of_kind: dict[str, Sequence[str]]) -> str:
     """A word, or the name of an entity other than the subject."""
     if relation.object in WORDS:
         return rng.choice(WORDS[relation.object])

@@ -23,7 +23,7 @@ def build_backbone(
     seed: int = 0,
     steps: int = 200,
     hidden_size: int = 128,
-    num_layers: int = 4,
+    num_layers: int = 2,
     vocab_size: int = 1024,
     batch_size: int = 16,
     block_length: int = 128,
@@ -92,7 +92,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 1024) -> PreTrainedT
 
 
 def new_llama(
-    tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, hidden_size: int = 128, num_layers: int = 4
+    tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, hidden_size: int = 128, num_layers: int = 2
 ) -> LlamaForCausalLM:
     """A Llama with random weights, grouped-query attention and tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
