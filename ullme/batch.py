@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +58,25 @@ class TokenRows:
 
 
 @dataclass(frozen=True)
+class GenerationRows:
+    """What the likelihood of a passage given its query is computed from: prompt and passage tokenised apart.
+
+    Args:
+        prompts: B rows, the queries in the generation template.
+        targets: B * C rows, the candidates' own tokens and their end token; every one of these is scored.
+    """
+
+    prompts: TokenRows
+    targets: TokenRows
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> GenerationRows:
+        return GenerationRows(self.prompts.to(device, non_blocking), self.targets.to(device, non_blocking))
+
+    def pin_memory(self) -> GenerationRows:
+        return GenerationRows(self.prompts.pin_memory(), self.targets.pin_memory())
+
+
+@dataclass(frozen=True)
 class Batch:
     """B queries, each with its own C candidates. The candidates of query ``b`` are rows ``b * C .. b * C + C - 1``.
 
@@ -64,12 +85,14 @@ class Batch:
         passages: B * C rows, query-major, the positive of each query first.
         passage_keys: (B, C) int64 hash of each passage's text; equal keys mean equal texts.
         row_ids: (B,) int64, the row of the training set that each query came from.
+        generation: the same queries and passages for the generation terms, or None where there are none.
     """
 
     queries: TokenRows
     passages: TokenRows
     passage_keys: Tensor
     row_ids: Tensor
+    generation: GenerationRows | None = None
 
     def __post_init__(self) -> None:
         if len(self.passages) != self.passage_keys.numel() or len(self.queries) != len(self.passage_keys):
@@ -96,8 +119,12 @@ class Batch:
         start, stop, step = rows.indices(len(self))
         assert step == 1
         c = self.num_candidates
+        generation = self.generation and GenerationRows(
+            self.generation.prompts[start:stop], self.generation.targets[start * c : stop * c]
+        )
         return replace(
             self,
+            generation=generation,
             queries=self.queries[start:stop],
             passages=self.passages[start * c : stop * c],
             passage_keys=self.passage_keys[start:stop],
@@ -105,13 +132,14 @@ class Batch:
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        return replace(
-            self,
-            **{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)},
-        )
+        return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+        return self._map(lambda part: part.pin_memory())
+
+    def _map(self, move: Callable[[Any], Any]) -> Batch:
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: move(part) for name, part in parts.items() if part is not None})
 
 
 @dataclass(frozen=True)

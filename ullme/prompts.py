@@ -17,7 +17,7 @@ from ullme.batch import TokenRows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Role = Literal["query", "passage"]
+Role = Literal["query", "passage", "generation"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Prompts:
     Args:
         query: template of a query; ``{text}`` stands for the query and ``{instruction}`` for the task.
         passage: template of a passage.
+        generation: template of the query in front of a passage whose likelihood is asked for; the passage's own tokens
+            follow it.
         instruction: the task description that training uses, and evaluation where a task brings none of its own.
         append_eos: end every text with the tokenizer's end token (what last-token pooling usually wants).
 
@@ -36,11 +38,12 @@ class Prompts:
 
     query: str = "Instruct: {instruction}\nQuery: {text}"
     passage: str = "{text}"
+    generation: str = "Instruct: {instruction}\nQuery: {text}\nPassage:\n"
     instruction: str = "Given a web search query, retrieve relevant passages that answer the query"
     append_eos: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("query", "passage"):
+        for name in ("query", "passage", "generation"):
             template = getattr(self, name)
             if template.count("{text}") != 1:
                 raise ValueError(
@@ -51,7 +54,7 @@ class Prompts:
         """What stands before and after the text. ``role=None``: nothing; ``instruction=None``: the contract's own."""
         if role is None:
             return "", ""
-        template = self.query if role == "query" else self.passage
+        template: str = getattr(self, role)
         prefix, suffix = template.split("{text}")
         filled = self.instruction if instruction is None else instruction
         return prefix.replace("{instruction}", filled), suffix.replace("{instruction}", filled)
@@ -104,20 +107,40 @@ class PromptTokenizer:
         each = [instruction] * len(texts) if one_for_all else list(instruction)  # type: ignore[arg-type]
         around = {i: self.prompts.around(role, i) for i in set(each)}
         rendered = [text.join(around[i]) for text, i in zip(texts, each, strict=True)]
-        suffix = around[each[0]][1]
+        tails = {i: self._length(after) for i, (_, after) in around.items()}
         rows: list[list[int]] = self.tokenizer(rendered, return_attention_mask=False)["input_ids"]
-        tail = len(self.tokenizer(suffix, add_special_tokens=False)["input_ids"]) if suffix else 0
         end = self.tokenizer.eos_token_id
         for n, row in enumerate(rows):
             has_end = bool(row) and row[-1] == end
             if self.prompts.append_eos and end is not None and not has_end:
                 row, has_end = [*row, end], True  # noqa: PLW2901
             if len(row) > max_length:
-                keep = min(tail + has_end, max_length - 1)
+                keep = min(tails[each[n]] + has_end, max_length - 1)
                 row = row[: max_length - keep] + row[len(row) - keep :]  # noqa: PLW2901
             # A tokenizer without special tokens turns "" into nothing; one token stands in, so that it can be pooled.
             rows[n] = row or [end if end is not None else self.tokenizer.pad_token_id]
         return rows
+
+    def _length(self, text: str) -> int:
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else 0
+
+    def prompt_ids(
+        self, queries: Sequence[str], *, max_length: int, instruction: str | Sequence[str | None] | None = None
+    ) -> list[list[int]]:
+        """Token ids of each query in the generation template, open for a passage to follow: without an end token."""
+        rows = self.ids(queries, "generation", max_length=max_length, instruction=instruction)
+        end = self.tokenizer.eos_token_id
+        return [row[:-1] if len(row) > 1 and row[-1] == end else row for row in rows]
+
+    def target_ids(self, passages: Sequence[str], *, max_length: int) -> list[list[int]]:
+        """Token ids of each passage alone, and its end token unless the passage was cut at ``max_length`` tokens."""
+        if not passages:
+            return []
+        rows: list[list[int]] = self.tokenizer(list(passages), add_special_tokens=False, return_attention_mask=False)[
+            "input_ids"
+        ]
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        return [(row + end)[:max_length] or [self.tokenizer.pad_token_id] for row in rows]
 
     def pad(self, rows: Sequence[Sequence[int]]) -> TokenRows:
         """Right-padded (R, L) block of token rows; the packed forward drops the padding again."""

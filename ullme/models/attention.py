@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ullme.models import packing
-from ullme.models.packing import ROWS_KEYWORD, PackedRows, no_mask, real_lengths
+from ullme.models.packing import ROWS_KEYWORD, no_mask
+from ullme.models.rows import PackedRows, real_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,15 +45,20 @@ class Hidden:
 def run_packed(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, causal: bool) -> Hidden:
     """All real tokens as one row; see :mod:`ullme.models.packing`."""
     rows = PackedRows(real_lengths(attention_mask), input_ids.device)
+    return Hidden(run_rows(decoder, input_ids[attention_mask.bool()], rows, causal), rows.lengths)
+
+
+def run_rows(decoder: nn.Module, tokens: Tensor, rows: PackedRows, causal: bool) -> Tensor:
+    """(T, D) last hidden states of T tokens that are already packed."""
     out = decoder(
-        input_ids=input_ids[attention_mask.bool()][None],
-        attention_mask=no_mask(input_ids.device),
+        input_ids=tokens[None],
+        attention_mask=no_mask(tokens.device),
         position_ids=rows.position_ids,
         is_causal=causal,
         use_cache=False,
         **{ROWS_KEYWORD: rows},
     )
-    return Hidden(out.last_hidden_state[0], rows.lengths)
+    return out.last_hidden_state[0]
 
 
 def run_padded(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, causal: bool) -> Hidden:
@@ -199,7 +205,7 @@ def _probe(model: PreTrainedModel, name: str, causal: bool) -> Finding:
         return Finding("its causal result differs from the plain forward's")
     # Rounding may move a causal layer's output a little (experts see other groups); a look ahead moves it a lot.
     threshold = tolerance if causal else 1e-6
-    reacts = [layer.first_token_reacts(12, threshold) for layer in layers.seen]
+    reacts = [layer.looks_ahead(12, threshold) for layer in layers.seen]
     wrong = [n for n, reaction in enumerate(reacts) if reaction == causal]
     blind = [n for n in wrong if not causal and not _has_attention(model, n)]
     if stubborn := [n for n in wrong if n not in blind]:
@@ -232,10 +238,11 @@ class _LayerCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def first_token_reacts(self, row_length: int, threshold: float) -> bool:
-        """Whether the layer's output at row 0's first token changes with its input at the row's last token.
+    def looks_ahead(self, row_length: int, threshold: float) -> bool:
+        """Whether the layer's output at row 0's earlier tokens changes with its input at the row's last token.
 
-        Row 0 stands at the same place in a packed row and in a padded block. ``threshold`` is relative.
+        Row 0 stands at the same place in a packed row and in a padded block. ``threshold`` is relative. The first
+        token alone would not do: a sliding window may be shorter than the row.
 
         The layer is called by itself, so that what earlier layers mixed in does not hide a causal one.
         """
@@ -244,13 +251,13 @@ class _LayerCall:
         changed = states.clone()
         changed[0, row_length - 1] = states[0, row_length - 1].flip(-1) * 3 + 1
 
-        def first_output(x: Tensor) -> Tensor:
+        def earlier_output(x: Tensor) -> Tensor:
             args = (x, *self.args[1:]) if positional else ()
             kwargs = self.kwargs if positional else {**self.kwargs, "hidden_states": x}
             out = self.module(*args, **kwargs)
-            return (out[0] if isinstance(out, tuple) else out)[0, 0].double()
+            return (out[0] if isinstance(out, tuple) else out)[0, : row_length - 1].double()
 
-        before, after = first_output(states), first_output(changed)
+        before, after = earlier_output(states), earlier_output(changed)
         return bool((after - before).abs().max() > threshold * before.abs().max())
 
 

@@ -15,100 +15,17 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from ullme.models.rows import Group, PackedRows
 
 ROWS_KEYWORD = "ullme_rows"
 PREFIX = "ullme_"
-
-# Rows go into one group while the shortest is at least this share of the longest: it bounds the padding inside
-# attention on the CPU (where attention is a few per cent of the work) against the number of kernel calls.
-_GROUP_RATIO = 0.85
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows of similar length that share one call of ``scaled_dot_product_attention``.
-
-    Args:
-        index: (n, l) position of each token in the packed row; padding repeats the row's first token.
-        mask: (n, l) bool, True on real tokens, or None if every row has length l.
-    """
-
-    index: Tensor
-    mask: Tensor | None
-
-
-class PackedRows:
-    """Where each row lies in the packed row of T tokens.
-
-    Args:
-        lengths: (R,) tokens of each row, on the host.
-        device: where attention runs.
-    """
-
-    def __init__(self, lengths: list[int], device: torch.device) -> None:
-        self.host_lengths = lengths
-        self.max_length = max(lengths)
-        self.lengths = torch.tensor(lengths, device=device)
-        # (R + 1,) borders of the rows, as varlen attention wants them
-        self.borders = pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
-
-    @cached_property
-    def position_ids(self) -> Tensor:
-        """(1, T), restarting at 0 in every row."""
-        total = sum(self.host_lengths)
-        starts = self.borders[:-1].long().repeat_interleave(self.lengths, output_size=total)
-        return (torch.arange(total, device=self.lengths.device) - starts)[None]
-
-    @cached_property
-    def groups(self) -> list[Group]:
-        """Rows by falling length, cut where a row is much shorter than the longest of its group."""
-        order = sorted(range(len(self.host_lengths)), key=self.host_lengths.__getitem__, reverse=True)
-        cuts = [0]
-        for n, row in enumerate(order):
-            if self.host_lengths[row] < _GROUP_RATIO * self.host_lengths[order[cuts[-1]]]:
-                cuts.append(n)
-        device = self.lengths.device
-        groups = []
-        for start, stop in zip(cuts, [*cuts[1:], len(order)], strict=True):
-            rows = torch.tensor(order[start:stop], device=device)
-            longest, shortest = self.host_lengths[order[start]], self.host_lengths[order[stop - 1]]
-            offset = torch.arange(longest, device=device)
-            mask = offset < self.lengths[rows, None]
-            index = self.borders[rows, None].long() + offset * mask
-            groups.append(Group(index, None if longest == shortest else mask))
-        return groups
-
-    @cached_property
-    def ungroup(self) -> Tensor:
-        """(T,) where each token of the packed row stands among the concatenated groups."""
-        place = torch.empty(sum(self.host_lengths), dtype=torch.long, device=self.lengths.device)
-        base = 0
-        for group in self.groups:
-            slots = torch.arange(base, base + group.index.numel(), device=place.device).view_as(group.index)
-            real = slice(None) if group.mask is None else group.mask
-            place[group.index[real].flatten()] = slots[real].flatten()
-            base += group.index.numel()
-        return place
-
-
-def real_lengths(attention_mask: Tensor) -> list[int]:
-    """(R,) real tokens of each row, on the host.
-
-    Raises:
-        ValueError: a row has no real token, so there is nothing to pool.
-    """
-    lengths = attention_mask.sum(dim=1).tolist()
-    if not lengths or min(lengths) == 0:
-        where = f"row {lengths.index(0)} has" if lengths else "the batch has"
-        raise ValueError(f"attention_mask: {where} no real token; every text needs at least one (an empty text: eos)")
-    return lengths
 
 
 def packed_attention(
@@ -138,7 +55,7 @@ def packed_attention(
         raise NotImplementedError(f"packed attention does not know {unsupported}")
     causal = bool(kwargs["is_causal"])
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
-    if window is not None and window >= rows.max_length:
+    if window is not None and window >= rows.max_keys:
         window = None
     if query.is_cuda and not dropout and softcap is None:
         query, key, value = _autocast(query, key, value)
@@ -175,8 +92,10 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, rows: PackedRows, scale: float | No
         extra["is_causal"] = causal
     else:
         raise NotImplementedError("this torch's varlen_attn has no sliding window; install a newer torch")
-    borders, longest = rows.borders, rows.max_length
-    return varlen_attn(q, k, v, borders, borders, longest, longest, scale=scale, **extra)[None]
+    index, key_borders = rows.keys
+    if index is not None:  # causal attention is aligned at the end, so a row's first query sees its parent and itself
+        k, v = k.index_select(0, index), v.index_select(0, index)
+    return varlen_attn(q, k, v, rows.borders, key_borders, rows.max_length, rows.max_keys, scale=scale, **extra)[None]
 
 
 @cache
@@ -203,29 +122,39 @@ def _grouped(
     attend = partial(_softcapped, softcap=softcap) if softcap is not None else scaled_dot_product_attention
     outputs = []
     for group in rows.groups:
-        n, length = group.index.shape
-        flat = group.index.flatten()
-        qg, kg, vg = (x[0].index_select(1, flat).unflatten(1, (n, length)).transpose(0, 1) for x in (q, k, v))
+        keys = group.index if group.keys is None else group.keys
+        qg, kg, vg = _take(q, group.index), _take(k, keys), _take(v, keys)
         if repeats > 1:
             kg, vg = (x.repeat_interleave(repeats, dim=1) for x in (kg, vg))
         # Padding stands on the right, so causal rows never see it and need no mask of their own.
-        plain_causal = causal and window is None and softcap is None
+        plain_causal = causal and window is None and softcap is None and group.keys is None
         mask = None if plain_causal else _mask(group, causal, window)
         out = attend(qg, kg, vg, attn_mask=mask, dropout_p=dropout, is_causal=plain_causal, scale=scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, rows.ungroup)[None]
 
 
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """(1, H, T, head_dim) -> (n, H, l, head_dim) at the (n, l) positions."""
+    return x[0].index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
+
+
 def _mask(group: Group, causal: bool, window: int | None) -> Tensor | None:
-    """(n or 1, 1, l, l) bool, True where a query may look, or None if everywhere."""
-    mask = None if group.mask is None else group.mask[:, None, None, :]
+    """(n or 1, 1, l, k) bool, True where a query may look, or None if everywhere."""
+    key_mask = group.mask if group.keys is None else group.key_mask
+    mask = None if key_mask is None else key_mask[:, None, None, :]
     if causal or window is not None:
-        place = torch.arange(group.index.shape[1], device=group.index.device)
-        distance = place[:, None] - place  # query minus key
+        device, length = group.index.device, group.index.shape[1]
+        keys = torch.arange(length if group.keys is None else group.keys.shape[1], device=device)
+        query = torch.arange(length, device=device)
+        distance = (
+            query[:, None] - keys if group.offset is None else group.offset[:, None, None] + query[:, None] - keys
+        )
+        distance = distance.view(-1, 1, length, len(keys))
         near = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
         if window is not None:
             near = near & (distance < window if causal else distance.abs() <= window)
-        mask = near[None, None] if mask is None else mask & near
+        mask = near if mask is None else mask & near
         if group.mask is not None and window is not None:
             # A padded query whose window holds padding alone would be a row of NaN; its output is dropped anyway.
             mask = mask | ~group.mask[:, None, :, None]

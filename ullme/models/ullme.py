@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ullme.models import attention, backbone, encoding
+from ullme.batch import TokenRows
+from ullme.models import attention, backbone, encoding, likelihood
 from ullme.models.backbone import BackboneConfig
 from ullme.models.pooling import pool
 from ullme.prompts import Prompts, PromptTokenizer, Role
@@ -62,6 +63,7 @@ class ULLME(nn.Module):
         model = backbone.load_backbone(self.options, config)
         backbone.check_vocabulary(self.tokenizer, model, model_name_or_path)
         self.attention_path = self._attention_path(model)
+        self._head_checked = False
         self.llm = backbone.add_adapter(model, self.options)
         if self.options.gradient_checkpointing:
             # Reentrant checkpointing would need inputs that require gradients; frozen embeddings give none.
@@ -102,25 +104,41 @@ class ULLME(nn.Module):
         return PromptTokenizer(self.tokenizer, self.prompts)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, is_generate: bool = False, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        is_generate: bool = False,
+        targets: TokenRows | None = None,
+        owner: Tensor | None = None,
+        share_prompts: bool = True,
+        **kwargs: Any,
     ) -> Any:
-        """Embed or generate. The only way into the backbone: hooks of FSDP and of checkpointing sit here.
+        """Embed, generate or score. The only way into the backbone: hooks of FSDP and of checkpointing sit here.
 
         Args:
             input_ids: (R, L) token ids.
             attention_mask: (R, L), padded on either side; None means no padding.
             is_generate: False embeds, True runs the causal language model.
+            targets: with ``is_generate=True``: passages to score, each behind its prompt in ``input_ids``.
+            owner: (number of targets,) row of the prompt of each target, not falling; None: one target for each.
+            share_prompts: run a prompt once for all of its targets, where the backbone can be packed.
             **kwargs: with ``is_generate=True``, passed on to transformers' forward.
 
         Returns:
             ``{"rep": (R, D)}``, pooled in float32 and of unit length; with ``is_generate=True`` what transformers'
-            own causal LM returns.
+            own causal LM returns; with ``targets`` a :class:`~ullme.models.likelihood.Likelihood`.
 
         Raises:
             ValueError: a row without a real token, or arguments that embedding does not take.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if is_generate and targets is not None:
+            self._check_head()
+            owner = torch.arange(len(targets)) if owner is None else owner
+            prompts = TokenRows(input_ids, attention_mask)
+            packed = self.attention_path == "packed"
+            return likelihood.likelihood(self.causal_lm, packed, prompts, targets, owner, share_prompts)
         if is_generate:
             return self.causal_lm(input_ids=input_ids, attention_mask=attention_mask, is_causal=True, **kwargs)
         if kwargs:
@@ -129,6 +147,11 @@ class ULLME(nn.Module):
         hidden = attention.PATHS[self.attention_path](self.causal_lm.base_model, input_ids, attention_mask, causal)
         pooled = pool(hidden.flat, hidden.lengths, self.options.pooling)
         return {"rep": nn.functional.normalize(pooled, dim=-1)}
+
+    def _check_head(self) -> None:
+        if not self._head_checked and self.options.probe:
+            likelihood.check_head(self.causal_lm)
+            self._head_checked = True
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
