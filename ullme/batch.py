@@ -158,3 +158,16 @@ class Representations:
 
     def __len__(self) -> int:
         return self.queries.shape[0]
+
+    def __getitem__(self, rows: slice) -> Representations:
+        return Representations(self.queries[rows], self.passages[rows], self.passage_keys[rows])
+
+    @classmethod
+    def cat(cls, parts: list[Representations]) -> Representations:
+        """One behind the other."""
+        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+    def as_leaves(self) -> Representations:
+        """The same values, detached and collecting gradients."""
+        queries, passages = self.queries.detach().requires_grad_(), self.passages.detach().requires_grad_()
+        return Representations(queries, passages, self.passage_keys)

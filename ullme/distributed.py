@@ -68,3 +68,11 @@ def global_mean_weight(sizes: list[int]) -> float:
     """What a rank's own mean is to be multiplied with, so that the mean over ranks is the mean over all queries."""
     rank, ranks = world()
     return sizes[rank] * ranks / sum(sizes)
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of all ranks' elements, which need not be equally many. Without gradient."""
+    total = torch.stack([x.detach().sum().double(), torch.tensor(float(x.numel()), device=x.device).double()])
+    if world()[1] > 1:
+        dist.all_reduce(total)
+    return (total[0] / total[1]).to(x.dtype)

@@ -5,6 +5,9 @@
 3. Embed every chunk again from its random state, now with gradient, and back-propagate <representation, cached
    gradient>: by the chain rule exactly the parameters' gradient of the loss.
 
+Terms that each query has by itself (generation losses, and the KL between generation and retrieval) are computed in
+phase 3, a chunk at a time; what they say about representations is added to the cached gradient.
+
 Knows PyTorch only: no Lightning, no model class.
 """
 
@@ -70,72 +73,88 @@ class GradCache:
     """One training step's backward.
 
     Args:
-        embed: R token rows -> (R, D), differentiable.
+        embed: R token rows -> (R, D), differentiable; None if nothing in the objective looks at representations.
         loss: representations of the whole batch -> the scalar to minimise.
+        chunk_loss: a chunk and its representations (as leaves, or None) -> a scalar that is summed over chunks, such
+            as a generation loss. Its own forward happens inside, and its graph is freed before the chunk is embedded
+            again, so the two never need memory at the same time.
         backward: what to call on a scalar instead of ``Tensor.backward`` (a strategy's, for example).
-        no_sync: context under which a backward does not synchronise gradients over ranks; the last chunk does.
+        no_sync: context under which a backward does not synchronise gradients over ranks; the last backward does.
     """
 
     def __init__(
         self,
-        embed: Embed,
-        loss: Callable[[Representations], Tensor],
+        embed: Embed | None,
+        loss: Callable[[Representations], Tensor] | None,
+        chunk_loss: Callable[[Batch, Representations | None], Tensor] | None = None,
         backward: Callable[[Tensor], None] = Tensor.backward,
         no_sync: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
-        self.embed, self.loss, self.backward, self.no_sync = embed, loss, backward, no_sync
+        self.embed, self.loss, self.chunk_loss = embed, loss, chunk_loss
+        self.backward, self.no_sync = backward, no_sync
 
-    def step(self, batch: Batch, slices: list[slice]) -> Tensor:
-        """Add the loss's gradient to the parameters' ``.grad``.
+    def step(self, batch: Batch, slices: list[slice]) -> None:
+        """Add the gradient of ``loss`` + Σ ``chunk_loss`` to the parameters' ``.grad``.
 
         Args:
             batch: the whole batch of this rank.
             slices: the chunks, see :func:`chunk_slices`.
-
-        Returns:
-            The detached loss.
         """
         chunks = [batch[s] for s in slices]
+        if self.embed is None:
+            for n, chunk in enumerate(chunks):
+                self._add_chunk_loss(chunk, None, last=n == len(chunks) - 1)
+            return
         reps, states = self.embed_without_gradient(chunks)
-        loss, gradients = self.cache_gradients(reps)
-        self.replay(chunks, slices, states, gradients)
-        return loss
+        gradients = self.cache_gradients(reps)
+        after = RandomState()
+        for n, (chunk, part, state) in enumerate(zip(chunks, slices, states, strict=True)):
+            if self.chunk_loss is not None:
+                after.restore()
+                self._add_chunk_loss(chunk, reps[part], last=False, gradients=gradients[part])
+                after = RandomState()
+            state.restore()
+            self.replay(chunk, gradients[part], last=n == len(chunks) - 1)
+        after.restore()
 
     @torch.no_grad()
     def embed_without_gradient(self, chunks: Iterable[Batch]) -> tuple[Representations, list[RandomState]]:
         """Phase 1: the representations of all chunks, and the random state in front of each."""
+        assert self.embed is not None
         parts, states = [], []
         for chunk in chunks:
             states.append(RandomState())
             parts.append(embed_batch(self.embed, chunk))
         # Autocast keeps the half-precision copies of weights that it made here, without gradient, for later use.
         torch.clear_autocast_cache()
-        reps = Representations(
-            torch.cat([part.queries for part in parts]),
-            torch.cat([part.passages for part in parts]),
-            torch.cat([part.passage_keys for part in parts]),
-        )
-        return reps, states
+        return Representations.cat(parts), states
 
-    def cache_gradients(self, reps: Representations) -> tuple[Tensor, Representations]:
-        """Phase 2: the loss and its gradient with respect to every representation."""
-        queries, passages = reps.queries.detach().requires_grad_(), reps.passages.detach().requires_grad_()
+    def cache_gradients(self, reps: Representations) -> Representations:
+        """Phase 2: the gradient of ``loss`` with respect to every representation."""
+        if self.loss is None:
+            zeros = torch.zeros_like(reps.queries), torch.zeros_like(reps.passages)
+            return Representations(*zeros, reps.passage_keys)
+        leaves = reps.as_leaves()
         with torch.enable_grad():
-            loss = self.loss(Representations(queries, passages, reps.passage_keys))
-        grads = torch.autograd.grad(loss, (queries, passages))
-        return loss.detach(), Representations(*grads, reps.passage_keys)
+            loss = self.loss(leaves)
+        return Representations(*torch.autograd.grad(loss, (leaves.queries, leaves.passages)), reps.passage_keys)
 
-    def replay(
-        self, chunks: list[Batch], slices: list[slice], states: list[RandomState], gradients: Representations
+    def _add_chunk_loss(
+        self, chunk: Batch, reps: Representations | None, last: bool, gradients: Representations | None = None
     ) -> None:
-        """Phase 3: every chunk again, from its random state, with gradient."""
-        after = RandomState()
-        for n, (chunk, part, state) in enumerate(zip(chunks, slices, states, strict=True)):
-            last = n == len(chunks) - 1
-            with nullcontext() if last else self.no_sync():
-                state.restore()
-                reps = embed_batch(self.embed, chunk)
-                surrogate = (reps.queries * gradients.queries[part]).sum()
-                surrogate = surrogate + (reps.passages * gradients.passages[part]).sum()
-                self.backward(surrogate)
-        after.restore()
+        """Back-propagate a chunk's own loss; what it says about the representations is added to ``gradients``."""
+        assert self.chunk_loss is not None
+        leaves = None if reps is None else reps.as_leaves()
+        with nullcontext() if last else self.no_sync():
+            self.backward(self.chunk_loss(chunk, leaves))
+        if leaves is not None and gradients is not None and leaves.queries.grad is not None:
+            gradients.queries.add_(leaves.queries.grad)
+            gradients.passages.add_(leaves.passages.grad)
+
+    def replay(self, chunk: Batch, gradients: Representations, last: bool) -> None:
+        """Phase 3: a chunk again, with gradient."""
+        assert self.embed is not None
+        with nullcontext() if last else self.no_sync():
+            reps = embed_batch(self.embed, chunk)
+            surrogate = (reps.queries * gradients.queries).sum() + (reps.passages * gradients.passages).sum()
+            self.backward(surrogate)

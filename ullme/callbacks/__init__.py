@@ -3,6 +3,7 @@
 from ullme.callbacks.base import LossCallback
 from ullme.callbacks.full_batch import FullBatch
 from ullme.callbacks.gradcache import GradCache
+from ullme.callbacks.grl import GRL
 from ullme.callbacks.throughput import Throughput
 
-__all__ = ["FullBatch", "GradCache", "LossCallback", "Throughput"]
+__all__ = ["GRL", "FullBatch", "GradCache", "LossCallback", "Throughput"]

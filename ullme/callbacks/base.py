@@ -5,19 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import lightning as L
-import torch
-from torch import Tensor
 
-from ullme.batch import Batch, Representations, TokenRows
-from ullme.losses import InfoNCE, RepresentationLoss
+from ullme.batch import Batch
+from ullme.losses import InfoNCE, Term
+from ullme.objective import Logs, Objective
+from ullme.reference import AdaptersOff, Cached, FrozenCopy, Reference
 
 if TYPE_CHECKING:
     from ullme.module import ULLMEModule
 
-Logs = dict[str, Tensor]
+ReferenceChoice = Literal["adapters_off", "frozen_copy", "cached"]
 
 
 class LossCallback(L.Callback, ABC):
@@ -25,16 +25,24 @@ class LossCallback(L.Callback, ABC):
 
     Args:
         terms: the terms of the objective; None is InfoNCE alone.
+        reference: π_ref of preference losses: the LLM with its adapters off; a frozen second copy, for full
+            fine-tuning; or only what cache_reference holds.
+        cache_reference: folder that keeps reference likelihoods for later epochs, seeds and methods.
+        share_prompts: run a query's generation prompt once for all its candidates, where the backbone can be packed.
 
     Raises:
-        ValueError: no terms, or two of the same name.
+        ValueError: no terms, two of the same name, or ``reference: cached`` without a folder.
     """
 
-    def __init__(self, terms: list[RepresentationLoss] | None = None) -> None:
-        self.terms = [InfoNCE()] if terms is None else terms
-        names = [term.name for term in self.terms]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"loss.terms={names}: give at least one term, and each kind once")
+    def __init__(
+        self,
+        terms: list[Term] | None = None,
+        reference: ReferenceChoice = "adapters_off",
+        cache_reference: str | None = None,
+        share_prompts: bool = True,
+    ) -> None:
+        terms = [InfoNCE()] if terms is None else terms
+        self.objective = Objective(terms, make_reference(reference, cache_reference), share_prompts)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take over the module's backward.
@@ -51,32 +59,18 @@ class LossCallback(L.Callback, ABC):
             raise ValueError(f"trainer.precision={trainer.precision!r} is not supported; choose bf16-mixed or 32-true")
         pl_module.loss = self
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse an objective that this model or data cannot serve, before the first step."""
+        negatives = getattr(trainer.datamodule, "num_hard_negatives", 1)  # type: ignore[attr-defined]
+        self.objective.check(pl_module.model, negatives)  # type: ignore[arg-type]
+
     @abstractmethod
     def backward(self, module: ULLMEModule, batch: Batch) -> Logs:
         """Add the objective's gradient to the parameters' ``.grad``.
 
         Returns:
-            What to log: ``loss`` and every unweighted term, detached.
+            What to log: ``loss``, every unweighted term and the terms' metrics, detached.
         """
-
-    def objective(self, batch: Batch, logs: Logs) -> Callable[[Representations], Tensor]:
-        """Representations -> the weighted sum of the terms; each term is checked, and noted in ``logs``."""
-
-        def total(reps: Representations) -> Tensor:
-            values = {term.name: term(reps) for term in self.terms}
-            for name, value in values.items():
-                _check_finite(name, value, batch)
-                logs[name] = value.detach()
-            loss = torch.stack([term.weight * values[term.name] for term in self.terms]).sum()
-            logs["loss"] = loss.detach()
-            return loss
-
-        return total
-
-    @staticmethod
-    def embed(module: ULLMEModule) -> Callable[[TokenRows], Tensor]:
-        """(R, L) token rows -> (R, D), through the module's model."""
-        return lambda rows: module.model(rows.input_ids, rows.attention_mask)["rep"]
 
     @staticmethod
     def no_sync(module: ULLMEModule) -> Callable[[], AbstractContextManager]:
@@ -84,11 +78,11 @@ class LossCallback(L.Callback, ABC):
         return getattr(module.trainer.strategy.model, "no_sync", nullcontext)
 
 
-def _check_finite(name: str, value: Tensor, batch: Batch) -> None:
-    if not torch.isfinite(value):
-        rows = batch.row_ids.tolist()
-        shown = f"{rows[:16]}{' ...' if len(rows) > 16 else ''}"
-        raise ValueError(
-            f"{name} is {value.item()} (training rows {shown}); lower model.optimizer.lr, clip gradients "
-            "(model.optimizer.gradient_clip_val), or look at these rows"
-        )
+def make_reference(choice: ReferenceChoice, folder: str | None) -> Reference:
+    """The reference that a config names. Raises: ValueError: ``cached`` without a folder."""
+    if choice == "cached":
+        if folder is None:
+            raise ValueError("loss.reference=cached needs loss.cache_reference, the folder that holds the likelihoods")
+        return Cached(folder, None)
+    source = FrozenCopy() if choice == "frozen_copy" else AdaptersOff()
+    return source if folder is None else Cached(folder, source)

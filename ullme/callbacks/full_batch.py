@@ -5,22 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ullme.batch import Batch
-from ullme.callbacks.base import Logs, LossCallback
-from ullme.gradcache import embed_batch
+from ullme.callbacks.base import LossCallback
+from ullme.objective import Logs
 
 if TYPE_CHECKING:
     from ullme.module import ULLMEModule
 
 
 class FullBatch(LossCallback):
-    """Keep the activations of the whole batch.
-
-    Args:
-        terms: the terms of the objective; None is InfoNCE alone.
-    """
+    """Keep the activations of the whole batch. Arguments: :class:`~ullme.callbacks.LossCallback`."""
 
     def backward(self, module: ULLMEModule, batch: Batch) -> Logs:
-        logs: Logs = {}
-        reps = embed_batch(self.embed(module), batch)
-        module.manual_backward(self.objective(batch, logs)(reps))
-        return logs
+        return self.objective.full_batch(module.model, batch, module.manual_backward)

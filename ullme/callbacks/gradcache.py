@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ullme import gradcache
 from ullme.batch import Batch
-from ullme.callbacks.base import Logs, LossCallback
-from ullme.losses import RepresentationLoss
+from ullme.callbacks.base import LossCallback, ReferenceChoice
+from ullme.gradcache import chunk_slices
+from ullme.losses import Term
+from ullme.objective import Logs
 
 if TYPE_CHECKING:
     from ullme.module import ULLMEModule
@@ -19,19 +20,25 @@ class GradCache(LossCallback):
     Args:
         terms: the terms of the objective; None is InfoNCE alone.
         chunk_size: queries in a chunk, each with all its candidates; null leaves it to chunk_tokens.
-        chunk_tokens: real tokens in a chunk: even use of memory whatever the lengths; null leaves it to chunk_size.
+        chunk_tokens: real tokens in a chunk, for an even use of memory whatever the lengths; chunk_size goes first.
+        reference: as in :class:`~ullme.callbacks.LossCallback`.
+        cache_reference: likewise.
+        share_prompts: likewise.
 
     Raises:
-        ValueError: both or neither of chunk_size and chunk_tokens, or one below 1.
+        ValueError: neither chunk_size nor chunk_tokens, or one below 1.
     """
 
     def __init__(
         self,
-        terms: list[RepresentationLoss] | None = None,
+        terms: list[Term] | None = None,
         chunk_size: int | None = None,
         chunk_tokens: int | None = 16384,
+        reference: ReferenceChoice = "adapters_off",
+        cache_reference: str | None = None,
+        share_prompts: bool = True,
     ) -> None:
-        super().__init__(terms)
+        super().__init__(terms, reference, cache_reference, share_prompts)
         if chunk_size is not None:
             chunk_tokens = None
         for name, value in (("chunk_size", chunk_size), ("chunk_tokens", chunk_tokens)):
@@ -42,12 +49,5 @@ class GradCache(LossCallback):
         self.chunk_size, self.chunk_tokens = chunk_size, chunk_tokens
 
     def backward(self, module: ULLMEModule, batch: Batch) -> Logs:
-        logs: Logs = {}
-        engine = gradcache.GradCache(
-            embed=self.embed(module),
-            loss=self.objective(batch, logs),
-            backward=module.manual_backward,
-            no_sync=self.no_sync(module),
-        )
-        engine.step(batch, gradcache.chunk_slices(batch, self.chunk_size, self.chunk_tokens))
-        return logs
+        slices = chunk_slices(batch, self.chunk_size, self.chunk_tokens)
+        return self.objective.grad_cache(module.model, batch, slices, module.manual_backward, self.no_sync(module))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ullme.batch import Batch, TokenRows
+from ullme.batch import Batch, GenerationRows, TokenRows
 from ullme.data.sampler import Draw, ShortRows, draw
 from ullme.data.sources import RowSource
 from ullme.prompts import PromptTokenizer, Role
@@ -53,18 +53,29 @@ class Collator:
         prompt_tokenizer: the prompt contract with its tokenizer.
         query_max_length: in tokens, template included.
         passage_max_length: in tokens, template included.
+        generation: add the rows that generation losses need; their prompts may have as many tokens more than queries
+            as the generation template has.
     """
 
-    def __init__(self, prompt_tokenizer: PromptTokenizer, query_max_length: int, passage_max_length: int) -> None:
+    def __init__(
+        self,
+        prompt_tokenizer: PromptTokenizer,
+        query_max_length: int,
+        passage_max_length: int,
+        generation: bool = False,
+    ) -> None:
         self.prompt_tokenizer = prompt_tokenizer
         self.query_max_length = query_max_length
         self.passage_max_length = passage_max_length
+        self.generation = generation
 
     def __call__(self, items: Sequence[tuple[int, Draw]]) -> Batch:
         draws = [drawn for _, drawn in items]
         passages = [text for drawn in draws for text in (drawn.positive, *drawn.negatives)]
         instructions = [drawn.instruction for drawn in draws]
+        generation = self._generation_rows([drawn.query for drawn in draws], passages, instructions)
         return Batch(
+            generation=generation,
             queries=self.prompt_tokenizer(
                 [drawn.query for drawn in draws], "query", max_length=self.query_max_length, instruction=instructions
             ),
@@ -72,6 +83,17 @@ class Collator:
             passage_keys=torch.tensor([passage_key(text) for text in passages]).view(len(draws), -1),
             row_ids=torch.tensor([row for row, _ in items]),
         )
+
+    def _generation_rows(
+        self, queries: list[str], passages: list[str], instructions: list[str | None]
+    ) -> GenerationRows | None:
+        if not self.generation:
+            return None
+        tokenizer = self.prompt_tokenizer
+        longest = self.query_max_length + len(tokenizer.prompt_ids([""], max_length=self.passage_max_length)[0])
+        prompts = tokenizer.prompt_ids(queries, max_length=longest, instruction=instructions)
+        targets = tokenizer.target_ids(passages, max_length=self.passage_max_length)
+        return GenerationRows(tokenizer.pad(prompts), tokenizer.pad(targets))
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,13 @@ class ULLMEDataModule(L.LightningDataModule):
         def position() -> int:
             return 0 if overfit else trainer.global_step
 
-        return self.train_dataloader_for(self._prompt_tokenizer(), *self._rank_and_world_size(), position=position)
+        loss: Any = getattr(trainer.lightning_module, "loss", None)
+        return self.train_dataloader_for(
+            self._prompt_tokenizer(),
+            *self._rank_and_world_size(),
+            position=position,
+            generation=loss is not None and loss.objective.needs_generation,
+        )
 
     def train_dataloader_for(
         self,
@@ -178,6 +184,7 @@ class ULLMEDataModule(L.LightningDataModule):
             epoch: the first epoch.
             start_batch: where in it to start.
             position: see :class:`~ullme.data.sampler.GlobalBatchSampler`.
+            generation: add the rows that generation losses need.
 
         Returns:
             A loader of :class:`~ullme.batch.Batch`; its length is that of a whole epoch.

@@ -1,6 +1,26 @@
 """Losses: each a pure function and a small module, named by ``class_path`` in a config."""
 
-from ullme.losses.base import RepresentationLoss
+from ullme.losses.base import Chunk, ChunkLoss, RepresentationLoss, Term
 from ullme.losses.info_nce import InfoNCE, info_nce
+from ullme.losses.kl import KL, kl_loss
+from ullme.losses.preference import CPO, DPO, IPO, KTO, Hinge, SimPO
+from ullme.losses.sft import SFT, sft_loss
 
-__all__ = ["InfoNCE", "RepresentationLoss", "info_nce"]
+__all__ = [
+    "CPO",
+    "DPO",
+    "IPO",
+    "KL",
+    "KTO",
+    "SFT",
+    "Chunk",
+    "ChunkLoss",
+    "Hinge",
+    "InfoNCE",
+    "RepresentationLoss",
+    "SimPO",
+    "Term",
+    "info_nce",
+    "kl_loss",
+    "sft_loss",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -172,6 +173,16 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
             f"model_name_or_path={name!r}: the tokenizer has {len(tokenizer)} tokens and the LLM embeds {rows}; "
             "they belong to different models"
         )
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A hash over the names, shapes, dtypes and a few values of all weights: cheap, and different for other weights."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, len(flat) // 32)][:32].double().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {sample.tolist()}".encode())
+    return digest.hexdigest()[:32]
 
 
 def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:

@@ -40,6 +40,7 @@ class ULLME(nn.Module):
         tokenizer: with a pad token.
         prompts: the prompt contract.
         llm: the (PEFT-wrapped) causal LM.
+        fingerprint: tells this pre-trained LLM, in this dtype, from another.
         attention_path: how embedding runs (packed, padded or mask4d), as the probe chose it.
 
     Raises:
@@ -64,6 +65,7 @@ class ULLME(nn.Module):
         backbone.check_vocabulary(self.tokenizer, model, model_name_or_path)
         self.attention_path = self._attention_path(model)
         self._head_checked = False
+        self.fingerprint = backbone.fingerprint(model)
         self.llm = backbone.add_adapter(model, self.options)
         if self.options.gradient_checkpointing:
             # Reentrant checkpointing would need inputs that require gradients; frozen embeddings give none.

@@ -1,0 +1,242 @@
+"""Every objective: chunks, order and sharing of prompts change no gradient; the reference; its cache."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_gradcache import assert_same_gradients, gradients, make_batch
+
+from ullme.batch import Batch, GenerationRows, TokenRows
+from ullme.gradcache import chunk_slices
+from ullme.losses import CPO, DPO, IPO, KL, KTO, SFT, Hinge, InfoNCE, SimPO
+from ullme.objective import Objective
+from ullme.prompts import pad_rows
+from ullme.reference import AdaptersOff, Cached, FrozenCopy
+
+OBJECTIVES = {
+    "grl": lambda: [InfoNCE(), DPO(weight=0.5), KL()],
+    "grl_sft": lambda: [InfoNCE(), SFT(0.5), KL()],
+    "cl_sft": lambda: [InfoNCE(), SFT()],
+    "sft": lambda: [SFT()],
+    "dpo": lambda: [DPO()],
+    "dpo_first_detached_kl": lambda: [InfoNCE(), DPO(negatives="first"), KL(detach_generation=True)],
+    "dpo_random": lambda: [DPO(negatives="random")],
+    "kto": lambda: [InfoNCE(), KTO(weight=2.0), KL()],
+    "cpo": lambda: [CPO(), KL("generation_to_retrieval", 0.1, 2.0)],
+    "others": lambda: [IPO(0.01), Hinge(), SimPO()],
+    "kl": lambda: [KL()],
+}
+
+
+def with_generation(batch: Batch) -> Batch:
+    generator = torch.Generator().manual_seed(9)
+
+    def rows(n: int, low: int, high: int) -> TokenRows:
+        lengths = torch.randint(low, high, (n,), generator=generator).tolist()
+        return pad_rows([torch.randint(3, 300, (k,), generator=generator).tolist() for k in lengths], 0)
+
+    b = len(batch)
+    return replace(batch, generation=GenerationRows(rows(b, 3, 6), rows(b * batch.num_candidates, 1, 9)))
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return with_generation(make_batch())
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model().double().train()
+
+
+def by(objective: Objective, model, batch: Batch, slices=None) -> tuple[dict, dict]:
+    run = objective.full_batch(model, batch) if slices is None else objective.grad_cache(model, batch, slices)
+    return {k: v.item() for k, v in run.items()}, gradients(model)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_chunks_change_no_gradient(name, model, batch):
+    objective = Objective(OBJECTIVES[name]())
+    logs, expected = by(objective, model, batch)
+    for slices in (chunk_slices(batch, 1, None), chunk_slices(batch, 2, None), chunk_slices(batch, 99, None)):
+        chunked, found = by(objective, model, batch, slices)
+        assert chunked == {key: pytest.approx(value, rel=1e-5, abs=1e-6) for key, value in logs.items()}
+        assert_same_gradients(found, expected, 1e-6)  # Llama's norms round to float32
+
+
+@pytest.mark.parametrize("name", ["grl", "kto", "dpo_random"])
+def test_chunks_change_no_gradient_in_true_float64(name, make_model, batch):
+    model = make_model("gpt2").double().train()
+    objective = Objective(OBJECTIVES[name]())
+    _, expected = by(objective, model, batch)
+    _, found = by(objective, model, batch, chunk_slices(batch, 2, None))
+    assert_same_gradients(found, expected, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["grl", "kto", "dpo_random"])
+def test_order_of_queries_changes_nothing(name, model, batch):
+    objective = Objective(OBJECTIVES[name]())
+    parts = [batch[n : n + 1] for n in (3, 0, 4, 2, 1)]
+    shuffled = Batch(
+        TokenRows.cat([p.queries for p in parts]),
+        TokenRows.cat([p.passages for p in parts]),
+        torch.cat([p.passage_keys for p in parts]),
+        torch.cat([p.row_ids for p in parts]),
+        GenerationRows(
+            TokenRows.cat([p.generation.prompts for p in parts]), TokenRows.cat([p.generation.targets for p in parts])
+        ),
+    )
+    logs, expected = by(objective, model, batch, chunk_slices(batch, 2, None))
+    other, found = by(objective, model, shuffled, chunk_slices(shuffled, 2, None))
+    assert other == {key: pytest.approx(value, rel=1e-5, abs=1e-6) for key, value in logs.items()}
+    assert_same_gradients(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["grl", "dpo_first_detached_kl", "kto"])
+def test_shared_prompts_change_nothing(name, model, batch):
+    _, shared = by(Objective(OBJECTIVES[name](), share_prompts=True), model, batch, chunk_slices(batch, 2, None))
+    _, apart = by(Objective(OBJECTIVES[name](), share_prompts=False), model, batch, chunk_slices(batch, 2, None))
+    assert_same_gradients(shared, apart, 1e-6)
+
+
+def test_the_total_is_the_weighted_sum_and_each_term_moves_it(model, batch):
+    logs, whole = by(Objective([InfoNCE(), DPO(weight=0.5), KL(weight=2.0)]), model, batch)
+    assert logs["loss"] == pytest.approx(logs["info_nce"] + 0.5 * logs["dpo"] + 2 * logs["kl"], rel=1e-6)
+    assert {"reward_margin", "reward_accuracy", "rank_agreement"} <= logs.keys()
+    parts = [by(Objective([t]), model, batch)[1] for t in (InfoNCE(), DPO(), KL())]
+    for name, gradient in whole.items():
+        zero = torch.zeros_like(gradient)
+        each = [part.get(name, zero) for part in parts]
+        torch.testing.assert_close(gradient, each[0] + 0.5 * each[1] + 2 * each[2], rtol=1e-5, atol=1e-7)
+        assert all(part.abs().max() > 0 for part in each)
+
+
+def test_dpo_starts_at_ln_2_and_the_reference_is_the_pretrained_llm(make_model, batch):
+    model = make_model(lora_dropout=0.3).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    logs, _ = by(Objective([DPO()]), model, batch)
+    assert logs["dpo"] == pytest.approx(math.log(2), abs=1e-6)
+    moved, _ = by(Objective([DPO()]), make_model(), batch)
+    assert abs(moved["dpo"] - math.log(2)) > 1e-3
+
+
+def test_one_generation_forward_serves_all_terms(model, batch):
+    """Policy once with gradient, reference once without: two forwards a chunk, whatever the terms."""
+    calls = []
+    forward = model.forward
+
+    def counted(*args, **kwargs):
+        calls.append((kwargs.get("is_generate", False), torch.is_grad_enabled()))
+        return forward(*args, **kwargs)
+
+    model.forward = counted
+    Objective([SFT(), DPO(), CPO(), KL()]).full_batch(model, batch)
+    assert sorted(calls) == [(False, True), (True, False), (True, True)]
+
+
+def test_only_candidates_that_teach_go_through_backward(model, batch):
+    sizes = []
+    forward = model.forward
+
+    def counted(*args, **kwargs):
+        if kwargs.get("is_generate"):
+            sizes.append((len(kwargs["targets"]), torch.is_grad_enabled()))
+        return forward(*args, **kwargs)
+
+    model.forward = counted
+    Objective([SFT(), KL(detach_generation=True)]).full_batch(model, batch)
+    assert sorted(sizes) == [(5, True), (10, False)]
+
+
+def test_terms_without_embedding_do_not_embed(model, batch):
+    kinds = []
+    forward = model.forward
+    model.forward = lambda *a, **k: kinds.append(k.get("is_generate", False)) or forward(*a, **k)
+    Objective([DPO()]).grad_cache(model, batch, chunk_slices(batch, 2, None))
+    assert all(kinds)
+
+
+def test_full_fine_tuning_needs_an_explicit_reference(make_model, batch):
+    model = make_model(lora_name=None).double().train()
+    with pytest.raises(ValueError, match=r"loss.reference=adapters_off.*frozen_copy"):
+        Objective([DPO()]).check(model, 2)
+    objective = Objective([DPO()], FrozenCopy())
+    objective.check(model, 2)
+    objective.reference.copy.double()
+    logs, grads = by(objective, model, batch)
+    assert logs["dpo"] == pytest.approx(math.log(2), abs=1e-6)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in grads:
+                parameter.sub_(grads[name], alpha=0.05)
+    assert by(objective, model, batch)[0]["dpo"] < math.log(2)  # the model moved, the reference did not
+
+
+def test_preferences_need_negatives(model):
+    with pytest.raises(ValueError, match=r"dpo compares a positive with negatives.*data.num_hard_negatives=0"):
+        Objective([DPO()]).check(model, 0)
+    Objective([SFT()]).check(model, 0)
+
+
+def test_cached_reference_is_the_computed_one_and_is_not_computed_again(make_model, batch, tmp_path):
+    model = make_model().train()
+    plain, expected = by(Objective([DPO()]), model, batch)
+
+    class Counting(AdaptersOff):
+        calls = 0
+
+        def logps(self, *args):
+            self.calls += 1
+            return super().logps(*args)
+
+    for run in range(2):
+        source = Counting()
+        objective = Objective([DPO()], Cached(tmp_path / "cache", source))
+        objective.check(model, 2)
+        for epoch in range(2):
+            logs, found = by(objective, model, batch, chunk_slices(batch, 2, None))
+            assert source.calls == (3 if run == 0 else 0), (run, epoch)
+            assert logs["dpo"] == pytest.approx(plain["dpo"], rel=1e-5)
+            assert_same_gradients(found, expected, 1e-3)  # chunks round differently in float32
+    only = Objective([DPO()], Cached(tmp_path / "cache", None))
+    only.check(model, 2)
+    assert by(only, model, batch)[0]["dpo"] == pytest.approx(plain["dpo"], rel=1e-5)
+    with pytest.raises(ValueError, match=r"lacks the likelihoods of \d+ passages \(training rows"):
+        by(only, model, with_generation(make_batch(4, 3)))
+
+
+def test_a_foreign_stale_or_damaged_cache_is_refused(make_model, tmp_path):
+    folder = tmp_path / "cache"
+    with pytest.raises(ValueError, match="holds no reference likelihoods"):
+        Cached(folder, None).prepare(make_model())
+    Cached(folder, AdaptersOff()).prepare(make_model())
+    with pytest.raises(ValueError, match="made with another backbone"):
+        Cached(folder, AdaptersOff()).prepare(make_model("mistral"))
+    other = make_model()
+    other.prompts = replace(other.prompts, generation="Q: {text} A:")
+    with pytest.raises(ValueError, match="made with another generation"):
+        Cached(folder, AdaptersOff()).prepare(other)
+    (folder / "reference-0.sqlite").write_bytes(b"not a database at all" * 1000)
+    with pytest.raises(ValueError, match=r"cannot be used .*; delete the folder"):
+        Cached(folder, AdaptersOff()).prepare(make_model())
+    (folder / "reference.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        Cached(folder, AdaptersOff()).prepare(make_model())
+
+
+def test_a_term_that_is_not_finite_names_itself_and_its_rows(model, batch, monkeypatch):
+    plain = DPO.forward
+    monkeypatch.setattr(DPO, "forward", lambda self, chunk: plain(self, chunk) / (chunk.row_ids != 3))
+    with pytest.raises(ValueError, match=r"dpo is inf \(training rows \[3\]\)"):
+        Objective([InfoNCE(), DPO()]).grad_cache(model, batch, chunk_slices(batch, 2, None))
+
+
+def test_batches_without_generation_rows_are_refused(model):
+    with pytest.raises(ValueError, match="carry no generation rows"):
+        Objective([SFT()]).full_batch(model, make_batch())
