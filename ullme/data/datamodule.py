@@ -174,6 +174,7 @@ class ULLMEDataModule(L.LightningDataModule):
         epoch: int = 0,
         start_batch: int = 0,
         position: Callable[[], int] | None = None,
+        generation: bool = False,
     ) -> DataLoader[Any]:
         """The training batches without a Trainer; iterating again gives the next epoch.
 
@@ -193,7 +194,7 @@ class ULLMEDataModule(L.LightningDataModule):
         assert self.source is not None
         dataset = TrainDataset(self.source, self.seed, self.num_hard_negatives, self.short_rows)
         sampler = self._sampler(rank, world_size, epoch, start_batch, position)
-        collator = Collator(prompt_tokenizer, self.query_max_length, self.passage_max_length)
+        collator = Collator(prompt_tokenizer, self.query_max_length, self.passage_max_length, generation)
         return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=collator, **self._loader_options())
 
     def val_dataloader(self) -> list[DataLoader[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -176,8 +177,11 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """A hash over the names, shapes, dtypes and a few values of all weights: cheap, and different for other weights."""
-    digest = hashlib.sha256()
+    """A hash over the config and the names, shapes, dtypes and a few values of all weights: cheap to make."""
+    config = model.config.to_dict()
+    for volatile in ("_name_or_path", "transformers_version", "use_cache"):
+        config.pop(volatile, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, len(flat) // 32)][:32].double().cpu()
