@@ -196,7 +196,10 @@ def score(model: ULLME, batch: Batch, mask: Tensor, share_prompts: bool) -> tupl
         ValueError: the batch carries no generation rows.
     """
     if batch.generation is None:
-        raise ValueError("the loss has generation terms, but the batches carry no generation rows")
+        raise ValueError(
+            "the loss has generation terms, but the batches carry no generation rows; "
+            "make the loader with train_dataloader_for(..., generation=True)"
+        )
     prompts, targets = batch.generation.prompts, batch.generation.targets
     places = mask.flatten().nonzero()[:, 0]
     owners = places // mask.shape[1]

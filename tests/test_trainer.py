@@ -1,0 +1,66 @@
+"""The paper's second listing, as printed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_training import write_rows
+
+from ullme.data.datamodule import ULLMEDataModule
+from ullme.trainer import GradCacheTrainer
+
+
+@pytest.fixture
+def loader(tmp_path):
+    train, _ = write_rows(tmp_path)
+
+    def make(model, generation: bool = True):
+        data = ULLMEDataModule(train=train, batch_size=6, num_hard_negatives=3, num_workers=0)
+        return data.train_dataloader_for(model.prompt_tokenizer, generation=generation)
+
+    return make
+
+
+@pytest.mark.parametrize("gen_loss_type", ["sft", "dpo", "kto", "cpo", None])
+@pytest.mark.parametrize("use_kl_loss", [True, False])
+def test_listing_2_runs_as_printed(gen_loss_type, use_kl_loss, make_model, loader):
+    model = make_model()
+    train_data_loader = loader(model)
+    assert isinstance(train_data_loader, torch.utils.data.DataLoader)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    trainer = GradCacheTrainer(con_loss_type="NTXentLoss", gen_loss_type=gen_loss_type, use_kl_loss=use_kl_loss)
+    history = trainer.fit_epoch(model=model, train_loader=train_data_loader)
+    assert len(history) == 4
+    wanted = {"loss", "info_nce", *([gen_loss_type] if gen_loss_type else []), *(["kl"] if use_kl_loss else [])}
+    assert wanted <= history[0].keys()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_grl_learns_every_term(make_model, loader):
+    model = make_model()
+    trainer = GradCacheTrainer(
+        con_loss_type="NTXentLoss", gen_loss_type="dpo", use_kl_loss=True, lr=0.01, show_progress_bar=False
+    )
+    data = loader(model)
+    history = [step for _ in range(6) for step in trainer.fit_epoch(model=model, train_loader=data)]
+    for name in ("loss", "info_nce", "dpo"):
+        first, last = (np.mean([step[name] for step in part]) for part in (history[:4], history[-4:]))
+        assert last < first, name
+    assert np.mean([s["reward_accuracy"] for s in history[-4:]]) > 0.7
+
+
+def test_batches_of_the_wrong_kind_and_wrong_options(make_model, loader):
+    model = make_model()
+    trainer = GradCacheTrainer(gen_loss_type="dpo", show_progress_bar=False)
+    with pytest.raises(ValueError, match="generation=True"):
+        trainer.fit_epoch(model=model, train_loader=loader(model, generation=False))
+    for options, message in (
+        ({"con_loss_type": "Triplet"}, "con_loss_type='Triplet'"),
+        ({"gen_loss_type": "ppo"}, "generation='ppo': choose one of dpo, sft, kto, cpo"),
+        ({"precision": "16"}, "precision='16'"),
+        ({"chunk_size": 0}, "chunk_size=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GradCacheTrainer(**options)

@@ -1,0 +1,115 @@
+"""The paper's training API, on a plain PyTorch DataLoader and without Lightning's Trainer; the same engine inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+
+from ullme.batch import Batch
+from ullme.callbacks.grl import Generation, grl_terms
+from ullme.gradcache import chunk_slices
+from ullme.losses import InfoNCE
+from ullme.models.ullme import ULLME
+from ullme.objective import Objective
+
+
+class GradCacheTrainer:
+    """Contrastive learning, a generation loss and the KL between them, with GradCache and AdamW.
+
+    Example::
+
+        data = ULLMEDataModule(train="train.jsonl", batch_size=32)
+        train_data_loader = data.train_dataloader_for(model.prompt_tokenizer, generation=True)
+        trainer = GradCacheTrainer(con_loss_type="NTXentLoss", gen_loss_type="dpo", use_kl_loss=True)
+        trainer.fit_epoch(model=model, train_loader=train_data_loader)
+
+    Args:
+        con_loss_type: NTXentLoss, which is InfoNCE over cosines with a temperature; InfoNCE is the same.
+        gen_loss_type: sft, dpo, kto, cpo or None.
+        use_kl_loss: tie P_rt and P_gen together.
+        temperature: τ of the contrastive loss.
+        beta: β of the preference loss.
+        con_weight: λ_CL.
+        gen_weight: λ_DPO.
+        kl_weight: λ_KL.
+        lr: of AdamW, constant.
+        chunk_size: queries in a chunk.
+        gradient_clip_val: largest gradient norm; None does not clip.
+        precision: bf16-mixed computes in bfloat16 under autocast; 32-true computes in the weights' dtype.
+        show_progress_bar: a bar with the loss.
+
+    Raises:
+        ValueError: an unknown loss or precision.
+    """
+
+    def __init__(
+        self,
+        con_loss_type: Literal["NTXentLoss", "InfoNCE"] = "NTXentLoss",
+        gen_loss_type: Generation | None = None,
+        use_kl_loss: bool = False,
+        *,
+        temperature: float = 0.05,
+        beta: float = 0.1,
+        con_weight: float = 1.0,
+        gen_weight: float = 0.5,
+        kl_weight: float = 1.0,
+        lr: float = 2e-4,
+        chunk_size: int = 4,
+        gradient_clip_val: float | None = 1.0,
+        precision: Literal["bf16-mixed", "32-true"] = "32-true",
+        show_progress_bar: bool = True,
+    ) -> None:
+        if con_loss_type not in ("NTXentLoss", "InfoNCE"):
+            raise ValueError(f"con_loss_type={con_loss_type!r}: choose NTXentLoss (or InfoNCE, the same)")
+        if precision not in ("bf16-mixed", "32-true"):
+            raise ValueError(f"precision={precision!r}: choose bf16-mixed or 32-true")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size}: must be at least 1")
+        terms = grl_terms(gen_loss_type, use_kl_loss, temperature, beta, con_weight, gen_weight, kl_weight)
+        assert isinstance(terms[0], InfoNCE)
+        self.objective = Objective(terms)
+        self.lr, self.chunk_size, self.gradient_clip_val = lr, chunk_size, gradient_clip_val
+        self.precision, self.show_progress_bar = precision, show_progress_bar
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def fit_epoch(self, model: ULLME, train_loader: Iterable[Batch]) -> list[dict[str, float]]:
+        """Train on every batch once. A second call goes on with the same optimizer state.
+
+        Args:
+            model: the embedder, on the device to train on.
+            train_loader: yields :class:`~ullme.batch.Batch`, with generation rows if a loss needs them.
+
+        Returns:
+            For each step the loss, every term and the metrics.
+
+        Raises:
+            ValueError: batches without the rows that a loss needs, a reference that cannot be had, or a loss that is
+                not finite.
+        """
+        from tqdm.auto import tqdm
+
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
+        model.train()
+        history: list[dict[str, float]] = []
+        bar = tqdm(train_loader, desc="train", unit="step", disable=not self.show_progress_bar)
+        for batch in bar:
+            if not history:
+                self.objective.check(model, batch.num_candidates - 1)
+            history.append(self._step(model, batch.to(model.device), parameters))
+            bar.set_postfix(loss=f"{history[-1]['loss']:.3f}")
+        return history
+
+    def _step(self, model: ULLME, batch: Batch, parameters: list[torch.nn.Parameter]) -> dict[str, float]:
+        assert self.optimizer is not None
+        self.optimizer.zero_grad()
+        half = self.precision == "bf16-mixed"
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+            logs = self.objective.grad_cache(model, batch, chunk_slices(batch, self.chunk_size, None))
+        if self.gradient_clip_val is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)
+        self.optimizer.step()
+        return {name: float(value) for name, value in logs.items()}
