@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 class GradCache(LossCallback):
     """Gradients of the whole batch, a chunk at a time (arXiv 2101.06983). The result does not depend on the chunks.
 
+    A batch that fits into one chunk is done in one forward, without the first one.
+
     Args:
         terms: the terms of the objective; None is InfoNCE alone.
         chunk_size: queries in a chunk, each with all its candidates; null leaves it to chunk_tokens.
@@ -48,6 +50,13 @@ class GradCache(LossCallback):
             raise ValueError("loss.chunk_size=null and loss.chunk_tokens=null: give one of them")
         self.chunk_size, self.chunk_tokens = chunk_size, chunk_tokens
 
+    def _fits(self, batch: Batch) -> bool:
+        """Whether the graphs of embedding and generation fit together, so that no forward has to be done twice."""
+        passes = 2 if self.objective.needs_generation else 1
+        return self.chunk_tokens is None or passes * batch.num_tokens <= self.chunk_tokens
+
     def backward(self, module: ULLMEModule, batch: Batch) -> Logs:
         slices = chunk_slices(batch, self.chunk_size, self.chunk_tokens)
+        if len(slices) == 1 and self._fits(batch):
+            return self.objective.full_batch(module.model, batch, module.manual_backward)
         return self.objective.grad_cache(module.model, batch, slices, module.manual_backward, self.no_sync(module))
