@@ -7,7 +7,7 @@ import pytest
 
 from ullme import quickstart
 from ullme.data.miniature import build_world
-from ullme.quickstart import Scores, bm25_scores, main, table, training_loss
+from ullme.quickstart import Scores, bm25_scores, main, table, training_terms
 
 SMALL = ["--entities=150", "--pretrain_steps=50", "--hidden_size=64", "--num_layers=1"]
 SHORT = ["--trainer.max_steps=60", "--data.batch_size=16", "--data.num_workers=0", "--model.optimizer.lr=1e-2"]
@@ -53,10 +53,10 @@ def test_table():
     ]
 
 
-def test_training_loss_skips_rows_without_it(tmp_path):
+def test_training_terms_skips_rows_without_it(tmp_path):
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "metrics.csv").write_text(f"step,{quickstart.LOSS},val/ndcg\n0,3.5,\n1,,0.5\n2,1.5,\n")
-    assert training_loss(tmp_path) == [(0, 3.5), (2, 1.5)]
+    (tmp_path / "logs" / "metrics.csv").write_text("step,train/loss,train/kl,val/ndcg\n0,3.5,1,\n1,,,0.5\n2,1.5,,\n")
+    assert training_terms(tmp_path) == {"total": [(0, 3.5), (2, 1.5)], "KL": [(0, 1.0)]}
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys):
@@ -85,7 +85,7 @@ def test_training_wins(tmp_path, capsys):
     scores = json.loads((output / "scores.json").read_text())
     assert scores["trained"]["ndcg_at_10"] > 2 * scores["untrained"]["ndcg_at_10"]
     assert scores["trained"]["ndcg_at_10"] > scores["untrained"]["ndcg_at_10"] + 0.15
-    losses = [loss for _, loss in training_loss(output / "train")]
+    losses = [loss for _, loss in training_terms(output / "train")["total"]]
     assert len(losses) == 60
     assert losses[-1] < losses[0] - 1
     assert (output / "quickstart.png").read_bytes().startswith(b"\x89PNG")

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from ullme.data.miniature import World
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
-LOSS = "train/loss"  # what the training step logs
+# What the training step logs: the total and GRL's terms.
+TERMS = {"train/loss": "total", "train/info_nce": "InfoNCE", "train/dpo": "DPO", "train/kl": "KL"}
 COLORS = {"BM25": "0.7", "untrained": "C1", "trained": "C0"}
 
 
@@ -125,7 +126,7 @@ def run(options: argparse.Namespace, training_options: Sequence[str] = ()) -> di
             options.config, output / "llm", world, output / "eval" / "trained", checkpoint=output / "train"
         )
     (output / "scores.json").write_text(json.dumps({name: vars(row) for name, row in scores.items()}, indent=2))
-    plot(training_loss(output / "train"), scores, output / "quickstart.png")
+    plot(training_terms(output / "train"), scores, output / "quickstart.png")
     return scores
 
 
@@ -217,11 +218,16 @@ def _mean(values: Iterable[float]) -> float:
     return statistics.fmean(values)
 
 
-def training_loss(folder: Path) -> list[tuple[int, float]]:
-    """(step, loss) from the ``metrics.csv`` of Lightning's CSVLogger below ``folder``."""
+def training_terms(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Term -> (step, value) pairs, from the ``metrics.csv`` of Lightning's CSVLogger below ``folder``."""
     (file,) = folder.rglob("metrics.csv")
-    with file.open(newline="", encoding="utf-8") as rows:
-        return [(int(row["step"]), float(row[LOSS])) for row in csv.DictReader(rows) if row.get(LOSS)]
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    return {
+        name: points
+        for column, name in TERMS.items()
+        if (points := [(int(row["step"]), float(row[column])) for row in rows if row.get(column)])
+    }
 
 
 def table(scores: dict[str, Scores]) -> str:
@@ -232,16 +238,18 @@ def table(scores: dict[str, Scores]) -> str:
     return "\n".join(lines)
 
 
-def plot(losses: Sequence[tuple[int, float]], scores: dict[str, Scores], file: Path) -> None:
-    """The loss over the steps beside a bar of nDCG@10 for each system, as PNG."""
+def plot(terms: dict[str, list[tuple[int, float]]], scores: dict[str, Scores], file: Path) -> None:
+    """The loss and its terms over the steps beside a bar of nDCG@10 for each system, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    left.plot(*zip(*losses, strict=True))
-    left.set(xlabel="training step", ylabel="InfoNCE (nats)", title="Contrastive training", ylim=(0, None))
+    for name, points in terms.items():
+        left.plot(*zip(*points, strict=True), label=name)
+    left.legend()
+    left.set(xlabel="training step", ylabel="nats", title="Training", ylim=(0, None))
     colors = [COLORS[name] for name in scores]
     bars = right.bar(list(scores), [100 * row.ndcg_at_10 for row in scores.values()], color=colors)
     right.bar_label(bars, fmt="%.1f")
