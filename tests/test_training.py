@@ -262,4 +262,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_rows(arguments, monkey
     monkeypatch.setattr(InfoNCE, "forward", lambda self, reps: reps.queries.sum() * float("nan"))
     with pytest.raises(SystemExit):
         cli.main(arguments("run"))
-    assert "info_nce is nan (training rows [" in capsys.readouterr().err
+    assert "step 0: info_nce is nan (training rows [" in capsys.readouterr().err
+
+
+def test_grl_logs_every_term_its_weight_and_its_metrics(arguments, tmp_path):
+    dropped = [a for a in arguments("run", "--loss=GRL", "--trainer.max_steps=2") if "chunk_size" not in a]
+    cli.main([*dropped, "--loss.chunk_size=3", f"--loss.cache_reference={tmp_path / 'cache'}"])
+    for name in ("info_nce", "dpo", "kl", "reward_margin", "reward_accuracy", "rank_agreement", "grad_norm"):
+        assert len(logged(tmp_path / "run", f"train/{name}")) == 2, name
+    assert set(logged(tmp_path / "run", "train/weight/dpo").values()) == {0.5}
+    assert logged(tmp_path / "run", "train/dpo")[0] == pytest.approx(np.log(2), abs=1e-5)
+    assert list((tmp_path / "cache").glob("*.sqlite"))
+
+
+def test_generation_terms_learn_alone(arguments, tmp_path):
+    """SFT without any embedding loss: the likelihood of the positives rises."""
+    dropped = [a for a in arguments("run", "--trainer.max_epochs=4", "--trainer.max_steps=24") if "chunk" not in a]
+    terms = '[{"class_path": "ullme.losses.SFT"}]'
+    cli.main([*dropped, "--loss=GradCache", "--loss.chunk_size=3", f"--loss.terms={terms}"])
+    losses = list(logged(tmp_path / "run", "train/sft").values())
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.5

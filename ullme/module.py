@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ullme.batch import Batch
 from ullme.models.backbone import BackboneConfig
+from ullme.objective import NotFiniteError, check_finite
 from ullme.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -92,8 +93,12 @@ class ULLMEModule(L.LightningModule):
         self._seed_step()
         optimizer = self.optimizers()
         optimizer.zero_grad()
-        logs = self.loss.backward(self, batch)
-        norm = self._clip()
+        try:
+            logs = self.loss.backward(self, batch)
+            norm = self._clip()
+            check_finite("the gradient norm", norm, batch)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"step {self.global_step}: {error}") from error
         optimizer.step()
         self.lr_schedulers().step()
         self.log("train/loss", logs["loss"], prog_bar=True, batch_size=len(batch), sync_dist=True)

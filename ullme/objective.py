@@ -100,7 +100,8 @@ class Objective:
 
     def _total(self, logs: Logs) -> Logs:
         loss = torch.stack([term.weight * logs[term.name].double() for term in self.terms]).sum()
-        return {"loss": loss, **logs}
+        weights = {f"weight/{term.name}": torch.tensor(term.weight) for term in self.terms}
+        return {"loss": loss, **logs, **weights}
 
     def _representation_loss(self, batch: Batch, logs: Logs) -> Callable[[Representations], Tensor]:
         def total(reps: Representations) -> Tensor:
@@ -221,14 +222,18 @@ def _add(logs: Logs, name: str, value: Tensor, scale: float) -> None:
     logs[name] = logs.get(name, torch.zeros((), device=value.device)) + value.detach().sum() * scale
 
 
+class NotFiniteError(ValueError):
+    """A term of the loss, or the gradient, is NaN or infinite."""
+
+
 def check_finite(name: str, value: Tensor, batch: Batch) -> None:
-    """Raises: ValueError: a term is NaN or infinite; names it and the rows of the training set that it came from."""
+    """Raises: NotFiniteError: a term is NaN or infinite; names it and the training rows that it came from."""
     finite = torch.isfinite(value)
     if not finite.all():
         rows = (batch.row_ids[~finite] if value.ndim else batch.row_ids).tolist()
         shown = f"{rows[:16]}{' ...' if len(rows) > 16 else ''}"
         bad = value[~finite][0].item() if value.ndim else value.item()
-        raise ValueError(
+        raise NotFiniteError(
             f"{name} is {bad} (training rows {shown}); lower model.optimizer.lr, clip gradients "
             "(model.optimizer.gradient_clip_val), or look at these rows"
         )
