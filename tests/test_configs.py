@@ -35,6 +35,35 @@ def test_instantiates(path, tmp_path, monkeypatch):
     assert app.datamodule.batch_size > 0
 
 
+TERMS = {
+    "contrastive": {"info_nce": 1.0},
+    "causal": {"info_nce": 1.0},
+    "full_batch": {"info_nce": 1.0},
+    "sft": {"sft": 1.0},
+    "dpo": {"dpo": 1.0},
+    "kto": {"kto": 1.0},
+    "cpo": {"cpo": 1.0},
+    "cl_sft": {"info_nce": 1.0, "sft": 0.5},
+    "grl_sft": {"info_nce": 1.0, "sft": 0.5, "kl": 1.0},
+    "grl": {"info_nce": 1.0, "dpo": 0.5, "kl": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_each_loss_config_is_what_its_name_says(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # the strategy and the size of the run come last here: they must not put another loss in its place
+    files = ["base.yaml", "model/phi-1.5.yaml", f"loss/{name}.yaml", "strategy/cpu.yaml", "small.yaml"]
+    app = cli.build([f"--config={CONFIGS / f}" for f in files], run=False)
+    (loss,) = (c for c in app.trainer.callbacks if isinstance(c, LossCallback))
+    assert {term.name: term.weight for term in loss.objective.terms} == TERMS[name]
+    assert app.model.backbone.attention == ("causal" if name == "causal" else "bidirectional")
+
+
+def test_every_loss_config_has_its_terms_checked():
+    assert {path.stem for path in (CONFIGS / "loss").glob("*.yaml")} == set(TERMS)
+
+
 def test_there_are_configs():
     assert {"base.yaml", "quickstart.yaml"} <= {p.name for p in FILES}
 

@@ -214,20 +214,22 @@ def test_cached_reference_is_the_computed_one_and_is_not_computed_again(make_mod
 def test_a_foreign_stale_or_damaged_cache_is_refused(make_model, tmp_path):
     folder = tmp_path / "cache"
     with pytest.raises(ValueError, match="holds no reference likelihoods"):
-        Cached(folder, None).prepare(make_model())
-    Cached(folder, AdaptersOff()).prepare(make_model())
+        Cached(folder, None).prepare(make_model(), "32-true")
+    Cached(folder, AdaptersOff()).prepare(make_model(), "32-true")
+    with pytest.raises(ValueError, match="made with another precision"):
+        Cached(folder, AdaptersOff()).prepare(make_model(), "bf16-mixed")
     with pytest.raises(ValueError, match="made with another backbone"):
-        Cached(folder, AdaptersOff()).prepare(make_model("mistral"))
+        Cached(folder, AdaptersOff()).prepare(make_model("mistral"), "32-true")
     other = make_model()
     other.prompts = replace(other.prompts, generation="Q: {text} A:")
     with pytest.raises(ValueError, match="made with another generation"):
-        Cached(folder, AdaptersOff()).prepare(other)
+        Cached(folder, AdaptersOff()).prepare(other, "32-true")
     (folder / "reference-0.sqlite").write_bytes(b"not a database at all" * 1000)
     with pytest.raises(ValueError, match=r"cannot be used .*; delete the folder"):
-        Cached(folder, AdaptersOff()).prepare(make_model())
+        Cached(folder, AdaptersOff()).prepare(make_model(), "32-true")
     (folder / "reference.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
-        Cached(folder, AdaptersOff()).prepare(make_model())
+        Cached(folder, AdaptersOff()).prepare(make_model(), "32-true")
 
 
 def test_a_term_that_is_not_finite_names_itself_and_its_rows(model, batch, monkeypatch):
@@ -240,3 +242,11 @@ def test_a_term_that_is_not_finite_names_itself_and_its_rows(model, batch, monke
 def test_batches_without_generation_rows_are_refused(model):
     with pytest.raises(ValueError, match="carry no generation rows"):
         Objective([SFT()]).full_batch(model, make_batch())
+
+
+def test_metrics_of_two_terms_are_kept_apart(model, batch):
+    logs, _ = by(Objective([DPO(), CPO()]), model, batch)
+    alone, _ = by(Objective([DPO()]), model, batch)
+    assert logs["reward_margin"] == pytest.approx(alone["reward_margin"])
+    assert 0 <= logs["reward_accuracy"] <= 1
+    assert logs["cpo/reward_margin"] != pytest.approx(logs["reward_margin"], abs=1e-3)

@@ -16,7 +16,7 @@ def loader(tmp_path):
     train, _ = write_rows(tmp_path)
 
     def make(model, generation: bool = True):
-        data = ULLMEDataModule(train=train, batch_size=6, num_hard_negatives=3, num_workers=0)
+        data = ULLMEDataModule(train=train, batch_size=6, num_hard_negatives=3, num_workers=0, query_max_length=100)
         return data.train_dataloader_for(model.prompt_tokenizer, generation=generation)
 
     return make
@@ -64,3 +64,20 @@ def test_batches_of_the_wrong_kind_and_wrong_options(make_model, loader):
     ):
         with pytest.raises(ValueError, match=message):
             GradCacheTrainer(**options)
+
+
+def test_another_model_is_trained_too(make_model, loader):
+    trainer = GradCacheTrainer(show_progress_bar=False)
+    for _ in range(2):
+        model = make_model()
+        before = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
+        trainer.fit_epoch(model=model, train_loader=loader(model))
+        assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_full_fine_tuning_with_a_frozen_copy(make_model, loader):
+    model = make_model(lora_name=None)
+    trainer = GradCacheTrainer(gen_loss_type="dpo", reference="frozen_copy", show_progress_bar=False)
+    history = trainer.fit_epoch(model=model, train_loader=loader(model))
+    assert history[0]["dpo"] == pytest.approx(np.log(2), abs=1e-5)
+    assert history[-1]["dpo"] != pytest.approx(np.log(2), abs=1e-5)

@@ -73,6 +73,10 @@ def arguments(tmp_path, llm_folder):
             "--model.optimizer.lr=0.01",
             f"--data.train={train}",
             f"--data.val={beir}",
+            "--model.prompts.query=Q: {text}",
+            "--model.prompts.generation=Q: {text} A:",
+            "--data.query_max_length=40",
+            "--data.passage_max_length=60",
             "--data.batch_size=4",
             "--data.num_hard_negatives=2",
             "--data.num_workers=0",
@@ -104,7 +108,7 @@ def test_a_run_learns_validates_and_saves_only_what_it_trained(arguments, tmp_pa
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     stored = torch.load(last, weights_only=True)
     assert all("lora_" in name for name in stored["state_dict"])
-    assert stored["ullme"]["prompts"]["query"].startswith("Instruct")
+    assert stored["ullme"]["prompts"]["query"] == "Q: {text}"
     model = load_ullme(tmp_path / "run")
     assert not model.training
     # the checkpoint gives what the run ended with: its last validation, computed through encode
@@ -217,6 +221,9 @@ def test_adapter_folder_round_trip(make_model, tmp_path):
         (["--ckpt_path=missing.ckpt"], "missing.ckpt"),
         (["--trainer.gradient_clip_val=1.0"], "model.optimizer.gradient_clip_val"),
         (["--trainer.accumulate_grad_batches=2"], "data.batch_size"),
+        (["--trainer.max_epochs=-1"], "give trainer.max_steps"),
+        (["--data.passage_max_length=999"], "data.passage_max_length=999, but the LLM has 128 positions"),
+        (["--data.query_max_length=4"], "raise query_max_length"),
     ],
 )
 def test_mistakes_end_with_one_message_and_status_2(arguments, tmp_path, capsys, extra, message):
@@ -235,6 +242,10 @@ def test_a_checkpoint_of_another_rank_backbone_or_prompt_is_refused(arguments, t
         ("--model.backbone.lora_r=8", "trained with lora_r=4, but this model has lora_r=8"),
         (f"--model.backbone.model_name_or_path={llm_folder('mistral')}", "trained with model_type='llama'"),
         ("--model.prompts.query=other: {text}", "trained with model.prompts="),
+        ("--model.backbone.lora_alpha=99", "trained with lora_alpha=32"),
+        ("--model.backbone.pooling=last", "trained with pooling='mean'"),
+        ("--model.backbone.attention=causal", "trained with attention='bidirectional'"),
+        (f"--model.backbone.model_name_or_path={llm_folder('llama', initializer_range=0.1)}", "holds other weights"),
     ):
         with pytest.raises(SystemExit):
             cli.main(arguments("again", last, extra))
@@ -282,3 +293,20 @@ def test_generation_terms_learn_alone(arguments, tmp_path):
     cli.main([*dropped, "--loss=GradCache", "--loss.chunk_size=3", f"--loss.terms={terms}"])
     losses = list(logged(tmp_path / "run", "train/sft").values())
     assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.5
+
+
+def test_a_foreign_adapter_that_cannot_be_rebuilt_is_refused(make_model, tmp_path):
+    folder = save_adapter(make_model(), tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
+    with pytest.raises(ValueError, match="the adapter uses use_rslora, which is not rebuilt here"):
+        load_ullme(folder)
+
+
+def test_the_config_lies_in_the_runs_own_folder(arguments, tmp_path):
+    import yaml
+
+    for run in ("a", "b"):
+        cli.main([*arguments(run, "--trainer.max_steps=1"), f"--trainer.logger.save_dir={tmp_path}"])
+        saved = yaml.safe_load((tmp_path / run / "config.yaml").read_text())
+        assert saved["trainer"]["default_root_dir"] == str(tmp_path / run)

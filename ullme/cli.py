@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,9 +19,12 @@ from ullme.module import ULLMEModule
 
 
 class SaveConfig(SaveConfigCallback):
-    """config.yaml beside the run, and the same to the logger."""
+    """config.yaml in the run's folder, and the same to the logger."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True, multifile=False)
         for logger in trainer.loggers:
             logger.log_hyperparams(self.config.as_dict())
 
@@ -79,7 +83,7 @@ def build(argv: Sequence[str] | None = None, run: bool = True) -> ULLMECLI:
         ULLMEModule,
         ULLMEDataModule,
         save_config_callback=SaveConfig,
-        save_config_kwargs={"overwrite": True},
+        save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
         trainer_defaults=defaults,
         auto_configure_optimizers=False,
         args=None if argv is None else list(argv),

@@ -39,7 +39,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # noqa: ANN001
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd owns the one it handed over
         dist.all_reduce(grad)
         return grad.split(ctx.sizes)[world()[0]], None
 
@@ -68,6 +68,14 @@ def global_mean_weight(sizes: list[int]) -> float:
     """What a rank's own mean is to be multiplied with, so that the mean over ranks is the mean over all queries."""
     rank, ranks = world()
     return sizes[rank] * ranks / sum(sizes)
+
+
+def merge_unit_rows(x: Tensor) -> Tensor:
+    """(R, D) unit rows, of which every rank filled in some (a few on several ranks) and left the others zero."""
+    if world()[1] == 1:
+        return x
+    dist.all_reduce(x)
+    return torch.nn.functional.normalize(x, dim=-1)
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ class GradCache:
         for chunk in chunks:
             states.append(RandomState())
             parts.append(embed_batch(self.embed, chunk))
-        # Autocast keeps the half-precision copies of weights that it made here, without gradient, for later use.
+        # Autocast may keep the half-precision copies of weights that it made here, without gradient, for later use.
         torch.clear_autocast_cache()
         return Representations.cat(parts), states
 

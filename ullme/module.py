@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ullme.batch import Batch
+from ullme.distributed import merge_unit_rows
 from ullme.models.backbone import BackboneConfig
 from ullme.objective import NotFiniteError, check_finite
 from ullme.prompts import Prompts
@@ -100,11 +102,11 @@ class ULLMEModule(L.LightningModule):
         except NotFiniteError as error:
             raise NotFiniteError(f"step {self.global_step}: {error}") from error
         optimizer.step()
+        self.log("lr", optimizer.param_groups[0]["lr"])
         self.lr_schedulers().step()
         self.log("train/loss", logs["loss"], prog_bar=True, batch_size=len(batch), sync_dist=True)
         terms = {f"train/{name}": value for name, value in logs.items() if name != "loss"}
         self.log_dict({**terms, "train/grad_norm": norm}, batch_size=len(batch), sync_dist=True)
-        self.log("lr", optimizer.param_groups[0]["lr"])
         return logs
 
     def _seed_step(self) -> None:
@@ -129,6 +131,10 @@ class ULLMEModule(L.LightningModule):
             betas=options.betas,
             weight_decay=options.weight_decay,
         )
+        if math.isinf(self.trainer.estimated_stepping_batches):
+            raise ValueError(
+                "trainer.max_epochs=-1 without trainer.max_steps: the schedule needs an end; give trainer.max_steps"
+            )
         total = int(self.trainer.estimated_stepping_batches)
         warmup = int(options.warmup if options.warmup >= 1 else options.warmup * total)
         name = "constant_with_warmup" if options.schedule == "constant" else options.schedule
@@ -151,7 +157,8 @@ class ULLMEModule(L.LightningModule):
         beir = self._beir()
         place = {name: n for n, name in enumerate(beir.corpus)}
         relevant = [{place[p]: grade for p, grade in beir.qrels[query].items()} for query in beir.queries]
-        scores = retrieval_metrics(self._queries, self._corpus, relevant)
+        queries, corpus = merge_unit_rows(self._queries), merge_unit_rows(self._corpus)
+        scores = retrieval_metrics(queries, corpus, relevant)
         self.log_dict({f"val/{name}": value for name, value in scores.items()}, prog_bar=True, rank_zero_only=True)
         del self._corpus, self._queries
 
@@ -167,7 +174,7 @@ class ULLMEModule(L.LightningModule):
         checkpoint[CONTRACT_KEY] = contract(self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another backbone, another adapter or other prompts, before any weight is copied."""
+        """Refuse a checkpoint of another backbone, adapter, pooling or prompt, before any weight is copied."""
         from ullme.models.checkpoint import check_fit
 
         self.configure_model()

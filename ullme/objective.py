@@ -57,8 +57,12 @@ class Objective:
         """Whether batches must carry :class:`~ullme.batch.GenerationRows`."""
         return bool(self.chunk_terms)
 
-    def check(self, model: ULLME, num_hard_negatives: int) -> None:
-        """Before training. Raises: ValueError: terms that lack negatives, or a reference that cannot be had."""
+    def check(self, model: ULLME, num_hard_negatives: int, precision: str = "32-true") -> None:
+        """Before training; ``precision`` is what forwards run under.
+
+        Raises:
+            ValueError: terms that lack negatives, or a reference that cannot be had.
+        """
         for term in self.chunk_terms:
             if term.needs_negatives and num_hard_negatives < 1:
                 raise ValueError(
@@ -66,7 +70,7 @@ class Objective:
                     f"{num_hard_negatives}; give at least 1"
                 )
         if self.uses_reference:
-            self.reference.prepare(model)
+            self.reference.prepare(model, precision)
 
     def full_batch(self, model: ULLME, batch: Batch, backward: Backward = Tensor.backward) -> Logs:
         """The gradient in one forward and one backward; returns the loss, every term and the metrics, detached."""
@@ -123,13 +127,14 @@ class Objective:
 
         def total(part: Batch, reps: Representations | None) -> Tensor:
             chunk = self._chunk(model, part, reps, statistics)
-            values = []
+            values, seen = [], set()
             for term in self.chunk_terms:
                 value = term(chunk)
                 check_finite(term.name, value, part)
                 _add(logs, term.name, value, scale)
                 for name, metric in term.metrics(chunk).items():
-                    _add(logs, name, metric, scale)
+                    _add(logs, f"{term.name}/{name}" if name in seen else name, metric, scale)
+                    seen.add(name)
                 values.append(term.weight * value)
             return torch.stack(values).sum() * scale
 

@@ -121,6 +121,15 @@ class PromptTokenizer:
             rows[n] = row or [end if end is not None else self.tokenizer.pad_token_id]
         return rows
 
+    def check_length(self, role: Role, max_length: int) -> None:
+        """Raises: ValueError: the template alone takes ``max_length`` tokens, so that all texts would be the same."""
+        empty = len(self.ids([""], role, max_length=2**31)[0])
+        if empty >= max_length and (self.prompts.around(role) != ("", "")):
+            raise ValueError(
+                f"{role}: max_length={max_length} tokens, but the template alone takes {empty}; raise "
+                f"{role}_max_length (or max_length), or shorten prompts.{role} or the instruction"
+            )
+
     def _length(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else 0
 

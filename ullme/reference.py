@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sqlite3
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -23,7 +24,7 @@ class Reference(ABC):
     """Where log π_ref(p|q) comes from."""
 
     @abstractmethod
-    def prepare(self, model: ULLME) -> None:
+    def prepare(self, model: ULLME, precision: str) -> None:
         """Before training. Raises: ValueError: this reference cannot be had for this model."""
 
     @abstractmethod
@@ -34,7 +35,7 @@ class Reference(ABC):
 class AdaptersOff(Reference):
     """The same weights with the adapters switched off: no second copy."""
 
-    def prepare(self, model: ULLME) -> None:
+    def prepare(self, model: ULLME, precision: str) -> None:
         if model.options.lora_name is None:
             raise ValueError(
                 "loss.reference=adapters_off, but lora_name=null trains the LLM itself, so the reference would move "
@@ -53,7 +54,7 @@ class FrozenCopy(Reference):
     def __init__(self) -> None:
         self.copy: ULLME | None = None
 
-    def prepare(self, model: ULLME) -> None:
+    def prepare(self, model: ULLME, precision: str) -> None:
         from ullme.models.ullme import ULLME
 
         if self.copy is None:  # from the folder, not from the model: a resumed one is not the pre-trained any more
@@ -83,15 +84,16 @@ class Cached(Reference):
         self.files: list[sqlite3.Connection] = []
         self.hits = self.misses = 0
 
-    def prepare(self, model: ULLME) -> None:
-        """Raises: ValueError: the folder belongs to another backbone or prompt, or is damaged."""
+    def prepare(self, model: ULLME, precision: str) -> None:
+        """Raises: ValueError: the folder belongs to another backbone, prompt or precision, or is damaged."""
         if self.source is not None:
-            self.source.prepare(model)
+            self.source.prepare(model, precision)
         identity = {
             "version": 1,
             "backbone": model.fingerprint,
             "generation": model.prompts.generation,
             "instruction": model.prompts.instruction,
+            "precision": precision,
         }
         note = self.folder / "reference.json"
         if not note.is_file():
@@ -101,7 +103,9 @@ class Cached(Reference):
                     "run that has loss.reference adapters_off or frozen_copy and the same data and prompts"
                 )
             self.folder.mkdir(parents=True, exist_ok=True)
-            note.write_text(json.dumps(identity, indent=2))
+            draft = note.with_suffix(f".{os.getpid()}")  # another rank never reads half a file
+            draft.write_text(json.dumps(identity, indent=2))
+            os.replace(draft, note)
         self._compare(note, identity)
         self._open()
 
@@ -124,7 +128,9 @@ class Cached(Reference):
             self.files[0].execute("PRAGMA synchronous=NORMAL")
             self.files[0].execute("CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, logp REAL) WITHOUT ROWID")
             others = [path for path in sorted(self.folder.glob("reference-*.sqlite")) if path != own]
-            self.files += [sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=60) for path in others]
+            self.files += [
+                sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60) for path in others
+            ]
         except sqlite3.DatabaseError as error:
             raise ValueError(f"loss.cache_reference: {own} cannot be used ({error}); delete the folder") from error
 
@@ -147,7 +153,9 @@ class Cached(Reference):
             new = self.source.logps(model, batch, todo.view(mask.shape), share_prompts).flatten().tolist()
             by_place = dict(zip(places, keys, strict=True))
             fresh = {by_place[place]: new[place] for place in missing}
+            self.files[0].execute("BEGIN")  # one transaction: a commit waits for the disk
             self.files[0].executemany("INSERT OR REPLACE INTO logps VALUES (?, ?)", list(fresh.items()))
+            self.files[0].execute("COMMIT")
             known |= fresh
         out = torch.zeros(mask.numel(), device=mask.device)
         out[places] = torch.tensor([known[key] for key in keys], device=mask.device)
@@ -159,7 +167,12 @@ class Cached(Reference):
             part = keys[start : start + 500]
             query = f"SELECT key, logp FROM logps WHERE key IN ({','.join('?' * len(part))})"
             for file in self.files:
-                known |= dict(file.execute(query, part).fetchall())
+                try:
+                    known |= dict(file.execute(query, part).fetchall())
+                except sqlite3.DatabaseError as error:
+                    raise ValueError(
+                        f"loss.cache_reference={str(self.folder)!r}: {error}; delete the folder"
+                    ) from error
         return known
 
 

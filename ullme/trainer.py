@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from ullme.batch import Batch
+from ullme.callbacks.base import ReferenceChoice, make_reference
 from ullme.callbacks.grl import Generation, grl_terms
 from ullme.gradcache import chunk_slices
 from ullme.losses import InfoNCE
@@ -37,6 +38,8 @@ class GradCacheTrainer:
         lr: of AdamW, constant.
         chunk_size: queries in a chunk.
         gradient_clip_val: largest gradient norm; None does not clip.
+        reference: adapters_off, frozen_copy or cached, as under ``loss:`` in a config.
+        cache_reference: folder that keeps reference likelihoods.
         precision: bf16-mixed computes in bfloat16 under autocast; 32-true computes in the weights' dtype.
         show_progress_bar: a bar with the loss.
 
@@ -58,6 +61,8 @@ class GradCacheTrainer:
         lr: float = 2e-4,
         chunk_size: int = 4,
         gradient_clip_val: float | None = 1.0,
+        reference: ReferenceChoice = "adapters_off",
+        cache_reference: str | None = None,
         precision: Literal["bf16-mixed", "32-true"] = "32-true",
         show_progress_bar: bool = True,
     ) -> None:
@@ -69,7 +74,7 @@ class GradCacheTrainer:
             raise ValueError(f"chunk_size={chunk_size}: must be at least 1")
         terms = grl_terms(gen_loss_type, use_kl_loss, temperature, beta, con_weight, gen_weight, kl_weight)
         assert isinstance(terms[0], InfoNCE)
-        self.objective = Objective(terms)
+        self.objective = Objective(terms, make_reference(reference, cache_reference))
         self.lr, self.chunk_size, self.gradient_clip_val = lr, chunk_size, gradient_clip_val
         self.precision, self.show_progress_bar = precision, show_progress_bar
         self.optimizer: torch.optim.Optimizer | None = None
@@ -91,14 +96,15 @@ class GradCacheTrainer:
         from tqdm.auto import tqdm
 
         parameters = [p for p in model.parameters() if p.requires_grad]
-        if self.optimizer is None:
+        held = [p for group in self.optimizer.param_groups for p in group["params"]] if self.optimizer else []
+        if [id(p) for p in held] != [id(p) for p in parameters]:  # the first call, or another model
             self.optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
         model.train()
         history: list[dict[str, float]] = []
         bar = tqdm(train_loader, desc="train", unit="step", disable=not self.show_progress_bar)
         for batch in bar:
             if not history:
-                self.objective.check(model, batch.num_candidates - 1)
+                self.objective.check(model, batch.num_candidates - 1, self.precision)
             history.append(self._step(model, batch.to(model.device), parameters))
             bar.set_postfix(loss=f"{history[-1]['loss']:.3f}")
         return history

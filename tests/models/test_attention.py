@@ -129,3 +129,18 @@ def test_hybrid_warns_about_its_recurrent_layers(caplog):
     layer.forward = lambda hidden_states, **kwargs: hidden_states  # sees its own token only, as a blind layer would
     assert attention.choose_path(model, causal=False) == "packed"
     assert "layers [1] are recurrent" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_forward_that_ignores_borders_is_found_in_any_dtype(dtype, monkeypatch):
+    from ullme.models.rows import PackedRows
+
+    honest = attention.packing._grouped
+
+    def leaky(q, k, v, rows, *rest):
+        return honest(q, k, v, PackedRows([sum(rows.host_lengths)], q.device), *rest)
+
+    model = make_llm("llama", initializer_range=0.02).to(dtype)
+    assert attention.choose_path(model, causal=False) == "packed"
+    monkeypatch.setattr(attention.packing, "_grouped", leaky)
+    assert attention.choose_path(model, causal=False) == "padded"

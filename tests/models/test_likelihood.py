@@ -126,3 +126,19 @@ def test_an_unknown_head_is_refused(make_model):
     with pytest.raises(ValueError, match="'llama' backbone changes its logits"):
         scored(model)
     assert head is model.causal_lm.lm_head
+
+
+def test_dropout_of_an_adapter_on_the_head_is_recomputed_as_it_was(make_model, monkeypatch):
+    gradients = []
+    for direct_call in (True, False):
+        if direct_call:
+            monkeypatch.setattr(likelihood, "checkpoint", lambda run, *args, **_: run(*args))
+        else:
+            monkeypatch.undo()
+        model = make_model(lora_target_modules=["lm_head", "q_proj"], lora_dropout=0.5).double().train()
+        torch.manual_seed(7)
+        scored(model).logps.sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert any("lm_head" in name for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-9)

@@ -230,3 +230,37 @@ def test_causal_embedding_is_an_option(make_model):
     for model, reacts in ((causal, False), (both, True)):
         a, b = model.encode(["the river Elba", "the river flows"])
         assert bool(np.abs(a - b).max() > 1e-3) == reacts
+
+
+def test_another_device_is_probed_again(make_model, monkeypatch):
+    from ullme.models import attention
+
+    model = make_model()
+    before = model.encode(TEXTS)
+    assert model.attention_path == "packed"
+
+    def broken(*_):
+        raise RuntimeError("this head size is not supported by the kernel")
+
+    monkeypatch.setattr(attention.packing, "_grouped", broken)
+    model._probed_on = "elsewhere"
+    after = model.encode(TEXTS)
+    assert model.attention_path == "padded"
+    np.testing.assert_allclose(after, before, atol=1e-6)
+
+
+def test_opt_with_a_projection_at_its_end(make_model):
+    assert make_model("opt", sizes={"word_embed_proj_dim": 16}).encode(TEXTS).shape == (5, 16)
+
+
+def test_encode_takes_arrays_and_counts_instructions(make_model):
+    model = make_model()
+    np.testing.assert_array_equal(model.encode(np.array(TEXTS)), model.encode(TEXTS))
+    with pytest.raises(ValueError, match="instruction: 2 of them for 5 texts"):
+        model.encode(TEXTS, role="query", instruction=["a", "b"])
+
+
+def test_a_template_that_leaves_no_room_for_the_text_is_refused(make_model):
+    model = make_model(prompts=Prompts(query="a rather long template in front of {text}"))
+    with pytest.raises(ValueError, match=r"query: max_length=8 tokens, but the template alone takes \d+"):
+        model.encode(TEXTS, role="query", max_length=8)

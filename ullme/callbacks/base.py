@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
+from lightning.pytorch.strategies import DDPStrategy
 
 from ullme.batch import Batch
 from ullme.losses import InfoNCE, Term
@@ -61,8 +62,30 @@ class LossCallback(L.Callback, ABC):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse an objective that this model or data cannot serve, before the first step."""
-        negatives = getattr(trainer.datamodule, "num_hard_negatives", 1)  # type: ignore[attr-defined]
-        self.objective.check(pl_module.model, negatives)  # type: ignore[arg-type]
+        model, data = pl_module.model, trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(trainer.strategy, DDPStrategy) and model.options.lora_name is None:  # type: ignore[union-attr]
+            raise ValueError(
+                "trainer.strategy=ddp with lora_name=null: weights that a chunk does not use would not be averaged "
+                "over ranks; train an adapter, or use one device"
+            )
+        if data is not None:
+            self._check_lengths(model, data)
+        negatives = getattr(data, "num_hard_negatives", 1)
+        self.objective.check(model, negatives, str(trainer.precision))  # type: ignore[arg-type]
+
+    def _check_lengths(self, model: Any, data: Any) -> None:
+        longest = {name: getattr(data, name, 0) for name in ("query_max_length", "passage_max_length")}
+        for name, value in longest.items():
+            if value > model.max_positions:
+                raise ValueError(f"data.{name}={value}, but the LLM has {model.max_positions} positions; lower it")
+        if self.objective.needs_generation:
+            template = len(model.prompt_tokenizer.prompt_ids([""], max_length=2**31)[0])
+            if (total := template + sum(longest.values())) > model.max_positions:
+                raise ValueError(
+                    f"generation terms put a query ({longest['query_max_length']} tokens), its template ({template}) "
+                    f"and a passage ({longest['passage_max_length']}) into one row of up to {total} tokens, but the "
+                    f"LLM has {model.max_positions} positions; lower data.passage_max_length"
+                )
 
     @abstractmethod
     def backward(self, module: ULLMEModule, batch: Batch) -> Logs:

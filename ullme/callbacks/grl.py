@@ -54,8 +54,8 @@ class GRL(GradCache):
         temperature: τ of InfoNCE.
         beta: β of the preference loss.
         contrastive_weight: λ_CL.
-        generation_weight: λ_DPO.
-        kl_weight: λ_KL; 0 leaves the term out.
+        generation_weight: λ_DPO; 0 leaves the term out.
+        kl_weight: λ_KL; 0 likewise.
         retrieval_temperature: divides the cosines in P_rt.
         generation_temperature: divides the mean log-probabilities in P_gen.
         detach_generation: no gradient of the KL through P_gen.
@@ -84,7 +84,7 @@ class GRL(GradCache):
         share_prompts: bool = True,
     ) -> None:
         terms = grl_terms(
-            generation,
+            generation if generation_weight > 0 else None,
             kl_weight > 0,
             temperature,
             beta,

@@ -68,6 +68,8 @@ class Collator:
         self.query_max_length = query_max_length
         self.passage_max_length = passage_max_length
         self.generation = generation
+        prompt_tokenizer.check_length("query", query_max_length)
+        prompt_tokenizer.check_length("passage", passage_max_length)
 
     def __call__(self, items: Sequence[tuple[int, Draw]]) -> Batch:
         draws = [drawn for _, drawn in items]
@@ -90,7 +92,9 @@ class Collator:
         if not self.generation:
             return None
         tokenizer = self.prompt_tokenizer
-        longest = self.query_max_length + len(tokenizer.prompt_ids([""], max_length=self.passage_max_length)[0])
+        own = list(set(instructions))
+        templates = tokenizer.prompt_ids([""] * len(own), max_length=2**31, instruction=own)
+        longest = self.query_max_length + max(map(len, templates))
         prompts = tokenizer.prompt_ids(queries, max_length=longest, instruction=instructions)
         targets = tokenizer.target_ids(passages, max_length=self.passage_max_length)
         return GenerationRows(tokenizer.pad(prompts), tokenizer.pad(targets))
@@ -140,6 +144,7 @@ class EvalCollator:
         self.prompt_tokenizer = prompt_tokenizer
         self.role: Role = role
         self.max_length = max_length
+        prompt_tokenizer.check_length(role, max_length)
 
     def __call__(self, items: Sequence[tuple[int, str]]) -> EvalRows:
         rows = self.prompt_tokenizer([text for _, text in items], self.role, max_length=self.max_length)

@@ -91,7 +91,7 @@ class InfoNCE(RepresentationLoss):
             loss = (loss + back) / 2
         return loss * global_mean_weight(sizes)
 
-    def _excluded(self, own: Tensor, keys: Tensor) -> Tensor | None:
+    def _excluded(self, own: Tensor, keys: Tensor) -> Tensor:
         """(B, M) bool: what is no negative of each own query, out of the M = B_global * C passages."""
         c = keys.shape[1]
         excluded = torch.zeros((len(own), keys.numel()), dtype=torch.bool, device=keys.device)

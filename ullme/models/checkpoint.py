@@ -33,7 +33,13 @@ def contract(model: ULLME) -> dict[str, Any]:
     shape = {
         key: getattr(config, key, None) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     }
-    return {"version": 1, "backbone": model.options.to_dict(), "prompts": model.prompts.to_dict(), "shape": shape}
+    return {
+        "version": 1,
+        "backbone": model.options.to_dict(),
+        "prompts": model.prompts.to_dict(),
+        "shape": shape,
+        "fingerprint": model.fingerprint,
+    }
 
 
 def trainable_state(model: ULLME) -> dict[str, Tensor]:
@@ -117,6 +123,8 @@ def _fit(model: ULLME, found: dict[str, Any], state: dict[str, Tensor], source: 
     """Copy weights by name; every trainable weight must be there with its shape, and nothing else."""
     renamed = _with_adapter_name(state, found["backbone"].get("lora_name"), model.options.lora_name)
     _check_fit(model, found, renamed, source)
+    if other := _other_backbone(model, found):
+        logger.warning("checkpoint %s: %s", source, other)
     with torch.no_grad():
         for name, parameter in trainable_state(model).items():
             parameter.copy_(renamed[name])
@@ -142,13 +150,35 @@ def check_fit(model: ULLME, checkpoint: dict[str, Any], source: str = "ckpt_path
             f"checkpoint={source!r} was trained with model.prompts={found['prompts']}, this run has "
             f"{model.prompts.to_dict()}; resume with the prompts of the training"
         )
+    for key in ("pooling", "attention"):
+        if found["backbone"][key] != getattr(model.options, key):
+            raise ValueError(
+                f"checkpoint={source!r} was trained with {key}={found['backbone'][key]!r}, this run has "
+                f"{getattr(model.options, key)!r}; resume with the {key} of the training"
+            )
+    if other := _other_backbone(model, found):
+        raise ValueError(f"checkpoint={source!r}: {other}")
     _check_fit(model, found, state, source)
+
+
+def _other_backbone(model: ULLME, found: dict[str, Any]) -> str | None:
+    """What to say if the adapter was trained on other weights; they can only be compared in the same dtype."""
+    same_dtype = found["backbone"].get("dtype") == model.options.dtype
+    if same_dtype and found.get("fingerprint", model.fingerprint) != model.fingerprint:
+        return (
+            f"model_name_or_path={model.options.model_name_or_path!r} holds other weights than "
+            f"{found['backbone']['model_name_or_path']!r}, on which this checkpoint was trained"
+        )
+    return None
 
 
 def _check_fit(model: ULLME, found: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> None:
     mine = contract(model)
     adapter = mine["backbone"]["lora_name"] is not None
-    for part, key in [("shape", key) for key in mine["shape"]] + [("backbone", "lora_r")] * adapter:
+    for part, key in [("shape", key) for key in mine["shape"]] + [
+        ("backbone", "lora_r"),
+        ("backbone", "lora_alpha"),
+    ] * adapter:
         theirs = found.get(part, {}).get(key)
         if theirs is not None and theirs != mine[part][key]:
             raise ValueError(
@@ -207,6 +237,12 @@ def _read_adapter_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor
     if not weights.is_file():
         raise ValueError(f"checkpoint={str(folder)!r}: adapter_model.safetensors is missing; only safetensors are read")
     peft = json.loads((folder / "adapter_config.json").read_text())
+    special = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save")
+    if odd := [key for key in special if peft.get(key)]:
+        raise ValueError(
+            f"checkpoint={str(folder)!r}: the adapter uses {', '.join(odd)}, which is not rebuilt here; merge it into "
+            "its LLM first and give the merged folder as the model"
+        )
     if (folder / CONTRACT_FILE).is_file():
         found = json.loads((folder / CONTRACT_FILE).read_text())
     else:

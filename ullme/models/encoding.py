@@ -51,9 +51,14 @@ def encode(
         raise ValueError(f"texts={texts!r}: give a list of texts; one text is [text]")
     if batch_size < 1 or max_length < 1:
         raise ValueError(f"batch_size={batch_size}, max_length={max_length}: both must be at least 1")
+    texts = list(texts)
     max_length = min(max_length, model.max_positions)
     one_for_all = instruction is None or isinstance(instruction, str)
+    if not one_for_all and len(instruction) != len(texts):  # type: ignore[arg-type]
+        raise ValueError(f"instruction: {len(instruction)} of them for {len(texts)} texts; give one, or one for each")  # type: ignore[arg-type]
     tokenizer = model.prompt_tokenizer
+    if role is not None:
+        tokenizer.check_length(role, max_length)
     out = torch.empty((len(texts), model.hidden_size), dtype=torch.float32)
     training = model.training
     model.eval()

@@ -139,12 +139,12 @@ def token_log_probabilities(model: PreTrainedModel, hidden: Tensor, targets: Ten
     def block(states: Tensor, ids: Tensor) -> Tensor:
         logits = lm_logits(model, states)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(dim=1)
+        return -nn.functional.cross_entropy(logits, ids, reduction="none")  # fused, unlike gather and logsumexp
 
     if not torch.is_grad_enabled():
         return torch.cat([block(h, t) for h, t in zip(hidden.split(size), targets.split(size), strict=True)])
-    parts = [
-        checkpoint(block, h, t, use_reentrant=False, preserve_rng_state=False)
+    parts = [  # an adapter on the head may have dropout
+        checkpoint(block, h, t, use_reentrant=False, preserve_rng_state=model.training)
         for h, t in zip(hidden.split(size), targets.split(size), strict=True)
     ]
     return torch.cat(parts)
@@ -171,12 +171,15 @@ def check_head(model: PreTrainedModel) -> None:
         ValueError: the family does something else around its LM head, so likelihoods would be wrong.
     """
     training = model.training
-    model.eval()
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(5, 11, device=device)[None] % model.get_input_embeddings().weight.shape[0]
-    expected = model(input_ids=ids).logits[0].double()
-    found = lm_logits(model, model.base_model(input_ids=ids).last_hidden_state[0]).double()
-    model.train(training)
+    try:
+        model.eval()
+        with torch.autocast(device.type, enabled=False):
+            expected = model(input_ids=ids).logits[0].double()
+            found = lm_logits(model, model.base_model(input_ids=ids).last_hidden_state[0]).double()
+    finally:
+        model.train(training)
     tolerance = 50 * torch.finfo(model.dtype).eps * max(1.0, expected.abs().max().item())
     if not (expected - found).abs().max() <= tolerance:
         raise ValueError(

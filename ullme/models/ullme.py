@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +64,7 @@ class ULLME(nn.Module):
         model = backbone.load_backbone(self.options, config)
         backbone.check_vocabulary(self.tokenizer, model, model_name_or_path)
         self.attention_path = self._attention_path(model)
+        self._probed_on = model.device.type
         self._head_checked = False
         self.fingerprint = backbone.fingerprint(model)
         self.llm = backbone.add_adapter(model, self.options)
@@ -81,6 +82,14 @@ class ULLME(nn.Module):
             attention.packing.install(model)
         return path
 
+    def _probe_device(self, device: torch.device) -> None:
+        """Kernels differ between devices, so the first forward on another one than the probe's asks again."""
+        if device.type == self._probed_on or not self.options.probe:
+            return
+        self._probed_on = device.type
+        with self.adapters_off() if self.options.lora_name else nullcontext():
+            self.attention_path = self._attention_path(self.causal_lm)
+
     @property
     def causal_lm(self) -> PreTrainedModel:
         """transformers' own model, adapters inside."""
@@ -89,7 +98,8 @@ class ULLME(nn.Module):
     @property
     def hidden_size(self) -> int:
         """D, the width of an embedding."""
-        return self.causal_lm.config.get_text_config().hidden_size
+        config = self.causal_lm.config.get_text_config()
+        return getattr(config, "word_embed_proj_dim", None) or config.hidden_size  # OPT may project at the end
 
     @property
     def max_positions(self) -> int:
@@ -133,6 +143,7 @@ class ULLME(nn.Module):
         Raises:
             ValueError: a row without a real token, or arguments that embedding does not take.
         """
+        self._probe_device(input_ids.device)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if is_generate and targets is not None:
@@ -152,7 +163,8 @@ class ULLME(nn.Module):
 
     def _check_head(self) -> None:
         if not self._head_checked and self.options.probe:
-            likelihood.check_head(self.causal_lm)
+            with self.adapters_off() if self.options.lora_name else nullcontext():
+                likelihood.check_head(self.causal_lm)
             self._head_checked = True
 
     @contextmanager
