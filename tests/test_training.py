@@ -310,3 +310,22 @@ def test_the_config_lies_in_the_runs_own_folder(arguments, tmp_path):
         cli.main([*arguments(run, "--trainer.max_steps=1"), f"--trainer.logger.save_dir={tmp_path}"])
         saved = yaml.safe_load((tmp_path / run / "config.yaml").read_text())
         assert saved["trainer"]["default_root_dir"] == str(tmp_path / run)
+
+
+@pytest.mark.distributed
+def test_two_processes_train_and_validate_as_one(arguments, tmp_path):
+    """GRL under DDP with GradCache chunks: the same losses, weights and validation scores as a single process."""
+    common = ("--trainer.max_steps=3", "--trainer.val_check_interval=3", "--model.backbone.lora_dropout=0")
+    for run, ranks in (("one", ()), ("two", ("--trainer.devices=2", "--trainer.strategy=ddp_spawn"))):
+        dropped = [a for a in arguments(run, *common, *ranks, "--loss=GRL") if "chunk_size" not in a]
+        cli.main([*dropped, "--loss.chunk_size=1"])
+    for column in ("train/loss", "train/dpo", "train/kl", "train/grad_norm", "val/ndcg@10", "val/mrr@10"):
+        one, two = (logged(tmp_path / run, column) for run in ("one", "two"))
+        assert one, column
+        assert two == {step: pytest.approx(value, rel=1e-4) for step, value in one.items()}, column
+    one, two = (
+        torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for run in ("one", "two")
+    )
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-4)
