@@ -21,16 +21,16 @@ def run(name: str) -> dict:
     return namespace
 
 
-@pytest.mark.slow
 def test_grl():
     namespace = run("grl.ipynb")
     history, summary = namespace["history"], namespace["summary"]
     assert history[0]["dpo"] == pytest.approx(0.6931, abs=1e-3)  # ln 2: the policy is the reference
     mean = lambda part: sum(step["info_nce"] for step in part) / len(part)  # noqa: E731
     assert mean(history[-5:]) < 0.7 * mean(history[:5])
-    for mass_before, mass_after, hit_before, hit_after in summary.values():
-        assert mass_after > mass_before
-        assert hit_after >= hit_before
+    assert history[-1]["reward_accuracy"] > 0.8
+    for mass_before, mass_after, _, first_after in summary.values():
+        assert mass_after > mass_before + 0.1
+        assert first_after > 0.8
 
 
 def test_all_are_covered_and_carry_no_output():
