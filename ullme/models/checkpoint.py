@@ -156,9 +156,9 @@ def check_fit(model: ULLME, checkpoint: dict[str, Any], source: str = "ckpt_path
                 f"checkpoint={source!r} was trained with {key}={found['backbone'][key]!r}, this run has "
                 f"{getattr(model.options, key)!r}; resume with the {key} of the training"
             )
+    _check_fit(model, found, state, source)
     if other := _other_backbone(model, found):
         raise ValueError(f"checkpoint={source!r}: {other}")
-    _check_fit(model, found, state, source)
 
 
 def _other_backbone(model: ULLME, found: dict[str, Any]) -> str | None:
