@@ -1,0 +1,58 @@
+"""Checkpoints and adapter folders: what goes in comes out, and nothing else is let in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ullme.models.checkpoint import load_ullme, load_weights, save_adapter
+
+
+def test_adapter_folder_round_trip(make_model, tmp_path):
+    model = make_model()
+    folder = save_adapter(model, tmp_path / "adapter")
+    texts = ["one text", "another"]
+    np.testing.assert_array_equal(load_ullme(folder).encode(texts), model.encode(texts))
+    fresh = make_model(lora_name="other")
+    with torch.no_grad():
+        for name, parameter in fresh.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    assert np.abs(fresh.encode(texts) - model.encode(texts)).max() > 1e-3
+    load_weights(fresh, folder)  # under another adapter name
+    np.testing.assert_array_equal(fresh.encode(texts), model.encode(texts))
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model.options.model_name_or_path), folder
+    ).eval()
+    ids = torch.tensor([[1, 5, 9]])
+    torch.testing.assert_close(theirs(ids).logits, model.eval()(ids, is_generate=True).logits)
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
+    for content, message in ((b"", "cannot be read"), (b"PK\x03\x04 nonsense", "cannot be read")):
+        (tmp_path / "x.ckpt").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_ullme(tmp_path / "x.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="was not written by ullme"):
+        load_ullme(tmp_path / "x.ckpt")
+    torch.save({"ullme": Path("code")}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="loading them would run code"):
+        load_ullme(tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"give a run folder, a .ckpt file or a PEFT adapter folder"):
+        load_ullme(tmp_path / "nothing")
+
+
+def test_a_foreign_adapter_that_cannot_be_rebuilt_is_refused(make_model, tmp_path):
+    folder = save_adapter(make_model(), tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
+    with pytest.raises(ValueError, match="the adapter uses use_rslora, which is not rebuilt here"):
+        load_ullme(folder)
