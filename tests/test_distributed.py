@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from test_gradcache import assert_same_gradients, gradients, make_batch
 from test_objective import OBJECTIVES, with_generation
 
+from ullme.distributed import leave
 from ullme.gradcache import chunk_slices
 from ullme.models import ULLME
 from ullme.objective import Objective
@@ -44,7 +45,7 @@ def work(rank: int, world_size: int, borders: list[int], folder: str, state: dic
         results[name] = (loss.item() / world_size, found)
     if rank == 0:
         torch.save(results, out)
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.distributed

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from ullme.callbacks import LossCallback, Throughput
 from ullme.data.datamodule import ULLMEDataModule
+from ullme.distributed import leave
 from ullme.module import ULLMEModule
 
 
@@ -98,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
         build(argv)
+        leave()
     except ValueError as error:
         if os.environ.get("ULLME_TRACEBACK"):
             raise

@@ -14,6 +14,17 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
+def leave() -> None:
+    """Wait for the other ranks, then leave the process group.
+
+    Gloo's threads let go of the last collective's tensors a moment after it returns. A process that ends in that moment
+    is aborted, since a thread may not enter a Python that shuts down; the barrier's own collective holds no tensor.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def gather_sizes(size: int, device: torch.device) -> list[int]:
     """The number of rows on each rank."""
     if world()[1] == 1:
