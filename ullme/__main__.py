@@ -10,7 +10,7 @@ import ullme
 
 # name -> (module with a main(argv), what it does). A module is imported only when its command runs.
 COMMANDS = {
-    "train": ("ullme.cli", "train an embedder (train.py)"),
+    "train": ("ullme.start", "train an embedder (train.py)"),
     "evaluate": ("ullme.eval.cli", "evaluate an embedder on MTEB or local data (evaluate.py)"),
     "quickstart": ("ullme.quickstart", "the whole job in miniature, offline, in a few minutes"),
 }

@@ -33,6 +33,11 @@ class SaveConfig(SaveConfigCallback):
 class ULLMECLI(LightningCLI):
     """LightningCLI with one loss, one checkpoint policy, and everything of a run in one folder."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """fit and validate. Testing is evaluate.py's, so no parser is built for it."""
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(LossCallback, "loss", subclass_mode=True)
         parser.set_defaults({"loss": {"class_path": "ullme.callbacks.GradCache"}})
