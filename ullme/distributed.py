@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# Gradients that travel together: 128 MiB in float32, enough to use a network fully, little beside a model.
+BUCKET_ELEMENTS = 2**25
 
 
 def world() -> tuple[int, int]:
@@ -23,6 +28,20 @@ def leave() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def most(value: int, device: torch.device) -> int:
+    """The largest of the ranks' values."""
+    if world()[1] == 1:
+        return value
+    found = torch.tensor(value, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def any_rank(value: bool, device: torch.device) -> bool:
+    """Whether it is so on any rank. A sharded model needs this: its ranks do every forward together, or hang."""
+    return bool(most(int(value), device))
 
 
 def gather_sizes(size: int, device: torch.device) -> list[int]:
@@ -82,11 +101,56 @@ def global_mean_weight(sizes: list[int]) -> float:
 
 
 def merge_unit_rows(x: Tensor) -> Tensor:
-    """(R, D) unit rows, of which every rank filled in some (a few on several ranks) and left the others zero."""
-    if world()[1] == 1:
+    """(R, D) unit rows, of which every rank filled in some (a few on several ranks) and left the others zero.
+
+    To the last bit what the first rank that filled a row put there; ``x`` itself is changed.
+    """
+    rank, ranks = world()
+    if ranks == 1:
         return x
+    owner = torch.where(x.any(dim=1), rank, ranks)
+    dist.all_reduce(owner, dist.ReduceOp.MIN)
+    x[owner != rank] = 0
     dist.all_reduce(x)
-    return torch.nn.functional.normalize(x, dim=-1)
+    return x
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace every ``.grad`` by its mean over ranks, in few large all-reduces.
+
+    A weight that no row of this rank used (an expert of a mixture, for example) counts as a gradient of zero, unless
+    no rank used it: then it keeps none.
+
+    Args:
+        parameters: weights that every rank holds whole, in the same order everywhere.
+    """
+    parameters = list(parameters)
+    if world()[1] == 1 or not parameters:
+        return
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    dist.all_reduce(used, dist.ReduceOp.MAX)
+    for bucket in _buckets([p for p, any_used in zip(parameters, used.tolist(), strict=True) if any_used]):
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        flat.div_(world()[1])
+        for parameter, gradient, part in zip(
+            bucket, gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
+            parameter.grad = gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive parameters of one type, up to :data:`BUCKET_ELEMENTS` together (or one that is larger)."""
+    bucket: list[Tensor] = []
+    for parameter in parameters:
+        full = sum(p.numel() for p in bucket) + parameter.numel() > BUCKET_ELEMENTS
+        if bucket and (full or bucket[0].dtype != parameter.dtype):
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:

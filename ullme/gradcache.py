@@ -76,8 +76,9 @@ class GradCache:
         embed: R token rows -> (R, D), differentiable; None if nothing in the objective looks at representations.
         loss: representations of the whole batch -> the scalar to minimise.
         chunk_loss: a chunk and its representations (as leaves, or None) -> a scalar that is summed over chunks, such
-            as a generation loss. Its own forward happens inside, and its graph is freed before the chunk is embedded
-            again, so the two never need memory at the same time.
+            as a generation loss; a third argument of 0.0 marks a chunk that shall not count. Its own forward happens
+            inside, and its graph is freed before the chunk is embedded again, so the two never need memory at the
+            same time.
         backward: what to call on a scalar instead of ``Tensor.backward`` (a strategy's, for example).
         no_sync: context under which a backward does not synchronise gradients over ranks; the last backward does.
     """
@@ -86,29 +87,39 @@ class GradCache:
         self,
         embed: Embed | None,
         loss: Callable[[Representations], Tensor] | None,
-        chunk_loss: Callable[[Batch, Representations | None], Tensor] | None = None,
+        chunk_loss: Callable[..., Tensor] | None = None,
         backward: Callable[[Tensor], None] = Tensor.backward,
         no_sync: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.embed, self.loss, self.chunk_loss = embed, loss, chunk_loss
         self.backward, self.no_sync = backward, no_sync
 
-    def step(self, batch: Batch, slices: list[slice]) -> None:
+    def step(self, batch: Batch, slices: list[slice], idle: int = 0) -> None:
         """Add the gradient of ``loss`` + Σ ``chunk_loss`` to the parameters' ``.grad``.
 
         Args:
             batch: the whole batch of this rank.
             slices: the chunks, see :func:`chunk_slices`.
+            idle: chunks that other ranks have more than this one. A sharded model's ranks do every forward and
+                backward together, so this rank goes along with one query that counts for nothing.
         """
         chunks = [batch[s] for s in slices]
         if self.embed is None:
+            for _ in range(idle):
+                self._add_chunk_loss(batch[:1], None, last=False, share=0.0)
             for n, chunk in enumerate(chunks):
                 self._add_chunk_loss(chunk, None, last=n == len(chunks) - 1)
             return
-        reps, states = self.embed_without_gradient(chunks)
+        reps, states = self.embed_without_gradient([*chunks, *[batch[:1]] * idle])
+        reps = reps[: len(batch)]
         gradients = self.cache_gradients(reps)
         after = RandomState()
-        for n, (chunk, part, state) in enumerate(zip(chunks, slices, states, strict=True)):
+        nothing = Representations(torch.zeros_like(reps.queries), torch.zeros_like(reps.passages), reps.passage_keys)
+        for _ in range(idle):
+            if self.chunk_loss is not None:
+                self._add_chunk_loss(batch[:1], reps[:1], last=False, share=0.0)
+            self.replay(batch[:1], nothing[:1], last=False)
+        for n, (chunk, part, state) in enumerate(zip(chunks, slices, states[: len(chunks)], strict=True)):
             if self.chunk_loss is not None:
                 after.restore()
                 self._add_chunk_loss(chunk, reps[part], last=False, gradients=gradients[part])
@@ -140,13 +151,18 @@ class GradCache:
         return Representations(*torch.autograd.grad(loss, (leaves.queries, leaves.passages)), reps.passage_keys)
 
     def _add_chunk_loss(
-        self, chunk: Batch, reps: Representations | None, last: bool, gradients: Representations | None = None
+        self,
+        chunk: Batch,
+        reps: Representations | None,
+        last: bool,
+        gradients: Representations | None = None,
+        share: float = 1.0,
     ) -> None:
         """Back-propagate a chunk's own loss; what it says about the representations is added to ``gradients``."""
         assert self.chunk_loss is not None
         leaves = None if reps is None else reps.as_leaves()
         with nullcontext() if last else self.no_sync():
-            self.backward(self.chunk_loss(chunk, leaves))
+            self.backward(self.chunk_loss(chunk, leaves, share))
         if leaves is not None and gradients is not None and leaves.queries.grad is not None:
             gradients.queries.add_(leaves.queries.grad)
             gradients.passages.add_(leaves.passages.grad)

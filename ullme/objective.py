@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ullme.batch import Batch, Representations, TokenRows
-from ullme.distributed import gather_sizes, global_mean_weight, mean_over_ranks
+from ullme.distributed import any_rank, gather_sizes, global_mean_weight, mean_over_ranks, most
 from ullme.gradcache import GradCache, embed_batch
 from ullme.losses.base import Chunk, ChunkLoss, RepresentationLoss, Term
 from ullme.reference import AdaptersOff, Reference
@@ -99,7 +99,7 @@ class Objective:
             backward=backward,
             no_sync=no_sync,
         )
-        engine.step(batch, slices)
+        engine.step(batch, slices, idle=most(len(slices), batch.row_ids.device) - len(slices))
         return self._total(logs)
 
     def _total(self, logs: Logs) -> Logs:
@@ -119,13 +119,14 @@ class Objective:
 
         return total
 
-    def _chunk_loss(self, model: ULLME, batch: Batch, logs: Logs) -> Callable[[Batch, Representations | None], Tensor]:
-        """Chunk and representations -> its share of the mean over the global batch's queries."""
+    def _chunk_loss(self, model: ULLME, batch: Batch, logs: Logs) -> Callable[..., Tensor]:
+        """Chunk, representations and 0.0 if it shall not count -> its part of the mean over the global batch."""
         sizes = gather_sizes(len(batch), batch.row_ids.device)
-        scale = global_mean_weight(sizes) / len(batch)
+        weight = global_mean_weight(sizes) / len(batch)
         statistics = self._statistics(model, batch)
 
-        def total(part: Batch, reps: Representations | None) -> Tensor:
+        def total(part: Batch, reps: Representations | None, share: float = 1.0) -> Tensor:
+            scale = weight * share
             chunk = self._chunk(model, part, reps, statistics)
             values, seen = [], set()
             for term in self.chunk_terms:
@@ -156,9 +157,9 @@ class Objective:
         logps = torch.zeros(wanted.shape, device=wanted.device)
         lengths = torch.ones(wanted.shape, dtype=torch.long, device=wanted.device)
         for mask, grad in ((learned, True), (wanted & ~learned, False)):
-            if mask.any():
+            if any_rank(bool(mask.any()), mask.device):
                 with torch.set_grad_enabled(grad):
-                    scored, counts = score(model, part, mask, self.share_prompts)
+                    scored, counts = score(model, part, at_least_one(mask), self.share_prompts)
                 logps = torch.where(mask, scored, logps.to(scored.dtype))
                 lengths = torch.where(mask, counts, lengths)
         return logps, lengths
@@ -169,15 +170,16 @@ class Objective:
         found = {}
         for term in self.chunk_terms:
             values = []
-            for start in range(0, len(batch), STATISTIC_QUERIES):
-                part = batch[start : start + STATISTIC_QUERIES]
+            rounds = most(-(-len(batch) // STATISTIC_QUERIES), batch.row_ids.device)
+            for start in range(0, rounds * STATISTIC_QUERIES, STATISTIC_QUERIES):
+                part = batch[start : start + STATISTIC_QUERIES] if start < len(batch) else batch[:1]
                 mask = term.statistic_candidates(part)
                 if mask is None:
                     break
                 logps, lengths = score(model, part, mask, self.share_prompts)
                 reference = self.reference.logps(model, part, mask, self.share_prompts) if term.uses_reference else None
                 chunk = Chunk(None, logps, reference, lengths, part.row_ids, part.passage_keys, {})
-                values.append(term.statistic(chunk))
+                values.append(term.statistic(chunk) if start < len(batch) else logps.new_zeros(0))
             if values:
                 found[term.name] = mean_over_ranks(torch.cat(values))
         torch.clear_autocast_cache()
@@ -187,6 +189,15 @@ class Objective:
 def embedder(model: ULLME) -> Callable[[TokenRows], Tensor]:
     """R token rows -> (R, D)."""
     return lambda rows: model(rows.input_ids, rows.attention_mask)["rep"]
+
+
+def at_least_one(mask: Tensor) -> Tensor:
+    """``mask``, or with its first place where it is empty: for a forward that only other ranks need."""
+    if mask.any():
+        return mask
+    mask = mask.clone()
+    mask[0, 0] = True
+    return mask
 
 
 def score(model: ULLME, batch: Batch, mask: Tensor, share_prompts: bool) -> tuple[Tensor, Tensor]:

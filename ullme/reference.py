@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ullme.distributed import world
+from ullme.distributed import any_rank, world
 
 if TYPE_CHECKING:
     from ullme.batch import Batch
@@ -136,21 +136,24 @@ class Cached(Reference):
 
     @torch.no_grad()
     def logps(self, model: ULLME, batch: Batch, mask: Tensor, share_prompts: bool) -> Tensor:
+        from ullme.objective import at_least_one
+
         keys = _keys(batch, mask)
         known = self._lookup(keys)
         places = mask.flatten().nonzero()[:, 0].tolist()
         missing = [place for place, key in zip(places, keys, strict=True) if key not in known]
         self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
-        if missing:
-            if self.source is None:
-                rows = sorted({int(batch.row_ids[place // mask.shape[1]]) for place in missing})
-                raise ValueError(
-                    f"loss.cache_reference={str(self.folder)!r} lacks the likelihoods of {len(missing)} passages "
-                    f"(training rows {rows[:8]}); it was filled with other data, another seed or fewer epochs"
-                )
+        if missing and self.source is None:
+            rows = sorted({int(batch.row_ids[place // mask.shape[1]]) for place in missing})
+            raise ValueError(
+                f"loss.cache_reference={str(self.folder)!r} lacks the likelihoods of {len(missing)} passages "
+                f"(training rows {rows[:8]}); it was filled with other data, another seed or fewer epochs"
+            )
+        if self.source is not None and any_rank(bool(missing), mask.device):
             todo = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
             todo[missing] = True
-            new = self.source.logps(model, batch, todo.view(mask.shape), share_prompts).flatten().tolist()
+            wanted = at_least_one(todo.view(mask.shape))
+            new = self.source.logps(model, batch, wanted, share_prompts).flatten().tolist()
             by_place = dict(zip(places, keys, strict=True))
             fresh = {by_place[place]: new[place] for place in missing}
             self.files[0].execute("BEGIN")  # one transaction: a commit waits for the disk

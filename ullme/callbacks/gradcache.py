@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ullme.batch import Batch
 from ullme.callbacks.base import LossCallback, ReferenceChoice
+from ullme.distributed import any_rank
 from ullme.gradcache import chunk_slices
 from ullme.losses import Term
 from ullme.objective import Logs
@@ -57,6 +58,6 @@ class GradCache(LossCallback):
 
     def backward(self, module: ULLMEModule, batch: Batch) -> Logs:
         slices = chunk_slices(batch, self.chunk_size, self.chunk_tokens)
-        if len(slices) == 1 and self._fits(batch):
+        if not any_rank(len(slices) > 1 or not self._fits(batch), batch.row_ids.device):
             return self.objective.full_batch(module.model, batch, module.manual_backward)
         return self.objective.grad_cache(module.model, batch, slices, module.manual_backward, self.no_sync(module))
