@@ -109,7 +109,8 @@ def test_a_run_learns_validates_and_saves_only_what_it_trained(arguments, tmp_pa
     stored = torch.load(last, weights_only=True)
     assert all("lora_" in name for name in stored["state_dict"])
     assert stored["ullme"]["prompts"]["query"] == "Q: {text}"
-    model = load_ullme(tmp_path / "run")
+    assert find_checkpoint(tmp_path / "run").stem.startswith("best-")
+    model = load_ullme(last)
     assert not model.training
     # the checkpoint gives what the run ended with: its last validation, computed through encode
     beir = [f"the {noun} stands here" for noun in NOUNS], [f"where is the {noun}" for noun in NOUNS]

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 
+from ullme import resume, storage
 from ullme.callbacks import LossCallback, Throughput
+from ullme.callbacks.checkpoint import Checkpoint, Terminated
 from ullme.data.datamodule import ULLMEDataModule
 from ullme.distributed import leave
 from ullme.module import ULLMEModule
@@ -23,15 +26,22 @@ class SaveConfig(SaveConfigCallback):
     """config.yaml in the run's folder, and the same to the logger."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True, multifile=False)
+        config = resume.redacted(plain(self.parser, self.config))
+        text = yaml.safe_dump(config, sort_keys=False)
+        storage.write_atomically(Path(trainer.default_root_dir) / resume.CONFIG_FILE, lambda f: f.write(text.encode()))
         for logger in trainer.loggers:
-            logger.log_hyperparams(self.config.as_dict())
+            logger.log_hyperparams(config)
+
+
+def plain(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
+    """A configuration as it would be read from YAML."""
+    return yaml.safe_load(parser.dump(config, skip_none=False))
 
 
 class ULLMECLI(LightningCLI):
     """LightningCLI with one loss, one checkpoint policy, and everything of a run in one folder."""
+
+    start_from: str | None = None
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -41,10 +51,7 @@ class ULLMECLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(LossCallback, "loss", subclass_mode=True)
         parser.set_defaults({"loss": {"class_path": "ullme.callbacks.GradCache"}})
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step{step}"})
-        parser.set_defaults({"checkpoint.auto_insert_metric_name": False})
-        # Without a fixed folder `--ckpt_path last` would look for the last checkpoint of a run that just began.
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=_checkpoint_folder)
 
     def before_instantiate_classes(self) -> None:
@@ -61,9 +68,20 @@ class ULLMECLI(LightningCLI):
                 f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: accumulation would take the "
                 "negatives apart; raise data.batch_size instead, GradCache fits any batch into the memory of a chunk"
             )
-        path = config.get("ckpt_path")
-        if path not in (None, "best", "last", "hpc") and not os.path.isfile(path):
-            raise ValueError(f"ckpt_path={path!r}: no such file; give a .ckpt file, or last")
+        if self.subcommand == "fit" and not trainer.fast_dev_run:
+            folder, root = Path(config.checkpoint.dirpath), Path(trainer.default_root_dir or "runs")
+            storage.check_writable(root)
+            now = plain(self._parser("fit"), config)
+            self.start_from = resume.checkpoint_to_continue(folder, root, now, config.ckpt_path)
+            if self.start_from:
+                rank_zero_info(f"ullme: going on from {self.start_from}")
+
+    def after_instantiate_classes(self) -> None:
+        if self.start_from is not None:
+            self.config_init[self.subcommand]["ckpt_path"] = self.start_from
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would read options from the checkpoint here; ours come from the command line alone."""
 
 
 def _checkpoint_folder(root: str | None) -> str:
@@ -105,6 +123,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         build(argv)
         leave()
+    except Terminated:
+        leave()
+        raise
     except ValueError as error:
         if os.environ.get("ULLME_TRACEBACK"):
             raise

@@ -82,6 +82,12 @@ class ULLMEModule(L.LightningModule):
         self.strict_loading = False
         self.model: ULLME | None = None
 
+    def setup(self, stage: str) -> None:
+        """Whoever built the trainer, its checkpoints are written whole or not at all."""
+        from ullme.callbacks.checkpoint import install_atomic_io
+
+        install_atomic_io(self.trainer)
+
     def configure_model(self) -> None:
         """Build the model on the process that will train it; Lightning may call this more than once."""
         from ullme.models import ULLME

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ullme import storage
 from ullme.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -56,16 +57,26 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file() or (path / "adapter_config.json").is_file():
         return path
-    found = sorted(path.rglob("*.ckpt"), key=lambda p: p.stat().st_mtime, reverse=True) if path.is_dir() else []
+    found = storage.newest_first(path) if path.is_dir() else []
     if not found:
         raise ValueError(
             f"checkpoint={str(path)!r}: no such file, or a folder without *.ckpt and without adapter_config.json; "
             "give a run folder, a .ckpt file or a PEFT adapter folder"
         )
-    named = {stem: next((p for p in found if p.stem.startswith(stem)), None) for stem in ("best", "last")}
-    chosen = named["best"] or named["last"] or found[0]
+    last = next((p for p in found if p.stem == "last"), found[0])
+    chosen = _best(last, found) or last
     logger.info("checkpoint %s: taking %s", path, chosen)
     return chosen
+
+
+def _best(last: Path, found: list[Path]) -> Path | None:
+    """The best by the validation metric, as the run's last checkpoint remembers it, if it is still there."""
+    named = [p for p in found if p.stem.startswith("best")]
+    if len(named) < 2:
+        return named[0] if named else None
+    callbacks = storage.read(last).get("callbacks", {}).values()
+    best = {Path(state["best_model_path"]).name for state in callbacks if state.get("best_model_path")}
+    return next((p for p in named if p.name in best), named[0])
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -77,13 +88,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     path = find_checkpoint(path)
     if path.is_dir():
         return _read_adapter_folder(path)
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"checkpoint={str(path)!r} cannot be read ({type(error).__name__}); it is damaged, cut short, or holds "
-            "objects that are refused because loading them would run code"
-        ) from error
+    stored = storage.read(path)
     if not isinstance(stored, dict) or CONTRACT_KEY not in stored:
         raise ValueError(f"checkpoint={str(path)!r} was not written by ullme: it holds no {CONTRACT_KEY!r} contract")
     state = {name.removeprefix(STATE_PREFIX): value for name, value in stored["state_dict"].items()}

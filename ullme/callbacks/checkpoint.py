@@ -1,0 +1,244 @@
+"""When a run saves itself, where, and how it leaves when it is told to."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
+
+from ullme import storage
+from ullme.resume import FINISHED
+
+TERMINATED = 128 + signal.SIGTERM
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Checkpoints that are written whole or not at all, checked when read, and never run as code."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Raises: ValueError: it cannot be written; the message names the last good one."""
+        storage.save(checkpoint, path)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """``weights_only`` is always true. Raises: ValueError: damaged, or holding more than plain values."""
+        return storage.read(path, "cpu" if map_location is None else map_location)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def install_atomic_io(trainer: L.Trainer) -> None:
+    """Put it in the place of Lightning's own, also inside a wrapper such as AsyncCheckpointIO."""
+    outer = trainer.strategy.checkpoint_io
+    if isinstance(outer, _WrappingCheckpointIO):
+        while isinstance(outer._checkpoint_io, _WrappingCheckpointIO):
+            outer = outer._checkpoint_io
+        if outer._checkpoint_io is None or type(outer._checkpoint_io) is TorchCheckpointIO:
+            outer._checkpoint_io = AtomicCheckpointIO()
+    elif type(outer) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+
+class Terminated(SystemExit):
+    """The run was told to leave, and has saved itself; the exit status is 143, as of any process ended by SIGTERM."""
+
+
+class Checkpoint(ModelCheckpoint):
+    """``last.ckpt`` always, and the best by the validation metric where there is a validation.
+
+    ``last.ckpt`` is saved every so many steps, epochs or minutes, before and after each validation, at the end, and
+    after the step during which SIGTERM came. Whichever of them a run goes on from, it does what it would have done.
+
+    Args:
+        dirpath: folder of the checkpoints; null: ``checkpoints`` in trainer.default_root_dir.
+        filename: of the other checkpoints; with a metric, ``best-`` goes in front.
+        monitor: metric of the validation that ranks them; not used without a validation.
+        mode: whether the best is the max or the min.
+        save_top_k: how many of the best to keep, or of the newest (at most 1) without a validation; 0 for none;
+            -1 keeps every checkpoint.
+        every_n_train_steps: save after so many steps.
+        every_n_epochs: save after so many epochs; 1 if nothing else is asked for.
+        train_time_interval: save after so much time.
+
+    Raises:
+        ValueError: save_top_k below -1, or an interval below 1.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        filename: str = "step{step}",
+        monitor: str | None = "val/ndcg@10",
+        mode: str = "max",
+        save_top_k: int = 1,
+        every_n_train_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        train_time_interval: timedelta | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("save_top_k", save_top_k, -1),
+            ("every_n_train_steps", every_n_train_steps, 1),
+            ("every_n_epochs", every_n_epochs, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"checkpoint.{name}={value} must be at least {least}")
+        if mode not in ("min", "max"):
+            raise ValueError(f"checkpoint.mode={mode!r}: choose max or min")
+        super().__init__(
+            dirpath,
+            filename,
+            monitor=monitor,
+            mode=mode,
+            save_top_k=save_top_k,
+            save_last=True,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,  # a resumed run writes the same files again
+        )
+        # Lightning takes only one of these.
+        other = every_n_train_steps is not None or train_time_interval is not None
+        self._every_n_train_steps = every_n_train_steps or 0
+        self._every_n_epochs = every_n_epochs or (0 if other else 1)
+        self._train_time_interval = train_time_interval
+        self._due = self._before_validation = self._told_to_leave = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Settle what to rank by. Raises: ValueError: more than one newest checkpoint is asked for."""
+        validates = getattr(trainer.datamodule, "val", None) is not None and trainer.limit_val_batches != 0  # type: ignore[attr-defined]
+        if self.save_top_k < 1 or not validates:
+            self.monitor = None
+        if self.monitor is None and self.save_top_k > 1:
+            raise ValueError(
+                f"checkpoint.save_top_k={self.save_top_k} without a validation metric: give data.val and "
+                "checkpoint.monitor, or choose 1 (the newest), 0 (none) or -1 (all)"
+            )
+        if self.monitor is not None and not str(self.filename).startswith("best-"):
+            self.filename = f"best-{self.filename}"
+        super().setup(trainer, pl_module, stage)
+        if trainer.is_global_zero and stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            storage.sweep(str(self.dirpath))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            Path(str(self.dirpath), FINISHED).unlink(missing_ok=True)
+        if threading.current_thread() is threading.main_thread():
+            # In place of Lightning's, which leaves without saving and speaks to other ranks in the midst of a step.
+            signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._told_to_leave = True
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time, but leave it to the validation where one follows at once."""
+        every = self._every_n_train_steps
+        self._due = (every > 0 and trainer.global_step % every == 0) or self._time_is_up(trainer)
+        leave = self._asked_to_leave(trainer)
+        if _validation_follows(trainer):
+            return
+        if self._due or leave:
+            self._save(trainer, ranked=self.monitor is None and self._due)
+        if leave:
+            self._leave(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What a kill during the validation goes back to. On resuming, the validation is done first."""
+        if self._may_save(trainer):
+            self._before_validation = True
+            self._save(trainer, ranked=False)
+            self._before_validation = False
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        if self._may_save(trainer) and self._asked_to_leave(trainer):
+            self._leave(trainer)  # saved when the validation began
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._may_save(trainer):
+            return
+        every = self._every_n_epochs
+        due = self._due or (every > 0 and (trainer.current_epoch + 1) % every == 0)
+        self._save(trainer, ranked=due if self.monitor is None else self.monitor in trainer.callback_metrics)
+        self._due = False
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        every = self._every_n_epochs
+        if (
+            every > 0
+            and (trainer.current_epoch + 1) % every == 0
+            and self._last_global_step_saved != trainer.global_step
+        ):
+            self._save(trainer, ranked=self.monitor is None)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._may_save(trainer) and self._last_global_step_saved != trainer.global_step:
+            self._save(trainer, ranked=self.monitor is None)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Mark the run as finished, so that nobody starts it again by mistake."""
+        if self._may_save(trainer) and trainer.is_global_zero:
+            note = f"{trainer.global_step} steps\n"
+            storage.write_atomically(Path(str(self.dirpath), FINISHED), lambda file: _write(file, note))
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Before a validation, Lightning's loop is given the mark by which it resumes an interrupted one."""
+        if self._before_validation:
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            progress["current"].update(ready=0, started=0, processed=0, completed=0)
+            progress["total"].update(ready=1, started=1, processed=0, completed=0)
+
+    def _save(self, trainer: L.Trainer, ranked: bool) -> None:
+        if not self._may_save(trainer):
+            return
+        values = self._monitor_candidates(trainer)
+        if ranked:
+            self._save_topk_checkpoint(trainer, values)
+        self._save_last_checkpoint(trainer, values)
+        self._last_time_checked = time.monotonic()
+
+    @staticmethod
+    def _may_save(trainer: L.Trainer) -> bool:
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        return fitting and not trainer.fast_dev_run  # type: ignore[attr-defined]
+
+    def _time_is_up(self, trainer: L.Trainer) -> bool:
+        if self._train_time_interval is None:
+            return False
+        waited = time.monotonic() - (self._last_time_checked or 0)
+        return trainer.strategy.broadcast(waited >= self._train_time_interval.total_seconds())
+
+    def _asked_to_leave(self, trainer: L.Trainer) -> bool:
+        """Whether any rank was: all leave after the same step."""
+        return trainer.strategy.reduce_boolean_decision(self._told_to_leave, all=False)
+
+    def _leave(self, trainer: L.Trainer) -> None:
+        if trainer.is_global_zero:
+            print(
+                f"SIGTERM: saved {self.last_model_path} after step {trainer.global_step}; the same command goes on "
+                "from there",
+                flush=True,
+            )
+        raise Terminated(TERMINATED)
+
+
+def _validation_follows(trainer: L.Trainer) -> bool:
+    loop = trainer.fit_loop
+    batches = trainer.num_val_batches
+    if not (sum(batches) if isinstance(batches, list) else batches):
+        return False
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+def _write(file: Any, text: str) -> None:
+    file.write(text.encode())
