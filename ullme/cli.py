@@ -13,10 +13,11 @@ import lightning as L
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ullme import resume, storage
 from ullme.callbacks import LossCallback, Throughput
-from ullme.callbacks.checkpoint import Checkpoint, Terminated
+from ullme.callbacks.checkpoint import Checkpoint
 from ullme.data.datamodule import ULLMEDataModule
 from ullme.distributed import leave
 from ullme.module import ULLMEModule
@@ -101,7 +102,6 @@ def build(argv: Sequence[str] | None = None, run: bool = True) -> ULLMECLI:
         "max_epochs": 1,
         "log_every_n_steps": 10,
         "num_sanity_val_steps": 0,
-        "callbacks": [Throughput()],
     }
     return ULLMECLI(
         ULLMEModule,
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         build(argv)
         leave()
-    except Terminated:
+    except SIGTERMException:
         leave()
         raise
     except ValueError as error:

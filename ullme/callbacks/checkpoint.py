@@ -14,6 +14,7 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ullme import storage
 from ullme.resume import FINISHED
@@ -48,10 +49,6 @@ def install_atomic_io(trainer: L.Trainer) -> None:
             outer._checkpoint_io = AtomicCheckpointIO()
     elif type(outer) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-
-
-class Terminated(SystemExit):
-    """The run was told to leave, and has saved itself; the exit status is 143, as of any process ended by SIGTERM."""
 
 
 class Checkpoint(ModelCheckpoint):
@@ -132,6 +129,7 @@ class Checkpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             Path(str(self.dirpath), FINISHED).unlink(missing_ok=True)
+        self._told_to_leave = trainer.received_sigterm
         if threading.current_thread() is threading.main_thread():
             # In place of Lightning's, which leaves without saving and speaks to other ranks in the midst of a step.
             signal.signal(signal.SIGTERM, self._note)
@@ -150,8 +148,6 @@ class Checkpoint(ModelCheckpoint):
             return
         if self._due or leave:
             self._save(trainer, ranked=self.monitor is None and self._due)
-        if leave:
-            self._leave(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What a kill during the validation goes back to. On resuming, the validation is done first."""
@@ -161,8 +157,8 @@ class Checkpoint(ModelCheckpoint):
             self._before_validation = False
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        if self._may_save(trainer) and self._asked_to_leave(trainer):
-            self._leave(trainer)  # saved when the validation began
+        if self._may_save(trainer):
+            self._asked_to_leave(trainer)  # saved when the validation began
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._may_save(trainer):
@@ -219,17 +215,18 @@ class Checkpoint(ModelCheckpoint):
         return trainer.strategy.broadcast(waited >= self._train_time_interval.total_seconds())
 
     def _asked_to_leave(self, trainer: L.Trainer) -> bool:
-        """Whether any rank was: all leave after the same step."""
-        return trainer.strategy.reduce_boolean_decision(self._told_to_leave, all=False)
+        """Whether any rank was; then Lightning makes all of them leave as soon as this step is logged."""
+        leave = trainer.strategy.reduce_boolean_decision(self._told_to_leave, all=False)
+        trainer._signal_connector.received_sigterm |= leave
+        return leave
 
-    def _leave(self, trainer: L.Trainer) -> None:
-        if trainer.is_global_zero:
-            print(
-                f"SIGTERM: saved {self.last_model_path} after step {trainer.global_step}; the same command goes on "
-                "from there",
-                flush=True,
-            )
-        raise Terminated(TERMINATED)
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Say how to go on, and give the exit status of a process that SIGTERM ended."""
+        if isinstance(exception, SIGTERMException):
+            exception.code = TERMINATED
+            if trainer.is_global_zero:
+                saved = f"saved {self.last_model_path} after step {self._last_global_step_saved}"
+                print(f"SIGTERM: {saved}; the same command goes on from there", flush=True)
 
 
 def _validation_follows(trainer: L.Trainer) -> bool:

@@ -1,0 +1,268 @@
+"""A run that is killed and started again with the same command ends as one that never was.
+
+Runs are forked from the test's process, so that each costs no imports; SIGKILL is real.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import arguments, logged  # noqa: F401 - arguments is a fixture
+
+from ullme import cli, storage
+from ullme.module import ULLMEModule
+
+# Validation in the middle and at the end of each of two epochs of 6 steps, a checkpoint at other steps; dropout is on.
+RUN = ("--trainer.max_epochs=2", "--checkpoint.every_n_train_steps=2", "--trainer.val_check_interval=3")
+
+
+@pytest.fixture
+def start(arguments, tmp_path):  # noqa: F811
+    """Start a command in a process of its own; each start logs into a folder of its own, named by ``log``."""
+
+    def run(name: str, log: str, *extra: str, then: Callable[[], None] = lambda: None, within: float = 60) -> int:
+        # a finished logger would write over the losses of the start before
+        argv = arguments(name, *RUN, *extra, f"--trainer.logger.save_dir={tmp_path / log}")
+        if pid := os.fork():
+            return wait(pid, within)
+        code = 1
+        try:
+            for target, handle in (("out", 1), ("err", 2)):
+                os.dup2(os.open(tmp_path / f"{log}.{target}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), handle)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            then()
+            cli.main(argv)
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except BaseException:
+            import traceback
+
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    return run
+
+
+def wait(pid: int, within: float) -> int:
+    """The exit status; minus the signal's number for a process that a signal ended."""
+    until = time.monotonic() + within
+    while time.monotonic() < until:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise TimeoutError(f"the run did not end within {within} s")
+
+
+@pytest.fixture(scope="module")
+def ended() -> dict[str, dict]:
+    """Ends of uninterrupted runs, by their options."""
+    return {}
+
+
+@pytest.fixture
+def end_of_whole_run(start, tmp_path, ended):
+    def get(*extra: str) -> dict:
+        key = " ".join(extra)
+        if key not in ended:
+            assert start("whole", "whole", *extra) == 0, (tmp_path / "whole.err").read_text()
+            ended[key] = end(tmp_path, "whole", ["whole"])
+        return ended[key]
+
+    return get
+
+
+def end(folder: Path, name: str, logs: list[str]) -> dict:
+    """Weights, moments, progress and every logged number, of which a start after a kill may log some again."""
+    stored = torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True)
+    numbers = {}
+    for column in ("train/loss", "train/grad_norm", "lr", "val/ndcg@10"):
+        found: dict[int, float] = {}
+        for log in logs:
+            if (folder / log / "metrics.csv").is_file():
+                new = logged(folder / log, column)
+                assert all(found[step] == new[step] for step in found.keys() & new.keys())
+                found |= new
+        numbers[column] = found
+    progress = {k: stored[k] for k in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")}
+    (checkpoint,) = (s for k, s in stored["callbacks"].items() if "Checkpoint" in k)
+    best = {Path(path).name: score.item() for path, score in checkpoint["best_k_models"].items()}
+    return {**progress, "best": best, "logged": numbers}
+
+
+def assert_same(a: object, b: object, where: str = "") -> None:
+    """Bit for bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for n, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{n}]")
+    else:
+        assert a == b, where
+
+
+def kill_me() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before_step(step: int) -> None:
+    inner = ULLMEModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == step:
+            kill_me()
+        return inner(self, batch, batch_idx)
+
+    ULLMEModule.training_step = training_step
+
+
+def in_validation(number: int) -> None:
+    inner, seen = ULLMEModule.validation_step, []
+
+    def validation_step(self, *args, **kwargs):
+        seen.append(self.global_step)
+        if len(set(seen)) == number:
+            kill_me()
+        return inner(self, *args, **kwargs)
+
+    ULLMEModule.validation_step = validation_step
+
+
+def in_save(number: int) -> None:
+    """Half of the bytes of a checkpoint are written."""
+    inner, saves = torch.save, []
+
+    def save(content, file):
+        saves.append(1)
+        if len(saves) < number:
+            return inner(content, file)
+        inner(content, whole := io.BytesIO())
+        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.file.flush()
+        kill_me()
+
+    torch.save = save
+
+
+def before_naming(number: int) -> None:
+    """A checkpoint is on the disk under its temporary name."""
+    inner, names = os.replace, []
+
+    def replace(old, new):
+        names.append(new)
+        if len([n for n in names if str(n).endswith(".ckpt")]) == number:
+            kill_me()
+        inner(old, new)
+
+    storage.os.replace = replace
+
+
+QUICK = ("before step 5", "in the validation in mid-epoch", "in the sixth save")
+KILLS = {
+    "before step 1": lambda: before_step(1),
+    "before step 5": lambda: before_step(5),
+    "before the first step of an epoch": lambda: before_step(6),
+    "in the validation in mid-epoch": lambda: in_validation(1),
+    "in the validation at an epoch's end": lambda: in_validation(2),
+    "in the very first save": lambda: in_save(1),
+    "in the sixth save": lambda: in_save(6),
+    "before the ninth checkpoint has its name": lambda: before_naming(9),
+}
+
+
+@pytest.mark.parametrize("moment", [pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow) for m in KILLS])
+def test_killed_and_started_again_it_ends_the_same(moment, start, end_of_whole_run, tmp_path):
+    expected = end_of_whole_run()
+    assert start("run", "first", then=KILLS[moment]) == -signal.SIGKILL
+    assert start("run", "second") == 0, (tmp_path / "second.err").read_text()
+    found = end(tmp_path, "run", ["first", "second"])
+    assert_same(found, expected)
+    assert sorted(found["logged"]["train/loss"]) == list(range(12))
+    left = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert left == {"last.ckpt", "finished", *found["best"]}
+
+
+@pytest.mark.slow
+def test_killed_twice_with_workers(start, end_of_whole_run, tmp_path):
+    expected = end_of_whole_run()
+    workers = "--data.num_workers=2"
+    assert start("run", "first", workers, then=lambda: before_step(4)) == -signal.SIGKILL
+    assert start("run", "second", workers, then=lambda: in_save(4)) == -signal.SIGKILL
+    assert start("run", "third", workers) == 0, (tmp_path / "third.err").read_text()
+    assert_same(end(tmp_path, "run", ["first", "second", "third"]), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_at_random_moments(seed, start, end_of_whole_run, tmp_path):
+    expected = end_of_whole_run()
+    draw, logs = random.Random(seed), []
+    for n in range(12):
+        logs.append(f"start{n}")
+        delay = draw.uniform(0.2, 2.5)
+        if start("run", logs[-1], then=lambda d=delay: threading.Timer(d, kill_me).start()) == 0:
+            break
+        time.sleep(0.01)
+    assert_same(end(tmp_path, "run", logs), expected)
+
+
+def terminate_in_step(step: int) -> None:
+    inner = ULLMEModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(self, batch, batch_idx)
+
+    ULLMEModule.training_step = training_step
+
+
+def terminate_in_validation() -> None:
+    inner = ULLMEModule.validation_step
+
+    def validation_step(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return inner(self, *args, **kwargs)
+
+    ULLMEModule.validation_step = validation_step
+
+
+@pytest.mark.parametrize(
+    ("moment", "step"),
+    [(lambda: terminate_in_step(4), 5), pytest.param(terminate_in_validation, 3, marks=pytest.mark.slow)],
+    ids=["in a step", "in the validation"],
+)
+def test_sigterm_saves_and_leaves_with_143(moment, step, start, end_of_whole_run, tmp_path):
+    expected = end_of_whole_run()
+    assert start("run", "first", then=moment) == 143
+    said = [line for line in (tmp_path / "first.out").read_text().splitlines() if line.startswith("SIGTERM")]
+    assert said == [
+        f"SIGTERM: saved {tmp_path / 'run' / 'checkpoints' / 'last.ckpt'} after step {step}; the same command goes on "
+        "from there"
+    ]
+    stored = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert stored["global_step"] == step
+    assert start("run", "second") == 0, (tmp_path / "second.err").read_text()
+    assert min(logged(tmp_path / "second", "train/loss")) == step
+    assert_same(end(tmp_path, "run", ["first", "second"]), expected)
