@@ -52,6 +52,7 @@ class ULLMECLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(LossCallback, "loss", subclass_mode=True)
         parser.set_defaults({"loss": {"class_path": "ullme.callbacks.GradCache"}})
+        parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=_checkpoint_folder)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
@@ -24,7 +25,20 @@ log = logging.getLogger(__name__)
 
 class ResumableLoader(DataLoader[Any]):
     """A loader whose place follows the trainer's step counter. It has no state of its own to keep; the two methods
-    are how Lightning learns that it can be resumed inside an epoch."""
+    are how Lightning learns that it can be resumed inside an epoch.
+
+    Attributes:
+        waited: seconds, over all epochs, in which a batch was asked for and not there.
+    """
+
+    waited = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        started = time.perf_counter()
+        for batch in super().__iter__():
+            self.waited += time.perf_counter() - started
+            yield batch
+            started = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         return {}
