@@ -5,6 +5,7 @@ Runs are forked from the test's process, so that each costs no imports; SIGKILL 
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import random
@@ -266,3 +267,66 @@ def test_sigterm_saves_and_leaves_with_143(moment, step, start, end_of_whole_run
     assert start("run", "second") == 0, (tmp_path / "second.err").read_text()
     assert min(logged(tmp_path / "second", "train/loss")) == step
     assert_same(end(tmp_path, "run", ["first", "second"]), expected)
+
+
+def refused(capsys, argv: list[str]) -> str:
+    """What a refused command says, in one line."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    return said
+
+
+def test_a_used_folder_is_neither_continued_nor_written_over_by_mistake(arguments, tmp_path, capsys):  # noqa: F811
+    common = ("--trainer.max_steps=2", "--trainer.val_check_interval=2")
+    cli.main(arguments("run", *common))
+    folder = tmp_path / "run" / "checkpoints"
+    before = {p: p.read_bytes() for p in (*folder.iterdir(), tmp_path / "run" / "config.yaml")}
+    said = refused(capsys, arguments("run", *common))
+    assert (
+        "holds a finished run (2 steps); give another trainer.default_root_dir, or go on with --ckpt_path last" in said
+    )
+
+    (folder / "finished").unlink()  # as if it had been killed
+    said = refused(capsys, arguments("run", *common, "--model.optimizer.lr=0.5", "--loss.chunk_size=1"))
+    assert "holds a run of another configuration: model.optimizer.lr=0.01 (now 0.5); give another" in said
+    last, best = folder / "last.ckpt", next(folder.glob("best-*"))
+    last.write_bytes(before[last][:-200])
+    for extra in ([], ["--ckpt_path=last"], [f"--ckpt_path={last}"]):
+        said = refused(capsys, arguments("run", *common, *extra))
+        assert f"{str(last)!r} is damaged" in said
+        assert f"the last good checkpoint is {str(best)!r}" in said
+    last.write_bytes(before[last])
+    assert {p: p.read_bytes() for p in before if p.exists()} == {
+        p: b for p, b in before.items() if p.name != "finished"
+    }
+
+    (tmp_path / "run" / "config.yaml").unlink()
+    assert "holds checkpoints without the config.yaml" in refused(capsys, arguments("run", *common))
+
+
+def test_a_checkpoint_holds_the_adapter_and_its_moments_and_little_else(arguments, tmp_path):  # noqa: F811
+    cli.main(arguments("run", "--trainer.max_steps=1", "--model.backbone.lora_r=64"))
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    stored = storage.read(path)
+    adapter = sum(t.numel() * t.element_size() for t in stored["state_dict"].values())
+    assert adapter > 200_000
+    assert 3 * adapter < path.stat().st_size < 3.1 * adapter + 30_000
+
+
+def test_a_disk_that_fills_up_ends_the_run_in_one_line(arguments, tmp_path, capsys, monkeypatch):  # noqa: F811
+    inner = os.fsync
+
+    def fsync(handle: int) -> None:
+        if (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        inner(handle)
+
+    monkeypatch.setattr(storage.os, "fsync", fsync)
+    said = refused(capsys, arguments("run", "--checkpoint.every_n_train_steps=1"))
+    last = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert f"{last!r} cannot be written (No space left on device); make room" in said
+    assert f"the last good checkpoint is {last!r}" in said
+    monkeypatch.undo()
+    cli.main(arguments("run", "--checkpoint.every_n_train_steps=1"))  # room was made

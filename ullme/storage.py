@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -63,7 +64,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> Non
             f"name another folder (trainer.default_root_dir){last_good(path.parent)}"
         ) from error
     finally:
-        own.unlink(missing_ok=True)
+        with suppress(OSError):
+            own.unlink(missing_ok=True)
 
 
 def save(content: dict[str, Any], path: str | Path) -> None:
@@ -102,7 +104,7 @@ def find_damage(path: str | Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+    except Exception as error:  # whatever a foreign file makes of zipfile
         return f"{type(error).__name__}: {error}"
     return None if bad is None else f"the checksum of {bad!r} is wrong"
 
@@ -116,8 +118,14 @@ def newest_first(folder: str | Path) -> list[Path]:
 def check_writable(folder: Path) -> None:
     """Raises: StorageError: nothing can be written into this folder, or it cannot be made."""
     probe = folder / f"{UNFINISHED}{os.getpid()}.probe"
-    write_atomically(probe, lambda file: None)
-    probe.unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise StorageError(
+            f"trainer.default_root_dir={str(folder)!r} cannot be written ({error.strerror}); name another folder"
+        ) from None
 
 
 def sweep(folder: str | Path) -> None:
@@ -150,9 +158,6 @@ def _sync_folder(folder: Path) -> None:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
         return
-    try:
+    with suppress(OSError):
         os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+    os.close(handle)
