@@ -115,6 +115,14 @@ def merge_unit_rows(x: Tensor) -> Tensor:
     return x
 
 
+def broadcast(parameters: Iterable[Tensor]) -> None:
+    """Rank 0's values on every rank."""
+    if world()[1] == 1:
+        return
+    for parameter in parameters:
+        dist.broadcast(parameter.detach(), src=0)
+
+
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace every ``.grad`` by its mean over ranks, in few large all-reduces.
 

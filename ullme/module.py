@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
+from ullme import sharding
 from ullme.batch import Batch
-from ullme.distributed import merge_unit_rows
+from ullme.distributed import average_gradients, merge_unit_rows
 from ullme.models.backbone import BackboneConfig
 from ullme.objective import NotFiniteError, check_finite
 from ullme.prompts import Prompts
@@ -93,8 +96,24 @@ class ULLMEModule(L.LightningModule):
         from ullme.models import ULLME
 
         if self.model is None:
-            self.model = ULLME(**self.backbone.to_dict(), prompts=self.prompts)
-            self.model.train()
+            self.model = self._shard(ULLME(**self.backbone.to_dict(), prompts=self.prompts).train())
+            if self._trainer is not None:
+                # Batches hold whole numbers only, and Lightning's conversion of their type refuses frozen dataclasses.
+                self.trainer.precision_plugin.convert_input = lambda batch: batch  # type: ignore[method-assign]
+
+    def _shard(self, model: ULLME) -> ULLME:
+        """Split the LLM over ranks, where the strategy is one that does."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, FSDPStrategy):
+            return sharding.shard_fsdp1(model, strategy.root_device)
+        if isinstance(strategy, ModelParallelStrategy):
+            if (size := strategy.device_mesh["tensor_parallel"].size()) > 1:
+                raise ValueError(
+                    f"trainer.strategy.tensor_parallel_size={size}: ranks share the data, not the layers; set it to 1 "
+                    f"and data_parallel_size to the number of processes ({strategy.world_size})"
+                )
+            return sharding.shard_fsdp2(model, strategy.device_mesh["data_parallel"], strategy.root_device)
+        return model
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One optimizer step on one global batch."""
@@ -102,8 +121,10 @@ class ULLMEModule(L.LightningModule):
         optimizer = self.optimizers()
         optimizer.zero_grad()
         try:
-            logs = self.loss.backward(self, batch)
-            norm = self._clip()
+            with self._no_hooks():
+                logs = self.loss.backward(self, batch)
+            average_gradients(sharding.whole_parameters(self.model))
+            norm = sharding.clip_gradients(self.model, self.optimizer_config.gradient_clip_val)
             check_finite("the gradient norm", norm, batch)
         except NotFiniteError as error:
             raise NotFiniteError(f"step {self.global_step}: {error}") from error
@@ -121,11 +142,9 @@ class ULLMEModule(L.LightningModule):
         entropy = np.random.SeedSequence([seed, self.global_step, self.global_rank])
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
 
-    def _clip(self) -> Tensor:
-        """Clip in place; the norm before clipping."""
-        largest = self.optimizer_config.gradient_clip_val
-        parameters = [p for p in self.parameters() if p.grad is not None]
-        return torch.nn.utils.clip_grad_norm_(parameters, float("inf") if largest is None else largest)
+    def _no_hooks(self) -> AbstractContextManager[Any]:
+        """DDP would average in every backward, and miss weights that the last one does not use; the step does it."""
+        return getattr(self.trainer.strategy.model, "no_sync", nullcontext)()
 
     def configure_optimizers(self) -> Any:
         from transformers import get_scheduler
@@ -173,9 +192,9 @@ class ULLMEModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained weights and add the contract that rebuilds the model around them."""
-        from ullme.models.checkpoint import CONTRACT_KEY, STATE_PREFIX, contract, trainable_state
+        from ullme.models.checkpoint import CONTRACT_KEY, STATE_PREFIX, contract
 
-        trained = {STATE_PREFIX + name for name in trainable_state(self.model)}
+        trained = {STATE_PREFIX + name for name in sharding.trainable_shapes(self.model)}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint[CONTRACT_KEY] = contract(self.model)
 

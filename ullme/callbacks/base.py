@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
-from lightning.pytorch.strategies import DDPStrategy
 
 from ullme.batch import Batch
 from ullme.losses import InfoNCE, Term
 from ullme.objective import Logs, Objective
 from ullme.reference import AdaptersOff, Cached, FrozenCopy, Reference
+from ullme.sharding import unsynchronised
 
 if TYPE_CHECKING:
     from ullme.module import ULLMEModule
@@ -63,11 +64,6 @@ class LossCallback(L.Callback, ABC):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse an objective that this model or data cannot serve, before the first step."""
         model, data = pl_module.model, trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(trainer.strategy, DDPStrategy) and model.options.lora_name is None:  # type: ignore[union-attr]
-            raise ValueError(
-                "trainer.strategy=ddp with lora_name=null: weights that a chunk does not use would not be averaged "
-                "over ranks; train an adapter, or use one device"
-            )
         if data is not None:
             self._check_lengths(model, data)
         negatives = getattr(data, "num_hard_negatives", 1)
@@ -97,8 +93,8 @@ class LossCallback(L.Callback, ABC):
 
     @staticmethod
     def no_sync(module: ULLMEModule) -> Callable[[], AbstractContextManager]:
-        """Backward without synchronising gradients over ranks, where the strategy's wrapper can."""
-        return getattr(module.trainer.strategy.model, "no_sync", nullcontext)
+        """Backward without synchronising gradients over ranks, where weights are split over them."""
+        return partial(unsynchronised, module.model)
 
 
 def make_reference(choice: ReferenceChoice, folder: str | None) -> Reference:
