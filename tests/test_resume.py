@@ -10,10 +10,13 @@ import io
 import os
 import random
 import signal
+import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,31 +34,57 @@ RUN = ("--trainer.max_epochs=2", "--checkpoint.every_n_train_steps=2", "--traine
 def start(arguments, tmp_path):  # noqa: F811
     """Start a command in a process of its own; each start logs into a folder of its own, named by ``log``."""
 
-    def run(name: str, log: str, *extra: str, then: Callable[[], None] = lambda: None, within: float = 60) -> int:
+    def run(
+        name: str, log: str, *extra: str, then: Callable[[], None] = lambda: None, ranks: int = 1, within: float = 60
+    ) -> int:
         # a finished logger would write over the losses of the start before
         argv = arguments(name, *RUN, *extra, f"--trainer.logger.save_dir={tmp_path / log}")
-        if pid := os.fork():
-            return wait(pid, within)
-        code = 1
+        if ranks > 1:
+            argv += [f"--trainer.devices={ranks}", "--trainer.strategy=ddp"]
+        port = str(free_port())
+        processes = []
+        for rank in range(ranks):
+            pid = os.fork()
+            if not pid:
+                if ranks > 1:  # what torchrun and SLURM tell a process
+                    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(ranks)}
+                play(argv, tmp_path / (log if not rank else f"{log}-{rank}"), then)
+            processes.append(pid)
         try:
-            for target, handle in (("out", 1), ("err", 2)):
-                os.dup2(os.open(tmp_path / f"{log}.{target}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), handle)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            then()
-            cli.main(argv)
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        except BaseException:
-            import traceback
-
-            os.write(2, traceback.format_exc().encode())
+            return wait(processes[0], within)
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            for pid in processes[1:]:  # as torchrun does
+                with suppress(TimeoutError):
+                    wait(pid, 5)
 
     return run
+
+
+def play(argv: list[str], out: Path, then: Callable[[], None]) -> None:
+    """In a process of its own: run a command, with its output in files, and leave without cleaning up pytest."""
+    code = 1
+    try:
+        for target, handle in ((".out", 1), (".err", 2)):
+            os.dup2(os.open(f"{out}{target}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), handle)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        then()
+        cli.main(argv)
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def wait(pid: int, within: float) -> int:
@@ -72,19 +101,18 @@ def wait(pid: int, within: float) -> int:
 
 
 @pytest.fixture(scope="module")
-def ended() -> dict[str, dict]:
-    """Ends of uninterrupted runs, by their options."""
+def ended() -> dict[int, dict]:
+    """Ends of uninterrupted runs, by the number of their processes."""
     return {}
 
 
 @pytest.fixture
 def end_of_whole_run(start, tmp_path, ended):
-    def get(*extra: str) -> dict:
-        key = " ".join(extra)
-        if key not in ended:
-            assert start("whole", "whole", *extra) == 0, (tmp_path / "whole.err").read_text()
-            ended[key] = end(tmp_path, "whole", ["whole"])
-        return ended[key]
+    def get(ranks: int = 1) -> dict:
+        if ranks not in ended:
+            assert start("whole", "whole", ranks=ranks) == 0, (tmp_path / "whole.err").read_text()
+            ended[ranks] = end(tmp_path, "whole", ["whole"])
+        return ended[ranks]
 
     return get
 
@@ -226,6 +254,21 @@ def test_killed_at_random_moments(seed, start, end_of_whole_run, tmp_path):
             break
         time.sleep(0.01)
     assert_same(end(tmp_path, "run", logs), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_killed_and_terminated(start, end_of_whole_run, tmp_path):
+    expected = end_of_whole_run(ranks=2)
+    assert start("run", "first", ranks=2, then=lambda: before_step(5)) == -signal.SIGKILL
+    assert start("run", "second", ranks=2, then=only_rank(1, lambda: terminate_in_step(6))) == 143
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 7
+    assert start("run", "third", ranks=2) == 0, (tmp_path / "third.err").read_text()
+    assert_same(end(tmp_path, "run", ["first", "second", "third"]), expected)
+
+
+def only_rank(rank: int, then: Callable[[], None]) -> Callable[[], None]:
+    return lambda: then() if os.environ["RANK"] == str(rank) else None
 
 
 def terminate_in_step(step: int) -> None:
