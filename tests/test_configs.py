@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch import strategies
+from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
 from ullme import cli
 from ullme.callbacks import LossCallback
@@ -25,8 +27,14 @@ def arguments(path: Path) -> list[str]:
     return [f"--config={p}" for p in stack]
 
 
+@pytest.fixture
+def no_gpu_needed(monkeypatch):
+    """Lightning refuses FSDP without a GPU before it looks at its options."""
+    monkeypatch.setattr(_AcceleratorConnector, "_check_strategy_and_fallback", lambda self: None)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CONFIGS)))
-def test_instantiates(path, tmp_path, monkeypatch):
+def test_instantiates(path, tmp_path, monkeypatch, no_gpu_needed):
     monkeypatch.chdir(tmp_path)
     here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger=false"]
     app = cli.build([*arguments(path), *here], run=False)
@@ -62,6 +70,33 @@ def test_each_loss_config_is_what_its_name_says(name, tmp_path, monkeypatch):
 
 def test_every_loss_config_has_its_terms_checked():
     assert {path.stem for path in (CONFIGS / "loss").glob("*.yaml")} == set(TERMS)
+
+
+STRATEGIES = {
+    "single": strategies.SingleDeviceStrategy,
+    "cpu": strategies.SingleDeviceStrategy,
+    "ddp": strategies.DDPStrategy,
+    "cpu_2proc": strategies.DDPStrategy,
+    "fsdp": strategies.FSDPStrategy,
+    "fsdp_multinode": strategies.FSDPStrategy,
+    "fsdp2": strategies.ModelParallelStrategy,
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_each_strategy_config_is_what_its_name_says(name, tmp_path, monkeypatch, no_gpu_needed):
+    monkeypatch.chdir(tmp_path)
+    files = ["base.yaml", "model/phi-1.5.yaml", f"strategy/{name}.yaml"]
+    here = ["--trainer.accelerator=cpu", "--trainer.logger=false"]
+    content = yaml.safe_load((CONFIGS / f"strategy/{name}.yaml").read_text())["trainer"]
+    devices = [] if isinstance(content["devices"], int) else ["--trainer.devices=2"]  # as many as there are: GPUs
+    app = cli.build([*(f"--config={CONFIGS / f}" for f in files), *here, *devices], run=False)
+    assert type(app.trainer.strategy) is STRATEGIES[name]
+    assert app.trainer.world_size == {"single": 1, "cpu": 1, "fsdp": 4, "fsdp2": 4, "fsdp_multinode": 8}.get(name, 2)
+
+
+def test_every_strategy_config_has_its_class_checked():
+    assert {path.stem for path in (CONFIGS / "strategy").glob("*.yaml")} == set(STRATEGIES)
 
 
 def test_there_are_configs():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from test_gradcache import assert_same_gradients, gradients, make_batch
 from test_objective import OBJECTIVES, with_generation
 
-from ullme.distributed import leave
+from ullme.distributed import any_rank, average_gradients, mean_over_ranks, merge_unit_rows, most, world
 from ullme.gradcache import chunk_slices
 from ullme.models import ULLME
 from ullme.objective import Objective
@@ -29,23 +31,17 @@ def load(folder: str, state: dict) -> ULLME:
     return model.double().train()
 
 
-def work(rank: int, world_size: int, borders: list[int], folder: str, state: dict, init: str, out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=world_size)
+def work(borders: list[int], folder: str, state: dict) -> dict:
+    rank, ranks = world()
     model, batch = load(folder, state), with_generation(make_batch())[borders[rank] : borders[rank + 1]]
     results = {}
     for name in NAMES:
         logs = make_objective(name).grad_cache(model, batch, chunk_slices(batch, 2, None))
-        found = gradients(model)
-        for gradient in found.values():  # what DDP and FSDP do
-            dist.all_reduce(gradient)
-            gradient.div_(world_size)
+        average_gradients([p for p in model.parameters() if p.requires_grad])
         loss = logs["loss"].clone()
         dist.all_reduce(loss)
-        results[name] = (loss.item() / world_size, found)
-    if rank == 0:
-        torch.save(results, out)
-    leave()
+        results[name] = (loss.item() / ranks, gradients(model))
+    return results
 
 
 @pytest.mark.distributed
@@ -54,13 +50,47 @@ def test_ranks_change_no_gradient(borders, make_model, tmp_path):
     model = make_model().double().train()
     state = {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad}
     batch = with_generation(make_batch())
-    folder, out = model.options.model_name_or_path, str(tmp_path / "out.pt")
-    ranks = len(borders) - 1
-    mp.spawn(work, (ranks, borders, folder, state, str(tmp_path / "init"), out), nprocs=ranks)
-    results = torch.load(out, weights_only=True)
+    results = on_ranks(len(borders) - 1, tmp_path, work, borders, model.options.model_name_or_path, state)[0]
     for name in NAMES:
         logs = make_objective(name).full_batch(model, batch)
         expected = gradients(model)
         loss, found = results[name]
         assert loss == pytest.approx(logs["loss"].item(), rel=1e-5)
         assert_same_gradients(found, expected, 1e-5)  # Llama's norms round to float32
+
+
+def talk() -> dict:
+    rank, _ = world()
+    unused = torch.nn.Parameter(torch.zeros(2))
+    mine, large, half = (torch.nn.Parameter(torch.zeros(n)) for n in (3, 5, 2))
+    half = torch.nn.Parameter(half.detach().bfloat16())
+    if rank == 0:  # as an expert that only rank 0's rows reached
+        mine.grad = torch.full((3,), 6.0)
+    large.grad, half.grad = torch.arange(5.0) * (rank + 1), torch.ones(2, dtype=torch.bfloat16) * rank
+    with mock.patch("ullme.distributed.BUCKET_ELEMENTS", 4):
+        average_gradients([unused, mine, large, half])
+    rows = torch.zeros(4, 2)
+    rows[rank] = torch.tensor([0.6, 0.8])
+    rows[3] = torch.tensor([1.0, 0.0]) if rank else torch.tensor([0.0, 1.0])  # on several ranks, not quite equal
+    return {
+        "gradients": [p.grad for p in (unused, mine, large, half)],
+        "rows": merge_unit_rows(rows),
+        "any": any_rank(rank == 1, torch.device("cpu")),
+        "most": most(rank + 4, torch.device("cpu")),
+        "mean": mean_over_ranks(torch.arange(float(rank + 1))),
+    }
+
+
+@pytest.mark.distributed
+def test_what_ranks_tell_each_other(tmp_path):
+    for found in on_ranks(3, tmp_path, talk):
+        unused, mine, large, half = found["gradients"]
+        assert unused is None
+        torch.testing.assert_close(mine, torch.full((3,), 2.0))
+        torch.testing.assert_close(large, torch.arange(5.0) * 2)
+        torch.testing.assert_close(half, torch.ones(2, dtype=torch.bfloat16))
+        expected = torch.tensor([[0.6, 0.8], [0.6, 0.8], [0.6, 0.8], [0.0, 1.0]])
+        assert torch.equal(found["rows"], expected)  # to the last bit; rank 0 was first at row 3
+        assert found["any"] is True
+        assert found["most"] == 6
+        assert found["mean"] == pytest.approx((0 + 0 + 1 + 0 + 1 + 2) / 6)
