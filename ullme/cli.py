@@ -11,11 +11,12 @@ from typing import Any
 
 import lightning as L
 import yaml
+from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from ullme import resume, storage
+from ullme import refusals, resume, storage
 from ullme.callbacks import LossCallback, Throughput
 from ullme.callbacks.checkpoint import Checkpoint
 from ullme.data.datamodule import ULLMEDataModule
@@ -78,6 +79,21 @@ class ULLMECLI(LightningCLI):
             if self.start_from:
                 rank_zero_info(f"ullme: going on from {self.start_from}")
 
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Raises: ValueError: a device, strategy or precision that is not there."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
+            config = self.config[self.subcommand] if self.subcommand else self.config
+            raise refusals.bad_trainer(config.trainer.as_dict(), error) from error
+
+    def _set_seed(self) -> None:
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        seed = config.seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise ValueError(f"seed_everything={seed}: must be from 0 to {2**32 - 1}")
+        super()._set_seed()
+
     def after_instantiate_classes(self) -> None:
         if self.start_from is not None:
             self.config_init[self.subcommand]["ckpt_path"] = self.start_from
@@ -90,12 +106,13 @@ def _checkpoint_folder(root: str | None) -> str:
     return os.path.join(root or "runs", "checkpoints")
 
 
-def build(argv: Sequence[str] | None = None, run: bool = True) -> ULLMECLI:
+def build(argv: Sequence[str] | None = None, run: bool = True, kind: type[ULLMECLI] = ULLMECLI) -> ULLMECLI:
     """The CLI, run or only instantiated.
 
     Args:
         argv: arguments; None takes the command line's. With ``run=False`` there is no subcommand among them.
         run: whether to run the subcommand.
+        kind: which CLI.
     """
     # Defaults below any config. The sampler cuts global batches itself, so Lightning must not put in its own.
     defaults: dict[str, Any] = {
@@ -104,13 +121,14 @@ def build(argv: Sequence[str] | None = None, run: bool = True) -> ULLMECLI:
         "log_every_n_steps": 10,
         "num_sanity_val_steps": 0,
     }
-    return ULLMECLI(
+    return kind(
         ULLMEModule,
         ULLMEDataModule,
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
         trainer_defaults=defaults,
         auto_configure_optimizers=False,
+        parser_kwargs={"exit_on_error": False, **{name: {"exit_on_error": False} for name in ULLMECLI.subcommands()}},
         args=None if argv is None else list(argv),
         run=run,
     )
@@ -122,13 +140,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
+        refusals.check_config_files(sys.argv[1:] if argv is None else argv)
         build(argv)
         leave()
     except SIGTERMException:
         leave()
         raise
-    except ValueError as error:
+    except (ValueError, ArgumentError, MisconfigurationException) as error:
         if os.environ.get("ULLME_TRACEBACK"):
             raise
-        print(f"error: {error}\n(ULLME_TRACEBACK=1 shows where)", file=sys.stderr)
+        hint = "; --help lists the options" if isinstance(error, ArgumentError) else ""
+        print(f"error: {refusals.one_line(error)}{hint}\n(ULLME_TRACEBACK=1 shows where)", file=sys.stderr)
         raise SystemExit(2) from error

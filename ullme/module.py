@@ -52,13 +52,19 @@ class OptimizerConfig:
     gradient_clip_val: float | None = 1.0
 
     def __post_init__(self) -> None:
-        for name, ok in (
-            ("lr", self.lr > 0),
-            ("warmup", self.warmup >= 0),
-            ("gradient_clip_val", self.gradient_clip_val is None or self.gradient_clip_val > 0),
+        for name, ok, remedy in (
+            ("lr", 0 < self.lr < math.inf, "a positive number"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or a positive number"),
+            ("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1"),
+            ("warmup", 0 <= self.warmup < math.inf, "a share from 0 to below 1, or a number of steps"),
+            (
+                "gradient_clip_val",
+                self.gradient_clip_val is None or self.gradient_clip_val > 0,
+                "a positive number, or null not to clip",
+            ),
         ):
             if not ok:
-                raise ValueError(f"model.optimizer.{name}={getattr(self, name)} is out of range; see --help")
+                raise ValueError(f"model.optimizer.{name}={getattr(self, name)} is out of range: choose {remedy}")
 
 
 class ULLMEModule(L.LightningModule):

@@ -6,6 +6,7 @@ checkpoint, so that a model never meets another format at inference than it saw 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,7 +34,7 @@ class Prompts:
         append_eos: end every text with the tokenizer's end token (what last-token pooling usually wants).
 
     Raises:
-        ValueError: a template does not hold ``{text}`` exactly once.
+        ValueError: a template does not hold ``{text}`` exactly once, or another field than {instruction} beside it.
     """
 
     query: str = "Instruct: {instruction}\nQuery: {text}"
@@ -48,6 +49,11 @@ class Prompts:
             if template.count("{text}") != 1:
                 raise ValueError(
                     f"prompts.{name}={template!r} must hold {{text}} exactly once; write for example '{name}: {{text}}'"
+                )
+            if unknown := set(re.findall(r"\{(\w+)\}", template)) - {"text", "instruction"}:
+                raise ValueError(
+                    f"prompts.{name}={template!r} holds {{{min(unknown)}}}, which nothing is put in for; "
+                    "a template knows {text} and {instruction}"
                 )
 
     def around(self, role: Role | None, instruction: str | None = None) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from ullme import storage
+from ullme.models.checkpoint import CONTRACT_KEY
 
 FINISHED = "finished"  # in a run's checkpoint folder, once it came to its end
 CONFIG_FILE = "config.yaml"
@@ -57,6 +58,12 @@ def checkpoint_to_continue(folder: Path, run_folder: Path, config: dict[str, Any
             f"ckpt_path={str(found)!r} is damaged ({damage}){storage.last_good(found.parent, found)}; go on from a "
             "good one with --ckpt_path FILE, or start again in another trainer.default_root_dir"
         )
+    try:
+        content = storage.peek(found)
+    except storage.StorageError as error:
+        raise ValueError(f"ckpt_path={error}; give a checkpoint of ullme") from error
+    if not isinstance(content, dict) or CONTRACT_KEY not in content:
+        raise ValueError(f"ckpt_path={str(found)!r} was not written by ullme; give a checkpoint of ullme")
     return str(found)
 
 

@@ -99,6 +99,16 @@ def read(path: str | Path, map_location: Any = "cpu") -> Any:
     )
 
 
+def peek(path: str | Path) -> Any:
+    """The content without reading the tensors. Raises: StorageError: it holds objects that would run code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise StorageError(
+            f"{str(path)!r} holds objects that are refused because loading them would run code"
+        ) from error
+
+
 def find_damage(path: str | Path) -> str | None:
     """What is wrong with the bytes of a checkpoint, without interpreting them; None where they are as written."""
     try:

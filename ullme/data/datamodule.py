@@ -132,7 +132,10 @@ class ULLMEDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read and check everything once. ``stage`` is Lightning's: fit, validate or None for both."""
         if self.val is not None and self.beir is None:
-            self.beir = read_beir(self.val, self.val_split)
+            try:
+                self.beir = read_beir(self.val, self.val_split)
+            except ValueError as error:
+                raise ValueError(f"data.val={self.val!r}, data.val_split={self.val_split!r}: {error}") from error
         if stage in ("fit", None) and self.source is None:
             self.source = self._open_train()
             self._sampler(*self._rank_and_world_size())  # options that do not fit the data fail here, early

@@ -199,6 +199,8 @@ def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:
         return model.requires_grad_(True)
     from peft import LoraConfig, get_peft_model
 
+    from ullme.models.lora import install as install_lora
+
     targets: str | Sequence[str] = options.lora_target_modules
     if isinstance(targets, str) and targets != "all-linear":
         targets = [targets]
@@ -210,9 +212,11 @@ def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, lora, adapter_name=options.lora_name)
+        wrapped = get_peft_model(model, lora, adapter_name=options.lora_name)
     except ValueError as error:
         raise ValueError(f"lora_target_modules={options.lora_target_modules!r}: {error}") from error
+    install_lora(wrapped)
+    return wrapped
 
 
 @contextmanager
@@ -220,7 +224,12 @@ def _explained(name: str, part: str) -> Iterator[None]:
     """Turn a loader's errors into one that names the option, the value and the remedy."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # whatever a damaged or foreign folder makes of the loaders
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model_name_or_path={name!r} brings its own code for its {part}, which is not run; take a model that "
+                "transformers knows, or set model.backbone.trust_remote_code=true if you trust it"
+            ) from error
         reason = str(error).strip().split("\n")[0][:300]
         raise ValueError(
             f"model_name_or_path={name!r}: cannot load the {part} ({type(error).__name__}: {reason}); "

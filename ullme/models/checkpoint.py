@@ -241,16 +241,20 @@ def _read_adapter_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise ValueError(f"checkpoint={str(folder)!r}: adapter_model.safetensors is missing; only safetensors are read")
-    peft = json.loads((folder / "adapter_config.json").read_text())
+    try:
+        peft = json.loads((folder / "adapter_config.json").read_text())
+        own = folder / CONTRACT_FILE
+        found = json.loads(own.read_text()) if own.is_file() else None
+        tensors = load_file(weights)
+    except Exception as error:
+        raise ValueError(f"checkpoint={str(folder)!r} is damaged ({type(error).__name__}: {error})") from error
     special = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save")
     if odd := [key for key in special if peft.get(key)]:
         raise ValueError(
             f"checkpoint={str(folder)!r}: the adapter uses {', '.join(odd)}, which is not rebuilt here; merge it into "
             "its LLM first and give the merged folder as the model"
         )
-    if (folder / CONTRACT_FILE).is_file():
-        found = json.loads((folder / CONTRACT_FILE).read_text())
-    else:
+    if found is None:
         targets = peft.get("target_modules")
         backbone = {
             "model_name_or_path": peft.get("base_model_name_or_path"),
@@ -262,5 +266,5 @@ def _read_adapter_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor
         found = {"backbone": backbone, "prompts": Prompts().to_dict()}
     name = found["backbone"]["lora_name"]
     # PEFT leaves the adapter's name out of a folder: ...lora_A.weight is ...lora_A.<name>.weight in the model.
-    state = {f"llm.{k.removesuffix('.weight')}.{name}.weight": v for k, v in load_file(weights).items()}
+    state = {f"llm.{k.removesuffix('.weight')}.{name}.weight": v for k, v in tensors.items()}
     return found, state

@@ -1,0 +1,58 @@
+"""Other libraries' complaints about a command line, in one line that names the option, the value and the remedy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# What jsonargparse says around the reason, once for every type that a value might have had.
+_AROUND = re.compile(
+    r"^(Does not validate against any of the Union|Subtypes: |Errors:$|(- )?Expected a <class 'NoneType'>"
+    r"|Given value type|Given value: (Namespace|NestedArg)"
+    r"|(- )?Problem with given class_path|Parsed value type)"
+)
+_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "strategy", "precision", "logger", "plugins")
+
+
+def check_config_files(argv: Sequence[str]) -> None:
+    """Before anything is parsed: each ``--config`` is there and is a mapping in plain YAML.
+
+    Raises:
+        ValueError: it is not; the message names the file.
+    """
+    files = [value for key, value in pairwise(argv) if key == "--config"]
+    files += [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
+    for file in files:
+        try:
+            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(
+                f"--config={file}: cannot be read ({error.strerror}); give the path of a YAML file"
+            ) from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"--config={file}: is not plain YAML ({one_line(error)}); mend the file") from None
+        if content is not None and not isinstance(content, dict):
+            raise ValueError(f"--config={file}: holds a {type(content).__name__}, not options; write key: value lines")
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text in one line, without the alternatives that a parser tried before it gave up."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    kept = [line for line in lines if line and not _AROUND.match(line)]
+    return " ".join(kept or lines)
+
+
+def bad_trainer(options: dict[str, Any], error: BaseException) -> ValueError:
+    """What Lightning says when it cannot build a trainer, with the options it may mean."""
+    given = ", ".join(
+        f"trainer.{key}={options[key]!r}" for key in _TRAINER_KEYS if isinstance(options.get(key), str | int | list)
+    )
+    return ValueError(
+        f"{given}: {one_line(error)}; choose what this machine has, such as trainer.accelerator=cpu with "
+        "trainer.devices=1 and trainer.strategy=auto"
+    )
