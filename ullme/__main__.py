@@ -12,6 +12,7 @@ import ullme
 COMMANDS = {
     "train": ("ullme.start", "train an embedder (train.py)"),
     "evaluate": ("ullme.eval.cli", "evaluate an embedder on MTEB or local data (evaluate.py)"),
+    "plan": ("ullme.plan_cli", "memory and hours of a run, before it"),
     "quickstart": ("ullme.quickstart", "the whole job in miniature, offline, in a few minutes"),
 }
 

@@ -8,6 +8,7 @@ activations and the optimizer are left out.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +120,7 @@ class ModelCost:
             checkpointing: the layers run again in backward.
             reference: π_ref is computed, not read from a cache.
         """
-        total = self.step(work) + 2 * self.head * work.learned.targets  # the head's blocks are always recomputed
+        total = self.step(work)
         if first_forward:
             total = total + self.forward(work.embed)
         if checkpointing:
@@ -138,14 +139,15 @@ def model_cost(config: PretrainedConfig, options: BackboneConfig) -> ModelCost:
     return count_weights(meta_model(config, options), options)
 
 
-def meta_model(config: PretrainedConfig, options: BackboneConfig) -> Any:
+def meta_model(config: PretrainedConfig, options: BackboneConfig, dtype: torch.dtype = torch.float32) -> Any:
     """The LLM of ``config`` with its adapter, without memory."""
     from transformers import AutoModelForCausalLM
 
     from ullme.models.backbone import add_adapter
 
+    config = deepcopy(config)  # a model built from it writes to it
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=options.trust_remote_code)
         return add_adapter(model, options)
 
 
