@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ullme import storage
+from ullme.models.backbone import BackboneConfig
 from ullme.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -108,7 +110,12 @@ def load_ullme(checkpoint: str | Path, **overrides: Any) -> ULLME:
     from ullme.models.ullme import ULLME
 
     found, state = read_checkpoint(checkpoint)
-    model = ULLME(**{**found["backbone"], **overrides}, prompts=Prompts.from_dict(found["prompts"]))
+    known = {field.name for field in fields(BackboneConfig)}
+    if unknown := sorted(set(found["backbone"]) - known):
+        raise ValueError(f"checkpoint={str(checkpoint)!r} was written by another version: it has the options {unknown}")
+    # Whether a model's own code may run is for whoever loads it to say, never for the file.
+    options = {**found["backbone"], "trust_remote_code": False, **overrides}
+    model = ULLME(**options, prompts=Prompts.from_dict(found["prompts"]))
     _fit(model, found, state, checkpoint)
     return model.eval()
 
