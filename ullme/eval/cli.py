@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -87,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check(options)
         return _run(options)
     except (ArgumentError, ValueError) as error:
-        print(f"evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # torchrun's other processes found the same
+            print(f"evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -109,12 +111,29 @@ def _check(options: Any) -> None:
 
 
 def _run(options: Any) -> int:
+    """On the first of several processes; the others embed for it."""
     _quiet()
+    from ullme.distributed import leave, world
+    from ullme.eval import ranks
+
+    ranks.join()
+    tasks, model = ranks.on_every_rank(lambda: (_tasks(options), _model(options)))
+    if world()[0] > 0:
+        ranks.serve(model.model)
+        status = 0
+    else:
+        if world()[1] > 1:
+            model.model.embed_blocks = ranks.embed_over_ranks
+        status = _evaluate(options, tasks, model)
+        ranks.let_go()
+    leave()
+    return status
+
+
+def _evaluate(options: Any, tasks: list[AbsTask], model: WrappedULLME) -> int:
     from ullme.eval.mteb import evaluate_tasks
     from ullme.eval.table import markdown_table, text_table
 
-    tasks = _tasks(options)
-    model = _model(options)
     meta = model.mteb_model_meta
     print(f"{meta.name}, revision {meta.revision}", file=sys.stderr)
     rows = evaluate_tasks(
@@ -149,9 +168,12 @@ def _tasks(options: Any) -> list[AbsTask]:
 
 
 def _model(options: Any) -> WrappedULLME:
+    from ullme.eval.ranks import own_device
     from ullme.models import WrappedULLME
 
     given = {name: options[name] for name in MODEL_OPTIONS if options[name] is not None}
+    if (device := own_device()) is not None:
+        given.setdefault("device", device)
     prompts = {field: options[name] for name, (field, _) in PROMPT_OPTIONS.items() if options[name] is not None}
     if prompts:
         given["prompts"] = prompts

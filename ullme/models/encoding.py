@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ullme.batch import TokenRows
 from ullme.prompts import Role
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ullme.models.ullme import ULLME
+
+EmbedBlocks = Callable[["ULLME", Iterable[TokenRows]], Iterator[Tensor]]
 
 # Texts are tokenised and sorted this many at a time, so that a corpus of millions does not have to fit as token ids.
 _WINDOW = 20_000
@@ -34,6 +37,13 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
+def embed_blocks(model: ULLME, blocks: Iterable[TokenRows]) -> Iterator[Tensor]:
+    """Blocks of R rows -> (R, D) each, in float32 on the CPU."""
+    for block in blocks:
+        here = block.to(model.device)
+        yield model(here.input_ids, here.attention_mask)["rep"].float().cpu()
+
+
 def encode(
     model: ULLME,
     texts: Sequence[str],
@@ -70,10 +80,10 @@ def encode(
                 rows = tokenizer.ids(texts[part], role, max_length=max_length, instruction=task)
                 lengths = [len(row) for row in rows]
                 budget = max(1, batch_size * sum(lengths) // len(lengths))
-                for batch in token_batches(lengths, budget):
-                    block = tokenizer.pad([rows[n] for n in batch]).to(model.device)
-                    rep = model(block.input_ids, block.attention_mask)["rep"]
-                    out[torch.tensor(batch) + start] = rep.float().cpu()
+                batches = list(token_batches(lengths, budget))
+                blocks = (tokenizer.pad([rows[n] for n in batch]) for batch in batches)
+                for batch, rep in zip(batches, model.embed_blocks(model, blocks), strict=True):
+                    out[torch.tensor(batch) + start] = rep
                     bar.update(len(batch))
     finally:
         model.train(training)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ullme.batch import TokenRows
 from ullme.models import attention, backbone, encoding, likelihood
 from ullme.models.backbone import BackboneConfig
+from ullme.models.encoding import EmbedBlocks
 from ullme.models.pooling import pool
 from ullme.prompts import Prompts, PromptTokenizer, Role
 
@@ -46,6 +47,9 @@ class ULLME(nn.Module):
     Raises:
         ValueError: an option out of range, a backbone that cannot be loaded or whose attention does not obey.
     """
+
+    # How blocks of tokens become embeddings; evaluation over several processes puts its own way here.
+    embed_blocks: EmbedBlocks = staticmethod(encoding.embed_blocks)  # type: ignore[assignment]
 
     def __init__(
         self,
