@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, Literal
+
+import torch
 
 from ullme.batch import Batch
 from ullme.callbacks.base import LossCallback, ReferenceChoice
-from ullme.distributed import any_rank
-from ullme.gradcache import chunk_slices
+from ullme.distributed import any_rank, world
+from ullme.gradcache import RandomState, chunk_slices
 from ullme.losses import Term
 from ullme.objective import Logs
 
 if TYPE_CHECKING:
     from ullme.module import ULLMEModule
+
+log = logging.getLogger(__name__)
+
+OnOutOfMemory = Literal["fail", "halve_chunk"]
 
 
 class GradCache(LossCallback):
@@ -27,9 +34,11 @@ class GradCache(LossCallback):
         reference: as in :class:`~ullme.callbacks.LossCallback`.
         cache_reference: likewise.
         share_prompts: likewise.
+        on_oom: out of memory: ``fail`` with the chunk to try next; ``halve_chunk`` does the step again with half of
+            it, from then on, in a run of one process. The result does not depend on the chunk.
 
     Raises:
-        ValueError: neither chunk_size nor chunk_tokens, or one below 1.
+        ValueError: neither chunk_size nor chunk_tokens, or one below 1; out of memory.
     """
 
     def __init__(
@@ -40,6 +49,7 @@ class GradCache(LossCallback):
         reference: ReferenceChoice = "adapters_off",
         cache_reference: str | None = None,
         share_prompts: bool = True,
+        on_oom: OnOutOfMemory = "fail",
     ) -> None:
         super().__init__(terms, reference, cache_reference, share_prompts)
         if chunk_size is not None:
@@ -50,6 +60,7 @@ class GradCache(LossCallback):
         if chunk_size is None and chunk_tokens is None:
             raise ValueError("loss.chunk_size=null and loss.chunk_tokens=null: give one of them")
         self.chunk_size, self.chunk_tokens = chunk_size, chunk_tokens
+        self.on_oom = on_oom
 
     def _fits(self, batch: Batch) -> bool:
         """Whether the graphs of embedding and generation fit together, so that no forward has to be done twice."""
@@ -57,6 +68,41 @@ class GradCache(LossCallback):
         return self.chunk_tokens is None or passes * batch.num_tokens <= self.chunk_tokens
 
     def backward(self, module: ULLMEModule, batch: Batch) -> Logs:
+        before = RandomState()
+        while True:
+            try:
+                return self._backward(module, batch)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).split("\n")[0]
+            # Here the error, and with it every tensor that its frames held, is gone.
+            self._halve(batch, module.global_step, reason)
+            for parameter in module.parameters():
+                parameter.grad = None
+            before.restore()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _halve(self, batch: Batch, step: int, reason: str) -> None:
+        """Half of the chunk that was too much. Raises: ValueError: not asked for, or there is no half of it."""
+        name = "chunk_tokens" if self.chunk_size is None else "chunk_size"
+        used = self.chunk_size or self.chunk_tokens or 1
+        passes = 2 if self.objective.needs_generation else 1
+        half = min(used, len(batch) if self.chunk_size else passes * batch.num_tokens) // 2
+        if len(chunk_slices(batch, self.chunk_size, self.chunk_tokens)) == len(batch) or half < 1:
+            raise ValueError(
+                f"out of memory in step {step} with one query in a chunk (loss.{name}={used}; {reason}); lower "
+                "data.passage_max_length or data.num_hard_negatives, or set model.backbone.gradient_checkpointing=true"
+            )
+        if self.on_oom == "fail" or world()[1] > 1:
+            also = ", or loss.on_oom=halve_chunk to go on by itself" if world()[1] == 1 else ""
+            raise ValueError(
+                f"out of memory in step {step} with loss.{name}={used} ({reason}); start again with "
+                f"loss.{name}={half}{also}"
+            )
+        log.warning("out of memory in step %d: loss.%s=%d from here on, it was %d (%s)", step, name, half, used, reason)
+        setattr(self, name, half)
+
+    def _backward(self, module: ULLMEModule, batch: Batch) -> Logs:
         slices = chunk_slices(batch, self.chunk_size, self.chunk_tokens)
         if not any_rank(len(slices) > 1 or not self._fits(batch), batch.row_ids.device):
             return self.objective.full_batch(module.model, batch, module.manual_backward)

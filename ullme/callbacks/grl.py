@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from ullme.callbacks.base import ReferenceChoice
-from ullme.callbacks.gradcache import GradCache
+from ullme.callbacks.gradcache import GradCache, OnOutOfMemory
 from ullme.losses import CPO, DPO, KL, KTO, SFT, InfoNCE, Term
 
 Generation = Literal["dpo", "sft", "kto", "cpo"]
@@ -64,6 +64,7 @@ class GRL(GradCache):
         reference: likewise.
         cache_reference: likewise.
         share_prompts: likewise.
+        on_oom: likewise.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class GRL(GradCache):
         reference: ReferenceChoice = "adapters_off",
         cache_reference: str | None = None,
         share_prompts: bool = True,
+        on_oom: OnOutOfMemory = "fail",
     ) -> None:
         terms = grl_terms(
             generation if generation_weight > 0 else None,
@@ -95,4 +97,4 @@ class GRL(GradCache):
             generation_temperature,
             detach_generation,
         )
-        super().__init__(terms, chunk_size, chunk_tokens, reference, cache_reference, share_prompts)
+        super().__init__(terms, chunk_size, chunk_tokens, reference, cache_reference, share_prompts, on_oom)
