@@ -189,7 +189,8 @@ def _plan(
         similarities=_similarities(job, len(batch), count),
     )
     flops = float(cost.step(work))
-    hardware = float(cost.hardware_step(work, len(chunks) > 1, job.options.gradient_checkpointing))
+    again = len(chunks) > 1 and job.objective.uses_reps
+    hardware = float(cost.hardware_step(work, again, job.options.gradient_checkpointing))
     return Plan(job, device, count, fsdp, cost.parameters, cost.trainable, len(chunks), memory, flops, hardware, mfu)
 
 

@@ -51,13 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan; 0 if it fits, 1 if not, 2 for a mistake."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # the rest of the command line is not for it
     arguments, overrides = _parser().parse_known_args(argv)
     try:
         if arguments.paper:
             print(paper_table(arguments.mfu))
             return 0
         plan = plan_from(arguments, overrides)
-    except ValueError as error:
+    except (ValueError, argparse.ArgumentError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     from ullme.plan import describe
@@ -113,7 +114,7 @@ def read_configs(arguments: Sequence[str]) -> Any:
         def instantiate_classes(self) -> None:
             pass
 
-    return build(arguments, run=False, kind=Reader).config
+    return build([*arguments, "--seed_everything=false"], run=False, kind=Reader).config
 
 
 def job_from(config: Any, arguments: argparse.Namespace) -> Job:
@@ -204,6 +205,7 @@ def paper_table(mfu: float) -> str:
         "| backbone | paper, 4×A100 | 4×A100-80GB | memory | 1×H200 | memory |",
         "|---|---|---|---|---|---|",
     ]
+    busy: list[float] = []
     for name, days in PAPER_DAYS.items():
         cells = []
         for device, count in (("a100-80gb", 4), ("h200", 1)):
@@ -214,8 +216,12 @@ def paper_table(mfu: float) -> str:
                 plans.append(make_plan(job, DEVICES[device], count, mfu=mfu))
             plan = next((p for p in plans if p.fits), plans[-1])
             cells += [_hours(plan), _memory(plan)]
+            busy.append(plan.busy)
         lines.append(f"| {name.split('/')[-1]} | {days} days | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    note = (
+        f"At {mfu:.0%} model FLOPs utilisation; the devices then run {min(busy):.0%} to {max(busy):.0%} of their peak."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def _hours(plan: Plan) -> str:

@@ -1,0 +1,167 @@
+"""``ullme plan``: what it predicts, from which configuration, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from ullme import plan_cli
+from ullme.__main__ import main
+from ullme.callbacks.grl import grl_terms
+from ullme.devices import DEVICES, Device
+from ullme.flops import model_cost, step_work
+from ullme.memory import GIB
+from ullme.models.backbone import BackboneConfig, load_config
+from ullme.objective import Objective
+from ullme.plan import Job, describe, make_plan, typical_batch
+
+SMALL = Device("small", tflops=1.0, memory_gib=1.2)
+
+
+@pytest.fixture
+def job(llm_folder):
+    options = BackboneConfig(llm_folder("llama"), lora_r=4, dtype="float32")
+    return Job(
+        options,
+        load_config(options),
+        Objective(grl_terms()),
+        batch_size=8,
+        candidates=3,
+        rows=100,
+        passage_tokens=20,
+        passage_max_length=60,
+        half=False,
+    )
+
+
+def with_(job: Job, **changes) -> Job:
+    return Job(**{**vars(job), **changes})
+
+
+def test_hours_follow_from_the_flops(job):
+    plan = make_plan(job, SMALL, mfu=0.5)
+    batch = typical_batch(job, 8)
+    assert len(batch) == 8
+    assert batch.num_candidates == 3
+    flops = model_cost(job.config, job.options).step(step_work(batch, job.objective, False, True)).item()
+    assert plan.step_flops == pytest.approx(flops)
+    assert plan.seconds == pytest.approx(flops / 0.5e12)
+    assert plan.steps == 12
+    assert plan.hours == pytest.approx(12 * plan.seconds / 3600)
+    assert plan.busy > plan.mfu  # the reference's forward comes on top
+    spread = make_plan(job, SMALL, count=4, mfu=0.5)
+    assert spread.step_flops == pytest.approx(flops / 4, rel=0.15)  # other random lengths
+
+
+def test_typical_lengths(job):
+    batch = typical_batch(with_(job, passage_tokens=75, passage_max_length=256), 2000)
+    lengths = batch.passages.attention_mask.sum(1).double()
+    assert lengths.mean() == pytest.approx(75, rel=0.02)
+    assert lengths.log().std() == pytest.approx(0.4, rel=0.05)
+    assert set(batch.queries.attention_mask.sum(1).tolist()) == {30}
+    assert torch.equal(batch.generation.targets.attention_mask.sum(1), (lengths + 1).clamp(max=256).long())
+
+
+def test_an_open_chunk_becomes_the_largest_that_fits(job):
+    many = with_(job, batch_size=2000)
+    found = {}
+    for room in (1.25, 1.5):
+        device = Device("small", 1.0, room)
+        plan = make_plan(many, device)
+        assert plan.fits
+        assert plan.memory.total <= 0.92 * room * GIB
+        found[room] = plan.job.chunk_tokens
+        doubled = make_plan(with_(many, chunk_tokens=2 * found[room]), device)
+        assert not doubled.fits
+        assert "does NOT fit" in describe(doubled)
+    assert found[1.25] < found[1.5]
+
+
+def test_chunks_of_queries_and_none(job):
+    assert make_plan(with_(job, chunk_size=3), SMALL).chunks == 3
+    whole = make_plan(with_(job, full_batch=True), SMALL)
+    assert whole.chunks == 1
+    assert whole.hardware_flops < make_plan(with_(job, chunk_size=3), SMALL).hardware_flops  # no first forward
+
+
+@pytest.mark.parametrize(("count", "mfu", "message"), [(3, 0.4, "--num-devices=3"), (1, 1.5, "--mfu=1.5")])
+def test_refusals(job, count, mfu, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(job, SMALL, count, mfu=mfu)
+
+
+@pytest.fixture
+def config(tmp_path, llm_folder):
+    """Two configurations to be stacked, of a tiny model and rows in a file."""
+    train = tmp_path / "train.jsonl"
+    train.write_text("\n".join(json.dumps({"query": "q", "pos": ["p"], "neg": ["n"]}) for _ in range(64)))
+    base, own = tmp_path / "base.yaml", tmp_path / "own.yaml"
+    base.write_text(
+        f"model: {{backbone: {{model_name_or_path: {llm_folder('llama')}, lora_r: 4}}}}\n"
+        f"data: {{train: {train}, batch_size: 8, num_hard_negatives: 2}}\n"
+        "trainer: {accelerator: gpu, precision: bf16-mixed}\n"
+    )
+    own.write_text("loss: {class_path: ullme.callbacks.GRL, init_args: {chunk_size: 4, cache_reference: nowhere}}\n")
+    return [f"--config={base}", f"--config={own}"]
+
+
+def parse(*argv: str):
+    arguments, overrides = plan_cli._parser().parse_known_args(argv)
+    return plan_cli.plan_from(arguments, overrides)
+
+
+def test_a_plan_reads_the_stacked_configurations_of_train(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = parse(*config, "--device=h200", "--num-devices=2", "--data.num_hard_negatives=4")
+    job = plan.job
+    assert (job.batch_size, job.candidates, job.rows, job.chunk_size) == (8, 5, 64, 4)
+    assert [t.name for t in job.objective.terms] == ["info_nce", "dpo", "kl"]
+    assert job.half
+    assert (plan.device, plan.count, plan.fsdp) == (DEVICES["h200"], 2, False)
+    assert plan.steps == 8
+    assert not (tmp_path / "nowhere").exists()  # nothing of the run is made
+    assert parse(*config, "--num-devices=2", "--trainer.strategy=fsdp").fsdp
+    assert parse(*config, "--strategy=fsdp").fsdp
+    assert parse(*config, "--rows=80").steps == 10
+
+
+def test_the_command(config, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["plan", *config])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    for word in ("8 queries x 3 passages", "A100-80GB", "fits", "hours an epoch of 8 steps"):
+        assert word in out
+    for argv, message in (
+        (["--config=/no/such.yaml"], "such.yaml"),
+        ([], "--config"),
+        ([*config, "--data.train=hub/name"], "--rows"),
+        ([*config, "--backbone-config=missing"], "--backbone-config=missing"),
+        ([*config, "--model.backbone.model_name_or_path=no/where"], "--backbone-config"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["plan", *argv])
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(plan_cli.SHAPES))
+def test_published_shapes(name):
+    """Weights as their publishers count them."""
+    billions = {"microsoft/phi-1_5": 1.418, "mistralai/Mistral-7B-Instruct-v0.2": 7.242}
+    billions["meta-llama/Meta-Llama-3-8B-Instruct"] = 8.030
+    options = BackboneConfig(name, lora_name=None)
+    cost = model_cost(plan_cli._llm_config(options, name), options)
+    assert cost.parameters / 1e9 == pytest.approx(billions[name], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_papers_table():
+    table = plan_cli.paper_table(0.4)
+    rows = [line.split(" | ") for line in table.splitlines() if "days" in line]
+    assert len(rows) == 3
+    for cells in rows:
+        assert float(cells[2].split()[0]) < 24 * float(cells[1].split()[0])
+        assert "does not fit" not in " ".join(cells)
