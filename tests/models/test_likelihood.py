@@ -142,3 +142,48 @@ def test_dropout_of_an_adapter_on_the_head_is_recomputed_as_it_was(make_model, m
     assert any("lm_head" in name for name in gradients[0])
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-9)
+
+
+def test_frozen_head_knows_its_gradient():
+    """log softmax and its gradient, against autograd; a likely token's small gradient survives half precision."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 30).requires_grad_(False)
+    hidden, targets = torch.randn(6, 8), torch.arange(6)
+    head.weight.data[0] = 3 * hidden[0]  # token 0 is near certain in row 0
+    upstream = torch.arange(1.0, 7)
+
+    def exact(states):
+        return head.double()(states).log_softmax(-1)[torch.arange(6), targets]
+
+    states = hidden.double().requires_grad_()
+    expected = exact(states)
+    (slope,) = torch.autograd.grad(expected, states, upstream.double())
+    assert expected[0].exp() > 0.999 and slope[0].abs().max() < 0.01 * slope[1:].abs().max()
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        states = hidden.to(dtype).requires_grad_()
+        found = likelihood._frozen_head(states, head.to(dtype), targets)
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+        (gradient,) = torch.autograd.grad(found, states, upstream.to(found.dtype))
+        for row in range(1, 6):
+            assert (gradient[row].double() - slope[row]).norm() <= tolerance * slope[row].norm()
+    assert gradient[0].abs().max() < 0.02 * gradient[1:].abs().max()
+
+
+def test_frozen_and_trained_heads_agree(make_model, monkeypatch):
+    """The head that knows its gradient gives what recomputation gives."""
+    model = make_model().train()
+    hidden = torch.randn(20, model.hidden_size)
+    targets = torch.randint(0, 30, (20,))
+    weights = torch.randn(20)
+    slopes = []
+    calls = []
+    original = likelihood._frozen_head
+    monkeypatch.setattr(likelihood, "_frozen_head", lambda *a: calls.append(1) or original(*a))
+    for changes in (False, True):
+        monkeypatch.setattr(likelihood, "_changes_logits", lambda _, changes=changes: changes)
+        states = hidden.clone().requires_grad_()
+        (likelihood.token_log_probabilities(model.causal_lm, states, targets) * weights).sum().backward()
+        slopes.append(states.grad)
+    assert len(calls) == 1 and slopes[0].abs().max() > 1e-3
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-5, atol=1e-6)

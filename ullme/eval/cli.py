@@ -69,7 +69,7 @@ def parser() -> ArgumentParser:
     output.add_argument("--output", type=str, default="results", help="folder of mteb's result files")
     output.add_argument("--overwrite", action="store_true", help="compute again what is there")
     output.add_argument("--markdown", action="store_true", help="print the table in Markdown")
-    output.add_argument("--batch_size", type=int, default=64, help="texts a forward")
+    output.add_argument("--batch_size", type=int | None, help="texts a forward; what suits the device unless given")
     output.add_argument("--progress", type=bool, default=True, help="progress bars")
     return options
 
@@ -100,7 +100,7 @@ def _check(options: Any) -> None:
     if not options.tasks and not any(options[name] for name in LOCAL_OPTIONS):
         local = ", ".join(f"--{name} {metavar}" for name, (metavar, _) in LOCAL_OPTIONS.items())
         raise ValueError(f"nothing to evaluate on: give --tasks NAME ..., or local data with {local}")
-    if options.batch_size < 1:
+    if options.batch_size is not None and options.batch_size < 1:
         raise ValueError(f"--batch_size {options.batch_size} must be at least 1")
     if options.checkpoint is not None and not Path(options.checkpoint).exists():
         raise ValueError(f"--checkpoint {options.checkpoint} does not exist; give a run folder or a checkpoint file")

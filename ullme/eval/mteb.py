@@ -31,7 +31,7 @@ def eval_mteb_dataset(
     *,
     output: str | Path | None = None,
     overwrite: bool = False,
-    batch_size: int = 64,
+    batch_size: int | None = None,
 ) -> dict[str, float]:
     """Main score of one mteb task, times 100 as papers print it, for each language.
 
@@ -42,7 +42,7 @@ def eval_mteb_dataset(
             there are none (bitext mining), over the subsets that contain it.
         output: folder for mteb's result files; results already there are not computed again. None keeps no files.
         overwrite: compute again what is there.
-        batch_size: texts a forward.
+        batch_size: texts a forward; None takes what suits the device.
 
     Returns:
         For example ``{"eng": 35.8}``.
@@ -65,7 +65,7 @@ def evaluate_tasks(
     *,
     output: str | Path | None = None,
     overwrite: bool = False,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     show_progress_bar: bool = True,
 ) -> list[Row]:
     """Evaluate tasks one after the other, each written to disk as soon as it is done.
@@ -78,7 +78,7 @@ def evaluate_tasks(
             evaluation advances: make them anew for every model.
         output: folder for mteb's result files (``results/MODEL/REVISION/TASK.json``); None keeps no files.
         overwrite: compute again what is there.
-        batch_size: texts a forward.
+        batch_size: texts a forward; None takes what suits the device.
         show_progress_bar: mteb's bars.
 
     Returns:
@@ -175,7 +175,7 @@ def _cache(output: str | Path | None) -> Iterator[ResultCache]:
 
 
 def _evaluate(
-    model: Any, task: AbsTask, cache: ResultCache, *, overwrite: bool, batch_size: int, show_progress_bar: bool
+    model: Any, task: AbsTask, cache: ResultCache, *, overwrite: bool, batch_size: int | None, show_progress_bar: bool
 ) -> TaskResult:
     """Raises: TaskDataError: the data cannot be had. Anything else that fails is a fault and is raised as it is."""
     import mteb
@@ -188,7 +188,10 @@ def _evaluate(
             task,
             cache=cache,
             overwrite_strategy="always" if overwrite else "only-missing",
-            encode_kwargs={"batch_size": batch_size, "show_progress_bar": show_progress_bar},
+            encode_kwargs={
+                "show_progress_bar": show_progress_bar,
+                **({"batch_size": batch_size} if batch_size else {}),
+            },
             co2_tracker=False,
             show_progress_bar=show_progress_bar,
         )

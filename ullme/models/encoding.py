@@ -21,6 +21,9 @@ EmbedBlocks = Callable[["ULLME", Iterable[TokenRows]], Iterator[Tensor]]
 # Texts are tokenised and sorted this many at a time, so that a corpus of millions does not have to fit as token ids.
 _WINDOW = 20_000
 
+# Tokens of a batch, if the caller leaves it open: what fits a CPU's cache, or fills a GPU.
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+
 
 def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Indices of rows by falling length, cut so that no batch (of more than one row) exceeds ``budget`` tokens."""
@@ -49,7 +52,7 @@ def encode(
     texts: Sequence[str],
     role: Role | None,
     instruction: str | Sequence[str | None] | None,
-    batch_size: int,
+    batch_size: int | None,
     max_length: int,
     show_progress_bar: bool,
     convert_to_tensor: bool,
@@ -59,7 +62,7 @@ def encode(
 
     if isinstance(texts, str):
         raise ValueError(f"texts={texts!r}: give a list of texts; one text is [text]")
-    if batch_size < 1 or max_length < 1:
+    if max_length < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"batch_size={batch_size}, max_length={max_length}: both must be at least 1")
     texts = list(texts)
     max_length = min(max_length, model.max_positions)
@@ -79,7 +82,7 @@ def encode(
                 task = instruction if one_for_all else instruction[part]  # type: ignore[index]
                 rows = tokenizer.ids(texts[part], role, max_length=max_length, instruction=task)
                 lengths = [len(row) for row in rows]
-                budget = max(1, batch_size * sum(lengths) // len(lengths))
+                budget = _budget(batch_size, lengths, model.device)
                 batches = list(token_batches(lengths, budget))
                 blocks = (tokenizer.pad([rows[n] for n in batch]) for batch in batches)
                 for batch, rep in zip(batches, model.embed_blocks(model, blocks), strict=True):

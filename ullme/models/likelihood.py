@@ -7,10 +7,11 @@ states in front of them only, in blocks that are recomputed in backward, and lea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ullme.batch import TokenRows
@@ -133,21 +134,65 @@ def token_log_probabilities(model: PreTrainedModel, hidden: Tensor, targets: Ten
     Returns:
         (T,) in nats, float32 (float64 for float64 hidden states).
     """
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    size = max(64, _BLOCK_LOGITS.get(hidden.device.type, 2**24) // vocabulary)
+    head = model.get_output_embeddings()
+    size = max(64, _BLOCK_LOGITS.get(hidden.device.type, 2**24) // head.weight.shape[0])
+    blocks = list(zip(hidden.split(size), targets.split(size), strict=True))
 
     def block(states: Tensor, ids: Tensor) -> Tensor:
         logits = lm_logits(model, states)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return -nn.functional.cross_entropy(logits, ids, reduction="none")  # fused, unlike gather and logsumexp
 
-    if not torch.is_grad_enabled():
-        return torch.cat([block(h, t) for h, t in zip(hidden.split(size), targets.split(size), strict=True)])
-    parts = [  # an adapter on the head may have dropout
-        checkpoint(block, h, t, use_reentrant=False, preserve_rng_state=model.training)
-        for h, t in zip(hidden.split(size), targets.split(size), strict=True)
-    ]
-    return torch.cat(parts)
+    if not torch.is_grad_enabled() or not hidden.requires_grad and not _is_trained(head):
+        return torch.cat([block(h, t) for h, t in blocks])
+    if type(head) is nn.Linear and not _is_trained(head) and not _changes_logits(model):
+        return torch.cat([_frozen_head(h, head, t) for h, t in blocks])
+    return torch.cat(
+        [  # an adapter on the head may have dropout
+            checkpoint(block, h, t, use_reentrant=False, preserve_rng_state=model.training) for h, t in blocks
+        ]
+    )
+
+
+def _is_trained(head: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in head.parameters())
+
+
+def _frozen_head(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+    """(T,) log-probabilities of one block, for a linear head without gradient."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return _FrozenHead.apply(hidden.to(dtype), head.weight.to(dtype), bias, targets)
+
+
+class _FrozenHead(torch.autograd.Function):
+    """log softmax(W h + b)_y and, while the logits are there, its gradient W_y - Σ_v p_v W_v with respect to h.
+
+    So backward needs neither the logits nor to compute them a second time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        logits = nn.functional.linear(hidden, weight, bias)
+        logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        found = logps.gather(1, targets[:, None])[:, 0].clone()
+        slope = logps.exp_().neg_()  # 1 - p is formed before it is rounded: a likely token's slope is small
+        slope.scatter_add_(1, targets[:, None], torch.ones_like(slope[:, :1]))
+        ctx.save_for_backward(slope.to(weight.dtype) @ weight)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (slope,) = ctx.saved_tensors
+        return (grad[:, None] * slope).to(slope.dtype), None, None, None
+
+
+def _changes_logits(model: PreTrainedModel) -> bool:
+    """Whether :func:`lm_logits` does more than the head's product."""
+    config = model.config.get_text_config()
+    return any(getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"))
 
 
 def lm_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

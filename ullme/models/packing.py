@@ -135,8 +135,8 @@ def _grouped(
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    """(1, H, T, head_dim) -> (n, H, l, head_dim) at the (n, l) positions."""
-    return x[0].index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
+    """(1, H, T, head_dim) -> (n, H, l, head_dim) at the (n, l) positions; a token's heads lie together in memory."""
+    return x[0].transpose(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
 
 
 def _mask(group: Group, causal: bool, window: int | None) -> Tensor | None:

@@ -193,7 +193,7 @@ class ULLME(nn.Module):
         *,
         role: Role | None = None,
         instruction: str | Sequence[str | None] | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         max_length: int = 512,
         show_progress_bar: bool = False,
         convert_to_tensor: bool = False,
@@ -204,7 +204,8 @@ class ULLME(nn.Module):
             texts: R texts; an empty text is embedded as the end token.
             role: ``query`` or ``passage`` puts the text into that template; None leaves it bare.
             instruction: the task, one for all texts or one for each; None takes the contract's own.
-            batch_size: texts of average length at once. Batches hold equally many tokens, not texts.
+            batch_size: texts of average length at once (batches hold equally many tokens, not texts); None takes what
+                suits the device.
             max_length: in tokens, template included; never more than the LLM's positions.
             show_progress_bar: count texts on stderr.
             convert_to_tensor: a tensor on the CPU instead of an array.

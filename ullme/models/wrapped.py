@@ -143,7 +143,7 @@ class WrappedULLME(AbsEncoder):
             [text for batch in inputs for text in batch["text"]],
             role="passage" if prompt_type == PromptType.document else "query",
             instruction=self.instruction_for(task_metadata),
-            batch_size=kwargs.get("batch_size", 64),
+            batch_size=kwargs.get("batch_size"),
             max_length=self.max_length,
             show_progress_bar=kwargs.get("show_progress_bar", False),
         )

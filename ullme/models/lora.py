@@ -1,0 +1,117 @@
+"""LoRA (arXiv 2106.09685, eq. 3) next to a frozen linear layer, without passes over memory that it does not need.
+
+PEFT computes ``W x`` and ``s B (A drop(x))`` apart, scales and adds; each of these reads and writes (T, out) numbers, in
+both directions, which costs more than LoRA's multiplications. Here the small product is accumulated into the large one.
+Without dropout and in full precision W + s B A is formed first: then the forward costs what the bare layer costs.
+
+PEFT's modules, their names and their files stay: only the class of :class:`peft.tuners.lora.Linear` modules changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+
+class LoraLinear(Linear):
+    """PEFT's LoRA layer with a forward of its own for the usual case: one adapter, on a plain ``nn.Linear``.
+
+    The small product is computed in the activations' dtype; A, B and their gradients keep their own (float32).
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., in) -> (..., out)."""
+        name = self._only_adapter()
+        if name is None or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        base = self.base_layer
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
+        x, weight, a, b = (t.to(dtype) for t in (x, base.weight, self.lora_A[name].weight, self.lora_B[name].weight))
+        bias = None if base.bias is None else base.bias.to(dtype)
+        dropped = self.lora_dropout[name](x)
+        return _lora(x, dropped, weight, bias, a, b, self.scaling[name])
+
+    def _only_adapter(self) -> str | None:
+        """The adapter's name, or None where PEFT's own forward has more to do."""
+        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+            return None
+        name = self.active_adapters[0]
+        base = self.base_layer
+        plain = (
+            name in self.lora_A
+            and name not in self.lora_variant
+            and self.lora_A[name].bias is None
+            and self.lora_B[name].bias is None
+            and type(base) is nn.Linear
+            and "forward" not in vars(base)  # replaced by an offloading hook, for example
+            and not (base.weight.requires_grad or base._forward_hooks or base._forward_pre_hooks)
+        )
+        return name if plain else None
+
+
+def install(model: nn.Module) -> None:
+    """Let the LoRA layers of a PEFT model that stand on a plain ``nn.Linear`` use :class:`LoraLinear`'s forward."""
+    for module in model.modules():
+        if type(module) is Linear and type(module.base_layer) is nn.Linear:
+            module.__class__ = LoraLinear
+
+
+def _lora(
+    x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> Tensor:
+    """``x W^T + bias + scale · dropped A^T B^T``.
+
+    Args:
+        x: (..., in).
+        dropped: (..., in), x after dropout; x itself if there is none.
+        weight: (out, in), frozen.
+        bias: (out,), frozen.
+        a: (r, in).
+        b: (out, r).
+        scale: α / r.
+    """
+    return _Lora.apply(x, dropped, weight, bias, a, b, scale)
+
+
+def _merge(x: Tensor, dropped: Tensor, weight: Tensor) -> bool:
+    """Whether to form W + s B A. Half precision would round the update away; few rows would not pay for it."""
+    rows, (out, width) = x.numel() // x.shape[-1], weight.shape
+    return dropped is x and weight.dtype.itemsize >= 4 and rows * (out + width) > 2 * out * width
+
+
+class _Lora(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(dropped, weight, a, b)
+        ctx.scale, ctx.dropout = scale, dropped is not x
+        if _merge(x, dropped, weight):
+            return linear(x, torch.addmm(weight, b, a, alpha=scale), bias)
+        y = linear(x, weight, bias)
+        small = dropped.flatten(0, -2) @ a.T
+        y.view(-1, y.shape[-1]).addmm_(small, b.T, alpha=scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dropped, weight, a, b = ctx.saved_tensors
+        rows, wide = dropped.flatten(0, -2), grad.flatten(0, -2)
+        down = wide @ b  # (T, r)
+        grad_a = torch.mm(down.T, rows).mul_(ctx.scale)
+        grad_b = torch.mm(wide.T, rows @ a.T).mul_(ctx.scale)
+        grad_x = grad_dropped = None
+        if ctx.needs_input_grad[0]:
+            grad_x = wide @ weight
+        if ctx.dropout and ctx.needs_input_grad[1]:
+            grad_dropped = torch.mm(down, a).mul_(ctx.scale).view_as(dropped)
+        elif grad_x is not None:
+            grad_x.addmm_(down, a, alpha=ctx.scale)
+        return grad_x if grad_x is None else grad_x.view_as(dropped), grad_dropped, None, None, grad_a, grad_b, None
