@@ -26,7 +26,8 @@ def make_layers(dropout: float = 0.0, bias: bool = False, dtype: torch.dtype = t
     nn.init.normal_(theirs[0].lora_B["default"].weight)
     ours = copy.deepcopy(theirs)
     lora.install(ours)
-    assert type(theirs[0]) is Linear and type(ours[0]) is LoraLinear
+    assert type(theirs[0]) is Linear
+    assert type(ours[0]) is LoraLinear
     return theirs[0], ours[0]
 
 
@@ -69,7 +70,8 @@ def test_gradients_by_finite_differences(rows):
 def test_many_rows_merge_and_few_do_not():
     weight = torch.empty(OUT, IN)
     many, few = torch.randn(MANY, IN), torch.randn(FEW, IN)
-    assert lora._merge(many, many, weight) and not lora._merge(few, few, weight)
+    assert lora._merge(many, many, weight)
+    assert not lora._merge(few, few, weight)
     assert not lora._merge(many, many.clone(), weight)  # dropout
     assert not lora._merge(many, many, weight.bfloat16())  # the update would be rounded away
 
@@ -86,7 +88,8 @@ def test_half_precision(autocast):
         layer.base_layer.to(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         peft, found = run(theirs, x.to(dtype), weights), run(ours, x.to(dtype), weights)
-    assert found[0].dtype == torch.bfloat16 and found[2].dtype == found[3].dtype == torch.float32
+    assert found[0].dtype == torch.bfloat16
+    assert found[2].dtype == found[3].dtype == torch.float32
     for a, b, c in zip(found, peft, exact, strict=True):
         scale = c.abs().max()
         assert (a - c).abs().max() / scale < max(0.02, 2 * float((b - c).abs().max() / scale))
@@ -120,4 +123,5 @@ def test_input_without_gradient():
 def test_every_linear_layer_of_a_llm_is_ours(make_model):
     model = make_model()
     layers = [m for m in model.modules() if isinstance(m, Linear)]
-    assert len(layers) >= 7 and all(type(m) is LoraLinear and m._only_adapter() for m in layers)
+    assert len(layers) >= 7
+    assert all(type(m) is LoraLinear and m._only_adapter() for m in layers)

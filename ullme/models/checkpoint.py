@@ -91,10 +91,15 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     if path.is_dir():
         return _read_adapter_folder(path)
     stored = storage.read(path)
-    if not isinstance(stored, dict) or CONTRACT_KEY not in stored:
-        raise ValueError(f"checkpoint={str(path)!r} was not written by ullme: it holds no {CONTRACT_KEY!r} contract")
+    check_contract(stored, path)
     state = {name.removeprefix(STATE_PREFIX): value for name, value in stored["state_dict"].items()}
     return stored[CONTRACT_KEY], state
+
+
+def check_contract(stored: Any, source: str | Path) -> None:
+    """Raises: ValueError: the content of a file is no checkpoint of ours."""
+    if not isinstance(stored, dict) or CONTRACT_KEY not in stored:
+        raise ValueError(f"checkpoint={str(source)!r} was not written by ullme: it holds no {CONTRACT_KEY!r} contract")
 
 
 def load_ullme(checkpoint: str | Path, **overrides: Any) -> ULLME:
@@ -153,8 +158,7 @@ def check_fit(model: ULLME, checkpoint: dict[str, Any], source: str = "ckpt_path
     Raises:
         ValueError: something differs.
     """
-    if CONTRACT_KEY not in checkpoint:
-        raise ValueError(f"checkpoint={source!r} was not written by ullme: it holds no {CONTRACT_KEY!r} contract")
+    check_contract(checkpoint, source)
     found = checkpoint[CONTRACT_KEY]
     state = {name.removeprefix(STATE_PREFIX): value for name, value in checkpoint["state_dict"].items()}
     if found["prompts"] != model.prompts.to_dict():

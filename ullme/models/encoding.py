@@ -47,6 +47,13 @@ def embed_blocks(model: ULLME, blocks: Iterable[TokenRows]) -> Iterator[Tensor]:
         yield model(here.input_ids, here.attention_mask)["rep"].float().cpu()
 
 
+def _budget(batch_size: int | None, lengths: list[int], device: torch.device) -> int:
+    """Tokens of a batch."""
+    if batch_size is None:
+        return _BATCH_TOKENS.get(device.type, _BATCH_TOKENS["cuda"])
+    return max(1, batch_size * sum(lengths) // len(lengths))
+
+
 def encode(
     model: ULLME,
     texts: Sequence[str],

@@ -143,7 +143,7 @@ def token_log_probabilities(model: PreTrainedModel, hidden: Tensor, targets: Ten
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return -nn.functional.cross_entropy(logits, ids, reduction="none")  # fused, unlike gather and logsumexp
 
-    if not torch.is_grad_enabled() or not hidden.requires_grad and not _is_trained(head):
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or _is_trained(head)):
         return torch.cat([block(h, t) for h, t in blocks])
     if type(head) is nn.Linear and not _is_trained(head) and not _changes_logits(model):
         return torch.cat([_frozen_head(h, head, t) for h, t in blocks])

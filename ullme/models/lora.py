@@ -1,8 +1,8 @@
 """LoRA (arXiv 2106.09685, eq. 3) next to a frozen linear layer, without passes over memory that it does not need.
 
-PEFT computes ``W x`` and ``s B (A drop(x))`` apart, scales and adds; each of these reads and writes (T, out) numbers, in
-both directions, which costs more than LoRA's multiplications. Here the small product is accumulated into the large one.
-Without dropout and in full precision W + s B A is formed first: then the forward costs what the bare layer costs.
+PEFT computes ``W x`` and ``s B (A drop(x))`` apart, scales and adds; each of these reads and writes (T, out) numbers,
+in both directions, which costs more than LoRA's multiplications. Here the small product is accumulated into the large
+one. Without dropout and in full precision W + s B A is formed first: then the forward costs what the bare layer costs.
 
 PEFT's modules, their names and their files stay: only the class of :class:`peft.tuners.lora.Linear` modules changes.
 """
