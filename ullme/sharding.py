@@ -56,6 +56,11 @@ def split_modules(model: ULLME) -> list[tuple[nn.Module, str, nn.Module]]:
 
 def _prepare(model: Any, device: torch.device, kind: str) -> set[nn.Parameter]:
     """Move the weights that stay whole, which FSDP leaves alone, and start them from rank 0's random numbers."""
+    if model.options.quantization != "none":
+        raise ValueError(
+            f"quantization={model.options.quantization!r}: 4-bit weights are not split over ranks; set "
+            "trainer.strategy=ddp (a copy on each GPU, which is small), or quantization=none"
+        )
     whole = [p for p in model.parameters() if p.requires_grad] if model.options.lora_name is not None else []
     for parameter in whole:
         parameter.data = parameter.data.to(device)

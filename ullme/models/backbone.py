@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from ullme.models.pooling import POOLING_METHODS, PoolingMethod
+from ullme.models.quantization import check_quantization, loading_options
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 Attention = Literal["bidirectional", "causal"]
 AttentionPath = Literal["auto", "packed", "padded", "mask4d"]
+Quantization = Literal["none", "nf4"]
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -44,6 +46,7 @@ class BackboneConfig:
         gradient_checkpointing: recompute the layers in backward instead of keeping their activations.
         attention_path: how bidirectional attention reaches the layers; auto takes the first that passes the probe.
         probe: check at load time that attention is what it should be; false trusts attention_path.
+        quantization: nf4 keeps the frozen LLM in 4 bits (QLoRA; a GPU and the extra ``quantization``), or none.
 
     Raises:
         ValueError: an option is out of its range.
@@ -64,6 +67,7 @@ class BackboneConfig:
     gradient_checkpointing: bool = False
     attention_path: AttentionPath = "auto"
     probe: bool = True
+    quantization: Quantization = "none"
 
     def __post_init__(self) -> None:
         def need(ok: bool, option: str, remedy: str) -> None:
@@ -74,6 +78,7 @@ class BackboneConfig:
         need(self.pooling in POOLING_METHODS, "pooling", f"choose one of {', '.join(POOLING_METHODS)}")
         need(self.attention in ("bidirectional", "causal"), "attention", "choose bidirectional or causal")
         need(self.dtype in DTYPES, "dtype", f"choose one of {', '.join(DTYPES)}")
+        need(self.quantization in ("none", "nf4"), "quantization", "choose none or nf4")
         need(
             self.attention_path in ("auto", "packed", "padded", "mask4d"),
             "attention_path",
@@ -94,7 +99,7 @@ class BackboneConfig:
 
 
 def load_config(options: BackboneConfig) -> PretrainedConfig:
-    """Read config.json and refuse what is no decoder-only LLM, before any weight is read.
+    """Read config.json and refuse what is no decoder-only LLM or cannot be quantised, before any weight is read.
 
     Raises:
         ValueError: nothing to load under this name, another model type than asked for, or not a causal LM.
@@ -105,6 +110,7 @@ def load_config(options: BackboneConfig) -> PretrainedConfig:
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
+    check_quantization(options)
     name = options.model_name_or_path
     with _explained(name, "config.json"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
@@ -163,6 +169,7 @@ def load_backbone(options: BackboneConfig, config: PretrainedConfig) -> PreTrain
             dtype=dtype,
             trust_remote_code=options.trust_remote_code,
             **extra,
+            **loading_options(options),
         )
 
 
