@@ -18,6 +18,7 @@ from torch import Tensor
 from ullme import storage
 from ullme.models.backbone import BackboneConfig
 from ullme.prompts import Prompts
+from ullme.sharding import trainable_shapes
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
@@ -178,9 +179,10 @@ def check_fit(model: ULLME, checkpoint: dict[str, Any], source: str = "ckpt_path
 
 
 def _other_backbone(model: ULLME, found: dict[str, Any]) -> str | None:
-    """What to say if the adapter was trained on other weights; they can only be compared in the same dtype."""
-    same_dtype = found["backbone"].get("dtype") == model.options.dtype
-    if same_dtype and found.get("fingerprint", model.fingerprint) != model.fingerprint:
+    """What to say if the adapter was trained on other weights; they can only be compared in the same types."""
+    stored = found["backbone"]
+    same = (stored.get("dtype"), stored.get("quantization", "none")) == (model.options.dtype, model.options.quantization)
+    if same and found.get("fingerprint", model.fingerprint) != model.fingerprint:
         return (
             f"model_name_or_path={model.options.model_name_or_path!r} holds other weights than "
             f"{found['backbone']['model_name_or_path']!r}, on which this checkpoint was trained"
@@ -201,18 +203,18 @@ def _check_fit(model: ULLME, found: dict[str, Any], state: dict[str, Tensor], so
                 f"checkpoint={str(source)!r} was trained with {key}={theirs!r}, but this model has "
                 f"{key}={mine[part][key]!r}; load it into the backbone and LoRA options it was trained with"
             )
-    own = trainable_state(model)
+    own = trainable_shapes(model)
     missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     if missing or extra:
         raise ValueError(
             f"checkpoint={str(source)!r} does not fit the model: {len(missing)} weights missing {missing[:2]}, "
             f"{len(extra)} unknown {extra[:2]}; lora_target_modules and lora_name must be those of the training"
         )
-    for name, parameter in own.items():
-        if parameter.shape != state[name].shape:
+    for name, shape in own.items():
+        if shape != state[name].shape:
             raise ValueError(
                 f"checkpoint={str(source)!r}: {name} has shape {tuple(state[name].shape)}, the model's is "
-                f"{tuple(parameter.shape)}; lora_r must be that of the training"
+                f"{tuple(shape)}; lora_r must be that of the training"
             )
 
 
