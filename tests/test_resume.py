@@ -25,6 +25,7 @@ from test_training import arguments, logged  # noqa: F401 - arguments is a fixtu
 
 from ullme import cli, storage
 from ullme.module import ULLMEModule
+from ullme.resume import name_wandb_run
 
 # Validation in the middle and at the end of each of two epochs of 6 steps, a checkpoint at other steps; dropout is on.
 RUN = ("--trainer.max_epochs=2", "--checkpoint.every_n_train_steps=2", "--trainer.val_check_interval=3")
@@ -271,12 +272,12 @@ def only_rank(rank: int, then: Callable[[], None]) -> Callable[[], None]:
     return lambda: then() if os.environ["RANK"] == str(rank) else None
 
 
-def terminate_in_step(step: int) -> None:
+def terminate_in_step(step: int, number: int = signal.SIGTERM) -> None:
     inner = ULLMEModule.training_step
 
     def training_step(self, batch, batch_idx):
         if self.global_step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return inner(self, batch, batch_idx)
 
     ULLMEModule.training_step = training_step
@@ -309,6 +310,31 @@ def test_sigterm_saves_and_leaves_with_143(moment, step, start, end_of_whole_run
     assert stored["global_step"] == step
     assert start("run", "second") == 0, (tmp_path / "second.err").read_text()
     assert min(logged(tmp_path / "second", "train/loss")) == step
+    assert_same(end(tmp_path, "run", ["first", "second"]), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("works", [True, False])
+def test_slurms_warning_saves_and_asks_for_another_turn(works, start, end_of_whole_run, tmp_path):
+    expected = end_of_whole_run()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f"#!/bin/sh\necho $* >> {tmp_path / 'asked'}\nexit {0 if works else 1}\n")
+    scontrol.chmod(0o755)
+
+    def in_slurm(then: Callable[[], None] = lambda: None) -> Callable[[], None]:
+        def begin() -> None:
+            os.environ |= {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "ullme", "SLURM_JOB_ID": "77", "SLURM_PROCID": "0"}
+            os.environ |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
+            os.environ["PATH"] = f"{scontrol.parent}:{os.environ['PATH']}"
+            then()
+
+        return begin
+
+    assert start("run", "first", then=in_slurm(lambda: terminate_in_step(4, signal.SIGUSR1))) == 143
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+    assert ("SLURM runs job 77 again" if works else "submit it again") in (tmp_path / "first.out").read_text()
+    assert start("run", "second", then=in_slurm()) == 0, (tmp_path / "second.err").read_text()
     assert_same(end(tmp_path, "run", ["first", "second"]), expected)
 
 
@@ -373,3 +399,21 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line(arguments, tmp_path, caps
     assert f"the last good checkpoint is {last!r}" in said
     monkeypatch.undo()
     cli.main(arguments("run", "--checkpoint.every_n_train_steps=1"))  # room was made
+
+
+def test_a_run_that_goes_on_is_one_run_for_wandb(tmp_path):
+    class Logger:
+        class_path = "lightning.pytorch.loggers.WandbLogger"
+
+        def __init__(self, **options) -> None:
+            self.init_args = options
+
+    first, again, named = Logger(id=None), Logger(id=None), Logger(id="mine")
+    for logger in (first, [again, named], True):
+        name_wandb_run(logger, tmp_path)
+    assert len(first.init_args["id"]) == 12
+    assert again.init_args == first.init_args
+    assert named.init_args["id"] == "mine"
+    other = Logger(id=None)
+    name_wandb_run(other, tmp_path / "other")
+    assert other.init_args != first.init_args

@@ -55,6 +55,7 @@ def test_secrets_reach_no_file_and_no_output(arguments, tmp_path, monkeypatch, c
     for secret in secrets.values():
         assert secret not in said
         assert not [p for p in files if secret.encode() in p.read_bytes()]
+    assert len((tmp_path / "run" / "wandb_run_id").read_text()) == 12
     logged = [p for p in tmp_path.glob("wandb/**/*") if p.is_file()]
     assert logged
     for secret in (secrets["WANDB_API_KEY"], secrets["HF_TOKEN"]):

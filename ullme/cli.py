@@ -13,7 +13,7 @@ import lightning as L
 import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from ullme import refusals, resume, storage
@@ -72,12 +72,14 @@ class ULLMECLI(LightningCLI):
                 "negatives apart; raise data.batch_size instead, GradCache fits any batch into the memory of a chunk"
             )
         if self.subcommand == "fit" and not trainer.fast_dev_run:
-            folder, root = Path(config.checkpoint.dirpath), Path(trainer.default_root_dir or "runs")
+            folder, root = Path(config.checkpoint.dirpath), Path(trainer.default_root_dir)
             storage.check_writable(root)
             now = plain(self._parser("fit"), config)
             self.start_from = resume.checkpoint_to_continue(folder, root, now, config.ckpt_path)
             if self.start_from:
                 rank_zero_info(f"ullme: going on from {self.start_from}")
+            if rank_zero_only.rank == 0:
+                resume.name_wandb_run(trainer.logger, root)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Raises: ValueError: a device, strategy or precision that is not there."""
@@ -102,8 +104,8 @@ class ULLMECLI(LightningCLI):
         """Lightning would read options from the checkpoint here; ours come from the command line alone."""
 
 
-def _checkpoint_folder(root: str | None) -> str:
-    return os.path.join(root or "runs", "checkpoints")
+def _checkpoint_folder(root: str) -> str:
+    return os.path.join(root, "checkpoints")
 
 
 def build(argv: Sequence[str] | None = None, run: bool = True, kind: type[ULLMECLI] = ULLMECLI) -> ULLMECLI:
@@ -117,6 +119,7 @@ def build(argv: Sequence[str] | None = None, run: bool = True, kind: type[ULLMEC
     # Defaults below any config. The sampler cuts global batches itself, so Lightning must not put in its own.
     defaults: dict[str, Any] = {
         "use_distributed_sampler": False,
+        "default_root_dir": "runs",
         "max_epochs": 1,
         "log_every_n_steps": 10,
         "num_sanity_val_steps": 0,

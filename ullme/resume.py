@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ullme.models.checkpoint import CONTRACT_KEY
 
 FINISHED = "finished"  # in a run's checkpoint folder, once it came to its end
 CONFIG_FILE = "config.yaml"
+WANDB_FILE = "wandb_run_id"
 # What makes a run another run: everything under these keys ...
 _TRAINING = ("seed_everything", "model", "data", "loss")
 _TRAINER = ("max_epochs", "max_steps", "max_time", "precision", "limit_train_batches", "overfit_batches")
@@ -67,6 +69,23 @@ def checkpoint_to_continue(folder: Path, run_folder: Path, config: dict[str, Any
     return str(found)
 
 
+def name_wandb_run(logger: Any, run_folder: Path) -> None:
+    """Give a WandbLogger in a configuration the id of this run folder, so that a run that goes on is one run there.
+
+    Args:
+        logger: trainer.logger; its ``init_args.id`` is set where none was given.
+        run_folder: holds the id, once there is one.
+    """
+    for one in logger if isinstance(logger, list) else [logger]:
+        path, options = getattr(one, "class_path", ""), getattr(one, "init_args", None)
+        if not path.endswith("WandbLogger") or options is None or options.get("id") or options.get("version"):
+            continue
+        file = run_folder / WANDB_FILE
+        if not file.is_file():
+            storage.write_atomically(file, lambda stream: stream.write(uuid.uuid4().hex[:12].encode()))
+        options["id"] = file.read_text()
+
+
 def _check_same_run(folder: Path, run_folder: Path, config: dict[str, Any]) -> None:
     """Raises: ValueError: what lies in the folder is not an unfinished run of this configuration."""
     remedy = "give another trainer.default_root_dir, or go on with --ckpt_path last"
@@ -80,7 +99,7 @@ def _check_same_run(folder: Path, run_folder: Path, config: dict[str, Any]) -> N
             f"{remedy}"
         )
     then, now = _flat(_training(yaml.safe_load(saved.read_text()) or {})), _flat(_training(redacted(config)))
-    changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key) and not _FREE.fullmatch(key)]
+    changed = [key for key in sorted(then.keys() & now.keys()) if then[key] != now[key] and not _FREE.fullmatch(key)]
     if changed:
         shown = ", ".join(f"{key}={then.get(key)!r} (now {now.get(key)!r})" for key in changed[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import threading
 import time
 from datetime import timedelta
@@ -11,12 +13,14 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ullme import storage
+from ullme.models.checkpoint import check_contract
 from ullme.resume import FINISHED
 
 TERMINATED = 128 + signal.SIGTERM
@@ -32,8 +36,10 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """``weights_only`` is always true. Raises: ValueError: damaged, or holding more than plain values."""
-        return storage.read(path, "cpu" if map_location is None else map_location)
+        """``weights_only`` is always true. Raises: ValueError: damaged, holding more than plain values, or not ours."""
+        found = storage.read(path, "cpu" if map_location is None else map_location)
+        check_contract(found, path)
+        return found
 
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
@@ -107,7 +113,8 @@ class Checkpoint(ModelCheckpoint):
         self._every_n_train_steps = every_n_train_steps or 0
         self._every_n_epochs = every_n_epochs or (0 if other else 1)
         self._train_time_interval = train_time_interval
-        self._due = self._before_validation = self._told_to_leave = False
+        self._due = self._before_validation = self._told_to_leave = self._requeue = False
+        self._requeue_signal: int | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Settle what to rank by. Raises: ValueError: more than one newest checkpoint is asked for."""
@@ -133,9 +140,14 @@ class Checkpoint(ModelCheckpoint):
         if threading.current_thread() is threading.main_thread():
             # In place of Lightning's, which leaves without saving and speaks to other ranks in the midst of a step.
             signal.signal(signal.SIGTERM, self._note)
+            cluster = trainer._accelerator_connector.cluster_environment
+            if isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue:
+                self._requeue_signal = cluster.requeue_signal or signal.SIGUSR1
+                signal.signal(self._requeue_signal, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
         self._told_to_leave = True
+        self._requeue |= number == self._requeue_signal
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -227,6 +239,20 @@ class Checkpoint(ModelCheckpoint):
             if trainer.is_global_zero:
                 saved = f"saved {self.last_model_path} after step {self._last_global_step_saved}"
                 print(f"SIGTERM: {saved}; the same command goes on from there", flush=True)
+                if self._requeue:
+                    _requeue()
+
+
+def _requeue() -> None:
+    """Ask SLURM to run this job again."""
+    job = os.environ["SLURM_JOB_ID"]
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+        print(f"SLURM runs job {job} again", flush=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"SLURM did not take job {job} back ({error}); submit it again", flush=True)
 
 
 def _validation_follows(trainer: L.Trainer) -> bool:

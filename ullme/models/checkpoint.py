@@ -181,7 +181,8 @@ def check_fit(model: ULLME, checkpoint: dict[str, Any], source: str = "ckpt_path
 def _other_backbone(model: ULLME, found: dict[str, Any]) -> str | None:
     """What to say if the adapter was trained on other weights; they can only be compared in the same types."""
     stored = found["backbone"]
-    same = (stored.get("dtype"), stored.get("quantization", "none")) == (model.options.dtype, model.options.quantization)
+    own = model.options
+    same = (stored.get("dtype"), stored.get("quantization", "none")) == (own.dtype, own.quantization)
     if same and found.get("fingerprint", model.fingerprint) != model.fingerprint:
         return (
             f"model_name_or_path={model.options.model_name_or_path!r} holds other weights than "
