@@ -1,8 +1,9 @@
-"""What accelerators can do at most."""
+"""What accelerators can do at most, and hold."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 # Makers' figures: dense bfloat16 products with float32 sums, in TFLOP/s; the first that fits a name counts.
 _PEAK_TFLOPS: list[tuple[tuple[str, ...], float]] = [
@@ -35,3 +36,33 @@ def peak_tflops(device_name: str) -> float | None:
     """Dense bfloat16 TFLOP/s of a device by its name, such as "NVIDIA A100-SXM4-80GB"; None if it is not known."""
     words = set(re.split(r"[^a-z0-9]+", device_name.lower()))
     return next((peak for needed, peak in _PEAK_TFLOPS if words.issuperset(needed)), None)
+
+
+@dataclass(frozen=True)
+class Device:
+    """An accelerator to plan for.
+
+    Args:
+        name: as a reader knows it.
+        tflops: dense bfloat16 TFLOP/s.
+        memory_gib: what a process can have.
+    """
+
+    name: str
+    tflops: float
+    memory_gib: float
+
+
+DEVICES = {
+    "a100-40gb": Device("A100-40GB", 312, 39.5),
+    "a100-80gb": Device("A100-80GB", 312, 79.2),
+    "h100": Device("H100", 989, 79.2),
+    "h200": Device("H200", 989, 139.8),
+    "b200": Device("B200", 2250, 178),
+    "l40s": Device("L40S", 362, 44.5),
+    "l4": Device("L4", 121, 22.0),
+    "a10g": Device("A10G", 70, 22.0),
+    "a6000": Device("RTX A6000", 155, 47.4),
+    "rtx-4090": Device("RTX 4090", 165, 23.5),
+    "rtx-3090": Device("RTX 3090", 71, 23.5),
+}

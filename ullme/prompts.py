@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 
 from ullme.batch import TokenRows
@@ -175,10 +177,9 @@ class PromptTokenizer:
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int) -> TokenRows:
     """(R, L) block with padding on the right."""
-    width = max(map(len, rows), default=0)
-    input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for n, row in enumerate(rows):
-        input_ids[n, : len(row)] = torch.tensor(row, dtype=torch.long)
-        attention_mask[n, : len(row)] = 1
-    return TokenRows(input_ids, attention_mask)
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    real = torch.arange(max(map(len, rows), default=0)) < lengths[:, None]
+    flat = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum()))
+    input_ids = torch.full(real.shape, pad_token_id, dtype=torch.long)
+    input_ids[real] = torch.from_numpy(flat)
+    return TokenRows(input_ids, real.long())
