@@ -50,6 +50,9 @@ def test_secrets_reach_no_file_and_no_output(arguments, tmp_path, monkeypatch, c
     logger = ["--trainer.logger=WandbLogger", "--trainer.logger.offline=true", f"--trainer.logger.save_dir={tmp_path}"]
     cli.main([*dropped, *logger, "--trainer.logger.notes=swordfish123"])
     said = "".join(capfd.readouterr())
+    import wandb
+
+    wandb.finish()  # else the next test's logger would write into this run
     files = [p for p in (tmp_path / "run").rglob("*") if p.is_file()]
     assert {p.name for p in files} >= {"config.yaml", "last.ckpt"}
     for secret in secrets.values():
