@@ -95,6 +95,11 @@ TRAIN: dict[str, tuple[str, list[str]]] = {
     "no devices": ("--trainer.devices=0", ["trainer.devices", "0"]),
     "devices in words": ("--trainer.devices=two", ["trainer.devices", "two"]),
     "no such strategy": ("--trainer.strategy=warp", ["trainer.strategy", "warp"]),
+    "more shards than ranks": (
+        "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy"
+        " --trainer.strategy.data_parallel_size=4 --trainer.strategy.tensor_parallel_size=1",
+        ["data_parallel_size=4", "trainer.devices=1", "set data_parallel_size to 1"],
+    ),
     "no such precision": ("--trainer.precision=7", ["precision", "7", "bf16-mixed"]),
     "half precision": ("--trainer.precision=16-true", ["trainer.precision='16-true'", "bf16-mixed"]),
     "no end": ("--trainer.max_epochs=-1 --trainer.max_steps=-1", ["trainer.max_epochs=-1", "trainer.max_steps"]),

@@ -41,7 +41,7 @@ def start(arguments, tmp_path):  # noqa: F811
         # a finished logger would write over the losses of the start before
         argv = arguments(name, *RUN, *extra, f"--trainer.logger.save_dir={tmp_path / log}")
         if ranks > 1:
-            argv += [f"--trainer.devices={ranks}", "--trainer.strategy=ddp"]
+            argv.append(f"--trainer.devices={ranks}")
         port = str(free_port())
         processes = []
         for rank in range(ranks):
@@ -102,18 +102,18 @@ def wait(pid: int, within: float) -> int:
 
 
 @pytest.fixture(scope="module")
-def ended() -> dict[int, dict]:
-    """Ends of uninterrupted runs, by the number of their processes."""
+def ended() -> dict[tuple, dict]:
+    """Ends of uninterrupted runs, by their strategy."""
     return {}
 
 
 @pytest.fixture
 def end_of_whole_run(start, tmp_path, ended):
-    def get(ranks: int = 1) -> dict:
-        if ranks not in ended:
-            assert start("whole", "whole", ranks=ranks) == 0, (tmp_path / "whole.err").read_text()
-            ended[ranks] = end(tmp_path, "whole", ["whole"])
-        return ended[ranks]
+    def get(*strategy: str, ranks: int = 1) -> dict:
+        if strategy not in ended:
+            assert start("whole", "whole", *strategy, ranks=ranks) == 0, (tmp_path / "whole.err").read_text()
+            ended[strategy] = end(tmp_path, "whole", ["whole"])
+        return ended[strategy]
 
     return get
 
@@ -257,14 +257,25 @@ def test_killed_at_random_moments(seed, start, end_of_whole_run, tmp_path):
     assert_same(end(tmp_path, "run", logs), expected)
 
 
+FSDP2 = (
+    "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
+    "--trainer.strategy.data_parallel_size=2",
+    "--trainer.strategy.tensor_parallel_size=1",
+    "--trainer.strategy.save_distributed_checkpoint=false",
+    "--trainer.strategy.process_group_backend=gloo",
+)
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_killed_and_terminated(start, end_of_whole_run, tmp_path):
-    expected = end_of_whole_run(ranks=2)
-    assert start("run", "first", ranks=2, then=lambda: before_step(5)) == -signal.SIGKILL
-    assert start("run", "second", ranks=2, then=only_rank(1, lambda: terminate_in_step(6))) == 143
+@pytest.mark.parametrize("strategy", [("--trainer.strategy=ddp",), FSDP2], ids=["ddp", "fsdp2"])
+def test_two_processes_killed_and_terminated(strategy, start, end_of_whole_run, tmp_path):
+    expected = end_of_whole_run(*strategy, ranks=2)
+    assert start("run", "first", *strategy, ranks=2, then=lambda: before_step(5)) == -signal.SIGKILL
+    told = only_rank(1, lambda: terminate_in_step(6))
+    assert start("run", "second", *strategy, ranks=2, then=told) == 143, (tmp_path / "second.err").read_text()
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 7
-    assert start("run", "third", ranks=2) == 0, (tmp_path / "third.err").read_text()
+    assert start("run", "third", *strategy, ranks=2) == 0, (tmp_path / "third.err").read_text()
     assert_same(end(tmp_path, "run", ["first", "second", "third"]), expected)
 
 

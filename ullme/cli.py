@@ -71,6 +71,7 @@ class ULLMECLI(LightningCLI):
                 f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: accumulation would take the "
                 "negatives apart; raise data.batch_size instead, GradCache fits any batch into the memory of a chunk"
             )
+        refusals.check_strategy(trainer)
         if self.subcommand == "fit" and not trainer.fast_dev_run:
             folder, root = Path(config.checkpoint.dirpath), Path(trainer.default_root_dir)
             storage.check_writable(root)

@@ -40,6 +40,25 @@ def check_config_files(argv: Sequence[str]) -> None:
             raise ValueError(f"--config={file}: holds a {type(content).__name__}, not options; write key: value lines")
 
 
+def check_strategy(trainer: Any) -> None:
+    """Before anything is built: the ranks that FSDP2 is told of are those there are.
+
+    Raises:
+        ValueError: they are not.
+    """
+    options = getattr(trainer.strategy, "init_args", None)
+    sizes = [options.get(f"{name}_parallel_size") for name in ("data", "tensor")] if options else []
+    devices = str(trainer.devices)
+    if not (sizes and all(isinstance(size, int) for size in sizes) and devices.isdigit()):
+        return
+    if (told := sizes[0] * sizes[1]) != (ranks := int(devices) * trainer.num_nodes):
+        raise ValueError(
+            f"trainer.strategy.data_parallel_size={sizes[0]} times tensor_parallel_size={sizes[1]} is {told}, but "
+            f"trainer.devices={devices} times trainer.num_nodes={trainer.num_nodes} is {ranks}; set data_parallel_size "
+            f"to {ranks // sizes[1] or ranks}"
+        )
+
+
 def one_line(error: BaseException) -> str:
     """An error's text in one line, without the alternatives that a parser tried before it gave up."""
     lines = [line.strip() for line in str(error).splitlines()]

@@ -55,15 +55,13 @@ def checkpoint_to_continue(folder: Path, run_folder: Path, config: dict[str, Any
         found = candidates[0]
         if asked is None:
             _check_same_run(folder, run_folder, config)
-    if damage := storage.find_damage(found):
-        raise ValueError(
-            f"ckpt_path={str(found)!r} is damaged ({damage}){storage.last_good(found.parent, found)}; go on from a "
-            "good one with --ckpt_path FILE, or start again in another trainer.default_root_dir"
-        )
     try:
-        content = storage.peek(found)
+        content = storage.checked(found)
     except storage.StorageError as error:
-        raise ValueError(f"ckpt_path={error}; give a checkpoint of ullme") from error
+        raise ValueError(
+            f"ckpt_path={error}; go on from a good one with --ckpt_path FILE, or start again in another "
+            "trainer.default_root_dir"
+        ) from error
     if not isinstance(content, dict) or CONTRACT_KEY not in content:
         raise ValueError(f"ckpt_path={str(found)!r} was not written by ullme; give a checkpoint of ullme")
     return str(found)

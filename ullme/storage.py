@@ -99,14 +99,19 @@ def read(path: str | Path, map_location: Any = "cpu") -> Any:
     )
 
 
-def peek(path: str | Path) -> Any:
-    """The content without reading the tensors. Raises: StorageError: it holds objects that would run code."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise StorageError(
-            f"{str(path)!r} holds objects that are refused because loading them would run code"
-        ) from error
+def checked(path: str | Path) -> Any:
+    """The content, its checksums compared, with tensors that stay in the file until they are used.
+
+    Raises:
+        StorageError: damaged, or holding objects whose loading would run code.
+    """
+    path = Path(path)
+    if (damage := find_damage(path)) is None:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # whatever a foreign file makes of torch
+            damage = f"{type(error).__name__}; it holds objects that are refused because loading them would run code"
+    raise StorageError(f"{str(path)!r} is damaged, cut short or foreign ({damage}){last_good(path.parent, path)}")
 
 
 def find_damage(path: str | Path) -> str | None:
