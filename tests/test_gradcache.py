@@ -90,6 +90,24 @@ def test_replay_reproduces_dropout_exactly(make_model):
     assert (again.queries - first[0][:2]).abs().max() > 1e-3  # dropout was on, and the state moved on
 
 
+@pytest.mark.parametrize("held", [1, 3])
+def test_held_graphs_change_nothing_and_are_not_embedded_again(make_model, held):
+    """With dropout: a held chunk has the random numbers that its first forward drew."""
+    model = make_model(lora_dropout=0.3).double().train()
+    batch, calls, found = make_batch(), [], []
+
+    def embed(rows: TokenRows) -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        return embedder(model)(rows)
+
+    for count in (0, held):
+        torch.manual_seed(1)
+        GradCache(embed, InfoNCE()).step(batch, chunk_slices(batch, 2, None), held=count)
+        found.append(gradients(model))
+    assert calls == [False] * 3 + [True] * 3 + [True] * held + [False] * (3 - held) + [True] * (3 - held)
+    assert_same_gradients(found[1], found[0], 1e-10)
+
+
 def test_gradient_with_dropout_is_that_of_the_loss_it_reports(make_model):
     """Finite difference along one direction, with the random state of the step restored."""
     model = make_model("gpt2", lora_dropout=0.3).double().train()  # Llama's norm would round to float32

@@ -169,5 +169,11 @@ class Representations:
 
     def as_leaves(self) -> Representations:
         """The same values, detached and collecting gradients."""
-        queries, passages = self.queries.detach().requires_grad_(), self.passages.detach().requires_grad_()
-        return Representations(queries, passages, self.passage_keys)
+        leaves = self.detach()
+        leaves.queries.requires_grad_()
+        leaves.passages.requires_grad_()
+        return leaves
+
+    def detach(self) -> Representations:
+        """The same values without their graph."""
+        return Representations(self.queries.detach(), self.passages.detach(), self.passage_keys)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 # Makers' figures: dense bfloat16 products with float32 sums, in TFLOP/s; the first that fits a name counts.
 _PEAK_TFLOPS: list[tuple[tuple[str, ...], float]] = [
@@ -66,3 +69,22 @@ DEVICES = {
     "rtx-4090": Device("RTX 4090", 165, 23.5),
     "rtx-3090": Device("RTX 3090", 71, 23.5),
 }
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that a process can still take: on CUDA what nobody has, and what its own allocator holds unused."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    import psutil
+
+    return min([psutil.virtual_memory().available, *_container_room()])
+
+
+def _container_room() -> list[float]:
+    """What a container's limit leaves (cgroup version 2); nothing where there is none."""
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        return [] if limit == "max" else [float(limit) - float(used)]
+    except (OSError, ValueError):
+        return []

@@ -94,12 +94,14 @@ class GradCache:
         self.embed, self.loss, self.chunk_loss = embed, loss, chunk_loss
         self.backward, self.no_sync = backward, no_sync
 
-    def step(self, batch: Batch, slices: list[slice], idle: int = 0) -> None:
+    def step(self, batch: Batch, slices: list[slice], held: int = 0, idle: int = 0) -> None:
         """Add the gradient of ``loss`` + Σ ``chunk_loss`` to the parameters' ``.grad``.
 
         Args:
             batch: the whole batch of this rank.
             slices: the chunks, see :func:`chunk_slices`.
+            held: the first so many chunks are embedded once, with gradient, and their graphs held until phase 3:
+                memory for speed.
             idle: chunks that other ranks have more than this one. A sharded model's ranks do every forward and
                 backward together, so this rank goes along with one query that counts for nothing.
         """
@@ -110,8 +112,9 @@ class GradCache:
             for n, chunk in enumerate(chunks):
                 self._add_chunk_loss(chunk, None, last=n == len(chunks) - 1)
             return
-        reps, states = self.embed_without_gradient([*chunks, *[batch[:1]] * idle])
-        reps = reps[: len(batch)]
+        graphs = [embed_batch(self.embed, chunk) for chunk in chunks[:held]]
+        parts, states = self.embed_without_gradient([*chunks[held:], *[batch[:1]] * idle])
+        reps = Representations.cat([*(graph.detach() for graph in graphs), *parts])[: len(batch)]
         gradients = self.cache_gradients(reps)
         after = RandomState()
         nothing = Representations(torch.zeros_like(reps.queries), torch.zeros_like(reps.passages), reps.passage_keys)
@@ -119,17 +122,22 @@ class GradCache:
             if self.chunk_loss is not None:
                 self._add_chunk_loss(batch[:1], reps[:1], last=False, share=0.0)
             self.replay(batch[:1], nothing[:1], last=False)
-        for n, (chunk, part, state) in enumerate(zip(chunks, slices, states[: len(chunks)], strict=True)):
+        for n, (chunk, part) in enumerate(zip(chunks, slices, strict=True)):
+            last = n == len(chunks) - 1
             if self.chunk_loss is not None:
                 after.restore()
                 self._add_chunk_loss(chunk, reps[part], last=False, gradients=gradients[part])
                 after = RandomState()
-            state.restore()
-            self.replay(chunk, gradients[part], last=n == len(chunks) - 1)
+            if graphs:
+                with nullcontext() if last else self.no_sync():
+                    self._pull(graphs.pop(0), gradients[part])
+            else:
+                states[n - held].restore()
+                self.replay(chunk, gradients[part], last)
         after.restore()
 
     @torch.no_grad()
-    def embed_without_gradient(self, chunks: Iterable[Batch]) -> tuple[Representations, list[RandomState]]:
+    def embed_without_gradient(self, chunks: Iterable[Batch]) -> tuple[list[Representations], list[RandomState]]:
         """Phase 1: the representations of all chunks, and the random state in front of each."""
         assert self.embed is not None
         parts, states = [], []
@@ -138,7 +146,7 @@ class GradCache:
             parts.append(embed_batch(self.embed, chunk))
         # Autocast may keep the half-precision copies of weights that it made here, without gradient, for later use.
         torch.clear_autocast_cache()
-        return Representations.cat(parts), states
+        return parts, states
 
     def cache_gradients(self, reps: Representations) -> Representations:
         """Phase 2: the gradient of ``loss`` with respect to every representation."""
@@ -171,6 +179,9 @@ class GradCache:
         """Phase 3: a chunk again, with gradient."""
         assert self.embed is not None
         with nullcontext() if last else self.no_sync():
-            reps = embed_batch(self.embed, chunk)
-            surrogate = (reps.queries * gradients.queries).sum() + (reps.passages * gradients.passages).sum()
-            self.backward(surrogate)
+            self._pull(embed_batch(self.embed, chunk), gradients)
+
+    def _pull(self, reps: Representations, gradients: Representations) -> None:
+        """Back-propagate the cached gradients through a chunk's graph."""
+        surrogate = (reps.queries * gradients.queries).sum() + (reps.passages * gradients.passages).sum()
+        self.backward(surrogate)

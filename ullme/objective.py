@@ -89,8 +89,9 @@ class Objective:
         slices: list[slice],
         backward: Backward = Tensor.backward,
         no_sync: Callable[[], AbstractContextManager] = nullcontext,
+        held: int = 0,
     ) -> Logs:
-        """As :meth:`full_batch`, in the memory of one chunk. ``slices`` are the chunks."""
+        """As :meth:`full_batch`, in the memory of one chunk, ``slices``, and of the first ``held`` chunks' graphs."""
         logs: Logs = {}
         engine = GradCache(
             embed=embedder(model) if self.uses_reps else None,
@@ -99,7 +100,7 @@ class Objective:
             backward=backward,
             no_sync=no_sync,
         )
-        engine.step(batch, slices, idle=most(len(slices), batch.row_ids.device) - len(slices))
+        engine.step(batch, slices, held, idle=most(len(slices), batch.row_ids.device) - len(slices))
         return self._total(logs)
 
     def _total(self, logs: Logs) -> Logs:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 
 from ullme.batch import Batch
+from ullme.callbacks.settle import settle
+from ullme.chunking import Chunking
 from ullme.losses import InfoNCE, Term
 from ullme.objective import Logs, Objective
 from ullme.reference import AdaptersOff, Cached, FrozenCopy, Reference
@@ -44,6 +47,7 @@ class LossCallback(L.Callback, ABC):
         share_prompts: bool = True,
     ) -> None:
         terms = [InfoNCE()] if terms is None else terms
+        self.chunking: Chunking | None = None
         self.objective = Objective(terms, make_reference(reference, cache_reference), share_prompts)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -68,6 +72,34 @@ class LossCallback(L.Callback, ABC):
             self._check_lengths(model, data)
         negatives = getattr(data, "num_hard_negatives", 1)
         self.objective.check(model, negatives, str(trainer.precision))  # type: ignore[arg-type]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: ULLMEModule) -> None:  # type: ignore[override]
+        """Choose what is left to ``auto``, unless a checkpoint brought the choice: sums round by it."""
+        options = pl_module.model.options  # type: ignore[union-attr]
+        if self.chunking is None and (self.settled_tokens(1, 1) is None or options.gradient_checkpointing == "auto"):
+            self.chunking = settle(trainer, pl_module, self)
+        if self.chunking is not None:
+            self.use(self.chunking)
+            if self.chunking.checkpointing and options.gradient_checkpointing == "auto":
+                pl_module.model.recompute_layers()  # type: ignore[union-attr]
+
+    def settled_tokens(self, query_tokens: int, queries: int) -> int | None:
+        """The most tokens in memory at once, if the options say it.
+
+        Args:
+            query_tokens: the most that a query and its candidates may have.
+            queries: of a batch, on one rank.
+        """
+        return None
+
+    def use(self, chunking: Chunking) -> None:
+        """Take what was chosen for what the options leave open."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.chunking is None else asdict(self.chunking)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.chunking = Chunking(**state_dict) if state_dict else None
 
     def _check_lengths(self, model: Any, data: Any) -> None:
         longest = {name: getattr(data, name, 0) for name in ("query_max_length", "passage_max_length")}

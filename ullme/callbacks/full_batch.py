@@ -17,3 +17,6 @@ class FullBatch(LossCallback):
 
     def backward(self, module: ULLMEModule, batch: Batch) -> Logs:
         return self.objective.full_batch(module.model, batch, module.manual_backward)
+
+    def settled_tokens(self, query_tokens: int, queries: int) -> int:
+        return queries * query_tokens

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 
+from ullme import sharding
 from ullme.batch import Batch
 from ullme.callbacks.base import LossCallback, ReferenceChoice
+from ullme.chunking import Chunking
 from ullme.distributed import any_rank, world
 from ullme.gradcache import RandomState, chunk_slices
 from ullme.losses import Term
@@ -31,6 +34,8 @@ class GradCache(LossCallback):
         terms: the terms of the objective; None is InfoNCE alone.
         chunk_size: queries in a chunk, each with all its candidates; null leaves it to chunk_tokens.
         chunk_tokens: real tokens in a chunk, for an even use of memory whatever the lengths; chunk_size goes first.
+            auto takes the largest that fits before training starts, says so, and embeds as many chunks only once as
+            the rest of the memory holds: a batch that fits whole is done without GradCache's first forward.
         reference: as in :class:`~ullme.callbacks.LossCallback`.
         cache_reference: likewise.
         share_prompts: likewise.
@@ -45,7 +50,7 @@ class GradCache(LossCallback):
         self,
         terms: list[Term] | None = None,
         chunk_size: int | None = None,
-        chunk_tokens: int | None = 16384,
+        chunk_tokens: int | Literal["auto"] | None = "auto",
         reference: ReferenceChoice = "adapters_off",
         cache_reference: str | None = None,
         share_prompts: bool = True,
@@ -55,12 +60,21 @@ class GradCache(LossCallback):
         if chunk_size is not None:
             chunk_tokens = None
         for name, value in (("chunk_size", chunk_size), ("chunk_tokens", chunk_tokens)):
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"loss.{name}={value}: must be at least 1")
         if chunk_size is None and chunk_tokens is None:
             raise ValueError("loss.chunk_size=null and loss.chunk_tokens=null: give one of them")
-        self.chunk_size, self.chunk_tokens = chunk_size, chunk_tokens
+        self.chunk_size = chunk_size
+        self.chunk_tokens: int | None = None if chunk_tokens == "auto" else chunk_tokens
         self.on_oom = on_oom
+        self.held_tokens = 0
+
+    def settled_tokens(self, query_tokens: int, queries: int) -> int | None:
+        return self.chunk_size * query_tokens if self.chunk_size else self.chunk_tokens
+
+    def use(self, chunking: Chunking) -> None:
+        if self.chunk_size is None and self.chunk_tokens is None:
+            self.chunk_tokens, self.held_tokens = chunking.chunk_tokens, chunking.held_tokens
 
     def _fits(self, batch: Batch) -> bool:
         """Whether the graphs of embedding and generation fit together, so that no forward has to be done twice."""
@@ -101,9 +115,18 @@ class GradCache(LossCallback):
             )
         log.warning("out of memory in step %d: loss.%s=%d from here on, it was %d (%s)", step, name, half, used, reason)
         setattr(self, name, half)
+        self.held_tokens = 0
 
     def _backward(self, module: ULLMEModule, batch: Batch) -> Logs:
         slices = chunk_slices(batch, self.chunk_size, self.chunk_tokens)
         if not any_rank(len(slices) > 1 or not self._fits(batch), batch.row_ids.device):
             return self.objective.full_batch(module.model, batch, module.manual_backward)
-        return self.objective.grad_cache(module.model, batch, slices, module.manual_backward, self.no_sync(module))
+        held = self._held(batch, slices) if sharding.split_by(module.model) is None else 0
+        return self.objective.grad_cache(
+            module.model, batch, slices, module.manual_backward, self.no_sync(module), held
+        )
+
+    def _held(self, batch: Batch, slices: list[slice]) -> int:
+        """How many chunks' graphs fit into what memory is left."""
+        tokens = np.cumsum([batch[s].num_tokens for s in slices]) if self.held_tokens else np.array([])
+        return int(np.searchsorted(tokens, self.held_tokens, side="right"))

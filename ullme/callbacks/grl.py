@@ -79,7 +79,7 @@ class GRL(GradCache):
         generation_temperature: float = 1.0,
         detach_generation: bool = False,
         chunk_size: int | None = None,
-        chunk_tokens: int | None = 16384,
+        chunk_tokens: int | Literal["auto"] | None = "auto",
         reference: ReferenceChoice = "adapters_off",
         cache_reference: str | None = None,
         share_prompts: bool = True,

@@ -43,7 +43,8 @@ class BackboneConfig:
         dtype: of the weights: auto (as stored), float32, bfloat16, float16, float64. Adapters stay in float32.
         attn_implementation: transformers' choice (sdpa, eager, flash_attention_2 ...); null lets it choose.
         trust_remote_code: run code that comes with the model.
-        gradient_checkpointing: recompute the layers in backward instead of keeping their activations.
+        gradient_checkpointing: recompute the layers in backward instead of keeping their activations; auto does so
+            only where training would not fit otherwise.
         attention_path: how bidirectional attention reaches the layers; auto takes the first that passes the probe.
         probe: check at load time that attention is what it should be; false trusts attention_path.
         quantization: nf4 keeps the frozen LLM in 4 bits (QLoRA; a GPU and the extra ``quantization``), or none.
@@ -64,7 +65,7 @@ class BackboneConfig:
     dtype: str = "auto"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = False
     attention_path: AttentionPath = "auto"
     probe: bool = True
     quantization: Quantization = "none"

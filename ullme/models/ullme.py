@@ -72,10 +72,15 @@ class ULLME(nn.Module):
         self._head_checked = False
         self.fingerprint = backbone.fingerprint(model)
         self.llm = backbone.add_adapter(model, self.options)
-        if self.options.gradient_checkpointing:
-            # Reentrant checkpointing would need inputs that require gradients; frozen embeddings give none.
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})  # transformers 5.2x renamed it
+        if self.options.gradient_checkpointing is True:
+            self.recompute_layers()
+
+    def recompute_layers(self) -> None:
+        """Gradient checkpointing, from here on."""
+        model = self.causal_lm
+        # Reentrant checkpointing would need inputs that require gradients; frozen embeddings give none.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})  # transformers 5.2x renamed it
 
     def _attention_path(self, model: PreTrainedModel) -> str:
         wanted, causal = self.options.attention_path, self.options.attention == "causal"

@@ -1,0 +1,115 @@
+"""``auto``: what is chosen follows what is free, and changes no gradient."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from test_gradcache import assert_same_gradients, gradients, make_batch
+from test_objective import with_generation
+
+from ullme import chunking
+from ullme.callbacks import GRL
+from ullme.callbacks.gradcache import GradCache
+from ullme.chunking import Chunking, choose, try_out
+from ullme.flops import meta_model
+from ullme.gradcache import chunk_slices
+from ullme.losses import DPO, KL, InfoNCE
+from ullme.memory import activations
+from ullme.objective import Objective
+
+GIB = 2**30
+QUERY = 600  # tokens of the largest query with its passages
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model(gradient_checkpointing="auto").train()
+
+
+def bytes_of(model, checkpointing: bool) -> float:
+    counted = activations(meta_model(model.causal_lm.config, model.options), torch.float32)
+    return counted.peak(1, checkpointing)
+
+
+def test_more_memory_gives_larger_chunks_then_held_graphs_and_never_needless_checkpointing(model):
+    fixed = chunking._fixed(model, "cpu")
+    each = bytes_of(model, False)
+    small = choose(model, False, QUERY, None, free=2 * (fixed + 1.2 * 1000 * each))
+    large = choose(model, False, QUERY, None, free=2 * (fixed + 1.2 * 9000 * each))
+    assert QUERY <= small.chunk_tokens <= 1.2 * 1000
+    assert small.held_tokens < small.chunk_tokens < large.chunk_tokens == chunking._MOST["cpu"] < large.held_tokens
+    assert not small.checkpointing
+    assert not large.checkpointing
+
+
+def test_checkpointing_where_the_smallest_chunk_would_not_fit(model):
+    fixed = chunking._fixed(model, "cpu")
+    free = 2 * (fixed + 1.1 * 0.9 * QUERY * bytes_of(model, False))
+    found = choose(model, False, QUERY, None, free=free)
+    assert found.checkpointing
+    assert found.chunk_tokens >= QUERY
+    assert found.held_tokens == 0
+    free = 2 * (fixed + 1.1 * 9 * QUERY * bytes_of(model, False))
+    fixed_choice = choose(model, False, QUERY, 10 * QUERY, free=free)  # chunks that the config gives
+    assert fixed_choice.checkpointing
+    assert fixed_choice.chunk_tokens == 10 * QUERY
+
+
+def test_explicit_checkpointing_stays(make_model):
+    for wanted in (True, False):
+        model = make_model(gradient_checkpointing=wanted)
+        assert choose(model, False, QUERY, None, free=10 * GIB).checkpointing is wanted
+
+
+def test_nothing_fits(model):
+    with pytest.raises(ValueError, match=r"chunk_tokens=auto.*one query.*data\.passage_max_length"):
+        choose(model, False, 10**6, None, free=0.1 * GIB)
+
+
+def test_the_trial_halves_until_it_fits_and_leaves_nothing(model, monkeypatch):
+    terms = Objective([InfoNCE(), DPO(), KL()])
+    tried = []
+    original = Objective.grad_cache
+
+    def limited(self, model, batch, slices, *args, **kwargs):
+        tried.append(batch.num_tokens)
+        if batch.num_tokens > 150:
+            raise torch.OutOfMemoryError("no")
+        return original(self, model, batch, slices, *args, **kwargs)
+
+    monkeypatch.setattr(Objective, "grad_cache", limited)
+    found = try_out(model, terms, Chunking(400, 1000, False), passages=3, passage_tokens=10, autocast=nullcontext)
+    assert found == Chunking(100, 0, False)
+    assert tried == [400, 200, 80]
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(torch.OutOfMemoryError):
+        try_out(model, terms, Chunking(400, 0, False), passages=9, passage_tokens=100, autocast=nullcontext)
+
+
+@pytest.mark.parametrize("held", [0, 70, 10**6])
+def test_held_chunks_change_no_gradient(make_model, held):
+    model = make_model("gpt2", lora_dropout=0.0).double().train()
+    batch, loss = with_generation(make_batch()), GRL(chunk_tokens=60)
+    slices = chunk_slices(batch, None, 60)
+    assert len(slices) > 2
+    loss.objective.full_batch(model, batch)
+    expected = gradients(model)
+    loss.held_tokens = held
+    count = loss._held(batch, slices)
+    assert (count == 0) if held == 0 else (count == len(slices)) if held > 1000 else (0 < count < len(slices))
+    loss.objective.grad_cache(model, batch, slices, held=count)
+    assert_same_gradients(gradients(model), expected, 1e-10)
+
+
+def test_a_checkpoint_brings_the_choice():
+    loss, resumed = GradCache(), GradCache()
+    assert loss.state_dict() == {}
+    loss.chunking = Chunking(123, 45, False)
+    resumed.load_state_dict(loss.state_dict())
+    resumed.use(resumed.chunking)
+    assert (resumed.chunk_tokens, resumed.held_tokens) == (123, 45)
+    explicit = GradCache(chunk_tokens=77)
+    explicit.use(Chunking(123, 45, False))
+    assert (explicit.chunk_tokens, explicit.held_tokens) == (77, 0)

@@ -1,0 +1,44 @@
+"""What a config leaves to ``auto``, chosen for the run at hand before its first step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+
+from ullme import sharding
+from ullme.chunking import Chunking, choose, try_out
+from ullme.devices import free_memory
+from ullme.distributed import most
+from ullme.memory import GIB
+
+if TYPE_CHECKING:
+    from ullme.callbacks.base import LossCallback
+    from ullme.module import ULLMEModule
+
+
+def settle(trainer: L.Trainer, module: ULLMEModule, loss: LossCallback) -> Chunking:
+    """The largest chunk that fits every rank's device, and whether layers have to be recomputed; tried out on CUDA.
+
+    Raises:
+        ValueError: not even one query fits.
+    """
+    model, data = module.model, trainer.datamodule  # type: ignore[attr-defined]
+    assert model is not None
+    passages = 1 + getattr(data, "num_hard_negatives", 8)
+    passage_tokens = getattr(data, "passage_max_length", 256)
+    query_tokens = getattr(data, "query_max_length", 64) + passages * passage_tokens
+    queries = max(1, getattr(data, "batch_size", 512) // trainer.world_size)
+    free = -most(-int(free_memory(model.device)), model.device)
+    half = trainer.precision == "bf16-mixed"
+    chunking = choose(model, half, query_tokens, loss.settled_tokens(query_tokens, queries), free)
+    if model.device.type == "cuda" and sharding.split_by(model) is None:
+        context = trainer.precision_plugin.forward_context
+        chunking = try_out(model, loss.objective, chunking, passages, passage_tokens, context)
+    layers = "are recomputed in backward" if chunking.checkpointing else "keep their activations"
+    rank_zero_info(
+        f"auto: {free / GIB:.1f} GiB are free on {model.device}, so chunks have {chunking.chunk_tokens} tokens, the "
+        f"graphs of {chunking.held_tokens} more are held, and layers {layers}"
+    )
+    return chunking

@@ -1,0 +1,152 @@
+"""How much of a batch may be in memory at once: ``chunk_tokens: auto`` and ``gradient_checkpointing: auto``.
+
+What a token leaves behind is counted from the model's own graph (:mod:`ullme.memory`), what is free is asked of the
+device. Knows no Lightning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ullme.batch import Batch, GenerationRows, TokenRows
+from ullme.devices import free_memory
+from ullme.flops import meta_model
+from ullme.memory import FRAGMENTATION, GIB, Activations, activations
+from ullme.models.likelihood import _BLOCK_LOGITS
+from ullme.objective import Objective
+from ullme.reference import Reference
+
+if TYPE_CHECKING:
+    from ullme.models.ullme import ULLME
+
+# The share of what is free that is planned with: an accelerator is ours alone, a CPU's memory is everybody's.
+_USABLE = {"cpu": 0.5, "cuda": 0.9}
+# Chunks beyond this are no faster: a CPU leaves its cache, a GPU has been full for long.
+_MOST = {"cpu": 2048, "cuda": 65536}
+# Chunks below this leave a GPU idle; where they would not fit, layers are recomputed instead.
+_LEAST = {"cpu": 512, "cuda": 4096}
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """What was chosen.
+
+    Args:
+        chunk_tokens: real tokens in a chunk.
+        held_tokens: tokens whose graphs may be held besides a chunk's, so that they are embedded only once.
+        checkpointing: recompute the layers in backward.
+    """
+
+    chunk_tokens: int
+    held_tokens: int
+    checkpointing: bool
+
+
+def choose(
+    model: ULLME, half: bool, largest_query: int, chunk_tokens: int | None, free: float | None = None
+) -> Chunking:
+    """The largest chunk that fits, and whether it has to be recomputed layer by layer.
+
+    Args:
+        model: on the device that trains it.
+        half: whether products are computed in bfloat16 by autocast.
+        largest_query: the most tokens that a query and its candidates may have: the smallest chunk possible.
+        chunk_tokens: a chunk that is settled; None asks for one.
+        free: bytes; None asks the device.
+
+    Raises:
+        ValueError: not even one query fits.
+    """
+    kind = "cpu" if model.device.type == "cpu" else "cuda"
+    dtype = next(model.causal_lm.parameters()).dtype
+    acts = activations(meta_model(model.causal_lm.config, model.options, dtype), torch.bfloat16 if half else dtype)
+    room = _USABLE[kind] * (free_memory(model.device) if free is None else free)
+    room = (room - _fixed(model, kind)) / (1 + FRAGMENTATION) * (1 if model.attention_path == "packed" else 0.5)
+    wanted = model.options.gradient_checkpointing
+    enough = max(largest_query, chunk_tokens or _LEAST[kind])
+    checkpointing = _bytes(acts, False) * enough > room if wanted == "auto" else bool(wanted)
+    each = _bytes(acts, checkpointing)
+    if chunk_tokens is None:
+        chunk_tokens = int(min(room // each, max(_MOST[kind], largest_query)))
+        if chunk_tokens < largest_query:
+            raise ValueError(
+                f"loss.chunk_tokens=auto: {max(room, 0) / GIB:.1f} GiB can be planned with, and one query with its "
+                f"passages may take {largest_query * each / GIB:.1f} GiB ({largest_query} tokens); lower "
+                "data.passage_max_length or data.num_hard_negatives, or take a device with more memory"
+            )
+    held = 0 if checkpointing else int(max(0, room - each * chunk_tokens) // acts.saved)
+    return Chunking(chunk_tokens, held, checkpointing)
+
+
+def try_out(
+    model: ULLME,
+    objective: Objective,
+    chunking: Chunking,
+    passages: int,
+    passage_tokens: int,
+    autocast: Callable[[], AbstractContextManager],
+) -> Chunking:
+    """Run a chunk of random tokens, and half of it as long as memory does not suffice; nothing is learned from it.
+
+    Args:
+        model: on the device that trains it.
+        objective: of the run; π_ref is left out.
+        chunking: what to try.
+        passages: candidates of a query.
+        passage_tokens: of each.
+        autocast: what a step runs under.
+    """
+    terms = Objective(objective.terms, _NoReference(), objective.share_prompts)
+    while True:
+        batch = _random_batch(model, chunking.chunk_tokens, passages, passage_tokens)
+        try:
+            with autocast():
+                terms.grad_cache(model, batch, [slice(0, len(batch))])
+            return chunking
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+        finally:
+            for parameter in model.parameters():
+                parameter.grad = None
+            if model.device.type == "cuda":
+                torch.cuda.empty_cache()
+        chunking = replace(chunking, chunk_tokens=chunking.chunk_tokens // 2, held_tokens=0)
+
+
+class _NoReference(Reference):
+    def prepare(self, model: ULLME, precision: str) -> None: ...
+
+    def logps(self, model: ULLME, batch: Batch, mask: Tensor, share_prompts: bool) -> Tensor:
+        return torch.zeros(mask.shape, device=mask.device)
+
+
+def _random_batch(model: ULLME, tokens: int, passages: int, passage_tokens: int) -> Batch:
+    """Queries as long as their passages, so many that a chunk of ``tokens`` holds them."""
+    queries = max(1, tokens // ((1 + passages) * passage_tokens))
+    vocabulary = model.causal_lm.get_input_embeddings().weight.shape[0]
+
+    def rows(n: int) -> TokenRows:
+        ids = torch.randint(vocabulary, (n, passage_tokens))
+        return TokenRows(ids, torch.ones_like(ids))
+
+    keys = torch.arange(queries * passages).view(queries, passages)
+    asked, answers = rows(queries), rows(queries * passages)
+    return Batch(asked, answers, keys, torch.arange(queries), GenerationRows(asked, answers)).to(model.device)
+
+
+def _bytes(acts: Activations, checkpointing: bool) -> float:
+    """Of one token at the height of forward and backward."""
+    return acts.peak(1, checkpointing)
+
+
+def _fixed(model: ULLME, kind: str) -> float:
+    """Bytes that training takes whatever the chunk: gradients, AdamW's moments, a block of logits."""
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return 3 * trained + 12 * _BLOCK_LOGITS[kind]
