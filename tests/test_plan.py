@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,6 +78,18 @@ def test_an_open_chunk_becomes_the_largest_that_fits(job):
         assert not doubled.fits
         assert "does NOT fit" in describe(doubled)
     assert found[1.25] < found[1.5]
+
+
+def test_layers_are_recomputed_only_where_memory_needs_it(job):
+    many = with_(job, batch_size=2000, options=replace(job.options, gradient_checkpointing="auto"))
+    least = make_plan(with_(job, batch_size=2000, chunk_tokens=4096), SMALL).memory.total / GIB / 0.92
+    roomy, tight = (make_plan(many, Device("d", 1.0, room)) for room in (1.001 * least, 0.999 * least))
+    assert roomy.fits
+    assert not roomy.job.options.gradient_checkpointing
+    assert tight.fits
+    assert tight.job.options.gradient_checkpointing
+    assert tight.seconds == roomy.seconds  # utilisation is of model FLOPs
+    assert tight.busy > roomy.busy
 
 
 def test_chunks_of_queries_and_none(job):

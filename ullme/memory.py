@@ -22,6 +22,8 @@ GIB = 2**30
 CONTEXT = 0.8 * GIB
 # What an allocator of caching blocks leaves unused, as a share of what is allocated for a step.
 FRAGMENTATION = 0.08
+# A weight in NF4: half a byte, and float32 scales of blocks of 64 in a second quantization (arXiv 2305.14314).
+_NF4_BYTES = 0.516
 _PROBE_TOKENS = 256
 _ATTENTION = "ullme_fused_shapes"
 
@@ -182,6 +184,7 @@ def predict(
     together: bool,
     head_logits: float,
     similarities: float,
+    quantized: bool = False,
     cuda: bool = True,
 ) -> Memory:
     """Put together what a step takes.
@@ -200,11 +203,16 @@ def predict(
         together: both are alive at once (no GradCache).
         head_logits: logits at once.
         similarities: float32 numbers that representations and their similarities take.
+        quantized: the LLM's linear layers hold NF4 numbers, and one at a time is put into ``compute_bytes``.
         cuda: whether there is a context.
     """
     base = cost.parameters - (0 if cost.full else cost.trainable)
     trained_bytes = weight_bytes if cost.full else 4  # PEFT keeps adapters in float32
     gathered = 2 * cost.linear / acts.layers * weight_bytes if shards > 1 else 0
+    frozen = base * weight_bytes
+    if quantized:
+        frozen -= cost.linear * (weight_bytes - _NF4_BYTES)
+        gathered += cost.linear / acts.layers * compute_bytes
     # autocast keeps the weights once more in its own dtype, for backward
     cast = cost.linear * compute_bytes if compute_bytes < weight_bytes else 0
     adapter = 0 if cost.full else cost.trainable * trained_bytes
@@ -214,9 +222,9 @@ def predict(
     head = head_logits * (2 * compute_bytes + 2 * 4)
     step = activations + head
     return Memory(
-        weights=base * weight_bytes / shards + adapter + gathered + cast,
+        weights=frozen / shards + adapter + gathered + cast,
         training=training,
-        reference=base * weight_bytes / shards if frozen_copy else 0,
+        reference=frozen / shards if frozen_copy else 0,
         activations=activations,
         head=head,
         batch=similarities * 4,

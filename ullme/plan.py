@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 # The share of a device's memory that may be planned with; the rest is for what no model foresees.
 USABLE = 0.92
-# Chunks that are tried where the configuration leaves the size open.
-_CHUNKS = [2**n for n in range(17, 9, -1)]
+# Chunks that are tried where the configuration leaves the size open; smaller ones only where nothing else helps.
+_CHUNKS = [2**n for n in range(16, 9, -1)]
+_LEAST = 2**12
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Job:
         query_max_length: in tokens.
         passage_max_length: in tokens.
         chunk_size: queries in a chunk, or None.
-        chunk_tokens: tokens in a chunk; None for the largest that fits.
+        chunk_tokens: tokens in a chunk; None for the largest that fits, if chunk_size is None too.
         full_batch: no chunks.
         frozen_copy: π_ref is a second LLM.
         half: products are computed in bfloat16.
@@ -149,14 +150,24 @@ def make_plan(job: Job, device: Device, count: int = 1, fsdp: bool = False, mfu:
     model = meta_model(job.config, job.options, weight_dtype)
     cost = count_weights(model, job.options)
     acts = activations(model, torch.bfloat16 if job.half else weight_dtype)
-    open_size = job.chunk_tokens is None and job.chunk_size is None and not job.full_batch
-    plan = None
-    for tokens in _CHUNKS if open_size else [job.chunk_tokens]:
-        plan = _plan(replace(job, chunk_tokens=tokens), batch, cost, acts, device, count, fsdp, mfu)
+    for choice in _choices(job):
+        plan = _plan(choice, batch, cost, acts, device, count, fsdp, mfu)
         if plan.fits:
             break
-    assert plan is not None
     return plan
+
+
+def _choices(job: Job) -> list[Job]:
+    """What may be tried for what is left open, the fastest first. Without checkpointing, small chunks do not pay."""
+    wanted = job.options.gradient_checkpointing
+    open_size = job.chunk_tokens is None and job.chunk_size is None and not job.full_batch
+    choices = []
+    for checkpointing in (False, True) if wanted == "auto" else (bool(wanted),):
+        options = replace(job.options, gradient_checkpointing=checkpointing)
+        least = _LEAST if wanted == "auto" and not checkpointing else 0
+        sizes = [size for size in _CHUNKS if size >= least] if open_size else [job.chunk_tokens]
+        choices += [replace(job, options=options, chunk_tokens=size) for size in sizes]
+    return choices
 
 
 def _plan(
@@ -165,6 +176,7 @@ def _plan(
     """With the chunks of ``job``, which are not open."""
     weight_dtype = _weight_dtype(job)
     compute = torch.bfloat16 if job.half else weight_dtype
+    checkpointing = bool(job.options.gradient_checkpointing)
     causal = job.options.attention == "causal"
     work = step_work(batch, job.objective, causal, job.objective.share_prompts)
     whole = [slice(0, len(batch))]
@@ -181,16 +193,17 @@ def _plan(
         shards=count if fsdp else 1,
         copies=count > 1 and not fsdp,
         frozen_copy=job.frozen_copy and job.objective.uses_reference,
-        checkpointing=job.options.gradient_checkpointing,
+        checkpointing=checkpointing,
         embed_tokens=max(float(embedding_work(c, causal).tokens) for c in chunks) if job.objective.uses_reps else 0,
         generation_tokens=max(float(w.tokens) for w in generation),
         together=len(chunks) == 1,
         head_logits=min(block, max(float(w.targets) for w in generation) * vocabulary),
         similarities=_similarities(job, len(batch), count),
+        quantized=job.options.quantization == "nf4",
     )
     flops = float(cost.step(work))
     again = len(chunks) > 1 and job.objective.uses_reps
-    hardware = float(cost.hardware_step(work, again, job.options.gradient_checkpointing))
+    hardware = float(cost.hardware_step(work, again, checkpointing))
     return Plan(job, device, count, fsdp, cost.parameters, cost.trainable, len(chunks), memory, flops, hardware, mfu)
 
 

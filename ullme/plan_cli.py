@@ -186,7 +186,7 @@ def _llm_config(options: BackboneConfig, given: str | None) -> PretrainedConfig:
     name = given or options.model_name_or_path
     if given is None:
         try:
-            return load_config(options)
+            return load_config(replace(options, quantization="none"))  # which would ask for a GPU
         except ValueError as error:
             if name not in SHAPES:
                 raise ValueError(f"{error}; or say --backbone-config") from error
@@ -209,12 +209,9 @@ def paper_table(mfu: float) -> str:
     for name, days in PAPER_DAYS.items():
         cells = []
         for device, count in (("a100-80gb", 4), ("h200", 1)):
-            plans = []
-            for checkpointing in (False, True):
-                options = BackboneConfig(name, dtype="bfloat16", gradient_checkpointing=checkpointing)
-                job = Job(options, _llm_config(options, name), Objective(grl_terms()))
-                plans.append(make_plan(job, DEVICES[device], count, mfu=mfu))
-            plan = next((p for p in plans if p.fits), plans[-1])
+            options = BackboneConfig(name, dtype="bfloat16", gradient_checkpointing="auto")
+            job = Job(options, _llm_config(options, name), Objective(grl_terms()))
+            plan = make_plan(job, DEVICES[device], count, mfu=mfu)
             cells += [_hours(plan), _memory(plan)]
             busy.append(plan.busy)
         lines.append(f"| {name.split('/')[-1]} | {days} days | {' | '.join(cells)} |")

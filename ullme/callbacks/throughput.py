@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ullme.objective import Objective
 
 GIB = 2**30
+# What there is room for in the progress bar.
+_SHORT = ("tokens/s", "mfu", "waiting", "hours_left")
 
 
 class Throughput(L.Callback):
@@ -81,10 +83,8 @@ class Throughput(L.Callback):
         if batch.row_ids.is_cuda:
             torch.cuda.synchronize()
         assert isinstance(self.counts, Tensor)
-        found = self._measure(trainer, self.counts)
-        short = {name: found.pop(name) for name in ("tokens/s", "mfu", "waiting", "hours_left") if name in found}
-        pl_module.log_dict(short, prog_bar=True)
-        pl_module.log_dict(found)
+        for name, value in self._measure(trainer, self.counts).items():
+            pl_module.log(name, value, prog_bar=name in _SHORT)
         self._open_window(trainer)
 
     def _count(self, module: ULLMEModule, batch: Batch) -> Tensor:
@@ -159,6 +159,7 @@ def _padded_tokens(module: ULLMEModule, batch: Batch) -> int:
             lengths = [*chunk.queries.attention_mask.sum(1).tolist(), *chunk.passages.attention_mask.sum(1).tolist()]
             total += len(lengths) * max(lengths)
         if objective.chunk_terms:
+            assert chunk.generation is not None
             learned = torch.stack([term.candidates(chunk)[1] for term in objective.chunk_terms]).any(0)
             prompts = chunk.generation.prompts.attention_mask.sum(1)[:, None]
             bodies = chunk.generation.targets.attention_mask.sum(1).view(learned.shape) - 1
