@@ -24,6 +24,7 @@ import torch
 from test_training import arguments, logged  # noqa: F401 - arguments is a fixture
 
 from ullme import cli, storage
+from ullme.models.checkpoint import load_ullme
 from ullme.module import ULLMEModule
 from ullme.resume import name_wandb_run
 
@@ -277,6 +278,34 @@ def test_two_processes_killed_and_terminated(strategy, start, end_of_whole_run, 
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 7
     assert start("run", "third", *strategy, ranks=2) == 0, (tmp_path / "third.err").read_text()
     assert_same(end(tmp_path, "run", ["first", "second", "third"]), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_every_strategy_goes_on_from_every_other(start, tmp_path):
+    """One process, DDP, FSDP2, one process: the same losses as one process all along (without dropout, which ranks
+    draw each for themselves)."""
+    common = (
+        "--model.backbone.lora_dropout=0",
+        "--ckpt_path=last",
+        "--data.val=null",
+        "--model.optimizer.schedule=constant",
+    )
+    assert start("whole", "whole", *common) == 0, (tmp_path / "whole.err").read_text()
+    expected = logged(tmp_path / "whole", "train/loss")
+    strategies = [((), 1), (("--trainer.strategy=ddp",), 2), (FSDP2, 2), ((), 1)]
+    for n, (strategy, ranks) in enumerate(strategies):
+        steps = f"--trainer.max_steps={3 * (n + 1)}"
+        code = start("run", f"log{n}", *common, *strategy, steps, ranks=ranks)
+        assert code == 0, (tmp_path / f"log{n}.err").read_text()
+        found = logged(tmp_path / f"log{n}", "train/loss")
+        assert found == {step: pytest.approx(expected[step], rel=1e-4) for step in range(3 * n, 3 * n + 3)}
+    stored = storage.read(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+    whole = storage.read(tmp_path / "whole" / "checkpoints" / "last.ckpt")["state_dict"]
+    assert stored.keys() == whole.keys()
+    for name, weight in whole.items():
+        torch.testing.assert_close(stored[name], weight, rtol=1e-3, atol=1e-4)
+    assert not load_ullme(tmp_path / "run").training
 
 
 def only_rank(rank: int, then: Callable[[], None]) -> Callable[[], None]:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -57,28 +55,6 @@ def install_atomic_io(trainer: L.Trainer) -> None:
             outer._checkpoint_io = AtomicCheckpointIO()
     elif type(outer) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy) and "load_checkpoint" not in vars(
-        trainer.strategy
-    ):
-        inner = trainer.strategy.load_checkpoint
-        trainer.strategy.load_checkpoint = lambda path, weights_only=None: _load_split(inner, path)  # type: ignore[method-assign]
-
-
-def _load_split(load: Callable[..., dict[str, Any]], path: str | Path) -> dict[str, Any]:
-    """FSDP strategies read checkpoints themselves, straight into the split model, and run what is in them.
-
-    Raises:
-        ValueError: damaged, holding more than plain values, or not ours; a folder of split checkpoints.
-    """
-    if Path(path).is_dir():
-        raise ValueError(
-            f"checkpoint={str(path)!r} is a folder of split checkpoints; save whole ones (state_dict_type: full, "
-            "save_distributed_checkpoint: false)"
-        )
-    whole = storage.checked(path)
-    check_contract(whole, path)
-    found = load(path, weights_only=True)
-    return {**found, "state_dict": whole["state_dict"]}  # the module compares it with its own
 
 
 class Checkpoint(ModelCheckpoint):
@@ -179,6 +155,8 @@ class Checkpoint(ModelCheckpoint):
         """Save if it is time, but leave it to the validation where one follows at once."""
         every = self._every_n_train_steps
         self._due = (every > 0 and trainer.global_step % every == 0) or self._time_is_up(trainer)
+        # A run that ends here in mid-epoch can be given more steps; after on_train_epoch_end it would skip the rest.
+        self._due |= trainer.global_step == trainer.max_steps
         leave = self._asked_to_leave(trainer)
         if _validation_follows(trainer):
             return
