@@ -110,6 +110,8 @@ class ULLMEModule(L.LightningModule):
     def _shard(self, model: ULLME) -> ULLME:
         """Split the LLM over ranks, where the strategy is one that does."""
         strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
+            self._load_as_others_do(strategy)
         if isinstance(strategy, FSDPStrategy):
             return sharding.shard_fsdp1(model, strategy.root_device)
         if isinstance(strategy, ModelParallelStrategy):
@@ -209,4 +211,29 @@ class ULLMEModule(L.LightningModule):
         from ullme.models.checkpoint import check_fit
 
         self.configure_model()
-        check_fit(self.model, checkpoint)
+        if "state_dict" in checkpoint:  # else _load_as_others_do has done it
+            check_fit(self.model, checkpoint)
+
+    def _load_as_others_do(self, strategy: FSDPStrategy | ModelParallelStrategy) -> None:
+        """Let a strategy that splits weights load the checkpoints of all strategies.
+
+        By themselves these two copy the weights before on_load_checkpoint is asked, and number the optimizer's states
+        by all weights, not by the trained ones. An adapter, which every rank holds whole, needs nothing of theirs.
+        """
+        from ullme import storage
+        from ullme.models.checkpoint import STATE_PREFIX, check_fit
+
+        load = strategy.load_checkpoint
+
+        def checked(path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            stored = storage.checked(path)
+            check_fit(self.model, stored, str(path))
+            if not sharding.whole_parameters(self.model):
+                return load(path, *args, **kwargs)
+            state = {name.removeprefix(STATE_PREFIX): value for name, value in stored["state_dict"].items()}
+            sharding.copy_whole(self.model, state)
+            for optimizer, value in zip(strategy.optimizers, stored["optimizer_states"], strict=False):
+                optimizer.load_state_dict(value)
+            return stored
+
+        strategy.load_checkpoint = checked  # type: ignore[method-assign]

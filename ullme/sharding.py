@@ -123,6 +123,14 @@ def whole_parameters(model: ULLME) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+@torch.no_grad()
+def copy_whole(model: ULLME, state: dict[str, Tensor]) -> None:
+    """Put stored values, by the names of :func:`trainable_shapes`, into the weights that this rank holds whole."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(state[name.replace("_fsdp_wrapped_module.", "")])
+
+
 @contextmanager
 def unsynchronised(model: Any) -> Iterator[None]:
     """A backward whose gradients stay on this rank for now, where the weights themselves are split."""
