@@ -94,9 +94,9 @@ def activations(model: Any, compute: torch.dtype) -> Activations:
             return decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
 
         with mode, torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16 != model.dtype):
-            return _saved_bytes(run, list(model.parameters()))
+            return _saved_bytes(run)
 
-    few, more = saved(_PROBE_TOKENS), saved(2 * _PROBE_TOKENS)
+    few, more = saved(_PROBE_TOKENS), saved(2 * _PROBE_TOKENS)  # weights are in both
     layers = decoder_layers(decoder)
     width = causal_lm.config.get_text_config().hidden_size
     widest = max(max(p.shape) for p in layers[0].parameters() if p.ndim == 2)
@@ -124,17 +124,15 @@ def _pretend_on_cpu(model: nn.Module, mode: Any) -> None:
                 module._buffers[name] = fake(buffer)
 
 
-def _saved_bytes(run: Callable[[], Any], parameters: list[nn.Parameter]) -> int:
-    """Bytes of the distinct storages that autograd keeps while ``run`` runs, parameters left out."""
-    own = {p.untyped_storage()._cdata for p in parameters}
+def _saved_bytes(run: Callable[[], Any]) -> int:
+    """Bytes of the distinct storages that autograd keeps while ``run`` runs, weights included."""
     sizes: dict[int, int] = {}
     alive = []  # so that no storage's place is taken by another
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        if storage._cdata not in own:
-            sizes[storage._cdata] = storage.nbytes()
-            alive.append(x)
+        sizes[storage._cdata] = storage.nbytes()
+        alive.append(x)
         return x
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -209,7 +207,7 @@ def predict(
     base = cost.parameters - (0 if cost.full else cost.trainable)
     trained_bytes = weight_bytes if cost.full else 4  # PEFT keeps adapters in float32
     gathered = 2 * cost.linear / acts.layers * weight_bytes if shards > 1 else 0
-    frozen = base * weight_bytes
+    frozen = float(base * weight_bytes)
     if quantized:
         frozen -= cost.linear * (weight_bytes - _NF4_BYTES)
         gathered += cost.linear / acts.layers * compute_bytes
