@@ -441,6 +441,14 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line(arguments, tmp_path, caps
     cli.main(arguments("run", "--checkpoint.every_n_train_steps=1"))  # room was made
 
 
+def test_what_was_logged_before_is_kept(arguments, tmp_path):  # noqa: F811
+    cli.main(arguments("run", "--trainer.max_steps=2"))
+    cli.main(arguments("run", "--trainer.max_steps=4", "--ckpt_path=last"))
+    assert sorted(logged(tmp_path / "run", "train/loss")) == [2, 3]
+    (tmp_path / "run" / "metrics-1.csv").rename(tmp_path / "run" / "metrics.csv")
+    assert sorted(logged(tmp_path / "run", "train/loss")) == [0, 1]
+
+
 def test_a_run_that_goes_on_is_one_run_for_wandb(tmp_path):
     class Logger:
         class_path = "lightning.pytorch.loggers.WandbLogger"

@@ -13,6 +13,7 @@ import lightning as L
 import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
@@ -71,7 +72,8 @@ class ULLMECLI(LightningCLI):
                 f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: accumulation would take the "
                 "negatives apart; raise data.batch_size instead, GradCache fits any batch into the memory of a chunk"
             )
-        refusals.check_strategy(trainer)
+        if self.subcommand:
+            refusals.check_strategy(trainer)
         if self.subcommand == "fit" and not trainer.fast_dev_run:
             folder, root = Path(config.checkpoint.dirpath), Path(trainer.default_root_dir)
             storage.check_writable(root)
@@ -98,6 +100,8 @@ class ULLMECLI(LightningCLI):
         super()._set_seed()
 
     def after_instantiate_classes(self) -> None:
+        if self.subcommand == "fit" and rank_zero_only.rank == 0:
+            resume.keep_metrics(logger.log_dir for logger in self.trainer.loggers if isinstance(logger, CSVLogger))
         if self.start_from is not None:
             self.config_init[self.subcommand]["ckpt_path"] = self.start_from
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import re
 import uuid
+from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,15 @@ def name_wandb_run(logger: Any, run_folder: Path) -> None:
         if not file.is_file():
             storage.write_atomically(file, lambda stream: stream.write(uuid.uuid4().hex[:12].encode()))
         options["id"] = file.read_text()
+
+
+def keep_metrics(log_folders: Iterable[str | None]) -> None:
+    """Set the metrics.csv of earlier starts aside, which Lightning's CSVLogger would write over."""
+    for folder in log_folders:
+        file = Path(folder or "", "metrics.csv")
+        if folder and file.is_file():
+            free = next(n for n in count(1) if not file.with_name(f"metrics-{n}.csv").exists())
+            file.rename(file.with_name(f"metrics-{free}.csv"))
 
 
 def _check_same_run(folder: Path, run_folder: Path, config: dict[str, Any]) -> None:
