@@ -70,10 +70,9 @@ def test_gradients_by_finite_differences(rows):
 def test_many_rows_merge_and_few_do_not():
     weight = torch.empty(OUT, IN)
     many, few = torch.randn(MANY, IN), torch.randn(FEW, IN)
-    assert lora._merge(many, many, weight)
-    assert not lora._merge(few, few, weight)
-    assert not lora._merge(many, many.clone(), weight)  # dropout
-    assert not lora._merge(many, many, weight.bfloat16())  # the update would be rounded away
+    assert lora._merge(many, weight)
+    assert not lora._merge(few, weight)
+    assert not lora._merge(many, weight.bfloat16())  # the update would be rounded away
 
 
 @pytest.mark.parametrize("autocast", [False, True])

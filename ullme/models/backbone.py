@@ -45,6 +45,7 @@ class BackboneConfig:
         trust_remote_code: run code that comes with the model.
         gradient_checkpointing: recompute the layers in backward instead of keeping their activations; auto does so
             only where training would not fit otherwise.
+        compile: run the decoder layers through torch.compile; the first steps then take a minute or more.
         attention_path: how bidirectional attention reaches the layers; auto takes the first that passes the probe.
         probe: check at load time that attention is what it should be; false trusts attention_path.
         quantization: nf4 keeps the frozen LLM in 4 bits (QLoRA; a GPU and the extra ``quantization``), or none.
@@ -66,6 +67,7 @@ class BackboneConfig:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     gradient_checkpointing: bool | Literal["auto"] = False
+    compile: bool = False
     attention_path: AttentionPath = "auto"
     probe: bool = True
     quantization: Quantization = "none"

@@ -34,8 +34,9 @@ class LoraLinear(Linear):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
         x, weight, a, b = (t.to(dtype) for t in (x, base.weight, self.lora_A[name].weight, self.lora_B[name].weight))
         bias = None if base.bias is None else base.bias.to(dtype)
-        dropped = self.lora_dropout[name](x)
-        return _lora(x, dropped, weight, bias, a, b, self.scaling[name])
+        dropout = self.lora_dropout[name]
+        dropped = dropout(x) if isinstance(dropout, nn.Dropout) and dropout.training else None
+        return _Lora.apply(x, dropped, weight, bias, a, b, self.scaling[name])
 
     def _only_adapter(self) -> str | None:
         """The adapter's name, or None where PEFT's own forward has more to do."""
@@ -62,56 +63,52 @@ def install(model: nn.Module) -> None:
             module.__class__ = LoraLinear
 
 
-def _lora(
-    x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-) -> Tensor:
-    """``x W^T + bias + scale · dropped A^T B^T``.
-
-    Args:
-        x: (..., in).
-        dropped: (..., in), x after dropout; x itself if there is none.
-        weight: (out, in), frozen.
-        bias: (out,), frozen.
-        a: (r, in).
-        b: (out, r).
-        scale: α / r.
-    """
-    return _Lora.apply(x, dropped, weight, bias, a, b, scale)
-
-
-def _merge(x: Tensor, dropped: Tensor, weight: Tensor) -> bool:
+def _merge(x: Tensor, weight: Tensor) -> bool:
     """Whether to form W + s B A. Half precision would round the update away; few rows would not pay for it."""
     rows, (out, width) = x.numel() // x.shape[-1], weight.shape
-    return dropped is x and weight.dtype.itemsize >= 4 and rows * (out + width) > 2 * out * width
+    return weight.dtype.itemsize >= 4 and rows * (out + width) > 2 * out * width
 
 
 class _Lora(torch.autograd.Function):
+    """``x W^T + bias + scale · dropped A^T B^T``; W and bias are frozen.
+
+    Shapes: x and dropped (x after dropout, or None without) (..., in); W (out, in); bias (out,) or None; A (r, in);
+    B (out, r).
+    """
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
     ) -> Tensor:
-        ctx.save_for_backward(dropped, weight, a, b)
-        ctx.scale, ctx.dropout = scale, dropped is not x
-        if _merge(x, dropped, weight):
+        seen = x if dropped is None else dropped
+        ctx.save_for_backward(seen, weight, a, b)
+        ctx.scale, ctx.dropout = scale, dropped is not None
+        if dropped is None and _merge(x, weight):
             return linear(x, torch.addmm(weight, b, a, alpha=scale), bias)
         y = linear(x, weight, bias)
-        small = dropped.flatten(0, -2) @ a.T
-        y.view(-1, y.shape[-1]).addmm_(small, b.T, alpha=scale)
+        y.view(-1, y.shape[-1]).addmm_(seen.flatten(0, -2) @ a.T, b.T, alpha=scale)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        dropped, weight, a, b = ctx.saved_tensors
-        rows, wide = dropped.flatten(0, -2), grad.flatten(0, -2)
-        down = wide @ b  # (T, r)
-        grad_a = torch.mm(down.T, rows).mul_(ctx.scale)
+        seen, weight, a, b = ctx.saved_tensors
+        rows, wide = seen.flatten(0, -2), grad.flatten(0, -2)
+        small = wide @ b  # (T, r)
+        grad_a = torch.mm(small.T, rows).mul_(ctx.scale)
         grad_b = torch.mm(wide.T, rows @ a.T).mul_(ctx.scale)
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
             grad_x = wide @ weight
         if ctx.dropout and ctx.needs_input_grad[1]:
-            grad_dropped = torch.mm(down, a).mul_(ctx.scale).view_as(dropped)
+            grad_dropped = torch.mm(small, a).mul_(ctx.scale).view_as(seen)
         elif grad_x is not None:
-            grad_x.addmm_(down, a, alpha=ctx.scale)
-        return grad_x if grad_x is None else grad_x.view_as(dropped), grad_dropped, None, None, grad_a, grad_b, None
+            grad_x.addmm_(small, a, alpha=ctx.scale)
+        return None if grad_x is None else grad_x.view_as(seen), grad_dropped, None, None, grad_a, grad_b, None

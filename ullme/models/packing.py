@@ -28,6 +28,7 @@ ROWS_KEYWORD = "ullme_rows"
 PREFIX = "ullme_"
 
 
+@torch.compiler.disable
 def packed_attention(
     base: str,
     module: nn.Module,

@@ -69,7 +69,7 @@ class ULLME(nn.Module):
         backbone.check_vocabulary(self.tokenizer, model, model_name_or_path)
         self.attention_path = self._attention_path(model)
         self._probed_on = model.device.type
-        self._head_checked = False
+        self._head_checked = self._compiled = False
         self.fingerprint = backbone.fingerprint(model)
         self.llm = backbone.add_adapter(model, self.options)
         if self.options.gradient_checkpointing is True:
@@ -81,6 +81,17 @@ class ULLME(nn.Module):
         # Reentrant checkpointing would need inputs that require gradients; frozen embeddings give none.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})  # transformers 5.2x renamed it
+
+    def _compile_layers(self) -> None:
+        """After the probe, which looks into every layer. A layer is compiled once for all numbers of tokens.
+
+        It is compiled anew with and without gradient, dropout, adapters and causal attention, and no more often.
+        Random numbers are drawn as without compilation: GradCache draws them twice, in two differently compiled ways.
+        """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 24)
+        for layer in attention.decoder_layers(self.causal_lm.base_model):
+            layer.compile(dynamic=True, options={"fallback_random": True})
+        self._compiled = True
 
     def _attention_path(self, model: PreTrainedModel) -> str:
         wanted, causal = self.options.attention_path, self.options.attention == "causal"
@@ -153,6 +164,8 @@ class ULLME(nn.Module):
             ValueError: a row without a real token, or arguments that embedding does not take.
         """
         self._probe_device(input_ids.device)
+        if self.options.compile and not self._compiled:
+            self._compile_layers()
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if is_generate and targets is not None:
