@@ -21,6 +21,7 @@ from ullme.losses import InfoNCE
 from ullme.models.backbone import BackboneConfig
 from ullme.module import OptimizerConfig, ULLMEModule
 from ullme.prompts import Prompts
+from ullme.sharding import split_by
 
 STEPS = 5
 INTERRUPTED = 3
@@ -156,6 +157,8 @@ def train(folder: str, case: Case, ranks: int, resume: str | None = None) -> dic
 
     with mock.patch.object(Engine, "step", recorded):
         trainer.fit(module, make_data(folder), ckpt_path=resume)
+    copy = getattr(loss.objective.reference, "copy", None)
+    assert copy is None or strategy != "fsdp2" or split_by(copy) == "fsdp2"  # no rank holds all of the reference
     state = trainer.strategy.lightning_module_state_dict()
     return {
         "losses": recorder.losses,

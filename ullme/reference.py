@@ -56,10 +56,12 @@ class FrozenCopy(Reference):
 
     def prepare(self, model: ULLME, precision: str) -> None:
         from ullme.models.ullme import ULLME
+        from ullme.sharding import split_alike
 
         if self.copy is None:  # from the folder, not from the model: a resumed one is not the pre-trained any more
             options = {**model.options.to_dict(), "lora_name": None, "gradient_checkpointing": False}
-            self.copy = ULLME(**options, prompts=model.prompts).requires_grad_(False).eval().to(model.device)
+            copy = ULLME(**options, prompts=model.prompts).requires_grad_(False).eval().to(model.device)
+            self.copy = split_alike(model, copy)
 
     @torch.no_grad()
     def logps(self, model: ULLME, batch: Batch, mask: Tensor, share_prompts: bool) -> Tensor:

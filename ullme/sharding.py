@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -70,7 +71,7 @@ def _prepare(model: Any, device: torch.device, kind: str) -> set[nn.Parameter]:
     return set(whole)
 
 
-def shard_fsdp2(model: ULLME, mesh: DeviceMesh, device: torch.device) -> ULLME:
+def shard_fsdp2(model: Any, mesh: DeviceMesh, device: torch.device) -> ULLME:
     """Split with ``torch.distributed.fsdp.fully_shard``, in place.
 
     Args:
@@ -81,9 +82,16 @@ def shard_fsdp2(model: ULLME, mesh: DeviceMesh, device: torch.device) -> ULLME:
     from torch.distributed.fsdp import fully_shard
 
     whole = _prepare(model, device, "fsdp2")
+    model._split_alike = partial(shard_fsdp2, mesh=mesh, device=device)
     for _, _, layer in split_modules(model):
         fully_shard(layer, mesh=mesh, ignored_params=whole)
-    return fully_shard(model, mesh=mesh, ignored_params=whole)  # type: ignore[return-value]
+    return fully_shard(model, mesh=mesh, ignored_params=whole)
+
+
+def split_alike(model: ULLME, other: ULLME) -> ULLME:
+    """Split another model in the same way; FSDP1 leaves it whole on every rank."""
+    split = getattr(model, "_split_alike", None)
+    return other if split is None else split(other)
 
 
 def shard_fsdp1(model: ULLME, device: torch.device) -> ULLME:
