@@ -10,6 +10,7 @@ import torch
 from ullme.batch import Batch
 from ullme.callbacks.base import ReferenceChoice, make_reference
 from ullme.callbacks.grl import Generation, grl_terms
+from ullme.distributed import average_gradients
 from ullme.gradcache import chunk_slices
 from ullme.losses import InfoNCE
 from ullme.models.ullme import ULLME
@@ -115,6 +116,7 @@ class GradCacheTrainer:
         half = self.precision == "bf16-mixed"
         with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
             logs = self.objective.grad_cache(model, batch, chunk_slices(batch, self.chunk_size, None))
+        average_gradients(parameters)
         if self.gradient_clip_val is not None:
             torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)
         self.optimizer.step()
