@@ -12,7 +12,6 @@ import random
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -245,16 +244,33 @@ def test_killed_twice_with_workers(start, end_of_whole_run, tmp_path):
 
 
 @pytest.mark.slow
+def test_killed_in_a_validation_and_again_behind_it(start, end_of_whole_run, tmp_path):
+    expected = end_of_whole_run()
+    assert start("run", "first", then=lambda: in_validation(2)) == -signal.SIGKILL
+    assert start("run", "second", then=lambda: before_step(6)) == -signal.SIGKILL
+    assert start("run", "third") == 0, (tmp_path / "third.err").read_text()
+    assert_same(end(tmp_path, "run", ["first", "second", "third"]), expected)
+
+
+def after(seconds: float) -> None:
+    """Let the kernel end this process once it has worked so long, wherever it is then, however busy the machine."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_killed_at_random_moments(seed, start, end_of_whole_run, tmp_path):
     expected = end_of_whole_run()
-    draw, logs = random.Random(seed), []
-    for n in range(12):
-        logs.append(f"start{n}")
-        delay = draw.uniform(0.2, 2.5)
-        if start("run", logs[-1], then=lambda d=delay: threading.Timer(d, kill_me).start()) == 0:
+    draw, logs, kills = random.Random(seed), [f"start{n}" for n in range(6)], 0
+    for log in logs[:-1]:
+        seconds = draw.uniform(0.1, 0.8)
+        kills += start("run", log, then=lambda s=seconds: after(s)) == -signal.SIGPROF
+        if (tmp_path / "run" / "checkpoints" / "finished").exists():
             break
-        time.sleep(0.01)
+    else:
+        assert start("run", logs[-1]) == 0, (tmp_path / f"{logs[-1]}.err").read_text()
+    assert kills
     assert_same(end(tmp_path, "run", logs), expected)
 
 

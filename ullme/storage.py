@@ -42,7 +42,7 @@ class _Sink:
         pass
 
 
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
     """Let ``write`` fill a new file, bring it to the disk, and only then give it its name.
 
     Raises:

@@ -202,11 +202,16 @@ class Checkpoint(ModelCheckpoint):
             storage.write_atomically(Path(str(self.dirpath), FINISHED), lambda file: _write(file, note))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Before a validation, Lightning's loop is given the mark by which it resumes an interrupted one."""
+        """Say whether a validation is to be done on resuming, by the mark that Lightning's loop gives one in progress.
+
+        Its own counts cannot say so: they keep the mark once a validation was resumed.
+        """
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+        done = progress["total"]["completed"]
+        progress["total"].update(ready=done, started=done, processed=done, completed=done)
         if self._before_validation:
-            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
             progress["current"].update(ready=0, started=0, processed=0, completed=0)
-            progress["total"].update(ready=1, started=1, processed=0, completed=0)
+            progress["total"].update(ready=done + 1, started=done + 1)
 
     def _save(self, trainer: L.Trainer, ranked: bool) -> None:
         if not self._may_save(trainer):
