@@ -12,7 +12,7 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import pytest
-from test_resume import before_step, start  # noqa: F401 - start is a fixture
+from interrupted import before_step, start  # noqa: F401 - start is a fixture
 from test_training import arguments, logged  # noqa: F401 - arguments is a fixture
 
 from ullme import storage
