@@ -6,7 +6,6 @@ python benchmarks/generation.py            # both, on one CPU thread, about two 
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -15,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from workload import HIDDEN, INTERMEDIATE, LAYERS, make_batch, make_model
+from machine import machine
+from workload import HIDDEN, INTERMEDIATE, LAYERS, make_batch, make_model, peak_resident, reset_peak, resident
 
 from ullme.gradcache import chunk_slices, embed_batch
 from ullme.losses import DPO, KL, InfoNCE
@@ -31,15 +31,10 @@ def memory_growth(vocabulary: int) -> float:
     batch = make_batch(8, vocabulary=vocabulary)
     objective = Objective([DPO()])
     objective.full_batch(model, make_batch(1, 1, vocabulary))  # kernels and LoRA gradients are there
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status("VmRSS")
+    reset_peak()
+    before = resident()
     objective.full_batch(model, batch)
-    return (_status("VmHWM") - before) / 1024
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1])
+    return peak_resident() - before
 
 
 def parts() -> list[tuple[str, float, float]]:
@@ -132,7 +127,7 @@ def main() -> None:
     for vocabulary in VOCABULARIES:  # a fresh process each, or one would inherit the other's heap
         command = [sys.executable, __file__, "memory", str(vocabulary)]
         growth[vocabulary] = float(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, one thread\n")
+    print(f"{machine()}, one thread\n")
     print("| vocabulary | memory over the weights (MB) | ratio |\n|---|---|---|")
     for vocabulary, megabytes in growth.items():
         print(f"| {vocabulary:,} | {megabytes:.0f} | {megabytes / growth[VOCABULARIES[0]]:.2f} |")
@@ -141,7 +136,7 @@ def main() -> None:
     for name, seconds, flop in table:
         print(f"| {name} | {seconds:.2f} | {flop:.1f} | {flop / seconds:.0f} |")
     results = Path(__file__).parent / "results" / "generation.json"
-    results.write_text(json.dumps({"memory_mb": growth, "parts": table, "torch": torch.__version__}, indent=1) + "\n")
+    results.write_text(json.dumps({"memory_mb": growth, "parts": table, "machine": machine()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

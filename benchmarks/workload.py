@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import json
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from ullme.batch import Batch, GenerationRows, TokenRows
 from ullme.models import ULLME
@@ -56,6 +62,7 @@ def save_backbone(folder: str, vocabulary: int = 4096) -> None:
 
 def load_model(folder: str, **options: object) -> ULLME:
     """The LLM with LoRA r 16 on all linear layers, in float32. Its adapter is not the identity."""
+    torch.manual_seed(1)  # of lora_A
     model = ULLME(folder, **{"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "dtype": "float32", **options})
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -89,3 +96,50 @@ def make_batch(queries: int, negatives: int = 8, vocabulary: int = 4096, seed: i
         torch.arange(queries),
         GenerationRows(query_rows, passages),
     )
+
+
+def peak_allocated(step: Callable[[], object]) -> float:
+    """The most MB that PyTorch's CPU allocator held at once during ``step``, above what it held before.
+
+    The process's resident set would also count what malloc keeps of freed blocks, which depends on their order.
+    """
+    with (
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record,
+        tempfile.TemporaryDirectory() as out,
+    ):
+        step()
+        record.stop()
+        record.export_chrome_trace(f"{out}/trace.json")
+        events = json.loads(Path(out, "trace.json").read_text())["traceEvents"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        if event["name"] == "[memory]":
+            live += event["args"]["Bytes"]
+            peak = max(peak, live)
+    return peak / 2**20
+
+
+def resident() -> float:
+    """MB of memory that this process has (Linux)."""
+    return _status("VmRSS")
+
+
+def peak_resident() -> float:
+    """The most MB since :func:`reset_peak` (Linux)."""
+    return _status("VmHWM")
+
+
+def return_freed_memory() -> None:
+    """Let malloc give back what it keeps of freed blocks (glibc)."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def reset_peak() -> None:
+    """Forget the peak so far."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024

@@ -1,0 +1,222 @@
+"""ULLME beside what people use now, on the same weights and texts, in one run: `make bench`, under ten minutes.
+
+python benchmarks/bench.py [--rounds 3]
+
+One thread; CPU seconds, medians of interleaved rounds (the first round warms up and is dropped); memory in a fresh
+process each. Writes results/bench.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from machine import machine
+from peers import features, peft_llm, plain_grl_step, sentence_transformer
+from workload import (
+    load_model,
+    make_batch,
+    make_passages,
+    peak_allocated,
+    peak_resident,
+    reset_peak,
+    resident,
+    return_freed_memory,
+    save_backbone,
+)
+
+from ullme.batch import Batch
+from ullme.gradcache import chunk_slices
+from ullme.losses import DPO, KL, InfoNCE
+from ullme.models import ULLME
+from ullme.objective import Objective
+from ullme.reference import Reference
+
+CHUNK_TOKENS = 1024  # what chunk_tokens: auto takes on a CPU; the peer's 8 passages have about as many, padded
+CONTRASTIVE_BATCH, GRL_BATCH, PASSAGES = 32, 16, 2000
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Given(Reference):
+    """log π_ref that is known beforehand: neither side computes it."""
+
+    def __init__(self, logps: torch.Tensor) -> None:
+        self.values = logps
+
+    def prepare(self, model: ULLME, precision: str) -> None: ...
+
+    def logps(self, model: ULLME, batch: Batch, mask: torch.Tensor, share_prompts: bool) -> torch.Tensor:
+        return self.values[batch.row_ids]
+
+
+def reference_logps() -> torch.Tensor:
+    return torch.randn(GRL_BATCH, 9, generator=torch.Generator().manual_seed(2)) * 3 - 600
+
+
+def contrastive(folder: str, batch_size: int = CONTRASTIVE_BATCH) -> Callable[[], float]:
+    """Our contrastive step; returns its loss."""
+    model, batch, objective = load_model(folder), make_batch(batch_size), Objective([InfoNCE(0.05)])
+
+    def step() -> float:
+        model.zero_grad()
+        return objective.grad_cache(model, batch, chunk_slices(batch, None, CHUNK_TOKENS))["loss"].item()
+
+    return step
+
+
+def contrastive_peer(folder: str, batch_size: int = CONTRASTIVE_BATCH) -> Callable[[], float]:
+    """CachedMultipleNegativesRankingLoss, mini-batch 8."""
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+
+    model = sentence_transformer(folder, load_model(folder))
+    columns = features(make_batch(batch_size))
+    function = CachedMultipleNegativesRankingLoss(model, scale=20.0, mini_batch_size=8)
+
+    def step() -> float:
+        model.zero_grad()
+        loss = function([dict(column) for column in columns], None)
+        loss.backward()
+        return loss.item()
+
+    return step
+
+
+def grl(folder: str) -> Callable[[], float]:
+    """Our GRL step without its reference pass."""
+    model, batch = load_model(folder), make_batch(GRL_BATCH)
+    objective = Objective([InfoNCE(0.05), DPO(weight=0.5), KL()], Given(reference_logps()))
+
+    def step() -> float:
+        model.zero_grad()
+        return objective.grad_cache(model, batch, chunk_slices(batch, None, CHUNK_TOKENS))["loss"].item()
+
+    return step
+
+
+def grl_peer(folder: str) -> Callable[[], float]:
+    """A plain padded, whole-logit GradCache step."""
+    llm, batch = peft_llm(folder, load_model(folder)), make_batch(GRL_BATCH)
+
+    def step() -> float:
+        llm.zero_grad()
+        return plain_grl_step(llm, batch, reference_logps()).item()
+
+    return step
+
+
+def encoders(folder: str) -> tuple[Callable[[], np.ndarray], Callable[[], np.ndarray]]:
+    """(ours, sentence-transformers'), each with its own batch size."""
+    model, texts = load_model(folder), make_passages(PASSAGES)
+    peer = sentence_transformer(folder, model)
+    return lambda: model.encode(texts), lambda: peer.encode(texts)  # type: ignore[return-value]
+
+
+def compare(ours: Callable, theirs: Callable, rounds: int, tolerance: float) -> tuple[float, float]:
+    """Median CPU seconds of both. Raises: AssertionError: they do not compute the same."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds + 1):
+        results = []
+        for side, run in zip(times, (ours, theirs), strict=True):
+            start = time.process_time()
+            results.append(run())
+            side.append(time.process_time() - start)
+        assert np.abs(np.asarray(results[0]) - np.asarray(results[1])).max() <= tolerance * np.abs(results[1]).max()
+    return statistics.median(times[0][1:]), statistics.median(times[1][1:])
+
+
+MEMORY = {"ours 32": (contrastive, 32), "ours 128": (contrastive, 128), "theirs 32": (contrastive_peer, 32)}
+
+
+def memory_growth(name: str, folder: str) -> list[float]:
+    """MB of a step above what was there before it: [what the process grew by, what PyTorch's allocator held at once].
+
+    The process also keeps what malloc does not give back, which depends on the sizes of blocks and their order.
+    """
+    make, batch_size = MEMORY[name]
+    step = make(folder, batch_size)
+    make(folder, 2)()  # kernels
+    return_freed_memory()
+    reset_peak()
+    before = resident()
+    step()
+    return [peak_resident() - before, peak_allocated(step)]
+
+
+def in_a_process(*arguments: str, **environment: str) -> tuple[str, float]:
+    """(output, CPU seconds) of a Python process."""
+    before = os.times()
+    env = {**os.environ, **environment}
+    out = subprocess.run([sys.executable, *arguments], capture_output=True, check=True, text=True, cwd=ROOT, env=env)
+    after = os.times()
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    return out.stdout, spent
+
+
+def start_times() -> tuple[float, float, float]:
+    """CPU seconds of ``train.py fit --help``, the first and the second time, and of ``import ullme`` above Python's."""
+    with tempfile.TemporaryDirectory() as cache:
+        first, second = (in_a_process("train.py", "fit", "--help", XDG_CACHE_HOME=cache)[1] for _ in range(2))
+    bare, imported = (
+        statistics.median(in_a_process("-c", code)[1] for _ in range(5)) for code in ("pass", "import ullme")
+    )
+    return first, second, imported - bare
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.memory:
+        print(json.dumps(memory_growth(*options.memory)))
+        return
+    rows: list[tuple[str, str, str, str]] = []
+    results: dict[str, object] = {"machine": machine()}
+
+    def add(name: str, goal: str, value: str, detail: str, **numbers: float) -> None:
+        rows.append((name, goal, value, detail))
+        results[name] = numbers
+        print(f"  {name}: {value} (goal {goal}; {detail})", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_backbone(folder)
+        ours, theirs = compare(contrastive(folder), contrastive_peer(folder), options.rounds, 1e-5)
+        detail = f"{ours:.2f} and {theirs:.2f} CPU s"
+        add("contrastive step, batch 32", "<= 0.62", f"{ours / theirs:.2f}", detail, ours=ours, theirs=theirs)
+        ours, theirs = compare(grl(folder), grl_peer(folder), options.rounds, 1e-5)
+        detail = f"{ours:.2f} and {theirs:.2f} CPU s"
+        add("GRL step, batch 16", "<= 0.42", f"{ours / theirs:.2f}", detail, ours=ours, theirs=theirs)
+        ours, theirs = compare(*encoders(folder), max(1, options.rounds - 1), 1e-4)
+        detail = f"{PASSAGES / ours:.0f} and {PASSAGES / theirs:.0f} passages a CPU s"
+        add("encode 2,000 passages", ">= 1.15", f"{theirs / ours:.2f}", detail, ours=ours, theirs=theirs)
+        growth = {n: json.loads(in_a_process(__file__, "--memory", n, folder)[0].splitlines()[-1]) for n in MEMORY}
+        for n, measure in enumerate(("process", "tensors")):
+            ours, theirs, larger = (growth[side][n] for side in ("ours 32", "theirs 32", "ours 128"))
+            detail = f"{ours:.0f} and {theirs:.0f} MB"
+            name = f"memory of a contrastive step, {measure}"
+            add(name, "<= 0.3", f"{ours / theirs:.2f}", detail, ours=ours, theirs=theirs)
+            detail = f"{ours:.0f} and {larger:.0f} MB"
+            name = f"memory, batch 32 to 128, {measure}"
+            add(name, "<= +40 MB", f"{larger - ours:+.0f} MB", detail, batch_32=ours, batch_128=larger)
+    first, second, imported = start_times()
+    add("train.py fit --help", "<= 4 s", f"{second:.2f} s", f"{first:.1f} s the first time", first=first, second=second)
+    add("import ullme", "<= 0.3 s", f"{imported:.2f} s", "above Python's own start", seconds=imported)
+    print(f"\n{results['machine']}\n\n| | goal | measured | |\n|---|---|---|---|")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    (ROOT / "benchmarks" / "results" / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
