@@ -1,10 +1,15 @@
-"""Token rows of different lengths as one block."""
+"""Texts in their templates: which tokens are pooled; and token rows of different lengths as one block."""
 
 from __future__ import annotations
 
-import pytest
+import re
 
-from ullme.prompts import pad_rows
+import pytest
+from tiny import make_tokenizer
+from tokenizers.decoders import ByteLevel
+
+from ullme.batch import TokenRows
+from ullme.prompts import Prompts, PromptTokenizer, pad_rows
 
 
 @pytest.mark.parametrize(
@@ -24,3 +29,120 @@ def test_padding_on_the_right(rows, ids, mask):
 
 def test_no_rows():
     assert pad_rows([], 0).input_ids.shape == (0, 0)
+
+
+def read(ids) -> str:
+    return ByteLevel().decode(make_tokenizer().convert_ids_to_tokens([int(n) for n in ids]))
+
+
+def pooled_text(prompts: Prompts, text: str, role: str = "query", **options) -> tuple[str, str]:
+    """What a text's row says, and the part of it that is pooled."""
+    tokenizer = make_tokenizer()
+    rows = PromptTokenizer(tokenizer, prompts)([text, "a far longer text beside it"], role, max_length=64, **options)
+    ids, pooled = rows.input_ids[0], rows.pooled[0].bool()
+    return read(ids[rows.attention_mask[0].bool()]), read(ids[pooled])
+
+
+@pytest.mark.parametrize(
+    ("template", "whole", "pooled"),
+    [
+        ("Instruct: do\nQuery: {text}", "<s>Instruct: do\nQuery: the mill</s>", " the mill</s>"),
+        ("<|do|>{text}<|embed|>", "<s><|do|>the mill<|embed|></s>", "the mill<|embed|></s>"),
+        ("{text}", "<s>the mill</s>", "the mill</s>"),  # the begin token is no part of the text
+        ("Say: {text} again: {text}!", "<s>Say: the mill again: the mill!</s>", " the mill!</s>"),
+    ],
+)
+def test_the_text_and_what_follows_is_pooled(template, whole, pooled):
+    # a token may begin with the space in front of the text
+    found = pooled_text(Prompts(query=template, append_eos=True, pooled="text"), "the mill")
+    assert (found[0], found[1].strip()) == (whole, pooled.strip())
+    everything = pooled_text(Prompts(query=template, append_eos=True), "the mill")
+    assert everything == (whole, whole)
+
+
+def test_the_span_follows_each_rows_own_instruction():
+    tokenizer = make_tokenizer()
+    prompts = PromptTokenizer(tokenizer, Prompts(query="{instruction}|{text}", pooled="text"))
+    rows = prompts(["mill", "mill"], "query", max_length=64, instruction=["a", "a much longer instruction"])
+    assert [read(i[m.bool()]) for i, m in zip(rows.input_ids, rows.pool_mask, strict=True)] == ["mill"] * 2
+    assert rows.pool_mask.argmax(1).tolist() == [
+        len(tokenizer("a|")["input_ids"]),
+        len(tokenizer("a much longer instruction|")["input_ids"]),
+    ]
+
+
+def test_text_that_looks_like_the_template_and_many_byte_characters():
+    found = pooled_text(Prompts(query="Q: {text}", pooled="text"), "Q: Q: ü日本 {text}")
+    assert found[1].strip() == "Q: Q: ü日本 {text}"
+
+
+def test_both_copies_of_a_long_text_lose_the_same():
+    tokenizer = make_tokenizer()
+    text = " ".join(f"word{n}" for n in range(60))
+    prompts = Prompts(query="Say {text} again {text}.", append_eos=True, pooled="text")
+    rows, starts = PromptTokenizer(tokenizer, prompts).rows([text, "short"], "query", max_length=50)
+    assert 44 <= len(rows[0]) <= 50
+    decoded = read(rows[0])
+    first, second = decoded.removeprefix("<s>Say ").removesuffix(".</s>").split(" again ")
+    assert first == second
+    assert text.startswith(first)
+    assert read(rows[0][starts[0] :]).strip() == f"{second}.</s>"
+    assert read(rows[1]) == "<s>Say short again short.</s>"
+
+
+def test_a_long_text_keeps_its_span():
+    tokenizer = make_tokenizer()
+    prompts = PromptTokenizer(tokenizer, Prompts(query="Instruct: x\nQuery: {text} end", pooled="text"))
+    rows, starts = prompts.rows(["mill " * 80, ""], "query", max_length=40)
+    head = len(tokenizer("Instruct: x\nQuery:")["input_ids"])
+    assert len(rows[0]) == 40
+    assert starts[0] in (head, head + 1)
+    assert 0 < starts[1] < len(rows[1])  # an empty text: what stands behind it
+
+
+def test_an_empty_text_without_anything_behind_pools_its_last_token():
+    prompts = PromptTokenizer(make_tokenizer(), Prompts(query="Query:{text}", pooled="text"))
+    rows, starts = prompts.rows([""], "query", max_length=40)
+    assert starts == [len(rows[0]) - 1]
+
+
+def test_bare_texts_and_generation_prompts_are_pooled_whole():
+    prompts = PromptTokenizer(make_tokenizer(), Prompts(pooled="text"))
+    assert prompts(["a"], None, max_length=9).pool_mask is None
+    assert prompts.rows(["a"], "generation", max_length=99)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pooled": "instruction"}, "prompts.pooled='instruction': choose all or text"),
+        ({"query": "{text}{text}{text}"}, "must hold {text} once or twice"),
+        ({"generation": "{text} {text}"}, "must hold {text} exactly once"),
+    ],
+)
+def test_refusals(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Prompts(**options)
+
+
+def test_a_tokenizer_without_offsets_is_refused():
+    from transformers import ByT5Tokenizer
+
+    with pytest.raises(ValueError, match=r"prompts\.pooled=text needs a tokenizer"):
+        PromptTokenizer(ByT5Tokenizer(), Prompts(pooled="text"))(["a"], "query", max_length=99)
+
+
+def test_a_contract_without_the_field_pools_all():
+    old = Prompts().to_dict()
+    del old["pooled"]
+    assert Prompts.from_dict(old) == Prompts()
+
+
+def test_rows_travel_with_their_span():
+    rows = pad_rows([[1, 2, 3], [4, 5]], 0, [1, 0])
+    other = pad_rows([[6, 7, 8, 9]], 0)
+    both = TokenRows.cat([rows, other])
+    assert both.pool_mask.tolist() == [[0, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    assert both[1:].pool_mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert both.to("cpu").pool_mask.tolist() == both.pool_mask.tolist()
+    assert TokenRows.cat([other, other]).pool_mask is None

@@ -21,22 +21,32 @@ class TokenRows:
     Args:
         input_ids: (R, L) token ids.
         attention_mask: (R, L), 1 on real tokens and 0 on padding, on either side.
+        pool_mask: (R, L), 1 on the real tokens that are pooled, at least one a row; None pools all.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
+    pool_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     def __getitem__(self, rows: slice) -> TokenRows:
-        return TokenRows(self.input_ids[rows], self.attention_mask[rows])
+        return self._map(lambda x: x[rows])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenRows:
-        return TokenRows(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> TokenRows:
-        return TokenRows(self.input_ids.pin_memory(), self.attention_mask.pin_memory())
+        return self._map(lambda x: x.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> TokenRows:
+        return TokenRows(*(None if x is None else change(x) for x in (getattr(self, f.name) for f in fields(self))))  # type: ignore[arg-type]
+
+    @property
+    def pooled(self) -> Tensor:
+        """(R, L), the pool mask, or the attention mask where all real tokens are pooled."""
+        return self.attention_mask if self.pool_mask is None else self.pool_mask
 
     @property
     def num_tokens(self) -> int:
@@ -51,9 +61,11 @@ class TokenRows:
         def widen(x: Tensor) -> Tensor:
             return torch.nn.functional.pad(x, (0, width - x.shape[1]))
 
+        every = all(part.pool_mask is None for part in parts)
         return cls(
             torch.cat([widen(part.input_ids) for part in parts]),
             torch.cat([widen(part.attention_mask) for part in parts]),
+            None if every else torch.cat([widen(part.pooled) for part in parts]),
         )
 
 

@@ -181,7 +181,7 @@ class ULLMEModule(L.LightningModule):
 
     def validation_step(self, batch: EvalRows, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Embed texts of the corpus (loader 0) or its queries (loader 1) into their places."""
-        rep = self.model(batch.rows.input_ids, batch.rows.attention_mask)["rep"]
+        rep = self.model(batch.rows.input_ids, batch.rows.attention_mask, pool_mask=batch.rows.pool_mask)["rep"]
         (self._corpus if dataloader_idx == 0 else self._queries)[batch.indices] = rep.float()
 
     def on_validation_epoch_end(self) -> None:

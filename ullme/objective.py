@@ -189,7 +189,7 @@ class Objective:
 
 def embedder(model: ULLME) -> Callable[[TokenRows], Tensor]:
     """R token rows -> (R, D)."""
-    return lambda rows: model(rows.input_ids, rows.attention_mask)["rep"]
+    return lambda rows: model(rows.input_ids, rows.attention_mask, pool_mask=rows.pool_mask)["rep"]
 
 
 def at_least_one(mask: Tensor) -> Tensor:

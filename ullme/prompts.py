@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Role = Literal["query", "passage", "generation"]
+Pooled = Literal["all", "text"]
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,20 @@ class Prompts:
     """Templates for the two sides of retrieval. The defaults follow E5-mistral (arXiv 2401.00368), as the paper does.
 
     Args:
-        query: template of a query; ``{text}`` stands for the query and ``{instruction}`` for the task.
+        query: template of a query; ``{text}`` stands for the query and ``{instruction}`` for the task. A query or
+            passage template may hold {text} twice, as in echo embeddings (arXiv 2402.15449).
         passage: template of a passage.
         generation: template of the query in front of a passage whose likelihood is asked for; the passage's own tokens
             follow it.
         instruction: the task description that training uses, and evaluation where a task brings none of its own.
         append_eos: end every text with the tokenizer's end token (what last-token pooling usually wants).
+        pooled: which tokens become the embedding. ``all``; or ``text``: the text, its last copy where there are two,
+            and what follows it. Every token takes part in attention, so an instruction in front still steers the
+            embedding (GritLM, arXiv 2402.09906; LLM2Vec, arXiv 2404.05961).
 
     Raises:
-        ValueError: a template does not hold ``{text}`` exactly once, or another field than {instruction} beside it.
+        ValueError: a template does not hold ``{text}`` (generation: exactly once), or holds another field than
+            {instruction} beside it; or an unknown ``pooled``.
     """
 
     query: str = "Instruct: {instruction}\nQuery: {text}"
@@ -44,13 +50,17 @@ class Prompts:
     generation: str = "Instruct: {instruction}\nQuery: {text}\nPassage:\n"
     instruction: str = "Given a web search query, retrieve relevant passages that answer the query"
     append_eos: bool = False
+    pooled: Pooled = "all"
 
     def __post_init__(self) -> None:
+        if self.pooled not in get_args(Pooled):
+            raise ValueError(f"prompts.pooled={self.pooled!r}: choose {' or '.join(get_args(Pooled))}")
         for name in ("query", "passage", "generation"):
             template = getattr(self, name)
-            if template.count("{text}") != 1:
+            allowed = {1: "exactly once"} if name == "generation" else {1: "once or twice", 2: ""}
+            if template.count("{text}") not in allowed:
                 raise ValueError(
-                    f"prompts.{name}={template!r} must hold {{text}} exactly once; write for example '{name}: {{text}}'"
+                    f"prompts.{name}={template!r} must hold {{text}} {allowed[1]}; write for example '{name}: {{text}}'"
                 )
             if unknown := set(re.findall(r"\{(\w+)\}", template)) - {"text", "instruction"}:
                 raise ValueError(
@@ -58,14 +68,16 @@ class Prompts:
                     "a template knows {text} and {instruction}"
                 )
 
-    def around(self, role: Role | None, instruction: str | None = None) -> tuple[str, str]:
-        """What stands before and after the text. ``role=None``: nothing; ``instruction=None``: the contract's own."""
+    def around(self, role: Role | None, instruction: str | None = None) -> tuple[str, ...]:
+        """What stands before, after and, where it comes twice, between the text.
+
+        ``role=None``: nothing; ``instruction=None``: the contract's own.
+        """
         if role is None:
             return "", ""
         template: str = getattr(self, role)
-        prefix, suffix = template.split("{text}")
         filled = self.instruction if instruction is None else instruction
-        return prefix.replace("{instruction}", filled), suffix.replace("{instruction}", filled)
+        return tuple(piece.replace("{instruction}", filled) for piece in template.split("{text}"))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,24 +111,58 @@ class PromptTokenizer:
         max_length: int,
         instruction: str | Sequence[str | None] | None = None,
     ) -> list[list[int]]:
-        """Token ids of each text in its template, at most ``max_length`` tokens each.
+        """Token ids of each text in its template; see :meth:`rows`."""
+        return self.rows(texts, role, max_length=max_length, instruction=instruction)[0]
 
-        A text that is too long loses its own end: what the template puts after the text, and the end token, stay.
+    def rows(
+        self,
+        texts: Sequence[str],
+        role: Role | None,
+        *,
+        max_length: int,
+        instruction: str | Sequence[str | None] | None = None,
+    ) -> tuple[list[list[int]], list[int] | None]:
+        """Token ids of each text in its template, at most ``max_length`` tokens each, and which of them are pooled.
+
+        A text that is too long loses its own end: what the template puts after the text, and the end token, stay. In
+        a template that holds the text twice both copies lose the same.
 
         Args:
             texts: R texts.
             role: which template; None for the bare text.
             max_length: in tokens, template included.
             instruction: one for all, one for each text, or None for the contract's own.
+
+        Returns:
+            R rows of token ids, and for each the place of the first token that is pooled (the rest of the row is), or
+            None if all tokens are.
+
+        Raises:
+            ValueError: ``pooled: text`` with a tokenizer that cannot say where a token came from.
         """
         if not texts:
-            return []
+            return [], None
         one_for_all = instruction is None or isinstance(instruction, str)
         each = [instruction] * len(texts) if one_for_all else list(instruction)  # type: ignore[arg-type]
         around = {i: self.prompts.around(role, i) for i in set(each)}
         rendered = [text.join(around[i]) for text, i in zip(texts, each, strict=True)]
-        tails = {i: self._length(after) for i, (_, after) in around.items()}
-        rows: list[list[int]] = self.tokenizer(rendered, return_attention_mask=False)["input_ids"]
+        tails = {i: self._length(pieces[-1]) for i, pieces in around.items()}
+        masks_pooling = self.prompts.pooled == "text" and role in ("query", "passage")
+        encoded = self._encode(rendered, masks_pooling)
+        room = max_length - self.prompts.append_eos
+        long = [n for n, row in enumerate(encoded["input_ids"]) if len(row) > room and len(around[each[n]]) > 2]
+        if long:
+            texts = list(texts)
+            for n in long:
+                texts[n] = self._shortened(texts[n], around[each[n]], room)
+                rendered[n] = texts[n].join(around[each[n]])
+            encoded = self._encode(rendered, masks_pooling)
+        rows: list[list[int]] = encoded["input_ids"]
+        starts = None
+        if masks_pooling:
+            ends = [len(whole) - len(around[i][-1]) for whole, i in zip(rendered, each, strict=True)]
+            firsts = [end - len(text) for end, text in zip(ends, texts, strict=True)]
+            starts = [_token_at(*place) for place in zip(encoded["offset_mapping"], firsts, strict=True)]
         end = self.tokenizer.eos_token_id
         for n, row in enumerate(rows):
             has_end = bool(row) and row[-1] == end
@@ -127,12 +173,35 @@ class PromptTokenizer:
                 row = row[: max_length - keep] + row[len(row) - keep :]  # noqa: PLW2901
             # A tokenizer without special tokens turns "" into nothing; one token stands in, so that it can be pooled.
             rows[n] = row or [end if end is not None else self.tokenizer.pad_token_id]
-        return rows
+        if starts is not None:  # an empty text may leave nothing behind its template
+            starts = [min(start, len(row) - 1) for start, row in zip(starts, rows, strict=True)]
+        return rows, starts
+
+    def _encode(self, texts: list[str], offsets: bool) -> Any:
+        if offsets and not self.tokenizer.is_fast:
+            raise ValueError(
+                "prompts.pooled=text needs a tokenizer that knows which characters a token stands for (a fast one), "
+                f"and {type(self.tokenizer).__name__} does not; set prompts.pooled=all"
+            )
+        return self.tokenizer(
+            texts, return_attention_mask=False, **({"return_offsets_mapping": True} if offsets else {})
+        )
+
+    def _shortened(self, text: str, pieces: tuple[str, ...], max_length: int) -> str:
+        """The longest beginning of a text with which its template has at most ``max_length`` tokens."""
+        fits, beyond = 0, len(text)
+        while beyond - fits > 1:
+            middle = (fits + beyond) // 2
+            if len(self.tokenizer(text[:middle].join(pieces))["input_ids"]) <= max_length:
+                fits = middle
+            else:
+                beyond = middle
+        return text[:fits]
 
     def check_length(self, role: Role, max_length: int) -> None:
         """Raises: ValueError: the template alone takes ``max_length`` tokens, so that all texts would be the same."""
         empty = len(self.ids([""], role, max_length=2**31)[0])
-        if empty >= max_length and (self.prompts.around(role) != ("", "")):
+        if empty >= max_length and (any(self.prompts.around(role))):
             raise ValueError(
                 f"{role}: max_length={max_length} tokens, but the template alone takes {empty}; raise "
                 f"{role}_max_length (or max_length), or shorten prompts.{role} or the instruction"
@@ -159,9 +228,14 @@ class PromptTokenizer:
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         return [(row + end)[:max_length] or [self.tokenizer.pad_token_id] for row in rows]
 
-    def pad(self, rows: Sequence[Sequence[int]]) -> TokenRows:
-        """Right-padded (R, L) block of token rows; the packed forward drops the padding again."""
-        return pad_rows(rows, self.tokenizer.pad_token_id)
+    def pad(self, rows: Sequence[Sequence[int]], starts: Sequence[int] | None = None) -> TokenRows:
+        """Right-padded (R, L) block of token rows; the packed forward drops the padding again.
+
+        Args:
+            rows: token ids.
+            starts: the first token of each row that is pooled; None pools all.
+        """
+        return pad_rows(rows, self.tokenizer.pad_token_id, starts)
 
     def __call__(
         self,
@@ -171,15 +245,23 @@ class PromptTokenizer:
         max_length: int,
         instruction: str | Sequence[str | None] | None = None,
     ) -> TokenRows:
-        """:meth:`ids`, padded."""
-        return self.pad(self.ids(texts, role, max_length=max_length, instruction=instruction))
+        """:meth:`rows`, padded."""
+        return self.pad(*self.rows(texts, role, max_length=max_length, instruction=instruction))
 
 
-def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int) -> TokenRows:
-    """(R, L) block with padding on the right."""
+def _token_at(offsets: Sequence[tuple[int, int]], place: int) -> int:
+    """The first token with a character at or after ``place``; special tokens stand for none."""
+    return next((n for n, (_, end) in enumerate(offsets) if end > place), len(offsets))
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int, starts: Sequence[int] | None = None) -> TokenRows:
+    """(R, L) block with padding on the right; ``starts`` (R,) is where each row's pooled tokens begin."""
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
-    real = torch.arange(max(map(len, rows), default=0)) < lengths[:, None]
+    places = torch.arange(max(map(len, rows), default=0))
+    real = places < lengths[:, None]
     flat = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum()))
     input_ids = torch.full(real.shape, pad_token_id, dtype=torch.long)
     input_ids[real] = torch.from_numpy(flat)
-    return TokenRows(input_ids, real.long())
+    if starts is None:
+        return TokenRows(input_ids, real.long())
+    return TokenRows(input_ids, real.long(), (real & (places >= torch.tensor(starts)[:, None])).long())

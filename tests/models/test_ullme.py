@@ -264,3 +264,32 @@ def test_a_template_that_leaves_no_room_for_the_text_is_refused(make_model):
     model = make_model(prompts=Prompts(query="a rather long template in front of {text}"))
     with pytest.raises(ValueError, match=r"query: max_length=8 tokens, but the template alone takes \d+"):
         model.encode(TEXTS, role="query", max_length=8)
+
+
+@pytest.mark.parametrize("path", ["packed", "padded", "mask4d"])
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "first", "last"])
+def test_only_the_span_is_pooled_and_all_is_attended_to(path, pooling, make_model):
+    """Against transformers' own hidden states, row by row; through encode too."""
+    prompts = Prompts(query="Instruct: {instruction} Query: {text}", append_eos=True, pooled="text")
+    model = make_model(attention="causal", attention_path=path, pooling=pooling, lora_name=None, prompts=prompts).eval()
+    texts, instructions = ["the old mill", "a far longer text about a market"], ["find", "find what is asked for here"]
+    rows, starts = model.prompt_tokenizer.rows(texts, "query", max_length=80, instruction=instructions)
+    found = torch.from_numpy(model.encode(texts, role="query", instruction=instructions))
+    for row, start, rep in zip(rows, starts, found, strict=True):
+        with torch.no_grad():
+            states = model.llm.base_model(input_ids=torch.tensor([row])).last_hidden_state[0][start:]
+        places = torch.arange(1.0, len(states) + 1)[:, None]
+        expected = {
+            "mean": states.mean(0),
+            "weighted_mean": (states * places).sum(0) / places.sum(),
+            "first": states[0],
+            "last": states[-1],
+        }[pooling]
+        assert start > 5
+        torch.testing.assert_close(rep, expected / expected.norm(), atol=2e-6, rtol=0)
+
+
+def test_a_row_with_nothing_to_pool_is_refused(make_model):
+    ids = torch.ones(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="row 1 has no token to pool"):
+        make_model()(ids, ids, pool_mask=torch.tensor([[1, 0, 0], [0, 0, 0]]))

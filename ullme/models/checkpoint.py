@@ -162,7 +162,7 @@ def check_fit(model: ULLME, checkpoint: dict[str, Any], source: str = "ckpt_path
     check_contract(checkpoint, source)
     found = checkpoint[CONTRACT_KEY]
     state = {name.removeprefix(STATE_PREFIX): value for name, value in checkpoint["state_dict"].items()}
-    if found["prompts"] != model.prompts.to_dict():
+    if Prompts.from_dict(found["prompts"]) != model.prompts:  # an older contract lacks what is now at its default
         raise ValueError(
             f"checkpoint={source!r} was trained with model.prompts={found['prompts']}, this run has "
             f"{model.prompts.to_dict()}; resume with the prompts of the training"

@@ -44,7 +44,7 @@ def embed_blocks(model: ULLME, blocks: Iterable[TokenRows]) -> Iterator[Tensor]:
     """Blocks of R rows -> (R, D) each, in float32 on the CPU."""
     for block in blocks:
         here = block.to(model.device)
-        yield model(here.input_ids, here.attention_mask)["rep"].float().cpu()
+        yield model(here.input_ids, here.attention_mask, pool_mask=here.pool_mask)["rep"].float().cpu()
 
 
 def _budget(batch_size: int | None, lengths: list[int], device: torch.device) -> int:
@@ -87,11 +87,13 @@ def encode(
             for start in range(0, len(texts), _WINDOW):
                 part = slice(start, start + _WINDOW)
                 task = instruction if one_for_all else instruction[part]  # type: ignore[index]
-                rows = tokenizer.ids(texts[part], role, max_length=max_length, instruction=task)
+                rows, starts = tokenizer.rows(texts[part], role, max_length=max_length, instruction=task)
                 lengths = [len(row) for row in rows]
                 budget = _budget(batch_size, lengths, model.device)
                 batches = list(token_batches(lengths, budget))
-                blocks = (tokenizer.pad([rows[n] for n in batch]) for batch in batches)
+                blocks = (
+                    tokenizer.pad([rows[n] for n in batch], starts and [starts[n] for n in batch]) for batch in batches
+                )
                 for batch, rep in zip(batches, model.embed_blocks(model, blocks), strict=True):
                     out[torch.tensor(batch) + start] = rep
                     bar.update(len(batch))

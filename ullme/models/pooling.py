@@ -47,6 +47,27 @@ def pool(hidden: Tensor, lengths: Tensor, method: PoolingMethod = "mean") -> Ten
     raise ValueError(f"pooling={method!r} is unknown; choose one of {', '.join(POOLING_METHODS)}")
 
 
+def only_pooled(hidden: Tensor, attention_mask: Tensor, pool_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Leave out the states of tokens that are attended to but not pooled; a row's first pooled token is its first.
+
+    Args:
+        hidden: (T, D) hidden states of the real tokens, row after row.
+        attention_mask: (R, L), 1 on the T real tokens.
+        pool_mask: (R, L), 1 on the P real tokens that are pooled.
+
+    Returns:
+        (P, D) states and (R,) how many each row has, as :func:`pool` takes them.
+
+    Raises:
+        ValueError: a row without a pooled token.
+    """
+    pooled = pool_mask.bool() & attention_mask.bool()
+    lengths = pooled.sum(dim=1)
+    if (lengths == 0).any():
+        raise ValueError(f"pool_mask: row {int(lengths.argmin())} has no token to pool; every text needs at least one")
+    return hidden[pooled[attention_mask.bool()]], lengths
+
+
 def pool_padded(hidden: Tensor, attention_mask: Tensor, method: PoolingMethod = "mean") -> Tensor:
     """:func:`pool` on padded states (R, L, D) with a mask (R, L), padded on either side; the mask is left as is.
 

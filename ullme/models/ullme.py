@@ -13,7 +13,7 @@ from ullme.batch import TokenRows
 from ullme.models import attention, backbone, encoding, likelihood
 from ullme.models.backbone import BackboneConfig
 from ullme.models.encoding import EmbedBlocks
-from ullme.models.pooling import pool
+from ullme.models.pooling import only_pooled, pool
 from ullme.prompts import Prompts, PromptTokenizer, Role
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ class ULLME(nn.Module):
         targets: TokenRows | None = None,
         owner: Tensor | None = None,
         share_prompts: bool = True,
+        pool_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Embed, generate or score. The only way into the backbone: hooks of FSDP and of checkpointing sit here.
@@ -154,6 +155,7 @@ class ULLME(nn.Module):
             targets: with ``is_generate=True``: passages to score, each behind its prompt in ``input_ids``.
             owner: (number of targets,) row of the prompt of each target, not falling; None: one target for each.
             share_prompts: run a prompt once for all of its targets, where the backbone can be packed.
+            pool_mask: (R, L), 1 on the real tokens that are pooled, which every row must have; None pools all.
             **kwargs: with ``is_generate=True``, passed on to transformers' forward.
 
         Returns:
@@ -180,7 +182,11 @@ class ULLME(nn.Module):
             raise ValueError(f"{sorted(kwargs)}: only is_generate=True takes more than input_ids and attention_mask")
         causal = self.options.attention == "causal"
         hidden = attention.PATHS[self.attention_path](self.causal_lm.base_model, input_ids, attention_mask, causal)
-        pooled = pool(hidden.flat, hidden.lengths, self.options.pooling)
+        if pool_mask is None:
+            states, lengths = hidden.flat, hidden.lengths
+        else:
+            states, lengths = only_pooled(hidden.flat, attention_mask, pool_mask)
+        pooled = pool(states, lengths, self.options.pooling)
         return {"rep": nn.functional.normalize(pooled, dim=-1)}
 
     def _check_head(self) -> None:
