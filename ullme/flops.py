@@ -178,7 +178,7 @@ def count_weights(model: Any, options: BackboneConfig) -> ModelCost:
         attention_width=text.num_attention_heads * head_dim,
         parameters=total,
         trainable=trainable,
-        full=options.lora_name is None,
+        full=options.trained == "all",
     )
 
 

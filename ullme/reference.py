@@ -59,7 +59,7 @@ class FrozenCopy(Reference):
         from ullme.sharding import split_alike
 
         if self.copy is None:  # from the folder, not from the model: a resumed one is not the pre-trained any more
-            options = {**model.options.to_dict(), "lora_name": None, "gradient_checkpointing": False}
+            options = {**model.options.to_dict(), "lora_name": None, "train": None, "gradient_checkpointing": False}
             copy = ULLME(**options, prompts=model.prompts).requires_grad_(False).eval().to(model.device)
             self.copy = split_alike(model, copy)
 

@@ -62,7 +62,7 @@ def _prepare(model: Any, device: torch.device, kind: str) -> set[nn.Parameter]:
             f"quantization={model.options.quantization!r}: 4-bit weights are not split over ranks; set "
             "trainer.strategy=ddp (a copy on each GPU, which is small), or quantization=none"
         )
-    whole = [p for p in model.parameters() if p.requires_grad] if model.options.lora_name is not None else []
+    whole = [] if model.options.trained == "all" else [p for p in model.parameters() if p.requires_grad]
     for parameter in whole:
         parameter.data = parameter.data.to(device)
     broadcast(whole)
@@ -126,7 +126,7 @@ def split_by(model: ULLME) -> Literal["fsdp1", "fsdp2"] | None:
 
 def whole_parameters(model: ULLME) -> list[nn.Parameter]:
     """Trained weights that this rank holds whole; nobody averages their gradients by itself."""
-    if model.options.lora_name is None and split_by(model):
+    if model.options.trained == "all" and split_by(model):
         return []
     return [p for p in model.parameters() if p.requires_grad]
 

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 Attention = Literal["bidirectional", "causal"]
 AttentionPath = Literal["auto", "packed", "padded", "mask4d"]
 Quantization = Literal["none", "nf4"]
+Trained = Literal["lora", "biases", "all"]
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -33,7 +34,9 @@ class BackboneConfig:
     Args:
         model_name_or_path: a hub name or a local folder of a decoder-only LLM.
         model_backbone_type: transformers' model_type (mistral, llama, phi ...); checked if given.
-        lora_name: name of the adapter; null trains all weights.
+        lora_name: name of the adapter; null for none.
+        train: lora, an adapter; biases alone (BitFit, arXiv 2106.10199); or all weights. null is lora where there is
+            a lora_name, and all where it is null.
         lora_r: rank of LoRA.
         lora_alpha: scale of LoRA, over the rank.
         lora_dropout: dropout in front of LoRA.
@@ -57,6 +60,7 @@ class BackboneConfig:
     model_name_or_path: str
     model_backbone_type: str | None = None
     lora_name: str | None = "ullme"
+    train: Trained | None = None
     lora_r: int = 16
     lora_alpha: float = 32
     lora_dropout: float = 0.2
@@ -87,6 +91,12 @@ class BackboneConfig:
             "attention_path",
             "choose auto, packed, padded or mask4d",
         )
+        need(self.train in (None, "lora", "biases", "all"), "train", "choose lora, biases or all")
+        need(
+            self.train is None or (self.train == "lora") == (self.lora_name is not None),
+            "train",
+            f"with lora_name={self.lora_name!r}; lora needs a lora_name, biases and all need lora_name: null",
+        )
         if self.lora_name is not None:
             need(
                 bool(self.lora_name) and "." not in self.lora_name,
@@ -96,6 +106,11 @@ class BackboneConfig:
             need(self.lora_r >= 1, "lora_r", "a positive rank; lora_name: null trains all weights")
             need(self.lora_alpha > 0, "lora_alpha", "a positive number; usually twice lora_r")
             need(0 <= self.lora_dropout < 1, "lora_dropout", "a share from 0 to below 1")
+
+    @property
+    def trained(self) -> Trained:
+        """What is trained, said or not."""
+        return self.train or ("all" if self.lora_name is None else "lora")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -200,13 +215,25 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:
-    """Wrap the LLM with LoRA (arXiv 2106.09685) through PEFT, or make all weights trainable if lora_name is None.
+    """Wrap the LLM with LoRA (arXiv 2106.09685) through PEFT, or choose which of its own weights are trained.
 
     Raises:
-        ValueError: lora_target_modules match nothing.
+        ValueError: lora_target_modules match nothing, or an LLM without biases shall train them.
     """
-    if options.lora_name is None:
+    if options.trained == "all":
         return model.requires_grad_(True)
+    if options.trained == "biases":
+        model.requires_grad_(False)
+        biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+        if not biases:
+            raise ValueError(
+                f"train=biases, but {options.model_name_or_path!r} ({model.config.model_type}) has none; take an LLM "
+                "with biases (gpt2, gpt_neo, gpt_neox, opt, phi ...), or train an adapter"
+            )
+        for bias in biases:
+            bias.requires_grad_(True)
+        return model
+    assert options.lora_name is not None
     from peft import LoraConfig, get_peft_model
 
     from ullme.models.lora import install as install_lora

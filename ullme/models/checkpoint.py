@@ -237,7 +237,9 @@ def save_adapter(model: ULLME, folder: str | Path) -> Path:
 
     name = model.options.lora_name
     if name is None:
-        raise ValueError("lora_name=null: all weights were trained, there is no adapter to save")
+        raise ValueError(
+            f"lora_name=null: {model.options.trained} of the LLM were trained, there is no adapter to save"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model.llm, adapter_name=name)
