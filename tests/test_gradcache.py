@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ullme.batch import Batch, TokenRows
-from ullme.gradcache import GradCache, chunk_slices, embed_batch
+from ullme.gradcache import GradCache, chunk_slices, embed_batch, row_pieces
 from ullme.losses import InfoNCE
 from ullme.prompts import pad_rows
 
@@ -172,7 +172,7 @@ def test_gradients_are_synchronised_with_the_last_chunk_only(model):
 
     batch = make_batch()
     GradCache(embedder(model), InfoNCE(), no_sync=no_sync).step(batch, chunk_slices(batch, 2, None))
-    assert events == ["no_sync"] * 2  # three chunks
+    assert events == ["no_sync"] * 2  # three pieces
 
 
 def test_memory_does_not_hold_the_batch(model):
@@ -224,3 +224,26 @@ def test_batch_slices_keep_candidates_with_their_query():
     torch.testing.assert_close(part.passages.input_ids, batch.passages.input_ids[3:9])
     with pytest.raises(ValueError, match="do not fit"):
         Batch(batch.queries, batch.passages[:4], batch.passage_keys, batch.row_ids)
+
+
+def test_row_pieces():
+    batch = make_batch()
+    lengths = torch.cat([batch.queries.attention_mask.sum(1), batch.passages.attention_mask.sum(1)])
+    pieces = row_pieces(batch, 40)
+    order = torch.cat(pieces)
+    assert sorted(order.tolist()) == list(range(B + B * C))
+    assert (lengths[order].diff() <= 0).all()  # the longest first
+    sums = [int(lengths[piece].sum()) for piece in pieces]
+    assert max(sums) <= 40
+    assert all(total + int(lengths[after[0]]) > 40 for total, after in zip(sums, pieces[1:], strict=False))
+    assert [len(piece) for piece in row_pieces(batch, 1)] == [1] * (B + B * C)
+
+
+@pytest.mark.parametrize("tokens", [1, 25, 60])
+def test_pieces_of_rows_give_the_full_batchs_gradient(model, tokens):
+    """Even where a piece is less than a query with its candidates."""
+    batch, loss = make_batch(), InfoNCE(0.05)
+    loss(embed_batch(embedder(model), batch)).backward()
+    expected = gradients(model)
+    GradCache(embedder(model), loss).step(batch, [slice(0, B)], row_pieces(batch, tokens))
+    assert_same_gradients(gradients(model), expected, 1e-10)

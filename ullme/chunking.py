@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # The share of what is free that is planned with: an accelerator is ours alone, a CPU's memory is everybody's.
 _USABLE = {"cpu": 0.5, "cuda": 0.9}
 # Chunks beyond this are no faster: a CPU leaves its cache, a GPU has been full for long.
-_MOST = {"cpu": 2048, "cuda": 65536}
+_MOST = {"cpu": 1024, "cuda": 65536}
 # Chunks below this leave a GPU idle; where they would not fit, layers are recomputed instead.
 _LEAST = {"cpu": 512, "cuda": 4096}
 
@@ -48,20 +48,18 @@ class Chunking:
     checkpointing: bool
 
 
-def choose(
-    model: ULLME, half: bool, largest_query: int, chunk_tokens: int | None, free: float | None = None
-) -> Chunking:
+def choose(model: ULLME, half: bool, least: int, chunk_tokens: int | None, free: float | None = None) -> Chunking:
     """The largest chunk that fits, and whether it has to be recomputed layer by layer.
 
     Args:
         model: on the device that trains it.
         half: whether products are computed in bfloat16 by autocast.
-        largest_query: the most tokens that a query and its candidates may have: the smallest chunk possible.
+        least: the most tokens that the smallest possible chunk may have.
         chunk_tokens: a chunk that is settled; None asks for one.
         free: bytes; None asks the device.
 
     Raises:
-        ValueError: not even one query fits.
+        ValueError: not even the smallest chunk fits.
     """
     kind = "cpu" if model.device.type == "cpu" else "cuda"
     dtype = next(model.causal_lm.parameters()).dtype
@@ -69,15 +67,15 @@ def choose(
     room = _USABLE[kind] * (free_memory(model.device) if free is None else free)
     room = (room - _fixed(model, kind)) / (1 + FRAGMENTATION) * (1 if model.attention_path == "packed" else 0.5)
     wanted = model.options.gradient_checkpointing
-    enough = max(largest_query, chunk_tokens or _LEAST[kind])
+    enough = max(least, chunk_tokens or _LEAST[kind])
     checkpointing = _bytes(acts, False) * enough > room if wanted == "auto" else bool(wanted)
     each = _bytes(acts, checkpointing)
     if chunk_tokens is None:
-        chunk_tokens = int(min(room // each, max(_MOST[kind], largest_query)))
-        if chunk_tokens < largest_query:
+        chunk_tokens = int(min(room // each, max(_MOST[kind], least)))
+        if chunk_tokens < least:
             raise ValueError(
-                f"loss.chunk_tokens=auto: {max(room, 0) / GIB:.1f} GiB can be planned with, and one query with its "
-                f"passages may take {largest_query * each / GIB:.1f} GiB ({largest_query} tokens); lower "
+                f"loss.chunk_tokens=auto: {max(room, 0) / GIB:.1f} GiB can be planned with, and the smallest chunk "
+                f"({least} tokens) takes {least * each / GIB:.2f} GiB; lower "
                 "data.passage_max_length or data.num_hard_negatives, or take a device with more memory"
             )
     held = 0 if checkpointing else int(max(0, room - each * chunk_tokens) // acts.saved)

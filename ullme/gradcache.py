@@ -1,12 +1,12 @@
 """GradCache (arXiv 2101.06983): the gradient of a whole-batch loss with the memory of one chunk.
 
-1. Embed every chunk without gradient, keeping the random state it started from.
+1. Embed every piece of the batch without gradient, keeping the random state it started from.
 2. Compute the loss on all representations, and its gradient with respect to them.
-3. Embed every chunk again from its random state, now with gradient, and back-propagate <representation, cached
+3. Embed every piece again from its random state, now with gradient, and back-propagate <representation, cached
    gradient>: by the chain rule exactly the parameters' gradient of the loss.
 
-Terms that each query has by itself (generation losses, and the KL between generation and retrieval) are computed in
-phase 3, a chunk at a time; what they say about representations is added to the cached gradient.
+Terms that each query has by itself (generation losses, and the KL between generation and retrieval) come between 2 and
+3, a chunk of queries at a time; what they say about representations is added to the cached gradient.
 
 Knows PyTorch only: no Lightning, no model class.
 """
@@ -43,7 +43,11 @@ def embed_batch(embed: Embed, batch: Batch) -> Representations:
     Args:
         embed: R token rows -> (R, D).
     """
-    reps = embed(TokenRows.cat([batch.queries, batch.passages]))
+    return _as_representations(embed(TokenRows.cat([batch.queries, batch.passages])), batch)
+
+
+def _as_representations(reps: Tensor, batch: Batch) -> Representations:
+    """(B + B C, D), all queries and then all passages."""
     queries, passages = reps.split([len(batch.queries), len(batch.passages)])
     return Representations(queries, passages.unflatten(0, (len(batch), -1)), batch.passage_keys)
 
@@ -69,6 +73,35 @@ def chunk_slices(batch: Batch, chunk_size: int | None, chunk_tokens: int | None)
     return [*slices, slice(start, len(batch))]
 
 
+def slice_rows(batch: Batch, part: slice) -> Tensor:
+    """Places of a chunk's queries and passages among all queries and then all passages of the batch."""
+    candidates = len(batch.passages) // len(batch)
+    first = len(batch)
+    return torch.cat(
+        [torch.arange(part.start, part.stop), torch.arange(part.start * candidates, part.stop * candidates) + first]
+    )
+
+
+def row_pieces(batch: Batch, tokens: int) -> list[Tensor]:
+    """All queries and passages, the longest first, in pieces of at most ``tokens`` real tokens (or one row).
+
+    A piece may be smaller than a query with its candidates, and rows of like length make attention's work even.
+
+    Returns:
+        Places of rows among all queries and then all passages of the batch.
+    """
+    masks = (batch.queries.attention_mask, batch.passages.attention_mask)
+    lengths = torch.cat([mask.sum(1) for mask in masks]).cpu()
+    order = lengths.argsort(descending=True, stable=True)
+    borders, total = [0], 0
+    for n, length in enumerate(lengths[order].tolist()):
+        if n > borders[-1] and total + length > tokens:
+            borders.append(n)
+            total = 0
+        total += length
+    return list(order.tensor_split(borders[1:]))
+
+
 class GradCache:
     """One training step's backward.
 
@@ -77,7 +110,7 @@ class GradCache:
         loss: representations of the whole batch -> the scalar to minimise.
         chunk_loss: a chunk and its representations (as leaves, or None) -> a scalar that is summed over chunks, such
             as a generation loss; a third argument of 0.0 marks a chunk that shall not count. Its own forward happens
-            inside, and its graph is freed before the chunk is embedded again, so the two never need memory at the
+            inside, and its graph is freed before anything is embedded again, so the two never need memory at the
             same time.
         backward: what to call on a scalar instead of ``Tensor.backward`` (a strategy's, for example).
         no_sync: context under which a backward does not synchronise gradients over ranks; the last backward does.
@@ -94,56 +127,59 @@ class GradCache:
         self.embed, self.loss, self.chunk_loss = embed, loss, chunk_loss
         self.backward, self.no_sync = backward, no_sync
 
-    def step(self, batch: Batch, slices: list[slice], held: int = 0, idle: int = 0) -> None:
+    def step(
+        self,
+        batch: Batch,
+        slices: list[slice],
+        pieces: list[Tensor] | None = None,
+        held: int = 0,
+        idle: int = 0,
+        idle_pieces: int = 0,
+    ) -> None:
         """Add the gradient of ``loss`` + Σ ``chunk_loss`` to the parameters' ``.grad``.
 
         Args:
             batch: the whole batch of this rank.
             slices: the chunks, see :func:`chunk_slices`.
-            held: the first so many chunks are embedded once, with gradient, and their graphs held until phase 3:
+            pieces: what is embedded at once, see :func:`row_pieces`; None: a chunk's queries and passages.
+            held: the first so many pieces are embedded once, with gradient, and their graphs held until phase 3:
                 memory for speed.
             idle: chunks that other ranks have more than this one. A sharded model's ranks do every forward and
                 backward together, so this rank goes along with one query that counts for nothing.
+            idle_pieces: likewise, with one row.
         """
-        chunks = [batch[s] for s in slices]
         if self.embed is None:
-            for _ in range(idle):
-                self._add_chunk_loss(batch[:1], None, last=False, share=0.0)
-            for n, chunk in enumerate(chunks):
-                self._add_chunk_loss(chunk, None, last=n == len(chunks) - 1)
+            self._chunk_losses(batch, slices, idle, None, None)
             return
-        graphs = [embed_batch(self.embed, chunk) for chunk in chunks[:held]]
-        parts, states = self.embed_without_gradient([*chunks[held:], *[batch[:1]] * idle])
-        reps = Representations.cat([*(graph.detach() for graph in graphs), *parts])[: len(batch)]
-        gradients = self.cache_gradients(reps)
+        rows = TokenRows.cat([batch.queries, batch.passages])
+        pieces = [slice_rows(batch, part) for part in slices] if pieces is None else pieces
+        pieces = [piece.to(rows.input_ids.device) for piece in pieces]
+        graphs = [self.embed(rows[piece]) for piece in pieces[:held]]
+        parts, states = self.embed_without_gradient([*(rows[p] for p in pieces[held:]), *[rows[:1]] * idle_pieces])
+        parts = [*(graph.detach() for graph in graphs), *parts[: len(pieces) - held]]
+        reps = torch.empty((len(rows), parts[0].shape[1]), dtype=parts[0].dtype, device=parts[0].device)
+        reps[torch.cat(pieces)] = torch.cat(parts)
+        whole = _as_representations(reps, batch)
+        gradients = self.cache_gradients(whole)
+        self._chunk_losses(batch, slices, idle, whole, gradients)
         after = RandomState()
-        nothing = Representations(torch.zeros_like(reps.queries), torch.zeros_like(reps.passages), reps.passage_keys)
-        for _ in range(idle):
-            if self.chunk_loss is not None:
-                self._add_chunk_loss(batch[:1], reps[:1], last=False, share=0.0)
-            self.replay(batch[:1], nothing[:1], last=False)
-        for n, (chunk, part) in enumerate(zip(chunks, slices, strict=True)):
-            last = n == len(chunks) - 1
-            if self.chunk_loss is not None:
-                after.restore()
-                self._add_chunk_loss(chunk, reps[part], last=False, gradients=gradients[part])
-                after = RandomState()
-            if graphs:
-                with nullcontext() if last else self.no_sync():
-                    self._pull(graphs.pop(0), gradients[part])
-            else:
+        pull = torch.cat([gradients.queries, gradients.passages.flatten(0, 1)])
+        for _ in range(idle_pieces):
+            self.replay(rows[:1], torch.zeros_like(pull[:1]), last=False)
+        for n, piece in enumerate(pieces):
+            if n >= held:
                 states[n - held].restore()
-                self.replay(chunk, gradients[part], last)
+            self.replay(rows[piece], pull[piece], last=n == len(pieces) - 1, graph=graphs.pop(0) if graphs else None)
         after.restore()
 
     @torch.no_grad()
-    def embed_without_gradient(self, chunks: Iterable[Batch]) -> tuple[list[Representations], list[RandomState]]:
-        """Phase 1: the representations of all chunks, and the random state in front of each."""
+    def embed_without_gradient(self, pieces: Iterable[TokenRows]) -> tuple[list[Tensor], list[RandomState]]:
+        """Phase 1: the representations of all pieces, and the random state in front of each."""
         assert self.embed is not None
         parts, states = [], []
-        for chunk in chunks:
+        for piece in pieces:
             states.append(RandomState())
-            parts.append(embed_batch(self.embed, chunk))
+            parts.append(self.embed(piece))
         # Autocast may keep the half-precision copies of weights that it made here, without gradient, for later use.
         torch.clear_autocast_cache()
         return parts, states
@@ -158,30 +194,34 @@ class GradCache:
             loss = self.loss(leaves)
         return Representations(*torch.autograd.grad(loss, (leaves.queries, leaves.passages)), reps.passage_keys)
 
-    def _add_chunk_loss(
+    def _chunk_losses(
         self,
-        chunk: Batch,
+        batch: Batch,
+        slices: list[slice],
+        idle: int,
         reps: Representations | None,
-        last: bool,
-        gradients: Representations | None = None,
-        share: float = 1.0,
+        gradients: Representations | None,
     ) -> None:
-        """Back-propagate a chunk's own loss; what it says about the representations is added to ``gradients``."""
+        """Back-propagate every chunk's own loss; what it says about the representations is added to ``gradients``."""
+        if self.chunk_loss is None:
+            return
+        for _ in range(idle):
+            self._chunk_loss(batch[:1], None if reps is None else reps[:1].as_leaves(), False, 0.0)
+        for n, part in enumerate(slices):
+            leaves = None if reps is None else reps[part].as_leaves()
+            self._chunk_loss(batch[part], leaves, last=reps is None and n == len(slices) - 1)
+            if leaves is not None and gradients is not None and leaves.queries.grad is not None:
+                gradients.queries[part].add_(leaves.queries.grad)
+                gradients.passages[part].add_(leaves.passages.grad)
+
+    def _chunk_loss(self, chunk: Batch, leaves: Representations | None, last: bool, share: float = 1.0) -> None:
         assert self.chunk_loss is not None
-        leaves = None if reps is None else reps.as_leaves()
         with nullcontext() if last else self.no_sync():
             self.backward(self.chunk_loss(chunk, leaves, share))
-        if leaves is not None and gradients is not None and leaves.queries.grad is not None:
-            gradients.queries.add_(leaves.queries.grad)
-            gradients.passages.add_(leaves.passages.grad)
 
-    def replay(self, chunk: Batch, gradients: Representations, last: bool) -> None:
-        """Phase 3: a chunk again, with gradient."""
+    def replay(self, piece: TokenRows, gradients: Tensor, last: bool, graph: Tensor | None = None) -> None:
+        """Phase 3: the cached gradients (R, D) of a piece go through its graph; None embeds it again."""
         assert self.embed is not None
         with nullcontext() if last else self.no_sync():
-            self._pull(embed_batch(self.embed, chunk), gradients)
-
-    def _pull(self, reps: Representations, gradients: Representations) -> None:
-        """Back-propagate the cached gradients through a chunk's graph."""
-        surrogate = (reps.queries * gradients.queries).sum() + (reps.passages * gradients.passages).sum()
-        self.backward(surrogate)
+            reps = self.embed(piece) if graph is None else graph
+            self.backward((reps * gradients).sum())

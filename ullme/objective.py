@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ullme.batch import Batch, Representations, TokenRows
 from ullme.distributed import any_rank, gather_sizes, global_mean_weight, mean_over_ranks, most
-from ullme.gradcache import GradCache, embed_batch
+from ullme.gradcache import GradCache, embed_batch, slice_rows
 from ullme.losses.base import Chunk, ChunkLoss, RepresentationLoss, Term
+from ullme.losses.mntp import MNTP
 from ullme.reference import AdaptersOff, Reference
 
 if TYPE_CHECKING:
@@ -49,13 +50,14 @@ class Objective:
         self.share_prompts = share_prompts
         self.representation_terms = [t for t in terms if isinstance(t, RepresentationLoss)]
         self.chunk_terms = [t for t in terms if isinstance(t, ChunkLoss)]
+        self.masking = next((t for t in terms if isinstance(t, MNTP)), None)
         self.uses_reference = any(t.uses_reference for t in self.chunk_terms)
         self.uses_reps = bool(self.representation_terms) or any(t.uses_reps for t in self.chunk_terms)
 
     @property
     def needs_generation(self) -> bool:
         """Whether batches must carry :class:`~ullme.batch.GenerationRows`."""
-        return bool(self.chunk_terms)
+        return any(term.uses_generation for term in self.chunk_terms)
 
     def check(self, model: ULLME, num_hard_negatives: int, precision: str = "32-true") -> None:
         """Before training; ``precision`` is what forwards run under.
@@ -64,6 +66,8 @@ class Objective:
             ValueError: terms that lack negatives, or a reference that cannot be had.
         """
         for term in self.chunk_terms:
+            if isinstance(term, MNTP):
+                term.mask_token_id(model.tokenizer)
             if term.needs_negatives and num_hard_negatives < 1:
                 raise ValueError(
                     f"loss term {term.name} compares a positive with negatives, and data.num_hard_negatives="
@@ -89,9 +93,11 @@ class Objective:
         slices: list[slice],
         backward: Backward = Tensor.backward,
         no_sync: Callable[[], AbstractContextManager] = nullcontext,
+        pieces: list[Tensor] | None = None,
         held: int = 0,
     ) -> Logs:
-        """As :meth:`full_batch`, in the memory of one chunk, ``slices``, and of the first ``held`` chunks' graphs."""
+        """As :meth:`full_batch`, in the memory of one chunk; ``slices``, ``pieces`` and ``held``: see
+        :meth:`ullme.gradcache.GradCache.step`."""
         logs: Logs = {}
         engine = GradCache(
             embed=embedder(model) if self.uses_reps else None,
@@ -100,7 +106,9 @@ class Objective:
             backward=backward,
             no_sync=no_sync,
         )
-        engine.step(batch, slices, held, idle=most(len(slices), batch.row_ids.device) - len(slices))
+        pieces = [slice_rows(batch, part) for part in slices] if pieces is None else pieces
+        idle, idle_pieces = (most(len(x), batch.row_ids.device) - len(x) for x in (slices, pieces))
+        engine.step(batch, slices, pieces, held, idle=idle, idle_pieces=idle_pieces)
         return self._total(logs)
 
     def _total(self, logs: Logs) -> Logs:
@@ -151,7 +159,8 @@ class Objective:
         if self.uses_reference:
             needed = [w for term, (w, _) in zip(self.chunk_terms, masks, strict=True) if term.uses_reference]
             reference = self.reference.logps(model, part, torch.stack(needed).any(0), self.share_prompts)
-        return Chunk(reps, logps, reference, lengths, part.row_ids, part.passage_keys, statistics)
+        masked = _masked_logps(model, part, self.masking) if self.masking is not None else None
+        return Chunk(reps, logps, reference, lengths, part.row_ids, part.passage_keys, statistics, masked)
 
     def _policy(self, model: ULLME, part: Batch, wanted: Tensor, learned: Tensor) -> tuple[Tensor, Tensor]:
         """(b, C) log-likelihoods and token counts. Only candidates that some term learns from go through backward."""
@@ -190,6 +199,13 @@ class Objective:
 def embedder(model: ULLME) -> Callable[[TokenRows], Tensor]:
     """R token rows -> (R, D)."""
     return lambda rows: model(rows.input_ids, rows.attention_mask, pool_mask=rows.pool_mask)["rep"]
+
+
+def _masked_logps(model: ULLME, batch: Batch, masking: MNTP) -> Tensor:
+    """(b,) mean log-probability of the tokens that are masked in each query, in nats; 0 where none can be."""
+    rows, masked = masking.mask(batch.queries, model.tokenizer)
+    found = model(rows.input_ids, rows.attention_mask, masked=masked)
+    return found.logps / found.lengths.clamp(min=1)
 
 
 def at_least_one(mask: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def test_it_goes_on_with_half_the_chunk_and_the_same_losses(loss, arguments, tmp
         ),
         ("chunk_size=4", 7, "start again with loss.chunk_size=2, or loss.on_oom=halve_chunk to go on by itself"),
         ("chunk_tokens=100000", 7, "start again with loss.chunk_tokens="),
-        ("chunk_size=1", 2, "with one query in a chunk (loss.chunk_size=1"),
+        ("chunk_size=1", 2, "with the smallest chunk (loss.chunk_size=1"),
     ],
 )
 def test_it_says_what_to_try(chunk, rows, message, arguments, room, capsys):  # noqa: F811

@@ -10,10 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
+from torch import Tensor
 
 from ullme.batch import Batch
 from ullme.callbacks.settle import settle
 from ullme.chunking import Chunking
+from ullme.gradcache import slice_rows
 from ullme.losses import InfoNCE, Term
 from ullme.objective import Logs, Objective
 from ullme.reference import AdaptersOff, Cached, FrozenCopy, Reference
@@ -91,6 +93,14 @@ class LossCallback(L.Callback, ABC):
             queries: of a batch, on one rank.
         """
         return None
+
+    def slices(self, batch: Batch) -> list[slice]:
+        """Queries whose generation losses are computed together."""
+        return [slice(0, len(batch))]
+
+    def pieces(self, batch: Batch) -> list[Tensor]:
+        """Rows that are embedded together: places among all queries and then all passages."""
+        return [slice_rows(batch, part) for part in self.slices(batch)]
 
     def use(self, chunking: Chunking) -> None:
         """Take what was chosen for what the options leave open."""

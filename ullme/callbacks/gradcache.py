@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from ullme import sharding
 from ullme.batch import Batch
 from ullme.callbacks.base import LossCallback, ReferenceChoice
 from ullme.chunking import Chunking
 from ullme.distributed import any_rank, world
-from ullme.gradcache import RandomState, chunk_slices
+from ullme.gradcache import RandomState, chunk_slices, row_pieces, slice_rows
 from ullme.losses import Term
 from ullme.objective import Logs
 
@@ -34,8 +34,10 @@ class GradCache(LossCallback):
         terms: the terms of the objective; None is InfoNCE alone.
         chunk_size: queries in a chunk, each with all its candidates; null leaves it to chunk_tokens.
         chunk_tokens: real tokens in a chunk, for an even use of memory whatever the lengths; chunk_size goes first.
-            auto takes the largest that fits before training starts, says so, and embeds as many chunks only once as
-            the rest of the memory holds: a batch that fits whole is done without GradCache's first forward.
+            Rows are embedded the longest first, and a query need not be in one chunk with its passages, except for
+            generation terms. auto takes the largest that fits before training starts, says so, and embeds as many
+            chunks only once as the rest of the memory holds: a batch that fits whole is done without GradCache's
+            first forward.
         reference: as in :class:`~ullme.callbacks.LossCallback`.
         cache_reference: likewise.
         share_prompts: likewise.
@@ -102,9 +104,9 @@ class GradCache(LossCallback):
         used = self.chunk_size or self.chunk_tokens or 1
         passes = 2 if self.objective.needs_generation else 1
         half = min(used, len(batch) if self.chunk_size else passes * batch.num_tokens) // 2
-        if len(chunk_slices(batch, self.chunk_size, self.chunk_tokens)) == len(batch) or half < 1:
+        if self._is_smallest(batch) or half < 1:
             raise ValueError(
-                f"out of memory in step {step} with one query in a chunk (loss.{name}={used}; {reason}); lower "
+                f"out of memory in step {step} with the smallest chunk (loss.{name}={used}; {reason}); lower "
                 "data.passage_max_length or data.num_hard_negatives, or set model.backbone.gradient_checkpointing=true"
             )
         if self.on_oom == "fail" or world()[1] > 1:
@@ -118,15 +120,34 @@ class GradCache(LossCallback):
         self.held_tokens = 0
 
     def _backward(self, module: ULLMEModule, batch: Batch) -> Logs:
-        slices = chunk_slices(batch, self.chunk_size, self.chunk_tokens)
+        slices = self.slices(batch)
         if not any_rank(len(slices) > 1 or not self._fits(batch), batch.row_ids.device):
             return self.objective.full_batch(module.model, batch, module.manual_backward)
-        held = self._held(batch, slices) if sharding.split_by(module.model) is None else 0
+        pieces = self.pieces(batch)
+        held = self._held(batch, pieces) if sharding.split_by(module.model) is None else 0
         return self.objective.grad_cache(
-            module.model, batch, slices, module.manual_backward, self.no_sync(module), held
+            module.model, batch, slices, module.manual_backward, self.no_sync(module), pieces, held
         )
 
-    def _held(self, batch: Batch, slices: list[slice]) -> int:
-        """How many chunks' graphs fit into what memory is left."""
-        tokens = np.cumsum([batch[s].num_tokens for s in slices]) if self.held_tokens else np.array([])
-        return int(np.searchsorted(tokens, self.held_tokens, side="right"))
+    def slices(self, batch: Batch) -> list[slice]:
+        return chunk_slices(batch, self.chunk_size, self.chunk_tokens)
+
+    def pieces(self, batch: Batch) -> list[Tensor]:
+        if self.chunk_tokens is None:
+            return [slice_rows(batch, part) for part in self.slices(batch)]
+        return row_pieces(batch, self.chunk_tokens)
+
+    def _is_smallest(self, batch: Batch) -> bool:
+        """Whether a chunk is one query, or one row where queries need not stay together."""
+        slices = self.slices(batch)
+        if self.chunk_size or self.objective.needs_generation:
+            return len(slices) == len(batch)
+        return len(self.pieces(batch)) == len(batch.queries) + len(batch.passages)
+
+    def _held(self, batch: Batch, pieces: list[Tensor]) -> int:
+        """How many pieces' graphs fit into what memory is left."""
+        if not self.held_tokens:
+            return 0
+        lengths = torch.cat([rows.attention_mask.sum(1) for rows in (batch.queries, batch.passages)]).cpu()
+        tokens = torch.stack([lengths[piece].sum() for piece in pieces]).cumsum(0)
+        return int(torch.searchsorted(tokens, self.held_tokens, right=True))

@@ -22,17 +22,19 @@ def settle(trainer: L.Trainer, module: ULLMEModule, loss: LossCallback) -> Chunk
     """The largest chunk that fits every rank's device, and whether layers have to be recomputed; tried out on CUDA.
 
     Raises:
-        ValueError: not even one query fits.
+        ValueError: not even the smallest chunk fits.
     """
     model, data = module.model, trainer.datamodule  # type: ignore[attr-defined]
     assert model is not None
     passages = 1 + getattr(data, "num_hard_negatives", 8)
     passage_tokens = getattr(data, "passage_max_length", 256)
-    query_tokens = getattr(data, "query_max_length", 64) + passages * passage_tokens
+    own_tokens = getattr(data, "query_max_length", 64)
+    query_tokens = own_tokens + passages * passage_tokens
+    least = query_tokens if loss.objective.needs_generation else max(own_tokens, passage_tokens)
     queries = max(1, getattr(data, "batch_size", 512) // trainer.world_size)
     free = -most(-int(free_memory(model.device)), model.device)
     half = trainer.precision == "bf16-mixed"
-    chunking = choose(model, half, query_tokens, loss.settled_tokens(query_tokens, queries), free)
+    chunking = choose(model, half, least, loss.settled_tokens(query_tokens, queries), free)
     if model.device.type == "cuda" and sharding.split_by(model) is None:
         context = trainer.precision_plugin.forward_context
         chunking = try_out(model, loss.objective, chunking, passages, passage_tokens, context)

@@ -14,7 +14,6 @@ from torch import Tensor
 from ullme.batch import Batch
 from ullme.devices import peak_tflops
 from ullme.flops import model_cost, step_work
-from ullme.gradcache import chunk_slices
 
 if TYPE_CHECKING:
     from ullme.module import ULLMEModule
@@ -151,13 +150,11 @@ def _padded_tokens(module: ULLMEModule, batch: Batch) -> int:
     """Tokens that go through the linear layers in the forwards with gradient of a backbone that cannot be packed."""
     objective = module.loss.objective
     total = 0
-    for part in chunk_slices(
-        batch, getattr(module.loss, "chunk_size", None), getattr(module.loss, "chunk_tokens", None)
-    ):
+    if objective.uses_reps:
+        lengths = torch.cat([rows.attention_mask.sum(1) for rows in (batch.queries, batch.passages)]).cpu()
+        total += sum(len(piece) * int(lengths[piece].max()) for piece in module.loss.pieces(batch))
+    for part in module.loss.slices(batch):
         chunk = batch[part]
-        if objective.uses_reps:
-            lengths = [*chunk.queries.attention_mask.sum(1).tolist(), *chunk.passages.attention_mask.sum(1).tolist()]
-            total += len(lengths) * max(lengths)
         if objective.chunk_terms:
             assert chunk.generation is not None
             learned = torch.stack([term.candidates(chunk)[1] for term in objective.chunk_terms]).any(0)
