@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import FAMILIES, make_llm
 
+from ullme.miniatures import make_tiny
 from ullme.models import attention
 
 IDS = torch.tensor([[5, 9, 13, 21, 34, 55], [7, 8, 11, 12, 0, 0]])
@@ -79,9 +80,26 @@ def test_padding_side_does_not_matter(path, causal):
     torch.testing.assert_close(right.flat, flipped.flat, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("family", "path"), [("stablelm", "mask4d"), ("nemotron", "mask4d"), ("mpt", "mask4d")])
+FALLBACKS = {
+    "bloom": "flags",
+    "codegen": "flags",
+    "falcon": "flags",
+    "gpt_neo": "flags",
+    "gpt_neox_japanese": "flags",
+    "gptj": "flags",
+    "mpt": "flags",
+    "nemotron": "flags",
+    "stablelm": "flags",
+    "llama4_text": "mask4d",
+    "gpt_oss": "padded",
+    "gemma3": "packed",
+    "gemma4": "packed",
+}
+
+
+@pytest.mark.parametrize(("family", "path"), FALLBACKS.items())
 def test_a_family_that_ignores_the_keyword_gets_a_path_that_works(family, path):
-    model = make_llm(family)
+    model = make_tiny(family)
     assert attention.choose_path(model, causal=False) == path
     with torch.no_grad():
         before, after = first_states(model, attention.PATHS[path], causal=False)
@@ -89,8 +107,8 @@ def test_a_family_that_ignores_the_keyword_gets_a_path_that_works(family, path):
 
 
 def test_a_family_that_stays_causal_is_refused_by_name_and_layer():
-    model = make_llm("bloom")
-    with pytest.raises(ValueError, match=r"'bloom' backbone.*layers 0-1 of 2 stay causal.*attention: causal"):
+    model = make_tiny("openai-gpt")
+    with pytest.raises(ValueError, match=r"'openai-gpt' backbone.*layers 0-1 of 2 stay causal.*attention: causal"):
         attention.choose_path(model, causal=False)
     assert attention.choose_path(model, causal=True) == "padded"
 

@@ -1,114 +1,63 @@
-"""The ways to run a decoder without its causal mask, and the probe that finds one that really works.
+"""The probe that finds a way to run a decoder that really obeys, on the loaded model, layer by layer.
 
 Nothing in transformers promises that a decoder obeys ``is_causal=False``: some families swallow the keyword and stay
-causal without a word. So no path is trusted: each is tried on the loaded model, layer by layer.
+causal without a word. So no path is trusted: each is tried.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ullme.models import packing
-from ullme.models.packing import ROWS_KEYWORD, no_mask
-from ullme.models.rows import PackedRows, real_lengths
+from ullme.models.paths import (
+    PATHS,
+    Hidden,
+    quiet,
+    run_flags,
+    run_mask4d,
+    run_packed,
+    run_padded,
+    run_rows,
+    text_decoder,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+__all__ = [
+    "PATHS",
+    "Hidden",
+    "choose_path",
+    "decoder_layers",
+    "packing",
+    "run_flags",
+    "run_mask4d",
+    "run_packed",
+    "run_padded",
+    "run_rows",
+    "text_decoder",
+]
+
+_STATES = "hidden_states"
+
+logger = logging.getLogger(__name__)
+
+# What config.layer_types calls layers without attention; any other kind has to obey.
+_BLIND_LAYERS = {"linear_attention", "conv", "mamba", "mamba2", "recurrent", "moe", "mlp"}
+
+_STATES = "hidden_states"
 
 logger = logging.getLogger(__name__)
 
 # What config.layer_types calls layers with attention; other kinds (linear_attention, conv, mamba ...) are recurrent.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-
-
-@dataclass(frozen=True)
-class Hidden:
-    """Last hidden states of the real tokens.
-
-    Args:
-        flat: (T, D), row after row.
-        lengths: (R,) tokens of each row.
-    """
-
-    flat: Tensor
-    lengths: Tensor
-
-
-def run_packed(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, causal: bool) -> Hidden:
-    """All real tokens as one row; see :mod:`ullme.models.packing`."""
-    rows = PackedRows(real_lengths(attention_mask), input_ids.device)
-    return Hidden(run_rows(decoder, input_ids[attention_mask.bool()], rows, causal), rows.lengths)
-
-
-def run_rows(decoder: nn.Module, tokens: Tensor, rows: PackedRows, causal: bool) -> Tensor:
-    """(T, D) last hidden states of T tokens that are already packed."""
-    out = decoder(
-        input_ids=tokens[None],
-        attention_mask=no_mask(tokens.device),
-        position_ids=rows.position_ids,
-        is_causal=causal,
-        use_cache=False,
-        **{ROWS_KEYWORD: rows},
-    )
-    return out.last_hidden_state[0]
-
-
-def run_padded(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, causal: bool) -> Hidden:
-    """A padded block with the forward keyword ``is_causal``."""
-    return _run_block(decoder, input_ids, attention_mask, lambda mask, dtype: mask, is_causal=causal)
-
-
-def run_mask4d(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, causal: bool) -> Hidden:
-    """A padded block with a ready-made mask, for families that ignore the keyword but take a 4D mask as it is."""
-
-    def full(mask: Tensor, dtype: torch.dtype) -> Tensor:
-        seen = mask.bool()[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
-        if causal:
-            seen = seen & seen.new_ones(mask.shape[1], mask.shape[1]).tril()
-        return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(~seen, torch.finfo(dtype).min)
-
-    return _run_block(decoder, input_ids, attention_mask, full)
-
-
-def _run_block(
-    decoder: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    make_mask: Callable[[Tensor, torch.dtype], Tensor],
-    **keywords: Any,
-) -> Hidden:
-    """Rows are pushed to the left first, so that a row's positions start at 0 wherever its padding stood."""
-    lengths = torch.tensor(real_lengths(attention_mask), device=input_ids.device)
-    real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
-    ids = torch.zeros_like(input_ids).masked_scatter(real, input_ids[attention_mask.bool()])
-    width = int(lengths.max())
-    real, ids = real[:, :width], ids[:, :width]
-    parameter = next(decoder.parameters())
-    out = decoder(
-        input_ids=ids, attention_mask=make_mask(real.long(), parameter.dtype), **keywords, **_quiet(type(decoder))
-    )
-    return Hidden(out.last_hidden_state[real], lengths)
-
-
-@cache
-def _quiet(decoder_class: type[nn.Module]) -> dict[str, bool]:
-    """No key-value cache, for the decoders that have one (others would pass the keyword on to their layers)."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(decoder_class.forward).parameters else {}
-
-
-PATHS: dict[str, Callable[[nn.Module, Tensor, Tensor, bool], Hidden]] = {
-    "packed": run_packed,
-    "padded": run_padded,
-    "mask4d": run_mask4d,
-}
 
 
 @dataclass(frozen=True)
@@ -126,7 +75,7 @@ class Finding:
 
 @torch.no_grad()
 def choose_path(model: PreTrainedModel, causal: bool, wanted: str = "auto") -> str:
-    """The first of packed, padded and mask4d that passes the probe on this very model.
+    """The first of packed, padded, flags and mask4d that passes the probe on this very model.
 
     Args:
         model: the causal LM, before or after an adapter was put in.
@@ -168,9 +117,10 @@ def choose_path(model: PreTrainedModel, causal: bool, wanted: str = "auto") -> s
 def _try_path(model: PreTrainedModel, name: str, causal: bool) -> Finding:
     """Probe one path; leave packing installed only if it passed."""
     try:
+        plain = _plain_forward(model)
         if name == "packed":
             packing.install(model)
-        finding = _probe(model, name, causal)
+        finding = _probe(model, name, causal, plain)
     except Exception as error:  # whatever a family does with an argument it does not know, the path is not for it
         finding = Finding(f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}")
     if name == "packed" and finding.failure is not None:
@@ -178,14 +128,28 @@ def _try_path(model: PreTrainedModel, name: str, causal: bool) -> Finding:
     return finding
 
 
-def _probe(model: PreTrainedModel, name: str, causal: bool) -> Finding:
-    """Two rows of different lengths: alone = together, every layer looks where it should, causal = transformers'."""
-    decoder, run = model.base_model, PATHS[name]
-    device = next(decoder.parameters()).device
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(24, device=device).view(2, 12) * 7 + 11) % vocabulary
+def _block(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """(2, 12) token ids of two rows, 12 and 7 tokens long, and their mask."""
+    table = model.get_input_embeddings().weight
+    ids = (torch.arange(24, device=table.device).view(2, 12) * 7 + 11) % table.shape[0]
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
+    return ids, mask
+
+
+def _plain_forward(model: PreTrainedModel) -> Tensor:
+    """(12, D) of the first row as transformers runs it, before anything is done to the model."""
+    ids, mask = _block(model)
+    decoder = text_decoder(model.base_model)
+    out = decoder(input_ids=ids[:1], attention_mask=mask[:1], **quiet(type(decoder)))
+    return out.last_hidden_state[0]
+
+
+def _probe(model: PreTrainedModel, name: str, causal: bool, plain: Tensor) -> Finding:
+    """Two rows of different lengths: alone = together, every layer looks where it should, causal = transformers'."""
+    decoder, run = model.base_model, PATHS[name]
+    ids, mask = _block(model)
+    device, vocabulary = ids.device, model.get_input_embeddings().weight.shape[0]
     half = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if half else next(decoder.parameters()).dtype
     tolerance = 50 * torch.finfo(dtype).eps
@@ -209,40 +173,50 @@ def _probe(model: PreTrainedModel, name: str, causal: bool) -> Finding:
     ).abs().max() > 1e-3 * before.abs().max():  # sharp in half precision too: nothing was rounded anew
         return Finding("a row's result depends on the other rows")
     causal_run = together if causal else run(decoder, ids, mask, True).flat
-    plain = decoder(input_ids=ids[:1], attention_mask=mask[:1]).last_hidden_state[0]
     if far(causal_run[: len(plain)], plain):
         return Finding("its causal result differs from the plain forward's")
     # Rounding may move a causal layer's output a little (experts see other groups); a look ahead moves it a lot.
     threshold = min(tolerance, 1e-2) if causal else 1e-6
-    reacts = [layer.looks_ahead(12, threshold) for layer in layers.seen]
-    wrong = [n for n, reaction in enumerate(reacts) if reaction == causal]
-    blind = [n for n in wrong if not causal and not _has_attention(model, n)]
-    if stubborn := [n for n in wrong if n not in blind]:
+    wrong = {call.number: call for call in layers.seen if call.looks_ahead(12, threshold) == causal}
+    blind = [n for n, call in wrong.items() if not causal and not _has_attention(model, call, len(layers.layers))]
+    if stubborn := sorted(set(wrong) - set(blind)):
         state = "look ahead" if causal else "stay causal"
-        return Finding(f"layers {_spans(stubborn)} of {len(reacts)} {state}")
-    if blind and len(blind) == len(reacts):
+        return Finding(f"layers {_spans(stubborn)} of {len(layers.layers)} {state}")
+    if len(blind) == len({call.number for call in layers.seen}):
         return Finding("no layer has attention")
-    return Finding(None, tuple(blind))
+    return Finding(None, tuple(sorted(blind)))
 
 
-def _has_attention(model: PreTrainedModel, layer: int) -> bool:
+def _has_attention(model: PreTrainedModel, call: _LayerCall, number_of_layers: int) -> bool:
     types = getattr(model.config.get_text_config(), "layer_types", None)
-    if types:
-        return types[layer] in _ATTENTION_LAYERS
-    module = decoder_layers(model.base_model)[layer]
-    return any("attention" in type(m).__name__.lower() or "attn" in type(m).__name__.lower() for m in module.modules())
+    if types and len(types) == number_of_layers:
+        return types[call.number] not in _BLIND_LAYERS
+    return _attends(call.module)
+
+
+def _attends(layer: nn.Module) -> bool:
+    """Whether a part of the layer is called attention."""
+    return any("attention" in type(m).__name__.lower() or "attn" in type(m).__name__.lower() for m in layer.modules())
 
 
 def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
-    """The stack of decoder layers: the longest list of modules."""
-    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
-    return max(lists, key=len)
+    """The stack of decoder layers: the longest list of modules that is in no other list (as experts are)."""
+    return max(_outer_lists(decoder), key=len)
+
+
+def _outer_lists(decoder: nn.Module) -> list[nn.ModuleList]:
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in text_decoder(decoder).named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and not any(name.startswith(f"{o}.") for o in lists):
+            lists[name] = module
+    return list(lists.values())
 
 
 @dataclass(frozen=True)
 class _LayerCall:
     """What one decoder layer was called with."""
 
+    number: int
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -255,33 +229,62 @@ class _LayerCall:
 
         The layer is called by itself, so that what earlier layers mixed in does not hide a causal one.
         """
-        positional = bool(self.args)
-        states: Tensor = self.args[0] if positional else self.kwargs["hidden_states"]
-        changed = states.clone()
-        changed[0, row_length - 1] = states[0, row_length - 1].flip(-1) * 3 + 1
-
-        def earlier_output(x: Tensor) -> Tensor:
-            args = (x, *self.args[1:]) if positional else ()
-            kwargs = self.kwargs if positional else {**self.kwargs, "hidden_states": x}
-            out = self.module(*args, **kwargs)
-            return (out[0] if isinstance(out, tuple) else out)[0, : row_length - 1].double()
-
-        before, after = earlier_output(states), earlier_output(changed)
+        states: Tensor = self.args[0] if self.args else self.kwargs[_STATES]
+        shared = self._borrowed()
+        before = self._earlier_output(states, shared, row_length)
+        if shared:
+            shared = {kind: tuple(_disturbed(x, _row_of_heads, row_length) for x in kv) for kind, kv in shared.items()}
+        else:
+            states = _disturbed(states, _row, row_length)
+        after = self._earlier_output(states, shared, row_length)
         return bool((after - before).abs().max() > threshold * before.abs().max())
+
+    def _borrowed(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """(B, H, L, head_dim) keys and values by kind of layer, if this layer takes an earlier one's (Gemma 3n, 4)."""
+        borrows = any(getattr(module, "is_kv_shared_layer", False) for module in self.module.modules())
+        return dict(self.kwargs["shared_kv_states"]) if borrows else {}
+
+    def _earlier_output(self, states: Tensor, shared: dict[str, Any], row_length: int) -> Tensor:
+        kwargs = {**self.kwargs, **({"shared_kv_states": shared} if shared else {})}
+        out = self.module(states, *self.args[1:], **kwargs) if self.args else self.module(**{**kwargs, _STATES: states})
+        return _row(out[0] if isinstance(out, tuple | list) else out, row_length)[: row_length - 1].double()
+
+
+def _row(states: Tensor, row_length: int) -> Tensor:
+    """(L, ...), row 0 of (B, L, ...), or of (S, B, L, D) where several streams stand in front as in Gemma 3n."""
+    streams = states.dim() == 4 and states.shape[1] < row_length
+    return states[:, 0].movedim(1, 0) if streams else states[0]
+
+
+def _row_of_heads(states: Tensor, row_length: int) -> Tensor:
+    """(L, H, head_dim), row 0 of keys or values (B, H, L, head_dim)."""
+    return states[0].movedim(1, 0)
+
+
+def _disturbed(states: Tensor, row: Callable[[Tensor, int], Tensor], row_length: int) -> Tensor:
+    """A copy in which the last token of row 0 is another."""
+    changed = states.clone()
+    last = row(changed, row_length)[row_length - 1]
+    last.copy_(last.flip(-1) * 3 + 1)
+    return changed
 
 
 class _LayerInputs:
     """Records the arguments of every decoder layer while open."""
 
     def __init__(self, decoder: nn.Module) -> None:
-        self.layers = decoder_layers(decoder)
+        stacks = [stack for stack in _outer_lists(decoder) if any(map(_attends, stack))] or [decoder_layers(decoder)]
+        self.layers = [layer for stack in stacks for layer in stack]
         self.seen: list[_LayerCall] = []
 
     def __enter__(self) -> _LayerInputs:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.seen.append(_LayerCall(module, args, dict(kwargs)))
+        def record(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.seen.append(_LayerCall(number, module, args, dict(kwargs)))
 
-        self.handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self.layers]
+        self.handles = [
+            layer.register_forward_pre_hook(partial(record, number), with_kwargs=True)
+            for number, layer in enumerate(self.layers)
+        ]
         return self
 
     def __exit__(self, *exc: object) -> None:

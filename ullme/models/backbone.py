@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Attention = Literal["bidirectional", "causal"]
-AttentionPath = Literal["auto", "packed", "padded", "mask4d"]
+AttentionPath = Literal["auto", "packed", "padded", "flags", "mask4d"]
 Quantization = Literal["none", "nf4"]
 Trained = Literal["lora", "biases", "all"]
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -87,9 +87,9 @@ class BackboneConfig:
         need(self.dtype in DTYPES, "dtype", f"choose one of {', '.join(DTYPES)}")
         need(self.quantization in ("none", "nf4"), "quantization", "choose none or nf4")
         need(
-            self.attention_path in ("auto", "packed", "padded", "mask4d"),
+            self.attention_path in ("auto", "packed", "padded", "flags", "mask4d"),
             "attention_path",
-            "choose auto, packed, padded or mask4d",
+            "choose auto, packed, padded, flags or mask4d",
         )
         need(self.train in (None, "lora", "biases", "all"), "train", "choose lora, biases or all")
         need(

@@ -222,7 +222,7 @@ def check_head(model: PreTrainedModel) -> None:
         model.eval()
         with torch.autocast(device.type, enabled=False):
             expected = model(input_ids=ids).logits[0].double()
-            found = lm_logits(model, model.base_model(input_ids=ids).last_hidden_state[0]).double()
+            found = lm_logits(model, attention.text_decoder(model.base_model)(input_ids=ids).last_hidden_state[0]).double()
     finally:
         model.train(training)
     tolerance = 50 * torch.finfo(model.dtype).eps * max(1.0, expected.abs().max().item())

@@ -42,7 +42,7 @@ class ULLME(nn.Module):
         prompts: the prompt contract.
         llm: the (PEFT-wrapped) causal LM.
         fingerprint: tells this pre-trained LLM, in this dtype, from another.
-        attention_path: how embedding runs (packed, padded or mask4d), as the probe chose it.
+        attention_path: how embedding runs (packed, padded, flags or mask4d), as the probe chose it.
 
     Raises:
         ValueError: an option out of range, a backbone that cannot be loaded or whose attention does not obey.
