@@ -60,6 +60,8 @@ class FrozenCopy(Reference):
 
         if self.copy is None:  # from the folder, not from the model: a resumed one is not the pre-trained any more
             options = {**model.options.to_dict(), "lora_name": None, "train": None, "gradient_checkpointing": False}
+            if model.options.init_mode == "continue":
+                options["init_from"] = None
             copy = ULLME(**options, prompts=model.prompts).requires_grad_(False).eval().to(model.device)
             self.copy = split_alike(model, copy)
 

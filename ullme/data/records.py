@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Schema = Literal["auto", "bge", "tevatron", "sentence-transformers", "ullme"]
+Schema = Literal["auto", "bge", "tevatron", "sentence-transformers", "ullme", "text"]
 
 _NUMBERED_NEGATIVE = re.compile(r"negative_(\d+)")
 
@@ -41,7 +41,8 @@ def parse_record(row: Any, schema: Schema = "auto") -> Record:
 
     Args:
         row: a mapping from column to value.
-        schema: which columns to expect; ``auto`` recognises them.
+        schema: which columns to expect; ``auto`` recognises them, all but ``text``, where a row is one text, which
+            is query and positive at once.
 
     Raises:
         BadRow: not a mapping, a missing key, a wrong type, an empty text, or no positive.
@@ -98,11 +99,17 @@ def _parse_sentence_transformers(row: Mapping[str, Any]) -> Record:
     )
 
 
+def _parse_text(row: Mapping[str, Any]) -> Record:
+    text = _text(_get(row, "text"), "text")
+    return Record(text, (text,), ())
+
+
 _PARSERS: dict[str, Callable[[Mapping[str, Any]], Record]] = {
     "bge": _parse_bge,
     "tevatron": _parse_tevatron,
     "sentence-transformers": _parse_sentence_transformers,
     "ullme": _parse_ullme,
+    "text": _parse_text,
 }
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 OnBadRow = Literal["stop", "skip"]
 
 _JSONL = (".jsonl", ".json")
-_TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+_TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".txt": "text"}
 _SAVED_TO_DISK = ("dataset_info.json", "dataset_dict.json")
 
 

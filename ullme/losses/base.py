@@ -49,6 +49,7 @@ class Chunk:
         row_ids: (b,), as in :class:`~ullme.batch.Batch`.
         passage_keys: (b, C), likewise.
         statistics: term name -> the mean over the global batch of what the term's ``statistic`` returned.
+        masked_logps: (b,) mean log-probability of each query's masked tokens, in nats, or None if no term masks any.
     """
 
     reps: Representations | None
@@ -58,6 +59,7 @@ class Chunk:
     row_ids: Tensor
     passage_keys: Tensor
     statistics: dict[str, Tensor]
+    masked_logps: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -74,6 +76,7 @@ class ChunkLoss(Term):
 
     uses_reps = False
     uses_reference = False
+    uses_generation = True
     needs_negatives = True
 
     def candidates(self, batch: Batch) -> tuple[Tensor, Tensor]:

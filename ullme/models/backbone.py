@@ -8,12 +8,13 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
-from ullme.models.pooling import POOLING_METHODS, PoolingMethod
+from ullme.models.pooling import PoolingMethod
 from ullme.models.quantization import check_quantization, loading_options
+from ullme.models.stages import INIT_MODES, InitMode
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 Attention = Literal["bidirectional", "causal"]
 AttentionPath = Literal["auto", "packed", "padded", "flags", "mask4d"]
 Quantization = Literal["none", "nf4"]
+Pooling = Literal[PoolingMethod, "latent_attention"]
 Trained = Literal["lora", "biases", "all"]
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -41,7 +43,8 @@ class BackboneConfig:
         lora_alpha: scale of LoRA, over the rank.
         lora_dropout: dropout in front of LoRA.
         lora_target_modules: module names, or "all-linear".
-        pooling: mean, weighted_mean, first or last.
+        pooling: mean, weighted_mean, first or last; or latent_attention, a trained layer in front of the mean
+            (NV-Embed, arXiv 2405.17428).
         attention: attention while embedding.
         dtype: of the weights: auto (as stored), float32, bfloat16, float16, float64. Adapters stay in float32.
         attn_implementation: transformers' choice (sdpa, eager, flash_attention_2 ...); null lets it choose.
@@ -51,6 +54,12 @@ class BackboneConfig:
         compile: run the decoder layers through torch.compile; the first steps then take a minute or more.
         attention_path: how bidirectional attention reaches the layers; auto takes the first that passes the probe.
         probe: check at load time that attention is what it should be; false trusts attention_path.
+        attention_dropout: on attention weights while training; null keeps the LLM's own.
+        init_from: a run, checkpoint or adapter folder to start from; null starts from the LLM.
+        init_mode: merge what that run trained into the LLM, and train anew on top; or continue to train the same
+            weights.
+        latents: learned vectors of latent_attention pooling.
+        latent_heads: heads of it.
         quantization: nf4 keeps the frozen LLM in 4 bits (QLoRA; a GPU and the extra ``quantization``), or none.
 
     Raises:
@@ -65,7 +74,7 @@ class BackboneConfig:
     lora_alpha: float = 32
     lora_dropout: float = 0.2
     lora_target_modules: str | list[str] = "all-linear"
-    pooling: PoolingMethod = "mean"
+    pooling: Pooling = "mean"
     attention: Attention = "bidirectional"
     dtype: str = "auto"
     attn_implementation: str | None = None
@@ -75,6 +84,11 @@ class BackboneConfig:
     attention_path: AttentionPath = "auto"
     probe: bool = True
     quantization: Quantization = "none"
+    attention_dropout: float | None = None
+    init_from: str | None = None
+    init_mode: InitMode = "merge"
+    latents: int = 512
+    latent_heads: int = 8
 
     def __post_init__(self) -> None:
         def need(ok: bool, option: str, remedy: str) -> None:
@@ -82,7 +96,7 @@ class BackboneConfig:
                 raise ValueError(f"{option}={getattr(self, option)!r}: {remedy}")
 
         need(bool(self.model_name_or_path), "model_name_or_path", "name a hub model or a local folder")
-        need(self.pooling in POOLING_METHODS, "pooling", f"choose one of {', '.join(POOLING_METHODS)}")
+        need(self.pooling in get_args(Pooling), "pooling", f"choose one of {', '.join(get_args(Pooling))}")
         need(self.attention in ("bidirectional", "causal"), "attention", "choose bidirectional or causal")
         need(self.dtype in DTYPES, "dtype", f"choose one of {', '.join(DTYPES)}")
         need(self.quantization in ("none", "nf4"), "quantization", "choose none or nf4")
@@ -97,6 +111,11 @@ class BackboneConfig:
             "train",
             f"with lora_name={self.lora_name!r}; lora needs a lora_name, biases and all need lora_name: null",
         )
+        need(self.init_mode in INIT_MODES, "init_mode", f"choose {' or '.join(INIT_MODES)}")
+        need(self.latents >= 1, "latents", "at least 1")
+        need(self.latent_heads >= 1, "latent_heads", "at least 1")
+        if self.attention_dropout is not None:
+            need(0 <= self.attention_dropout < 1, "attention_dropout", "a share from 0 to below 1")
         if self.lora_name is not None:
             need(
                 bool(self.lora_name) and "." not in self.lora_name,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ullme import storage
+from ullme.models.adapter_folder import CONTRACT_FILE, POOLER_FILE, read_adapter_folder
 from ullme.models.backbone import BackboneConfig
 from ullme.prompts import Prompts
 from ullme.sharding import trainable_shapes
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONTRACT_KEY = "ullme"
-CONTRACT_FILE = "ullme.json"
 # The attribute of the LightningModule that holds the model, in front of every name in a Lightning checkpoint.
 STATE_PREFIX = "model."
 
@@ -39,11 +39,21 @@ def contract(model: ULLME) -> dict[str, Any]:
     }
     return {
         "version": 1,
-        "backbone": model.options.to_dict(),
+        "backbone": _rebuilding_options(model.options),
         "prompts": model.prompts.to_dict(),
         "shape": shape,
         "fingerprint": model.fingerprint,
     }
+
+
+def _rebuilding_options(options: BackboneConfig) -> dict[str, Any]:
+    """A run that continued another holds all that was trained; one that merged another is built on it."""
+    values = options.to_dict()
+    if options.init_from is not None:
+        merged = options.init_mode == "merge"
+        values["init_from"] = str(Path(options.init_from).resolve()) if merged else None
+        values["init_mode"] = "merge"
+    return values
 
 
 def trainable_state(model: ULLME) -> dict[str, Tensor]:
@@ -90,7 +100,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     """
     path = find_checkpoint(path)
     if path.is_dir():
-        return _read_adapter_folder(path)
+        return read_adapter_folder(path)
     stored = storage.read(path)
     check_contract(stored, path)
     state = {name.removeprefix(STATE_PREFIX): value for name, value in stored["state_dict"].items()}
@@ -103,11 +113,12 @@ def check_contract(stored: Any, source: str | Path) -> None:
         raise ValueError(f"checkpoint={str(source)!r} was not written by ullme: it holds no {CONTRACT_KEY!r} contract")
 
 
-def load_ullme(checkpoint: str | Path, **overrides: Any) -> ULLME:
+def load_ullme(checkpoint: str | Path, strict: bool = False, **overrides: Any) -> ULLME:
     """Rebuild a trained model in eval mode.
 
     Args:
         checkpoint: a run folder, a ``.ckpt`` file or a PEFT adapter folder.
+        strict: refuse a backbone with other weights than the training's, in place of a warning.
         **overrides: backbone options that replace the stored ones, such as ``model_name_or_path`` or ``dtype``.
 
     Raises:
@@ -122,7 +133,7 @@ def load_ullme(checkpoint: str | Path, **overrides: Any) -> ULLME:
     # Whether a model's own code may run is for whoever loads it to say, never for the file.
     options = {**found["backbone"], "trust_remote_code": False, **overrides}
     model = ULLME(**options, prompts=Prompts.from_dict(found["prompts"]))
-    _fit(model, found, state, checkpoint)
+    fit_weights(model, found, state, checkpoint, strict)
     return model.eval()
 
 
@@ -134,14 +145,29 @@ def load_weights(model: ULLME, checkpoint: str | Path) -> None:
     """
     found, state = read_checkpoint(checkpoint)
     model.prompts = Prompts.from_dict(found["prompts"])
-    _fit(model, found, state, checkpoint)
+    fit_weights(model, found, state, checkpoint)
 
 
-def _fit(model: ULLME, found: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> None:
-    """Copy weights by name; every trainable weight must be there with its shape, and nothing else."""
+def fit_weights(
+    model: ULLME, found: dict[str, Any], state: dict[str, Tensor], source: str | Path, strict: bool = False
+) -> None:
+    """Copy weights by name; every trainable weight must be there with its shape, and nothing else.
+
+    Args:
+        model: to copy into.
+        found: the contract that the weights came with.
+        state: the weights.
+        source: where both came from, for messages.
+        strict: as for :func:`load_ullme`.
+
+    Raises:
+        ValueError: they do not fit.
+    """
     renamed = _with_adapter_name(state, found["backbone"].get("lora_name"), model.options.lora_name)
     _check_fit(model, found, renamed, source)
     if other := _other_backbone(model, found):
+        if strict:
+            raise ValueError(other)
         logger.warning("checkpoint %s: %s", source, other)
     with torch.no_grad():
         for name, parameter in trainable_state(model).items():
@@ -227,7 +253,8 @@ def _with_adapter_name(state: dict[str, Tensor], old: str | None, new: str | Non
 
 
 def save_adapter(model: ULLME, folder: str | Path) -> Path:
-    """Write the trained adapter as a PEFT folder, with the contract in ``ullme.json`` and the tokenizer.
+    """Write the trained adapter as a PEFT folder, with the contract in ``ullme.json``, the tokenizer and, where the
+    pooling has trained weights, these in a file of their own.
 
     Raises:
         ValueError: all weights were trained, so there is no adapter.
@@ -244,43 +271,10 @@ def save_adapter(model: ULLME, folder: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model.llm, adapter_name=name)
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
+    if model.pooler is not None:
+        pooler = {k: v.detach().cpu().contiguous() for k, v in model.pooler.state_dict().items()}
+        save_file(pooler, folder / POOLER_FILE)
     model.llm.peft_config[name].save_pretrained(folder)  # type: ignore[union-attr,index,operator]
     model.tokenizer.save_pretrained(folder)
     (folder / CONTRACT_FILE).write_text(json.dumps(contract(model), indent=2))
     return folder
-
-
-def _read_adapter_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A PEFT folder, ours or another's (which has no contract: then the defaults apply)."""
-    from safetensors.torch import load_file
-
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise ValueError(f"checkpoint={str(folder)!r}: adapter_model.safetensors is missing; only safetensors are read")
-    try:
-        peft = json.loads((folder / "adapter_config.json").read_text())
-        own = folder / CONTRACT_FILE
-        found = json.loads(own.read_text()) if own.is_file() else None
-        tensors = load_file(weights)
-    except Exception as error:
-        raise ValueError(f"checkpoint={str(folder)!r} is damaged ({type(error).__name__}: {error})") from error
-    special = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save")
-    if odd := [key for key in special if peft.get(key)]:
-        raise ValueError(
-            f"checkpoint={str(folder)!r}: the adapter uses {', '.join(odd)}, which is not rebuilt here; merge it into "
-            "its LLM first and give the merged folder as the model"
-        )
-    if found is None:
-        targets = peft.get("target_modules")
-        backbone = {
-            "model_name_or_path": peft.get("base_model_name_or_path"),
-            "lora_name": "default",
-            "lora_r": peft["r"],
-            "lora_alpha": peft["lora_alpha"],
-            "lora_target_modules": targets,
-        }
-        found = {"backbone": backbone, "prompts": Prompts().to_dict()}
-    name = found["backbone"]["lora_name"]
-    # PEFT leaves the adapter's name out of a folder: ...lora_A.weight is ...lora_A.<name>.weight in the model.
-    state = {f"llm.{k.removesuffix('.weight')}.{name}.weight": v for k, v in tensors.items()}
-    return found, state

@@ -67,6 +67,26 @@ def likelihood(
     return Likelihood(torch.segment_reduce(token_logps, "sum", lengths=lengths), lengths)
 
 
+def masked_likelihood(model: PreTrainedModel, hidden: Tensor, attention_mask: Tensor, masked: Tensor) -> Likelihood:
+    """Log-likelihood of masked tokens, each read off the position before it (MNTP, arXiv 2404.05961, section 2.2).
+
+    Args:
+        model: the causal LM whose head is used.
+        hidden: (T, D) hidden states of the real tokens, row after row.
+        attention_mask: (R, L), 1 on the T real tokens.
+        masked: (R, L) the masked tokens, -100 elsewhere; never a row's first.
+
+    Returns:
+        Of the R rows, the sum over a row's masked tokens and their number, which may be 0.
+    """
+    tokens = masked[attention_mask.bool()]
+    places = (tokens != -100).nonzero()[:, 0]
+    counts = (masked != -100).sum(1)
+    token_logps = token_log_probabilities(model, hidden[places - 1], tokens[places])
+    row = torch.arange(len(masked), device=counts.device).repeat_interleave(counts, output_size=len(places))
+    return Likelihood(token_logps.new_zeros(len(masked)).index_add(0, row, token_logps), counts)
+
+
 def _unpad(rows: TokenRows) -> list[Tensor]:
     lengths = real_lengths(rows.attention_mask)
     return list(rows.input_ids[rows.attention_mask.bool()].split(lengths))
@@ -222,7 +242,9 @@ def check_head(model: PreTrainedModel) -> None:
         model.eval()
         with torch.autocast(device.type, enabled=False):
             expected = model(input_ids=ids).logits[0].double()
-            found = lm_logits(model, attention.text_decoder(model.base_model)(input_ids=ids).last_hidden_state[0]).double()
+            found = lm_logits(
+                model, attention.text_decoder(model.base_model)(input_ids=ids).last_hidden_state[0]
+            ).double()
     finally:
         model.train(training)
     tolerance = 50 * torch.finfo(model.dtype).eps * max(1.0, expected.abs().max().item())

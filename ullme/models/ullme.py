@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ullme.batch import TokenRows
-from ullme.models import attention, backbone, encoding, likelihood
+from ullme.models import attention, backbone, encoding, likelihood, stages
 from ullme.models.backbone import BackboneConfig
+from ullme.models.dropout import set_attention_dropout
 from ullme.models.encoding import EmbedBlocks
+from ullme.models.latent_attention import make_pooler
 from ullme.models.pooling import only_pooled, pool
 from ullme.prompts import Prompts, PromptTokenizer, Role
 
@@ -41,6 +43,7 @@ class ULLME(nn.Module):
         tokenizer: with a pad token.
         prompts: the prompt contract.
         llm: the (PEFT-wrapped) causal LM.
+        pooler: the trained layer of latent_attention pooling, else None.
         fingerprint: tells this pre-trained LLM, in this dtype, from another.
         attention_path: how embedding runs (packed, padded, flags or mask4d), as the probe chose it.
 
@@ -65,13 +68,21 @@ class ULLME(nn.Module):
         self.prompts = prompts or Prompts()
         config = backbone.load_config(self.options)
         self.tokenizer = backbone.load_tokenizer(self.options)
-        model = backbone.load_backbone(self.options, config)
+        if self.options.init_from is not None and self.options.init_mode == "merge":
+            model, earlier_pooler = stages.merged_backbone(self.options)
+        else:
+            model, earlier_pooler = backbone.load_backbone(self.options, config), None
+        if self.options.attention_dropout is not None:
+            set_attention_dropout(model, self.options.attention_dropout)
         backbone.check_vocabulary(self.tokenizer, model, model_name_or_path)
         self.attention_path = self._attention_path(model)
         self._probed_on = model.device.type
         self._head_checked = self._compiled = False
         self.fingerprint = backbone.fingerprint(model)
         self.llm = backbone.add_adapter(model, self.options)
+        self.pooler = make_pooler(self.options, self.hidden_size, earlier_pooler)
+        if self.options.init_from is not None and self.options.init_mode == "continue":
+            stages.continue_training(self)
         if self.options.gradient_checkpointing is True:
             self.recompute_layers()
 
@@ -144,6 +155,7 @@ class ULLME(nn.Module):
         owner: Tensor | None = None,
         share_prompts: bool = True,
         pool_mask: Tensor | None = None,
+        masked: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Embed, generate or score. The only way into the backbone: hooks of FSDP and of checkpointing sit here.
@@ -156,11 +168,13 @@ class ULLME(nn.Module):
             owner: (number of targets,) row of the prompt of each target, not falling; None: one target for each.
             share_prompts: run a prompt once for all of its targets, where the backbone can be packed.
             pool_mask: (R, L), 1 on the real tokens that are pooled, which every row must have; None pools all.
+            masked: (R, L) the tokens that stood where ``input_ids`` was masked, -100 elsewhere: asks for their
+                likelihoods, read at the position before each, under the attention of embedding.
             **kwargs: with ``is_generate=True``, passed on to transformers' forward.
 
         Returns:
             ``{"rep": (R, D)}``, pooled in float32 and of unit length; with ``is_generate=True`` what transformers'
-            own causal LM returns; with ``targets`` a :class:`~ullme.models.likelihood.Likelihood`.
+            own causal LM returns; with ``targets`` or ``masked`` a :class:`~ullme.models.likelihood.Likelihood`.
 
         Raises:
             ValueError: a row without a real token, or arguments that embedding does not take.
@@ -182,11 +196,18 @@ class ULLME(nn.Module):
             raise ValueError(f"{sorted(kwargs)}: only is_generate=True takes more than input_ids and attention_mask")
         causal = self.options.attention == "causal"
         hidden = attention.PATHS[self.attention_path](self.causal_lm.base_model, input_ids, attention_mask, causal)
+        if masked is not None:
+            self._check_head()
+            return likelihood.masked_likelihood(self.causal_lm, hidden.flat, attention_mask, masked)
         if pool_mask is None:
             states, lengths = hidden.flat, hidden.lengths
         else:
             states, lengths = only_pooled(hidden.flat, attention_mask, pool_mask)
-        pooled = pool(states, lengths, self.options.pooling)
+        if self.options.pooling == "latent_attention":
+            assert self.pooler is not None
+            pooled = pool(self.pooler(states), lengths, "mean")
+        else:
+            pooled = pool(states, lengths, self.options.pooling)
         return {"rep": nn.functional.normalize(pooled, dim=-1)}
 
     def _check_head(self) -> None:

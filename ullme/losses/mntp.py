@@ -1,0 +1,94 @@
+"""Masked next-token prediction (MNTP): what teaches a causal LLM to use its new bidirectional attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ullme.batch import Batch, TokenRows
+from ullme.losses.base import Chunk, ChunkLoss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Replacement = Literal["mask", "bert"]
+
+
+class MNTP(ChunkLoss):
+    """−log π of masked tokens given all others, read off the position before each (LLM2Vec, arXiv 2404.05961).
+
+    A mean over a text's masked tokens, then over texts. The texts are the queries of the batch.
+
+    Args:
+        share: of a text's tokens that are masked; at least one is, never its first (nothing stands before it) nor a
+            special token.
+        mask_token: what stands in for a masked token; a token that the vocabulary has.
+        replacement: ``mask`` puts it in place of every masked token; ``bert`` of 80 % of them, a random token in
+            place of 10 %, and leaves 10 % as they are (arXiv 1810.04805).
+        weight: λ.
+
+    Raises:
+        ValueError: a share out of range or an unknown replacement.
+    """
+
+    name = "mntp"
+    uses_generation = False
+    needs_negatives = False
+
+    def __init__(
+        self, share: float = 0.2, mask_token: str = "_", replacement: Replacement = "bert", weight: float = 1.0
+    ) -> None:
+        super().__init__(weight)
+        if not 0 < share <= 1:
+            raise ValueError(f"MNTP.share={share}: must be above 0 and at most 1")
+        if replacement not in get_args(Replacement):
+            raise ValueError(f"MNTP.replacement={replacement!r}: choose {' or '.join(get_args(Replacement))}")
+        self.share = share
+        self.mask_token = mask_token
+        self.replacement: Replacement = replacement
+
+    def candidates(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """None: passages are not looked at."""
+        nothing = torch.zeros_like(batch.passage_keys, dtype=torch.bool)
+        return nothing, nothing
+
+    def mask_token_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Raises: ValueError: the mask token is not one token of the vocabulary."""
+        token_id = tokenizer.get_vocab().get(self.mask_token)
+        if token_id is None:
+            raise ValueError(
+                f"MNTP.mask_token={self.mask_token!r} is no token of this LLM; name one that is rare in texts, "
+                "such as _ or a reserved token"
+            )
+        return token_id
+
+    def mask(self, rows: TokenRows, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenRows, Tensor]:
+        """Mask tokens at random.
+
+        Args:
+            rows: R rows.
+            tokenizer: whose vocabulary they are in.
+
+        Returns:
+            The rows with tokens replaced, and (R, L) the masked tokens, -100 elsewhere.
+        """
+        ids, real = rows.input_ids, rows.attention_mask.bool()
+        first = real & (real.cumsum(1) == 1)
+        special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids, dtype=ids.dtype, device=ids.device))
+        may = real & ~first & ~special
+        draws = torch.rand(ids.shape, device=ids.device).masked_fill(~may, 2.0)
+        chosen = draws < self.share
+        lowest = torch.zeros_like(may).scatter(1, draws.argmin(1, keepdim=True), True)
+        chosen = chosen | (lowest & may & ~chosen.any(1, keepdim=True))
+        stand_in = torch.full_like(ids, self.mask_token_id(tokenizer))
+        if self.replacement == "bert":
+            lot = torch.rand(ids.shape, device=ids.device)
+            anything = torch.randint_like(ids, len(tokenizer))
+            stand_in = torch.where(lot < 0.8, stand_in, torch.where(lot < 0.9, anything, ids))
+        return TokenRows(torch.where(chosen, stand_in, ids), rows.attention_mask), ids.masked_fill(~chosen, -100)
+
+    def forward(self, chunk: Chunk) -> Tensor:
+        assert chunk.masked_logps is not None
+        return -chunk.masked_logps
