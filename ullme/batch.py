@@ -31,7 +31,7 @@ class TokenRows:
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
-    def __getitem__(self, rows: slice) -> TokenRows:
+    def __getitem__(self, rows: slice | Tensor) -> TokenRows:
         return self._map(lambda x: x[rows])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenRows:
@@ -98,6 +98,7 @@ class Batch:
         passage_keys: (B, C) int64 hash of each passage's text; equal keys mean equal texts.
         row_ids: (B,) int64, the row of the training set that each query came from.
         generation: the same queries and passages for the generation terms, or None where there are none.
+        isolated: (B,) bool, True for a query whose only negatives are its own candidates; None: for no query.
     """
 
     queries: TokenRows
@@ -105,6 +106,7 @@ class Batch:
     passage_keys: Tensor
     row_ids: Tensor
     generation: GenerationRows | None = None
+    isolated: Tensor | None = None
 
     def __post_init__(self) -> None:
         if len(self.passages) != self.passage_keys.numel() or len(self.queries) != len(self.passage_keys):
@@ -141,6 +143,7 @@ class Batch:
             passages=self.passages[start * c : stop * c],
             passage_keys=self.passage_keys[start:stop],
             row_ids=self.row_ids[start:stop],
+            isolated=None if self.isolated is None else self.isolated[start:stop],
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -162,11 +165,13 @@ class Representations:
         queries: (B, D).
         passages: (B, C, D), the positive first.
         passage_keys: (B, C), as in :class:`Batch`.
+        isolated: (B,), likewise; only what a representation loss is given has it.
     """
 
     queries: Tensor
     passages: Tensor
     passage_keys: Tensor
+    isolated: Tensor | None = None
 
     def __len__(self) -> int:
         return self.queries.shape[0]
@@ -177,7 +182,8 @@ class Representations:
     @classmethod
     def cat(cls, parts: list[Representations]) -> Representations:
         """One behind the other."""
-        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+        names = ("queries", "passages", "passage_keys")
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
     def as_leaves(self) -> Representations:
         """The same values, detached and collecting gradients."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -119,6 +120,7 @@ class Objective:
     def _representation_loss(self, batch: Batch, logs: Logs) -> Callable[[Representations], Tensor]:
         def total(reps: Representations) -> Tensor:
             values = []
+            reps = replace(reps, isolated=batch.isolated)
             for term in self.representation_terms:
                 value = term(reps)
                 check_finite(term.name, value, batch)

@@ -136,7 +136,8 @@ def job_from(config: Any, arguments: argparse.Namespace) -> Job:
     loss = parser.instantiate_classes(parser.parse_object(Namespace(loss=chosen))).loss
     tokens = getattr(loss, "chunk_tokens", None)
     data = config.data
-    rows = arguments.rows or data.max_rows or _count_lines(data.train)
+    trains = [data.train] if data.datasets is None else [one.train for one in data.datasets]
+    rows = arguments.rows or data.max_rows or sum(map(_count_lines, trains))
     return replace(
         Job(options, _llm_config(options, arguments.backbone_config), loss.objective),
         batch_size=data.batch_size,

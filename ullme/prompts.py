@@ -201,7 +201,7 @@ class PromptTokenizer:
     def check_length(self, role: Role, max_length: int) -> None:
         """Raises: ValueError: the template alone takes ``max_length`` tokens, so that all texts would be the same."""
         empty = len(self.ids([""], role, max_length=2**31)[0])
-        if empty >= max_length and (any(self.prompts.around(role))):
+        if empty >= max_length and any(self.prompts.around(role)):
             raise ValueError(
                 f"{role}: max_length={max_length} tokens, but the template alone takes {empty}; raise "
                 f"{role}_max_length (or max_length), or shorten prompts.{role} or the instruction"

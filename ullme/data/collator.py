@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ullme.batch import Batch, GenerationRows, TokenRows
+from ullme.data.mixture import Mixture
 from ullme.data.sampler import Draw, ShortRows, draw
 from ullme.data.sources import RowSource
 from ullme.prompts import PromptTokenizer, Role
@@ -42,6 +43,8 @@ class TrainDataset(Dataset[tuple[int, Draw]]):
 
     def __getitem__(self, index: tuple[int, int]) -> tuple[int, Draw]:
         row, epoch = index
+        if isinstance(self.source, Mixture):
+            return row, self.source.draw(row, epoch, self.seed, self.num_hard_negatives, self.short_rows)
         return row, draw(self.source, row, epoch, self.seed, self.num_hard_negatives, self.short_rows)
 
 
@@ -81,10 +84,19 @@ class Collator:
             queries=self.prompt_tokenizer(
                 [drawn.query for drawn in draws], "query", max_length=self.query_max_length, instruction=instructions
             ),
-            passages=self.prompt_tokenizer(passages, "passage", max_length=self.passage_max_length),
+            passages=self._passage_rows(passages, draws),
             passage_keys=torch.tensor([passage_key(text) for text in passages]).view(len(draws), -1),
             row_ids=torch.tensor([row for row, _ in items]),
+            isolated=None if all(d.in_batch_negatives for d in draws) else torch.tensor([True] * len(draws)),
         )
+
+    def _passage_rows(self, passages: list[str], draws: list[Draw]) -> TokenRows:
+        """A batch is of one dataset, so the first row speaks for all."""
+        if not draws[0].symmetric:
+            return self.prompt_tokenizer(passages, "passage", max_length=self.passage_max_length)
+        candidates = len(passages) // len(draws)
+        instructions = [drawn.instruction for drawn in draws for _ in range(candidates)]
+        return self.prompt_tokenizer(passages, "query", max_length=self.passage_max_length, instruction=instructions)
 
     def _generation_rows(
         self, queries: list[str], passages: list[str], instructions: list[str | None]

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader
 
 from ullme.data.beir import BeirFolder, read_beir
 from ullme.data.collator import Collator, EvalCollator, EvalDataset, TrainDataset, length_sorted_batches
+from ullme.data.mixture import Mixture, MixtureSampler, TrainSet
 from ullme.data.records import Schema
 from ullme.data.sampler import GlobalBatchSampler, ShortRows, settle_short_rows
-from ullme.data.sources import OnBadRow, RowSource, open_source
+from ullme.data.sources import OnBadRow, RowSource
 from ullme.prompts import PromptTokenizer, Role
 
 log = logging.getLogger(__name__)
@@ -56,9 +57,12 @@ class ULLMEDataModule(L.LightningDataModule):
 
     Args:
         train: JSONL files (paths, patterns or folders), or a dataset: a hub name, a dataset folder, table files.
+        datasets: several datasets in place of ``train``, each as :class:`~ullme.data.mixture.TrainSet` says; every
+            batch is of one of them, and each says its own split, name, schema and max_rows.
         train_split: which split of the dataset.
         train_name: the dataset's configuration, where it has several.
-        schema: the columns: auto, bge, tevatron, sentence-transformers or ullme.
+        schema: the columns: auto, bge, tevatron, sentence-transformers or ullme; or text, one text a row, which is
+            its own positive (SimCSE, arXiv 2104.08821).
         on_bad_row: stop at the first bad row with its place and reason, before training; or skip and count them.
         short_rows: a row with too few hard negatives of its own borrows positives of other rows, repeats its own
             negatives, or is dropped.
@@ -80,7 +84,8 @@ class ULLMEDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str],
+        train: str | list[str] | None = None,
+        datasets: list[TrainSet] | None = None,
         train_split: str = "train",
         train_name: str | None = None,
         schema: Schema = "auto",
@@ -109,7 +114,15 @@ class ULLMEDataModule(L.LightningDataModule):
         ):
             if value < least:
                 raise ValueError(f"data.{name}={value} must be at least {least}")
+        if (train is None) == (datasets is None):
+            raise ValueError(
+                f"data.train={train!r} and data.datasets={datasets!r}: give exactly one of them (the rows to train on)"
+            )
+        if datasets is not None and not datasets:
+            raise ValueError("data.datasets=[] holds no dataset; name at least one, or give data.train")
+        self.sets = [TrainSet(train, train_split, train_name, schema, max_rows)] if train is not None else datasets
         self.train = train
+        self.datasets = datasets
         self.train_split = train_split
         self.train_name = train_name
         self.schema: Schema = schema
@@ -141,18 +154,14 @@ class ULLMEDataModule(L.LightningDataModule):
             self._sampler(*self._rank_and_world_size())  # options that do not fit the data fail here, early
 
     def _open_train(self) -> RowSource:
-        source = open_source(
-            self.train,
-            name=self.train_name,
-            split=self.train_split,
-            schema=self.schema,
-            on_bad_row=self.on_bad_row,
-            max_rows=self.max_rows,
-            seed=self.seed,
-        )
+        sources = [self._open(one) for one in self.sets or []]
+        return sources[0] if self.datasets is None else Mixture(self.datasets, sources)
+
+    def _open(self, one: TrainSet) -> RowSource:
+        source = one.open(self.on_bad_row, self.seed)
         settled, short = settle_short_rows(source, self.num_hard_negatives, self.short_rows, self.seed)
         if self._rank_and_world_size()[0] == 0:
-            log.info("data: %d rows to train on", len(settled))
+            log.info("data: %d rows to train on%s", len(settled), f" in {one.train}" if self.datasets else "")
             if source.skipped:
                 log.warning("data: skipped %d bad rows, the first: %s", len(source.skipped), source.skipped[:3])
             if short:
@@ -256,6 +265,10 @@ class ULLMEDataModule(L.LightningDataModule):
         position: Callable[[], int] | None = None,
     ) -> GlobalBatchSampler:
         assert self.source is not None
+        if isinstance(self.source, Mixture):
+            return MixtureSampler(
+                self.source, self.batch_size, self.seed, rank, world_size, epoch, start_batch, position
+            )
         return GlobalBatchSampler(
             len(self.source), self.batch_size, self.seed, rank, world_size, self.drop_last, epoch, start_batch, position
         )

@@ -18,12 +18,15 @@ ShortRows = Literal["borrow", "repeat", "drop"]
 
 
 class Draw(NamedTuple):
-    """What one row gives in one epoch: a query, a positive, N hard negatives, and the row's own instruction."""
+    """What one row gives in one epoch: a query, a positive, N hard negatives, and the row's own instruction; and what
+    its dataset says (:class:`ullme.data.mixture.TrainSet`)."""
 
     query: str
     positive: str
     negatives: list[str]
     instruction: str | None
+    in_batch_negatives: bool = True
+    symmetric: bool = False
 
 
 def draw(
@@ -172,11 +175,15 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         self.epoch = epoch
         self.start_batch = start_batch
 
+    def order(self, epoch: int) -> np.ndarray:
+        """Rows in the order in which an epoch's batches are cut from them."""
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         if self.position is not None:
             self.load(*divmod(self.position(), len(self)))
         epoch = self.epoch
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
+        order = self.order(epoch)
         for batch in range(self.start_batch, len(self)):
             rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield [(row, epoch) for row in np.array_split(rows, self.world_size)[self.rank].tolist()]

@@ -39,7 +39,8 @@ class InfoNCE(RepresentationLoss):
 
     Args:
         temperature: τ; the paper gives none, 0.05 is common for cosines (arXiv 2104.08821).
-        in_batch_negatives: use the passages of other queries too, of every rank.
+        in_batch_negatives: use the passages of other queries too, of every rank; batches of a dataset that has
+            ``in_batch_negatives: false`` of its own do not, whatever is said here.
         mask_duplicates: a passage whose text equals the query's positive is no negative, wherever it stands.
         bidirectional: add the loss of finding a positive's query among all queries, and halve the sum.
         weight: λ_CL.
@@ -82,25 +83,30 @@ class InfoNCE(RepresentationLoss):
         passages = gather(reps.passages, sizes)
         own = torch.arange(len(reps), device=queries.device) + sum(sizes[:rank])
         c = passages.shape[1]
-        excluded = self._excluded(own, keys)
+        excluded = self._excluded(own, keys, reps.isolated)
         loss = info_nce(reps.queries, passages.flatten(0, 1), own * c, excluded, self.temperature)
         if self.bidirectional:
             positive_keys = keys[:, 0]
-            same = self._same_text(positive_keys[own], positive_keys, own) if self.mask_duplicates else None
-            back = info_nce(reps.passages[:, 0], queries, own, same, self.temperature)
+            others = self._others(own, torch.arange(len(queries), device=own.device), reps.isolated)
+            if self.mask_duplicates:
+                others = others | self._same_text(positive_keys[own], positive_keys, own)
+            back = info_nce(reps.passages[:, 0], queries, own, others, self.temperature)
             loss = (loss + back) / 2
         return loss * global_mean_weight(sizes)
 
-    def _excluded(self, own: Tensor, keys: Tensor) -> Tensor:
+    def _excluded(self, own: Tensor, keys: Tensor, isolated: Tensor | None) -> Tensor:
         """(B, M) bool: what is no negative of each own query, out of the M = B_global * C passages."""
         c = keys.shape[1]
-        excluded = torch.zeros((len(own), keys.numel()), dtype=torch.bool, device=keys.device)
+        owner = torch.arange(keys.numel(), device=keys.device) // c
+        excluded = self._others(own, owner, isolated)
         if self.mask_duplicates:
-            excluded |= self._same_text(keys[own, 0], keys.flatten(), own * c)
-        if not self.in_batch_negatives:
-            owner = torch.arange(keys.numel(), device=keys.device) // c
-            excluded |= owner != own[:, None]
+            excluded = excluded | self._same_text(keys[own, 0], keys.flatten(), own * c)
         return excluded
+
+    def _others(self, own: Tensor, owner: Tensor, isolated: Tensor | None) -> Tensor:
+        """(B, M) bool: what belongs to another query, for those queries that have no in-batch negatives."""
+        alone = torch.full_like(own, not self.in_batch_negatives, dtype=torch.bool) if isolated is None else isolated
+        return (alone | (not self.in_batch_negatives))[:, None] & (owner != own[:, None])
 
     @staticmethod
     def _same_text(mine: Tensor, others: Tensor, itself: Tensor) -> Tensor:

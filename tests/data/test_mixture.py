@@ -1,0 +1,197 @@
+"""Several datasets in one run: batches of one dataset at a time, each with its own rules."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import torch
+
+from ullme.batch import Representations
+from ullme.data.collator import Collator
+from ullme.data.datamodule import ULLMEDataModule
+from ullme.data.mixture import Mixture, MixtureSampler, TrainSet
+from ullme.data.sampler import Draw
+from ullme.data.sources import open_source
+from ullme.losses import InfoNCE
+from ullme.losses.info_nce import info_nce
+from ullme.prompts import Prompts, PromptTokenizer
+
+
+def write(folder, name: str, rows: int, negatives: int = 2) -> str:
+    lines = [
+        {"query": f"{name} q{n}", "pos": [f"{name} p{n}"], "neg": [f"{name} n{n}-{k}" for k in range(negatives)]}
+        for n in range(rows)
+    ]
+    path = folder / f"{name}.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return str(path)
+
+
+def mixture(folder, **rules) -> Mixture:
+    """Rows 0-12 are of a, 13-17 of b."""
+    sets = [TrainSet(write(folder, "a", 13)), TrainSet(write(folder, "b", 5), **rules)]
+    return Mixture(sets, [open_source(one.train) for one in sets])
+
+
+def batches(sampler) -> list[list[int]]:
+    return [[row for row, _ in batch] for batch in sampler]
+
+
+def test_a_batch_is_of_one_dataset_and_an_epoch_meets_each_row_once(tmp_path):
+    sampler = MixtureSampler(mixture(tmp_path), 4, seed=0)
+    found = batches(sampler)
+    assert len(found) == len(sampler) == 3 + 1
+    kinds = Counter()
+    for batch in found:
+        (kind,) = {row >= 13 for row in batch}
+        kinds[kind] += 1
+        assert len(set(batch)) == 4
+    assert kinds == {False: 3, True: 1}
+    assert max(Counter(row for batch in found for row in batch).values()) == 1
+    assert batches(sampler) != found  # the next epoch
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(0.34, 1), (1, 3), (2, 6), (2.34, 7)])
+def test_weights_count_passes(tmp_path, weight, expected):
+    sets = [TrainSet(write(tmp_path, "a", 13), weight=weight), TrainSet(write(tmp_path, "b", 5))]
+    sampler = MixtureSampler(Mixture(sets, [open_source(one.train) for one in sets]), 4, seed=0)
+    found = [batch for batch in batches(sampler) if batch[0] < 13]
+    assert len(found) == expected
+    times = Counter(row for batch in found for row in batch)
+    assert max(times.values()) <= -(-expected // 3)
+
+
+def test_epochs_and_ranks_and_resuming_are_pure_functions(tmp_path):
+    both = mixture(tmp_path)
+    whole = MixtureSampler(both, 4, seed=3)
+    epochs = [batches(whole), batches(whole)]
+    later = MixtureSampler(both, 4, seed=3, epoch=1, start_batch=2)
+    assert batches(later) == epochs[1][2:]
+    ranks = [batches(MixtureSampler(both, 4, seed=3, rank=r, world_size=2)) for r in range(2)]
+    assert [a + b for a, b in zip(*ranks, strict=True)] == epochs[0]
+    assert batches(MixtureSampler(both, 4, seed=4)) != epochs[0]
+
+
+def test_datasets_follow_one_another_in_no_fixed_order(tmp_path):
+    sets = [TrainSet(write(tmp_path, "a", 40)), TrainSet(write(tmp_path, "b", 40))]
+    sampler = MixtureSampler(Mixture(sets, [open_source(one.train) for one in sets]), 4, seed=0)
+    kinds = [batch[0] >= 40 for batch in batches(sampler)]
+    changes = sum(a != b for a, b in pairwise(kinds))
+    assert 3 < changes < 18
+
+
+def test_rows_carry_their_datasets_rules_and_borrow_from_it_alone(tmp_path):
+    both = mixture(tmp_path, instruction="sort", in_batch_negatives=False, symmetric=True)
+    a, b = (both.draw(row, 0, 0, 4, "borrow") for row in (2, 15))
+    assert (a.query, a.instruction, a.in_batch_negatives, a.symmetric) == ("a q2", None, True, False)
+    assert (b.query, b.instruction, b.in_batch_negatives, b.symmetric) == ("b q2", "sort", False, True)
+    assert all(text.startswith("b ") for text in [b.positive, *b.negatives])
+    assert len(set(b.negatives)) == 4
+    assert both[15].query == "b q2"
+    assert both.num_negatives.tolist() == [2] * 18
+
+
+def test_the_collator_puts_the_rules_into_the_batch():
+    from tiny import make_tokenizer
+
+    tokenizer = PromptTokenizer(make_tokenizer(), Prompts(query="{instruction}|{text}", passage="P:{text}"))
+    collator = Collator(tokenizer, 64, 64)
+    plain = collator([(0, Draw("q", "p", ["n"], None))])
+    assert plain.isolated is None
+    batch = collator([(n, Draw(f"q{n}", "p", ["n"], "do", False, True)) for n in range(3)])
+    assert batch.isolated.tolist() == [True] * 3
+    assert batch[1:].isolated.tolist() == [True] * 2
+    assert batch.to("cpu").isolated.tolist() == [True] * 3
+    like_query = tokenizer(["p", "n"], "query", max_length=64, instruction="do")
+    assert torch.equal(batch.passages.input_ids[:2, : like_query.input_ids.shape[1]], like_query.input_ids)
+
+
+def representations(isolated) -> Representations:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.nn.functional.normalize(torch.randn(4, 6, generator=generator, dtype=torch.double), dim=-1)
+    p = torch.nn.functional.normalize(torch.randn(4, 3, 6, generator=generator, dtype=torch.double), dim=-1)
+    return Representations(q, p, torch.arange(12).view(4, 3), isolated)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_isolated_queries_see_their_own_candidates_only(bidirectional):
+    term = InfoNCE(0.1, bidirectional=bidirectional)
+    reps = representations(torch.tensor([True, False, True, False]))
+    rows = []
+    for b, alone in enumerate(reps.isolated.tolist()):
+        passages = reps.passages[b] if alone else reps.passages.flatten(0, 1)
+        positive = torch.tensor([0 if alone else 3 * b])
+        loss = info_nce(reps.queries[b : b + 1], passages, positive, None, 0.1)
+        if bidirectional:
+            queries = reps.queries[b : b + 1] if alone else reps.queries
+            loss = (loss + info_nce(reps.passages[b, :1], queries, torch.tensor([0 if alone else b]), None, 0.1)) / 2
+        rows.append(loss)
+    assert term(reps).item() == pytest.approx(torch.stack(rows).mean().item(), abs=1e-12)
+    assert abs(term(reps) - term(representations(None))) > 1e-3
+
+
+def test_all_isolated_is_in_batch_negatives_off():
+    reps = representations(torch.ones(4, dtype=torch.bool))
+    off = InfoNCE(0.1, in_batch_negatives=False)(representations(None))
+    assert InfoNCE(0.1)(reps).item() == pytest.approx(off.item(), abs=1e-12)
+
+
+def test_the_objective_hands_the_batchs_flag_to_the_loss(make_model, tmp_path):
+    from ullme.objective import Objective
+
+    model = make_model().eval()
+    sets = [TrainSet(write(tmp_path, "a", 6), in_batch_negatives=False)]
+    data = ULLMEDataModule(datasets=sets, batch_size=6, num_hard_negatives=2, num_workers=0, query_max_length=100)
+    batch = next(iter(data.train_dataloader_for(model.prompt_tokenizer)))
+    on, off = (Objective([InfoNCE(in_batch_negatives=value)]) for value in (True, False))
+    losses = [o.grad_cache(model, batch, [slice(0, 2), slice(2, 6)])["loss"].item() for o in (on, off)]
+    losses.append(on.full_batch(model, batch)["loss"].item())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert losses[2] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_short_rows_are_dropped_within_their_dataset(tmp_path, tokenizer):
+    sets = [TrainSet(write(tmp_path, "a", 8)), TrainSet(write(tmp_path, "b", 8, negatives=4))]
+    data = ULLMEDataModule(datasets=sets, batch_size=4, num_hard_negatives=2, short_rows="drop", num_workers=0)
+    data.setup("fit")
+    assert len(data.source) == 16
+    with pytest.raises(ValueError, match="short_rows=drop leaves no row"):
+        ULLMEDataModule(datasets=sets, batch_size=4, num_hard_negatives=3, short_rows="drop").setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give exactly one of them"),
+        ({"train": "a", "datasets": []}, "give exactly one of them"),
+        ({"datasets": []}, "holds no dataset"),
+    ],
+)
+def test_what_to_train_on_is_said_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        ULLMEDataModule(**options)
+
+
+def test_a_dataset_below_a_batch_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"b\.jsonl' has 5 rows, fewer than a batch of data\.batch_size=6"):
+        MixtureSampler(mixture(tmp_path), 6, seed=0)
+
+
+def test_a_weight_must_be_positive():
+    with pytest.raises(ValueError, match=r"weight=0 of 'a' must be a positive number"):
+        TrainSet("a", weight=0)
+
+
+def test_texts_are_their_own_positives(tmp_path):
+    path = tmp_path / "wiki.txt"
+    path.write_text("the old mill\na market\n")
+    for source in (open_source(str(path), schema="text"),):
+        assert [source[n].query for n in range(2)] == ["the old mill", "a market"]
+        assert all(source[n].positives == (source[n].query,) for n in range(2))
+    rows = tmp_path / "wiki.jsonl"
+    rows.write_text(json.dumps({"text": " the old mill "}))
+    record = open_source(str(rows), schema="text")[0]
+    assert (record.query, record.positives, record.negatives) == ("the old mill", ("the old mill",), ())
