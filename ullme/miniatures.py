@@ -25,14 +25,14 @@ _SIZES: dict[int, tuple[str, ...]] = {
             "n_layers",
             "num_layers",
         ),
-        *("decoder_layers", "encoder_layers", "depth", "num_layers_per_stack", "num_experts_per_tok", "moe_topk"),
+        *("decoder_layers", "encoder_layers", "depth", "num_experts_per_tok", "moe_topk"),
         *("num_experts_per_token", "top_k_experts", "swa_num_key_value_heads", "index_topk_blocks"),
         *("conf_num_hidden_layers", "moe_top_k", "num_query_groups", "num_global_layers", "num_blocks"),
     ),
     4: (
         *("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads"),
         *("encoder_attention_heads", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
-        *("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads", "index_n_heads", "mamba_n_heads"),
+        *("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads", "mamba_n_heads"),
         *("mamba_num_heads", "swa_num_attention_heads", "zero_expert_num", "o_groups", "d_rel", "laurel_rank"),
         *("patch_size", "block_size", "index_block_size", "split_ngram_parts"),
         # windows, shorter than the rows that are tried
@@ -48,6 +48,7 @@ _SIZES: dict[int, tuple[str, ...]] = {
         *("index_topk", "mamba_chunk_size", "chunk_size", "num_centroids", "router_hidden_size", "num_mel_bins"),
     ),
     16: (
+        *("index_n_heads",),  # few heads tie: their scores are often all cut to zero
         *("kv_lora_rank", "q_lora_rank", "o_lora_rank", "qk_head_dim", "rel_extent", "attention_head_dim"),
         *("mamba_d_head", "mamba_head_dim", "mamba_headdim", "image_size", "ple_embed_dim"),
         *("codebook_size", "base_channels", "position_bias_num_buckets", "prompt_length", "mm_tokens_per_image"),
@@ -57,7 +58,7 @@ _SIZES: dict[int, tuple[str, ...]] = {
         *("hidden_size", "n_embd", "d_model", "emb_dim", "word_embed_proj_dim", "embedding_dim", "embedding_size"),
         *("lru_width", "attention_hidden_size", "out_hidden_size", "input_embedding_size", "output_embedding_size"),
         *("vision_output_dim", "projector_input_dim", "projector_output_dim", "backbone_hidden_size"),
-        *("hidden_size_global", "dim_model_base"),
+        *("adapter_in_dim", "adapter_out_dim", "adapter_input_size", "hidden_size_global", "dim_model_base"),
     ),
     64: (
         *("intermediate_size", "moe_intermediate_size", "ffn_dim", "ffn_hidden_size", "decoder_ffn_dim", "dff"),
@@ -102,18 +103,18 @@ def overrides(fields: dict[str, Any]) -> dict[str, Any]:
             found[name] = {**_kept(value), **overrides(value)}
     if found.get("kv_lora_rank") and "num_key_value_heads" in found:  # latent attention has no fewer heads for keys
         found["num_key_value_heads"] = found["num_attention_heads"]
-    kinds = fields.get("layer_types") or fields.get("layers_block_type")
+    kinds = fields.get("layer_types") or fields.get("layers_block_type") or []
+    chosen = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    chosen += [len(kinds) - 1] * (2 - len(chosen)) if kinds else [0, 1]
     if kinds:
-        chosen = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
-        chosen += [len(kinds) - 1] * (2 - len(chosen))
         found["num_hidden_layers"] = len(chosen)
         for name in _LAYER_LISTS:
             old = fields.get(name)
             if isinstance(old, list) and len(old) == len(kinds):
                 found[name] = [old[n] for n in chosen]
-        if differing := fields.get("per_layer_config"):
-            by_layer = {int(n): {k: _VALUES.get(k, v) for k, v in own.items()} for n, own in differing.items()}
-            found["per_layer_config"] = {new: by_layer[old] for new, old in enumerate(chosen) if old in by_layer}
+    if differing := fields.get("per_layer_config"):
+        by_layer = {int(n): {k: _VALUES.get(k, v) for k, v in own.items()} for n, own in differing.items()}
+        found["per_layer_config"] = {new: by_layer[old] for new, old in enumerate(chosen) if old in by_layer}
     return found
 
 

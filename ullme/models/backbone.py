@@ -255,7 +255,7 @@ def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:
     assert options.lora_name is not None
     from peft import LoraConfig, get_peft_model
 
-    from ullme.models.lora import install as install_lora
+    from ullme.models import lora as lora_layers
 
     targets: str | Sequence[str] = options.lora_target_modules
     if isinstance(targets, str) and targets != "all-linear":
@@ -265,13 +265,14 @@ def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=targets,
+        exclude_modules=(lora_layers.unfit(model) or None) if targets == "all-linear" else None,
         task_type="CAUSAL_LM",
     )
     try:
         wrapped = get_peft_model(model, lora, adapter_name=options.lora_name)
     except ValueError as error:
         raise ValueError(f"lora_target_modules={options.lora_target_modules!r}: {error}") from error
-    install_lora(wrapped)
+    lora_layers.install(wrapped)
     return wrapped
 
 

@@ -63,6 +63,37 @@ def install(model: nn.Module) -> None:
             module.__class__ = LoraLinear
 
 
+def unfit(model: nn.Module) -> list[str]:
+    """Names of linear layers that LoRA cannot stand on, which "all-linear" has to leave out.
+
+    Those are routers and grouped projections, which a family derives from ``nn.Linear`` but which compute something
+    else, and the projections behind a Mamba mixer, whose kernel reads their weights without calling them.
+    """
+    found = []
+    for name, module in model.named_modules():
+        kind = type(module)
+        own = isinstance(module, nn.Linear) and kind.__module__.startswith("transformers.models")
+        if own and kind.forward is not nn.Linear.forward and not _is_linear(module):
+            found.append(name)
+        mixes = "mamba" in kind.__name__.lower() or "mixer" in kind.__name__.lower()
+        if mixes and isinstance(getattr(module, "out_proj", None), nn.Linear):
+            found.append(f"{name}.out_proj")
+    return found
+
+
+@torch.no_grad()
+def _is_linear(layer: nn.Linear) -> bool:
+    """Whether a layer with a forward of its own still is W x + b (as Falcon's)."""
+    x = torch.linspace(-1, 1, 2 * layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
+    x = x.view(1, 2, layer.in_features)
+    try:
+        y = layer(x)
+    except Exception:  # a router may want more than one argument, or another shape
+        return False
+    expected = linear(x, layer.weight, layer.bias)
+    return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, rtol=1e-2, atol=1e-2)
+
+
 def _merge(x: Tensor, weight: Tensor) -> bool:
     """Whether to form W + s B A. Half precision would round the update away; few rows would not pay for it."""
     rows, (out, width) = x.numel() // x.shape[-1], weight.shape

@@ -63,7 +63,7 @@ def run_flags(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, cau
 
     transformers' mask functions read the configs, so every layer is handed a mask as it should be. A layer without a
     mask would look at its own flag, which is back at its old value when checkpointing recomputes the layer; so a block
-    without padding gets one more row, of one token, because of which no mask is left out.
+    of equally long rows gets one more row, of one token, because of which no mask is left out.
 
     Raises:
         NotImplementedError: flash attention, which takes flags where others take a mask.
@@ -71,7 +71,8 @@ def run_flags(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, cau
     decoder = text_decoder(decoder)
     if "flash" in (getattr(decoder.config, "_attn_implementation", None) or ""):
         raise NotImplementedError("flash attention has no mask; take attn_implementation: sdpa or eager")
-    if full := bool(attention_mask.all()) and attention_mask.shape[1] > 1:
+    lengths = set(real_lengths(attention_mask))
+    if full := len(lengths) == 1 and lengths != {1}:
         input_ids = torch.cat([input_ids, input_ids[:1]])
         first_only = torch.arange(attention_mask.shape[1], device=attention_mask.device)[None] == 0
         attention_mask = torch.cat([attention_mask, first_only.to(attention_mask)])

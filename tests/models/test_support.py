@@ -1,0 +1,166 @@
+"""What `ullme support` finds out about decoder families: the awkward ones always, all of them when there is time."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ullme import support, support_page
+from ullme.miniatures import make_tiny
+from ullme.models import attention
+from ullme.models.paths import _flags, run_flags
+
+PAGE = Path(__file__).parents[2] / "docs" / "backbones.md"
+
+# Families that swallow the forward keyword, or heed it only now and then.
+FALLBACKS = (
+    "bloom",
+    "codegen",
+    "falcon",
+    "gemma3",
+    "gemma4",
+    "gpt_neox_japanese",
+    "gptj",
+    "nemotron",
+    "stablelm",
+)
+
+
+@pytest.mark.parametrize("family", FALLBACKS)
+def test_fallbacks_are_verified(family):
+    (row,) = support.survey([family])
+    assert row.verdict == "verified", row
+    assert set(row.checks) >= {"causal", "padding", "alternation", "LoRA"}
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        ("falcon", {"alibi": True}),
+        ("falcon", {"new_decoder_architecture": True}),
+        ("falcon", {"multi_query": False, "num_kv_heads": 4}),
+        ("stablelm", {"tie_word_embeddings": True}),
+        ("nemotron", {"num_key_value_heads": 4}),
+    ],
+)
+def test_variants_of_a_family(family, variant):
+    model = make_tiny(family, **variant)
+    path, _ = attention.find_path(model, causal=False)
+    assert path == "flags"
+    for name, check in support._CHECKS.items():
+        assert check(model, path) is not False, name
+
+
+def test_a_family_without_attention_is_refused_with_the_reason():
+    (row,) = support.survey(["mamba2"])
+    assert (row.verdict, row.path) == ("refused", "")
+    assert "no layer has attention" in row.reason
+
+
+def test_a_hybrid_names_what_stays_causal():
+    (row,) = support.survey(["jamba"])
+    assert (row.verdict, row.blind, row.layers) == ("hybrid", (0,), 2)
+    assert "layers [0] of 2" in support_page.table([row])
+
+
+def test_a_failed_check_shows(monkeypatch):
+    monkeypatch.setitem(support._CHECKS, "padding", lambda model, path: False)
+    (row,) = support.survey(["llama"])
+    assert (row.verdict, row.reason) == ("limited", "padding")
+    assert "| llama | limited | packed | yes | **no** |" in support_page.table([row])
+
+
+def test_an_encoder_set_up_as_one_is_no_decoder():
+    with pytest.raises(ValueError, match="its plain forward is not causal"):
+        attention.choose_path(make_tiny("bert-generation"), causal=False)
+
+
+@pytest.mark.parametrize("family", ["stablelm", "gptj", "bloom"])
+def test_flags_leave_nothing_behind(family):
+    model = make_tiny(family)
+    owners = [model.config, *model.modules()]
+    before = [vars(owner).get("is_causal") for owner in owners]
+    ids = torch.arange(3, 9)[None]
+    run_flags(model.base_model, ids, torch.ones_like(ids), False)
+    with pytest.raises(RuntimeError, match="inside"), _flags(model.base_model, False):
+        raise RuntimeError("inside")
+    assert [vars(owner).get("is_causal") for owner in owners] == before
+
+
+def test_a_window_and_a_chunk_bound_both_sides():
+    """Llama 4's tiny model looks within chunks of 4 in one layer; GPT-Neo's within a window of 4."""
+    for family, seen in (("llama4_text", {4, 5, 6, 7}), ("gpt_neo", {2, 3, 4, 5, 6, 7, 8})):
+        model = make_tiny(family)
+        path = attention.choose_path(model, causal=False)
+        local = 0 if family == "llama4_text" else 1
+        ids = torch.arange(3, 15)[None]
+        layer = attention.decoder_layers(model.base_model)[local]
+        found = set()
+        inputs: dict = {}
+
+        def keep(module, args, kwargs, inputs=inputs):
+            inputs.update(args=args, kwargs=kwargs)
+
+        handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
+        with torch.no_grad():
+            attention.PATHS[path](model.base_model, ids, torch.ones_like(ids), False)
+            handle.remove()
+            states = inputs["args"][0]
+
+            def output(x, layer=layer, inputs=inputs):
+                out = layer(x, *inputs["args"][1:], **inputs["kwargs"])
+                return (out[0] if isinstance(out, tuple) else out)[0, 5]
+
+            for place in range(12):
+                changed = states.clone()
+                changed[0, place] = changed[0, place].flip(-1) * 2 + 1
+                if (output(changed) - output(states)).abs().max() > 1e-5:
+                    found.add(place)
+        assert found == seen, family
+
+
+def test_command(capsys):
+    assert support.main(["--family", "mamba2"]) == 1
+    assert support.main(["--family", "llama", "--family", "gpt2"]) == 0
+    assert "| gpt2 | verified | packed |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        support.main(["--family", "no_such_family"])
+    assert "no causal language model of this type" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def everything():
+    return support.survey()
+
+
+@pytest.mark.slow
+def test_every_architecture_of_transformers_has_a_verdict(everything):
+    verdicts = {row.family: row.verdict for row in everything}
+    assert sorted(verdicts) == support.families()
+    assert sum(verdict == "verified" for verdict in verdicts.values()) >= 104
+    assert {verdicts[family] for family in FALLBACKS} == {"verified"}
+    for row in everything:
+        if row.verdict in ("limited", "refused", "not built"):
+            assert row.reason, row
+        if row.path:  # bidirectional by this path, or the probe would have refused it
+            assert row.checks["causal"], row
+        if row.verdict == "hybrid":
+            assert row.blind or row.mixed, row
+        if row.verdict == "verified":
+            assert not row.blind, row
+            assert not row.mixed, row
+
+
+@pytest.mark.slow
+def test_the_page_is_what_the_code_finds(everything):
+    def without_versions(text: str) -> str:
+        return re.sub(r"^Versions: .*$", "", text, flags=re.M)
+
+    import transformers
+
+    if transformers.__version__ not in PAGE.read_text():
+        pytest.skip(f"the page is about another transformers than {transformers.__version__}")
+    assert without_versions(PAGE.read_text()) == without_versions(support.document(everything))
