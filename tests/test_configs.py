@@ -22,7 +22,7 @@ def arguments(path: Path) -> list[str]:
     stack = [path]
     if not content.get("model", {}).get("backbone", {}).get("model_name_or_path"):
         stack.insert(0, CONFIGS / "model" / "phi-1.5.yaml")
-    if path.name != "base.yaml" and not content.get("data", {}).get("train", "").startswith("runs/"):
+    if path.name != "base.yaml" and not (content.get("data", {}).get("train") or "").startswith("runs/"):
         stack.insert(0, CONFIGS / "base.yaml")
     return [f"--config={p}" for p in stack]
 

@@ -211,7 +211,10 @@ def step_work(batch: Batch, objective: Objective, causal: bool, share_prompts: b
         mask = term.statistic_candidates(batch)
         if mask is not None:
             scored = scored + generation_work(batch, mask, share_prompts)
-    return StepWork(embed, generation_work(batch, learned, share_prompts), scored, reference)
+    trained = generation_work(batch, learned, share_prompts)
+    if objective.masking is not None:
+        trained = trained + masked_work(batch, objective.masking.share, causal)
+    return StepWork(embed, trained, scored, reference)
 
 
 def embedding_work(batch: Batch, causal: bool) -> Work:
@@ -220,9 +223,16 @@ def embedding_work(batch: Batch, causal: bool) -> Work:
     return Work(lengths.sum(), _pairs(lengths, causal).sum())
 
 
+def masked_work(batch: Batch, share: float, causal: bool) -> Work:
+    """Queries through the layers once, and the masked share of their tokens through the LM head."""
+    lengths = batch.queries.attention_mask.sum(1)
+    return Work(lengths.sum(), _pairs(lengths, causal).sum(), lengths.sum() * share)
+
+
 def generation_work(batch: Batch, mask: Tensor, share_prompts: bool) -> Work:
     """Likelihoods of the candidates in ``mask`` (b, C). A target's last token predicts nothing, so it needs no pass."""
-    assert batch.generation is not None
+    if batch.generation is None:  # no term asks for any
+        return Work()
     prompts = batch.generation.prompts.attention_mask.sum(1)[:, None]
     targets = batch.generation.targets.attention_mask.sum(1).view(mask.shape)
     bodies = targets - 1
