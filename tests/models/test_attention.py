@@ -162,3 +162,15 @@ def test_a_packed_forward_that_ignores_borders_is_found_in_any_dtype(dtype, monk
     assert attention.choose_path(model, causal=False) == "packed"
     monkeypatch.setattr(attention.packing, "_grouped", leaky)
     assert attention.choose_path(model, causal=False) == "padded"
+
+
+@pytest.mark.parametrize(("family", "path"), [("llama4_text", "mask4d"), ("mistral", "packed"), ("gemma2", "packed")])
+def test_the_probe_sees_windows_that_are_wider_than_its_rows(family, path):
+    """Without short windows Llama 4 would be packed, and chunks forgotten in long texts."""
+    wide = {"attention_chunk_size": 64} if family == "llama4_text" else {"sliding_window": 64}
+    model = make_tiny(family, **wide)
+    before = [dict(vars(m)) for m in (model.config, *model.modules())]
+    assert attention.choose_path(model, causal=False) == path
+    after = [vars(m) for m in (model.config, *model.modules())]
+    for name in wide:
+        assert [m.get(name) for m in before] == [m.get(name) for m in after]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ullme.models import packing
-from ullme.models.layers import LayerCall, LayerInputs, attends, decoder_layers
+from ullme.models.layers import LayerCall, LayerInputs, attends, decoder_layers, short_windows
 from ullme.models.paths import (
     PATHS,
     Hidden,
@@ -49,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 # What config.layer_types calls layers without attention; any other kind has to obey.
 _BLIND_LAYERS = {"linear_attention", "conv", "mamba", "mamba2", "recurrent", "moe", "mlp"}
-
 
 
 @dataclass(frozen=True)
@@ -115,10 +114,11 @@ def find_path(model: PreTrainedModel, causal: bool, wanted: str = "auto") -> tup
 def _try_path(model: PreTrainedModel, name: str, causal: bool) -> Finding:
     """Probe one path; leave packing installed only if it passed."""
     try:
-        plain = _plain_forward(model)
-        if name == "packed":
-            packing.install(model)
-        finding = _probe(model, name, causal, plain)
+        with short_windows(text_decoder(model.base_model)):
+            plain = _plain_forward(model)
+            if name == "packed":
+                packing.install(model)
+            finding = _probe(model, name, causal, plain)
     except Exception as error:  # whatever a family does with an argument it does not know, the path is not for it
         finding = Finding(f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}")
     if name == "packed" and finding.failure is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +13,38 @@ from torch import Tensor, nn
 from ullme.models.paths import text_decoder
 
 _STATES = "hidden_states"
+
+# What families call the reach of layers that look at their neighbourhood only.
+_WINDOWS = (
+    *("sliding_window", "sliding_window_size", "attention_window_size", "window_size", "local_attention"),
+    "attention_chunk_size",
+)
+
+
+@contextmanager
+def short_windows(decoder: nn.Module, reach: int = 4) -> Iterator[None]:
+    """Windows and chunks of ``reach`` tokens for as long as this is open.
+
+    A path that forgets about windows is right on short rows and wrong on long ones; so it shows on short ones too.
+    """
+    owners: dict[int, Any] = {}
+    for module in decoder.modules():
+        owners[id(module)] = module
+        if hasattr(config := getattr(module, "config", None), "to_dict"):
+            owners[id(config)] = config
+    before = [
+        (owner, name, wide)
+        for owner in owners.values()
+        for name in _WINDOWS
+        if type(wide := vars(owner).get(name)) is int and wide > reach
+    ]
+    try:
+        for owner, name, _ in before:
+            setattr(owner, name, reach)
+        yield
+    finally:
+        for owner, name, wide in before:
+            setattr(owner, name, wide)
 
 
 def attends(layer: nn.Module) -> bool:
