@@ -192,3 +192,15 @@ def test_stages_build_on_one_another(world):
             assert model.fingerprint != before.fingerprint
         else:
             assert model.fingerprint == before.fingerprint
+
+
+def test_masked_tokens_count_where_a_backbone_cannot_be_packed(world, tmp_path):
+    """The throughput callback counts what went through the layers, padding included."""
+    first = world("llm2vec_mntp")
+    stack = [CONFIGS / "base.yaml", CONFIGS / "recipes" / "llm2vec_mntp.yaml", first.parent / "llm2vec_mntp.yaml"]
+    options = [f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
+    padded = ["--model.backbone.attention_path=padded", "--trainer.max_steps=1"]
+    cli.main(["fit", *(f"--config={path}" for path in stack), *options, *padded])
+    (row,) = logged(tmp_path)
+    assert 0 < float(row["padding"]) < 1
+    assert float(logged(first)[0]["padding"]) == 0

@@ -293,3 +293,28 @@ def test_a_row_with_nothing_to_pool_is_refused(make_model):
     ids = torch.ones(2, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="row 1 has no token to pool"):
         make_model()(ids, ids, pool_mask=torch.tensor([[1, 0, 0], [0, 0, 0]]))
+
+
+def test_spans_go_through_gradcache(make_model):
+    """Chunks of a batch whose queries are pooled from their text on, against the whole batch at once."""
+    from ullme.batch import Batch
+    from ullme.losses import InfoNCE
+    from ullme.objective import Objective
+
+    gradients, losses = [], []
+    for pooled, chunked in (("text", False), ("text", True), ("all", False)):
+        prompts = Prompts(query="Instruct: find. Query: {text}", pooled=pooled)
+        model = make_model(dtype="float64", prompts=prompts).eval()
+        queries = model.prompt_tokenizer(TEXTS, "query", max_length=100)
+        passages = model.prompt_tokenizer([t[::-1] for t in TEXTS], None, max_length=100)  # pooled whole
+        batch = Batch(queries, passages, torch.arange(len(TEXTS))[:, None], torch.arange(len(TEXTS)))
+        objective = Objective([InfoNCE()])
+        slices = [slice(0, 2), slice(2, 3), slice(3, len(TEXTS))]
+        logs = objective.grad_cache(model, batch, slices) if chunked else objective.full_batch(model, batch)
+        losses.append(logs["loss"].item())
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert abs(losses[0] - losses[2]) > 1e-4
+    assert sum(g.abs().sum() for g in gradients[0]) > 0.1
+    for a, b in zip(gradients[0], gradients[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

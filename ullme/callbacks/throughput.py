@@ -155,7 +155,10 @@ def _padded_tokens(module: ULLMEModule, batch: Batch) -> int:
         total += sum(len(piece) * int(lengths[piece].max()) for piece in module.loss.pieces(batch))
     for part in module.loss.slices(batch):
         chunk = batch[part]
-        if objective.chunk_terms:
+        if objective.masking is not None:
+            lengths = chunk.queries.attention_mask.sum(1).tolist()
+            total += len(lengths) * max(lengths)
+        if objective.needs_generation:
             assert chunk.generation is not None
             learned = torch.stack([term.candidates(chunk)[1] for term in objective.chunk_terms]).any(0)
             prompts = chunk.generation.prompts.attention_mask.sum(1)[:, None]
