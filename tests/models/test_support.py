@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import make_tokenizer
 
 from ullme import support, support_page
+from ullme.batch import TokenRows
 from ullme.miniatures import make_tiny
-from ullme.models import attention
+from ullme.models import ULLME, attention
 from ullme.models.paths import _flags, run_flags
 
 PAGE = Path(__file__).parents[2] / "docs" / "backbones.md"
@@ -88,6 +90,38 @@ def test_flags_leave_nothing_behind(family):
     with pytest.raises(RuntimeError, match="inside"), _flags(model.base_model, False):
         raise RuntimeError("inside")
     assert [vars(owner).get("is_causal") for owner in owners] == before
+
+
+def test_flags_and_recomputed_layers_without_padding():
+    """When a layer is recomputed its flags are back at causal, so what it does must stand in its mask."""
+    found = {}
+    for recompute in (False, True):
+        model = make_tiny("stablelm").train()
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        ids = torch.arange(3, 15).view(2, 6)
+        run_flags(model.base_model, ids, torch.ones_like(ids), False).flat.square().sum().backward()
+        found[recompute] = model.get_input_embeddings().weight.grad
+    assert found[False].abs().max() > 0
+    torch.testing.assert_close(found[True], found[False])
+
+
+@pytest.mark.parametrize("family", ["bloom", "codegen", "falcon", "gpt_neox_japanese", "gptj", "mpt", "stablelm"])
+def test_an_embedder_of_an_awkward_family(family, tmp_path):
+    make_tiny(family, vocab_size=304).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    model = ULLME(str(tmp_path), lora_r=2, lora_dropout=0.0)
+    ids = torch.arange(5, 13).view(2, 4)
+    before = model(ids)["rep"]
+    logits = model(ids, is_generate=True).logits.log_softmax(-1)
+    targets = TokenRows(ids + 20, torch.ones_like(ids))
+    scored = model(ids, is_generate=True, targets=targets)
+    whole = model(torch.cat([ids, ids + 20], 1), is_generate=True).logits.log_softmax(-1)[:, 3:-1]
+    torch.testing.assert_close(scored.logps, whole.gather(2, (ids + 20)[..., None]).sum((1, 2)))
+    assert logits.shape == (2, 4, 304)
+    assert torch.equal(model(ids)["rep"], before)
+    before.sum().backward()
+    assert len(model.tokenizer) == len(make_tokenizer())
 
 
 def test_a_window_and_a_chunk_bound_both_sides():
