@@ -36,13 +36,13 @@ from workload import (
 )
 
 from ullme.batch import Batch
-from ullme.gradcache import chunk_slices
+from ullme.gradcache import chunk_slices, row_pieces
 from ullme.losses import DPO, KL, InfoNCE
 from ullme.models import ULLME
 from ullme.objective import Objective
 from ullme.reference import Reference
 
-CHUNK_TOKENS = 1024  # what chunk_tokens: auto takes on a CPU; the peer's 8 passages have about as many, padded
+CHUNK_TOKENS = 512  # what chunk_tokens: auto takes on a CPU; the peer's 8 passages have about 600, padded to 1,000
 CONTRASTIVE_BATCH, GRL_BATCH, PASSAGES = 32, 16, 2000
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,15 +63,17 @@ def reference_logps() -> torch.Tensor:
     return torch.randn(GRL_BATCH, 9, generator=torch.Generator().manual_seed(2)) * 3 - 600
 
 
+def grad_cache(objective: Objective, model: ULLME, batch: Batch) -> float:
+    """A step as :class:`ullme.callbacks.GradCache` does it; returns the loss."""
+    model.zero_grad()
+    slices, pieces = chunk_slices(batch, None, CHUNK_TOKENS), row_pieces(batch, CHUNK_TOKENS)
+    return objective.grad_cache(model, batch, slices, pieces=pieces)["loss"].item()
+
+
 def contrastive(folder: str, batch_size: int = CONTRASTIVE_BATCH) -> Callable[[], float]:
     """Our contrastive step; returns its loss."""
     model, batch, objective = load_model(folder), make_batch(batch_size), Objective([InfoNCE(0.05)])
-
-    def step() -> float:
-        model.zero_grad()
-        return objective.grad_cache(model, batch, chunk_slices(batch, None, CHUNK_TOKENS))["loss"].item()
-
-    return step
+    return lambda: grad_cache(objective, model, batch)
 
 
 def contrastive_peer(folder: str, batch_size: int = CONTRASTIVE_BATCH) -> Callable[[], float]:
@@ -95,12 +97,7 @@ def grl(folder: str) -> Callable[[], float]:
     """Our GRL step without its reference pass."""
     model, batch = load_model(folder), make_batch(GRL_BATCH)
     objective = Objective([InfoNCE(0.05), DPO(weight=0.5), KL()], Given(reference_logps()))
-
-    def step() -> float:
-        model.zero_grad()
-        return objective.grad_cache(model, batch, chunk_slices(batch, None, CHUNK_TOKENS))["loss"].item()
-
-    return step
+    return lambda: grad_cache(objective, model, batch)
 
 
 def grl_peer(folder: str) -> Callable[[], float]:

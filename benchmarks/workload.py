@@ -78,8 +78,10 @@ def make_model(vocabulary: int = 4096, **options: object) -> ULLME:
         return load_model(folder, **options)
 
 
-def make_batch(queries: int, negatives: int = 8, vocabulary: int = 4096, seed: int = 0) -> Batch:
-    """Queries of 8 to 12 tokens, passages lognormal with mean 75 and sigma 0.40, clipped to 8 to 200."""
+def make_batch(
+    queries: int, negatives: int = 8, vocabulary: int = 4096, seed: int = 0, passage_tokens: int | None = None
+) -> Batch:
+    """Queries of 8 to 12 tokens, passages lognormal with mean 75 and sigma 0.40, clipped to 8 to 200, or all alike."""
     rng = np.random.default_rng(seed)
 
     def rows(lengths: np.ndarray) -> TokenRows:
@@ -87,7 +89,7 @@ def make_batch(queries: int, negatives: int = 8, vocabulary: int = 4096, seed: i
 
     count = queries * (1 + negatives)
     query_lengths = rng.integers(8, 13, queries)
-    lengths = passage_lengths(count, rng)
+    lengths = passage_lengths(count, rng) if passage_tokens is None else np.full(count, passage_tokens)
     query_rows, passages = rows(query_lengths), rows(lengths)
     return Batch(
         query_rows,

@@ -59,7 +59,7 @@ def _prepare(model: Any, device: torch.device, kind: str) -> set[nn.Parameter]:
     """Move the weights that stay whole, which FSDP leaves alone, and start them from rank 0's random numbers."""
     if model.options.quantization != "none":
         raise ValueError(
-            f"quantization={model.options.quantization!r}: 4-bit weights are not split over ranks; set "
+            f"quantization={model.options.quantization!r}: quantised weights are not split over ranks; set "
             "trainer.strategy=ddp (a copy on each GPU, which is small), or quantization=none"
         )
     whole = [] if model.options.trained == "all" else [p for p in model.parameters() if p.requires_grad]

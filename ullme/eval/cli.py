@@ -27,7 +27,7 @@ MODEL_OPTIONS: dict[str, tuple[type, str]] = {
     "pooling": (str, "mean, weighted_mean, first or last"),
     "attention": (str, "bidirectional or causal"),
     "dtype": (str, "of the weights: auto, float32, bfloat16 or float16"),
-    "quantization": (str, "nf4 or none; the checkpoint's unless given"),
+    "quantization": (str, "nf4, int8 or none; the checkpoint's unless given"),
     "device": (str, "such as cuda:0 or cpu; a GPU if there is one, unless given"),
     "max_length": (int, "in tokens, template included (default: 512)"),
 }

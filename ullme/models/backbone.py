@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 Attention = Literal["bidirectional", "causal"]
 AttentionPath = Literal["auto", "packed", "padded", "flags", "mask4d"]
-Quantization = Literal["none", "nf4"]
+Quantization = Literal["none", "nf4", "int8"]
 Pooling = Literal[PoolingMethod, "latent_attention"]
 Trained = Literal["lora", "biases", "all"]
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -60,7 +60,7 @@ class BackboneConfig:
             weights.
         latents: learned vectors of latent_attention pooling.
         latent_heads: heads of it.
-        quantization: nf4 keeps the frozen LLM in 4 bits (QLoRA; a GPU and the extra ``quantization``), or none.
+        quantization: nf4 or int8 keeps the frozen LLM in 4 or 8 bits (a GPU and the extra ``quantization``), or none.
 
     Raises:
         ValueError: an option is out of its range.
@@ -99,7 +99,7 @@ class BackboneConfig:
         need(self.pooling in get_args(Pooling), "pooling", f"choose one of {', '.join(get_args(Pooling))}")
         need(self.attention in ("bidirectional", "causal"), "attention", "choose bidirectional or causal")
         need(self.dtype in DTYPES, "dtype", f"choose one of {', '.join(DTYPES)}")
-        need(self.quantization in ("none", "nf4"), "quantization", "choose none or nf4")
+        need(self.quantization in ("none", "nf4", "int8"), "quantization", "choose none, nf4 or int8")
         need(
             self.attention_path in ("auto", "packed", "padded", "flags", "mask4d"),
             "attention_path",

@@ -29,7 +29,7 @@ def merged_backbone(options: BackboneConfig) -> tuple[PreTrainedModel, nn.Module
     assert options.init_from is not None
     if options.quantization != "none":
         raise ValueError(
-            f"init_from={options.init_from!r}: an adapter is not merged into 4-bit weights; set quantization=none, "
+            f"init_from={options.init_from!r}: an adapter is not merged into quantised weights; set quantization=none, "
             "or init_mode=continue"
         )
     loading = {
