@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from ullme import refusals, resume, storage
 from ullme.callbacks import LossCallback, Throughput
 from ullme.callbacks.checkpoint import Checkpoint
+from ullme.callbacks.leaving import INTERRUPTED
 from ullme.data.datamodule import ULLMEDataModule
 from ullme.distributed import leave
 from ullme.module import ULLMEModule
@@ -154,6 +155,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     except SIGTERMException:
         leave()
         raise
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        # Lightning makes status 1 of one that came while it was setting up
+        print(
+            "Ctrl-C: left at once; the same command goes on from the last checkpoint, if there is one", file=sys.stderr
+        )
+        raise SystemExit(INTERRUPTED) from None
     except (ValueError, ArgumentError, MisconfigurationException) as error:
         if os.environ.get("ULLME_TRACEBACK"):
             raise

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from ullme.data.beir import BeirFolder, read_beir
 from ullme.data.collator import Collator, EvalCollator, EvalDataset, TrainDataset, length_sorted_batches
+from ullme.data.loader import ResumableLoader, ignore_ctrl_c
 from ullme.data.mixture import Mixture, MixtureSampler, TrainSet
 from ullme.data.records import Schema
 from ullme.data.sampler import GlobalBatchSampler, ShortRows, settle_short_rows
@@ -22,30 +22,6 @@ from ullme.data.sources import OnBadRow, RowSource
 from ullme.prompts import PromptTokenizer, Role
 
 log = logging.getLogger(__name__)
-
-
-class ResumableLoader(DataLoader[Any]):
-    """A loader whose place follows the trainer's step counter. It has no state of its own to keep; the two methods
-    are how Lightning learns that it can be resumed inside an epoch.
-
-    Attributes:
-        waited: seconds, over all epochs, in which a batch was asked for and not there.
-    """
-
-    waited = 0.0
-
-    def __iter__(self) -> Iterator[Any]:
-        started = time.perf_counter()
-        for batch in super().__iter__():
-            self.waited += time.perf_counter() - started
-            yield batch
-            started = time.perf_counter()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass
 
 
 class ULLMEDataModule(L.LightningDataModule):
@@ -251,6 +227,7 @@ class ULLMEDataModule(L.LightningDataModule):
         return {
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": ignore_ctrl_c,
             "pin_memory": torch.cuda.is_available(),
             # a loader draws a number from the global generator at each epoch, which would change dropout on resuming
             "generator": torch.Generator().manual_seed(self.seed),

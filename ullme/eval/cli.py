@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None takes those of the process.
 
     Returns:
-        The exit status: 0; 1 where a task could not be evaluated; 2 for a mistake of the user, explained in one line.
+        The exit status: 0; 1 where a task could not be evaluated; 2 for a mistake of the user, explained in one line;
+        130 after Ctrl-C.
     """
     try:
         options = parser().parse_args(argv)
@@ -92,6 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":  # torchrun's other processes found the same
             print(f"evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        done = f"what was finished is in {options.output}, and the same command goes on behind it"
+        print(f"\nevaluate: Ctrl-C: {done}", file=sys.stderr)
+        return 130
 
 
 def _check(options: Any) -> None:
