@@ -226,6 +226,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_workers_too(tmp_path, arguments, start
     assert process.returncode == 130, complaints
     assert "the same command goes on from there" in said
     assert "Traceback" not in complaints
+    assert complaints.count("once more leaves at once") == 1  # workers have nothing to say
     step = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert 2 <= step < 12
     assert start("run", "second", "--data.num_workers=2") == 0, (tmp_path / "second.err").read_text()

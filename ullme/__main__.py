@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("ullme.start", "train an embedder (train.py)"),
     "evaluate": ("ullme.eval.cli", "evaluate an embedder on MTEB or local data (evaluate.py)"),
     "plan": ("ullme.plan_cli", "memory and hours of a run, before it"),
+    "doctor": ("ullme.doctor.cli", "whether this machine, installation and configuration are in order"),
     "support": ("ullme.support", "which decoder families of transformers work, tried on tiny models"),
     "quickstart": ("ullme.quickstart", "the whole job in miniature, offline, in a few minutes"),
 }

@@ -226,7 +226,7 @@ def open_source(
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"data.max_rows={max_rows} must be at least 1; leave it out to use every row")
     source: RowSource
-    if all(map(_is_jsonl, names)):
+    if all(map(is_jsonl, names)):
         source = JsonlSource(names, schema, on_bad_row, split)
     elif len(names) == 1 or all(Path(n).suffix in _TABLES for n in names):
         source = HubSource(names[0] if len(names) == 1 else names, name, split, schema, on_bad_row)
@@ -253,7 +253,8 @@ def expand_files(name: str, split: str) -> list[Path]:
     return found
 
 
-def _is_jsonl(name: str) -> bool:
+def is_jsonl(name: str) -> bool:
+    """Whether a name in ``data.train`` stands for JSON lines, and not for a dataset."""
     path = Path(name)
     if not path.is_dir():
         return path.suffix in _JSONL
