@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ullme.doctor.patient import quietly
     from ullme.refusals import one_line
 
+    started = time.perf_counter()
     options, overrides = parser().parse_known_args(argv)
     if overrides and not options.config:
         print(f"error: {overrides[0]}: overrides a configuration; give --config FILE first", file=sys.stderr)
@@ -57,19 +58,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, ArgumentError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
-    return 1 if any(check.passed is False for check in run(settings, options.fast)) else 0
+    return 1 if any(check.passed is False for check in run(settings, options.fast, started)) else 0
 
 
-def run(settings: Settings | None, fast: bool = False) -> list[Check]:
+def run(settings: Settings | None, fast: bool = False, started: float | None = None) -> list[Check]:
     """Every check, printed as soon as it is made.
 
     Args:
         settings: the configuration, or None.
         fast: without starting processes.
+        started: on the clock of time.perf_counter; None: now.
     """
     from ullme.doctor.patient import quietly
 
-    started, checks = time.perf_counter(), []
+    started, checks = time.perf_counter() if started is None else started, []
     encoding = getattr(sys.stdout, "encoding", None)
     with tempfile.TemporaryDirectory() as folder, quietly():
         for name, look in _all(settings, Path(folder), fast):

@@ -59,9 +59,13 @@ class Settings:
 
     @property
     def logs_to_wandb(self) -> bool:
+        """Whether a logger would speak to W&B's server."""
         logger = self.config.trainer.logger
         loggers = logger if isinstance(logger, list) else [logger]
-        return any(str(getattr(one, "class_path", "")).endswith("WandbLogger") for one in loggers)
+        return any(
+            str(getattr(one, "class_path", "")).endswith("WandbLogger") and not one.init_args.get("offline")
+            for one in loggers
+        )
 
     def trainer(self) -> str:
         """Raises: ValueError: a strategy that does not fit the devices."""
@@ -73,9 +77,13 @@ class Settings:
         return f"{trainer.devices} x {trainer.accelerator}, strategy {strategy}, precision {trainer.precision}"
 
     def backbone(self) -> str:
-        """Raises: ValueError: there is no such LLM here; NotChecked: it has yet to be downloaded."""
+        """Raises: ValueError, Trouble: there is no such LLM; NotChecked: it has yet to be downloaded."""
+        from huggingface_hub import constants
+
         name, plan = self.options.model_name_or_path, self.plan
         size = f"{self.job.config.model_type}, {plan.weights / 1e9:.2f} B weights, {plan.trained / 1e6:.1f} M trained"
+        if not self.is_local and constants.HF_HUB_OFFLINE:
+            raise Trouble(f"{name} is not on this machine, and HF_HUB_OFFLINE is set", "unset it, or name a folder")
         if not self.is_local:
             raise NotChecked(f"{name} ({size}) is not on this machine yet; train.py downloads it from the hub")
         return f"{name}: {size}"
