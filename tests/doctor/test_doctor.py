@@ -271,7 +271,8 @@ def test_a_run_folder_that_cannot_be_written(read, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "found"), [("{", ":1: broken JSON"), ('{"query": "q", "pos": []}', ":1: no positive"), ("", "no usable row")]
+    ("text", "found"),
+    [("{", ":1: broken JSON"), ('{"query": "q", "pos": []}', ":1: no positive"), ("", "no usable row")],
 )
 def test_bad_training_rows(text, found, read, tmp_path):
     (tmp_path / "train.jsonl").write_text(text)

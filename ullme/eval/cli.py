@@ -70,6 +70,7 @@ def parser() -> ArgumentParser:
     output.add_argument("--output", type=str, default="results", help="folder of mteb's result files")
     output.add_argument("--overwrite", action="store_true", help="compute again what is there")
     output.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    output.add_argument("--wandb", type=str | None, metavar="PROJECT", help="log scores and table to this W&B project")
     output.add_argument("--batch_size", type=int | None, help="texts a forward; what suits the device unless given")
     output.add_argument("--progress", type=bool, default=True, help="progress bars")
     return options
@@ -139,17 +140,23 @@ def _run(options: Any) -> int:
 def _evaluate(options: Any, tasks: list[AbsTask], model: WrappedULLME) -> int:
     from ullme.eval.mteb import evaluate_tasks
     from ullme.eval.table import markdown_table, text_table
+    from ullme.eval.wandb import wandb_run
 
     meta = model.mteb_model_meta
     print(f"{meta.name}, revision {meta.revision}", file=sys.stderr)
-    rows = evaluate_tasks(
-        model,
-        tasks,
-        output=options.output,
-        overwrite=options.overwrite,
-        batch_size=options.batch_size,
-        show_progress_bar=options.progress,
-    )
+    kept = {
+        name: value for name, value in options.as_dict().items() if value not in (None, [], {}) and name != "config"
+    }
+    with wandb_run(options.wandb, options.checkpoint, {**kept, "revision": meta.revision}, options.output) as log:
+        rows = evaluate_tasks(
+            model,
+            tasks,
+            output=options.output,
+            overwrite=options.overwrite,
+            batch_size=options.batch_size,
+            show_progress_bar=options.progress,
+        )
+        log(rows)
     print(markdown_table(rows) if options.markdown else text_table(rows))
     failed = [row for row in rows if row.error is not None]
     for row in failed:
