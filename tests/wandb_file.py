@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,18 @@ def records(file: Path) -> list[Any]:
             record.ParseFromString(part)
             found.append(record)
             part = b""
-    assert found
     return found
+
+
+def finished(file: Path, within: float = 20) -> list[Any]:
+    """The records once the last one is there: W&B's service writes them in its own time."""
+    until = time.monotonic() + within
+    while time.monotonic() < until:
+        found = records(file)
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        time.sleep(0.1)
+    raise TimeoutError(f"{file} has no last record")
 
 
 class Run:
@@ -42,7 +53,7 @@ class Run:
         self.history: dict[str, list[Any]] = {}
         self.config: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
-        for record in records(file):
+        for record in finished(file):
             kind = record.WhichOneof("record_type")
             if kind == "history":
                 row: dict[str, Any] = {}
