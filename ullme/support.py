@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ullme.miniatures import make_tiny
 from ullme.models import attention
+from ullme.progress import progress
 from ullme.support_page import CHECKS, Support, document, table
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ def _quietly() -> Iterator[None]:
 def survey(names: Iterable[str] | None = None) -> list[Support]:
     """Examine the named families, or all."""
     with _quietly():
-        return [examine(name) for name in (families() if names is None else names)]
+        return [examine(name) for name in progress("families", list(families() if names is None else names))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

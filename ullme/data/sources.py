@@ -19,6 +19,7 @@ import numpy as np
 
 from ullme.data.jsonl import iter_lines, parse_line
 from ullme.data.records import BadRow, Record, Schema, parse_record
+from ullme.progress import progress
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -158,7 +159,7 @@ class HubSource:
         self.schema: Schema = schema
         self.dataset = _load(path, name, split)
         checked = _Checked(schema, on_bad_row)
-        for i, row in enumerate(self.dataset):
+        for i, row in enumerate(progress(f"checking {path}", self.dataset, unit="row")):
             checked.add(i, f"{path}[{split}] row {i}", row)
         checked.finish(f"{path}[{split}]")
         self._rows = np.asarray(checked.positions)
