@@ -23,8 +23,8 @@ from ullme.reproduce.statistics import (
 from ullme.reproduce.tables import UNKNOWN, markdown, number
 
 METHOD = """\
-Each claim is that the row on the left scores less than the row on the right: every two neighbours of the claimed order, \
-and its two ends. A difference is right minus left, in points.
+Each claim is that the row on the left scores less than the row on the right: every two neighbours of the claimed \
+order, and its two ends. A difference is right minus left, in points.
 
 - **holds**: the difference is positive and significant. **does not hold**: it is negative and significant. \
 **not significant**: neither. **not tested**: results are missing, or there is nothing to test with.
@@ -60,7 +60,7 @@ def text(
         averages = [c for c in seeds if c.model == model and c.scope == AVERAGE]
         parts += [_summary("Average over the tasks, over seeds", averages), _table(averages, rows, scope=False)]
         if found := [c for c in queries if c.model == model]:
-            parts += [_summary("Retrieval, over queries", found), _table(found, rows, scope=True)]
+            parts += [_summary("Single tasks, over queries", found), _table(found, rows, scope=True)]
     return "\n".join(parts)
 
 

@@ -42,13 +42,13 @@ def averages(table: Table, title: str) -> Figure:
                 panel.plot(paper, place, "D", color="C1")
         panel.set(title=label, xlabel=f"mean over {len(table.columns[AVERAGE])} tasks", xlim=(0, None))
         panel.set_yticks(list(places), list(table.rows.values()))
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(table.rows) - 0.5, -0.5)
     figure.suptitle(title)
     return figure
 
 
 def heat_map(table: Table, title: str) -> Figure:
-    """A panel for each model: tasks x rows; the number is the score, the colour its distance to the task's mean row."""
+    """A panel for each model: tasks x rows. A number is a score, its colour the distance to the mean of the rows."""
     columns = list(table.columns)
     figure = _figure((0.75 * len(table.rows) + 1.5) * len(table.models) + 2, 0.28 * len(columns) + 2)
     panels = figure.subplots(1, len(table.models), squeeze=False, sharey=True)[0]
@@ -58,7 +58,9 @@ def heat_map(table: Table, title: str) -> Figure:
     for panel, (model, label) in zip(panels, table.models.items(), strict=True):
         image = panel.imshow(distances[model], cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
         for (line, place), score in np.ndenumerate(scores[model]):
-            panel.text(place, line, "·" if np.isnan(score) else f"{score:.1f}", ha="center", va="center", fontsize=7)
+            text = "·" if np.isnan(score) else f"{score:.1f}"
+            color = "white" if abs(distances[model][line, place]) > 0.6 * limit else "black"
+            panel.text(place, line, text, ha="center", va="center", fontsize=7, color=color)
         panel.set(title=label)
         panel.set_xticks(range(len(table.rows)), list(table.rows.values()), rotation=45, ha="right", fontsize=8)
         panel.set_yticks(range(len(columns)), columns, fontsize=8)

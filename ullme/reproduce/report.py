@@ -125,8 +125,8 @@ def _notes(grid: Grid, types: dict[str, str], paper: Paper | None) -> str:
     notes = [
         "Entries are the mean ± the sample standard deviation over seeds; an entry without ± has one seed. The average "
         'counts every task once. "not run" is a cell without results; nothing is filled in.',
-        f"{PARTIAL} marks a mean over fewer tasks than the column has. It is compared with nothing: no difference, no "
-        "test, no bar.",
+        f"{PARTIAL} marks a mean over fewer tasks than the column has, of the one seed with most of them. It is "
+        "compared with nothing: no difference, no test, no bar.",
     ]
     if paper:
         source = "; ".join(sorted({figure.source for figure in paper.figures.values()}))

@@ -154,7 +154,7 @@ def compare_seeds(grid: Grid, model: str, pair: tuple[str, str], scope: str, tas
 
     With the usual three seeds no resampling can do this: a sign-flip test has p >= 0.25, and three values have only ten
     different bootstrap samples. The t test takes the differences as normal. A row that is not trained has the same
-    score whatever the seed: one of its cells serves all seeds (``notes["trained"]`` is False).
+    score whatever the seed: its one cell serves all seeds.
     """
     lower, higher = pair
     result = {"model": model, "lower": lower, "higher": higher, "level": SEEDS, "scope": scope}
@@ -188,10 +188,18 @@ def _spread(grid: Grid, model: str, row: str, tasks: list[str], other: str) -> d
     entry = grid.entry(model, row, tasks)
     values = entry.values if entry else {}
     cells = grid.cells.get((model, row), {})
-    if len(values) == 1 and all(cell.notes.get("trained") is False for cell in cells.values()):
+    if len(values) == 1 and not any(_trained(cell) for cell in cells.values()):
         (value,) = values.values()
         return dict.fromkeys(values.keys() | grid.cells.get((model, other), {}).keys(), value)
     return values
+
+
+def _trained(cell: CellScores) -> bool:
+    """Whether a seed matters: what ``notes["trained"]`` says, else whether one of the commands trains."""
+    known = cell.notes.get("trained")
+    if isinstance(known, bool):
+        return known
+    return not cell.commands or any(" train fit" in command for command in cell.commands)
 
 
 def compare_queries(grid: Grid, model: str, pair: tuple[str, str], task: str) -> Comparison:
