@@ -50,7 +50,7 @@ def averages(table: Table, title: str) -> Figure:
 def heat_map(table: Table, title: str) -> Figure:
     """A panel for each model: tasks x rows. A number is a score, its colour the distance to the mean of the rows."""
     columns = list(table.columns)
-    figure = _figure((0.75 * len(table.rows) + 1.5) * len(table.models) + 2, 0.28 * len(columns) + 2)
+    figure = _figure((0.75 * len(table.rows) + 1.5) * len(table.models) + 2, max(3.5, 0.28 * len(columns) + 2))
     panels = figure.subplots(1, len(table.models), squeeze=False, sharey=True)[0]
     scores = {model: _scores(table, model, columns) for model in table.models}
     distances = {model: _from_mean(values) for model, values in scores.items()}
@@ -64,7 +64,7 @@ def heat_map(table: Table, title: str) -> Figure:
         panel.set(title=label)
         panel.set_xticks(range(len(table.rows)), list(table.rows.values()), rotation=45, ha="right", fontsize=8)
         panel.set_yticks(range(len(columns)), columns, fontsize=8)
-    figure.colorbar(image, ax=list(panels), label="points above the mean of the rows", shrink=0.6)
+    figure.colorbar(image, ax=list(panels), label="points from the rows' mean", shrink=min(1.0, 8 / len(columns)))
     figure.suptitle(title)
     return figure
 

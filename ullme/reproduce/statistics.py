@@ -5,7 +5,6 @@ Scores are in points (0 to 100). S is the number of seeds, Q the number of queri
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -157,25 +156,23 @@ def compare_seeds(grid: Grid, model: str, pair: tuple[str, str], scope: str, tas
     score whatever the seed: its one cell serves all seeds.
     """
     lower, higher = pair
-    result = {"model": model, "lower": lower, "higher": higher, "level": SEEDS, "scope": scope}
+    result = Comparison(model, lower, higher, SEEDS, scope)
     wanted = list(tasks)
     low, high = (_spread(grid, model, row, wanted, other) for row, other in ((lower, higher), (higher, lower)))
     for row, values in ((lower, low), (higher, high)):
         if not values:
-            return Comparison(**result, reason=f"{row}: no result on all the tasks")
+            return replace(result, reason=f"{row}: no result on all the tasks")
     seeds = sorted(low.keys() & high.keys())
     if not seeds:
-        return Comparison(**result, reason="no seed in common")
+        return replace(result, reason="no seed in common")
     differences = np.array([high[seed] - low[seed] for seed in seeds])
-    result |= {
-        "difference": float(differences.mean()),
-        "size": len(seeds),
-        "agreeing": int((differences > 0).sum()),
-    }
+    result = _described(result, differences)
     if len(seeds) < 2:
-        return Comparison(**result, reason="one seed in common")
+        return replace(result, reason="one seed in common")
+    if not np.isfinite(differences).all():
+        return replace(result, reason="a score is not a number")
     if np.ptp(differences) < 1e-9:
-        return Comparison(**result, reason="the difference is the same for every seed")
+        return replace(result, reason="the difference is the same for every seed")
     from scipy.stats import ttest_1samp
 
     test = ttest_1samp(differences, 0.0)
@@ -210,23 +207,19 @@ def compare_queries(grid: Grid, model: str, pair: tuple[str, str], task: str) ->
     1905.11096; for thousands of queries arXiv 2305.02461, which advises to look at the size of the difference too.
     """
     lower, higher = pair
-    result = {"model": model, "lower": lower, "higher": higher, "level": QUERIES, "scope": task}
+    result = Comparison(model, lower, higher, QUERIES, task)
     low, high = grid.queries(model, lower, task), grid.queries(model, higher, task)
     for row, values in ((lower, low), (higher, high)):
         if not values:
-            return Comparison(**result, reason=f"{row}: no scores for single queries")
+            return replace(result, reason=f"{row}: no scores for single queries")
     if low.keys() != high.keys():
-        return Comparison(**result, reason="the two rows were evaluated on different queries")
+        return replace(result, reason="the two rows were evaluated on different queries")
     differences = np.array([high[query] - low[query] for query in low])
-    result |= {
-        "difference": float(differences.mean()),
-        "size": len(differences),
-        "agreeing": int((differences > 0).sum()),
-    }
+    result = _described(result, differences)
     if len(differences) < 2:
-        return Comparison(**result, reason="one query")
+        return replace(result, reason="one query")
     if not np.isfinite(differences).all():
-        return Comparison(**result, reason="a score is not a number")
+        return replace(result, reason="a score is not a number")
     return _judged(result, *paired_bootstrap(differences))
 
 
@@ -257,10 +250,13 @@ def paired_bootstrap(differences: np.ndarray, resamples: int = RESAMPLES) -> tup
     return interval, min(1.0, 2 * (tail + 1) / (resamples + 1))
 
 
-def _judged(result: dict, interval: tuple[float, float], p: float) -> Comparison:
-    if math.isnan(p) or math.isnan(result["difference"]):
-        return Comparison(**result, reason="a score is not a number")
-    return Comparison(**result, interval=interval, p=p, p_holm=p, verdict=_verdict(result["difference"], p))
+def _described(result: Comparison, differences: np.ndarray) -> Comparison:
+    agreeing = int((differences > 0).sum())
+    return replace(result, difference=float(differences.mean()), size=len(differences), agreeing=agreeing)
+
+
+def _judged(result: Comparison, interval: tuple[float, float], p: float) -> Comparison:
+    return replace(result, interval=interval, p=p, p_holm=p, verdict=_verdict(result.difference or 0.0, p))
 
 
 def _verdict(difference: float, p: float) -> str:
