@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ullme import storage
+from ullme.callbacks.throughput import TOTALS_FILE
 from ullme.eval.per_query import read_per_query
 from ullme.eval.table import read_rows
 from ullme.reproduce.cells import Cell
@@ -89,5 +90,9 @@ def _seconds(cell: Cell, now: dict[str, float]) -> dict[str, float]:
 
 
 def training(cell: Cell) -> dict[str, Any]:
-    """Tokens seen, and seconds by the trainer's clock, of the cell's stages together, where the runs say so."""
-    return {}
+    """``tokens``, ``queries`` and ``training_seconds`` (validation left out) of the cell's stages together."""
+    seen = [json.loads((folder / TOTALS_FILE).read_text()) for _, folder in cell.stages]
+    if not seen:
+        return {}
+    names = {"tokens": "tokens", "queries": "queries", "training_seconds": "seconds"}
+    return {name: round(sum(one[key] for one in seen), 1) for name, key in names.items()}

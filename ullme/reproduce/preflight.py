@@ -38,8 +38,9 @@ def check(cell: Cell, gpus: int) -> None:
     wanted = cell.devices
     if wanted is not None and (gpus == 0 or (wanted != "auto" and int(wanted) > gpus)):
         raise ValueError(
-            f"{cell.name}: trainer.devices={wanted} on accelerator gpu, but there are {gpus} GPUs here; give what there "
-            "is with --set trainer.devices=N (and trainer.strategy=auto for one), or --set trainer.accelerator=cpu"
+            f"{cell.name}: trainer.devices={wanted} on accelerator gpu, but there are {gpus} GPUs here; give "
+            "what there is with --set trainer.devices=N (and trainer.strategy=auto for one), or --set "
+            "trainer.accelerator=cpu"
         )
     try:
         options = parser().parse_args(cell.evaluate_command()[len(EVALUATE) :])
