@@ -11,7 +11,8 @@ from ullme.reproduce.paper import parts_of_aggregates, read_paper
 from ullme.reproduce.report import write_report
 from ullme.reproduce.tables import escape_latex, markdown
 
-MODELS = {"m": "Model_1", "n": "Other | model"}
+OTHER = 'Other | "model", 2'
+MODELS = {"m": "Model_1", "n": OTHER}
 ROWS = {"base": "Base", "cl": "Causal & CL", "grl": "GRL_SFT"}
 ORDER = ["base", "cl", "grl"]
 FILES = {
@@ -48,7 +49,7 @@ def test_every_file_is_written_and_report_holds_the_parts(folder):
 
 def test_missing_cells_are_not_run_and_nothing_is_filled_in(folder):
     lines = lines_of(folder, "table2.csv")
-    missing = [line for line in lines if line["model"] == "Other | model" or line["row"] == "GRL_SFT"]
+    missing = [line for line in lines if line["model"] == OTHER or line["row"] == "GRL_SFT"]
     assert len(missing) == (3 + 1) * 3  # three columns for three rows of one model, and for one row of the other
     assert {(line["status"], line["mean"], line["deviation"], line["seeds"]) for line in missing} == {
         ("not run", "", "", "0")
@@ -93,6 +94,14 @@ def test_latex_is_escaped_and_rectangular(folder):
         rows = [line for line in part.splitlines() if line.endswith(r"\\")]
         assert len(rows) == 1 + len(ROWS)
         assert {line.replace(r"\&", "").count("&") for line in rows} == {len(columns) - 1}
+
+
+def test_hardware_and_versions_are_told(tmp_path):
+    cells = [cell(row="cl", seed=seed, notes={"gpu": gpu, "seconds": 3}, sts=0.5) for seed, gpu in enumerate("AAB")]
+    write_report("Invented", MODELS, ROWS, ORDER, cells, tmp_path, None)
+    made = (tmp_path / "report.md").read_text().split("## How the cells were made")[1]
+    assert "- 2 cells: gpu A\n- 1 cell: gpu B" in made
+    assert "MODEL/ROW/seedN/scores.json" in made
 
 
 def test_escaping():
