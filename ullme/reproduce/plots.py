@@ -50,6 +50,10 @@ def averages(table: Table, title: str) -> Figure:
 def heat_map(table: Table, title: str) -> Figure:
     """A panel for each model: tasks x rows. A number is a score, its colour the distance to the mean of the rows."""
     columns = list(table.columns)
+    if not columns:
+        figure = _figure(4, 1)
+        figure.suptitle(f"{title}: no results")
+        return figure
     figure = _figure((0.75 * len(table.rows) + 1.5) * len(table.models) + 2, max(3.5, 0.28 * len(columns) + 2))
     panels = figure.subplots(1, len(table.models), squeeze=False, sharey=True)[0]
     scores = {model: _scores(table, model, columns) for model in table.models}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from ullme.reproduce import orderings, plots
 from ullme.reproduce.paper import Paper, aggregate, parts_of_aggregates, read_paper
-from ullme.reproduce.scores import CellScores
+from ullme.reproduce.scores import SCORES_FILE, CellScores
 from ullme.reproduce.statistics import Grid
 from ullme.reproduce.tables import (
     AVERAGE,
@@ -69,6 +70,7 @@ def write_report(
         *(f"# {title}", notes, "## Averages", texts["table2"], "![averages](table2.png)"),
         *("## Which orderings hold", claimed),
         *("## Single tasks", texts["table3"], "![single tasks](table3.png)"),
+        *("## How the cells were made", _made(grid)),
     ]
     _write(folder / "report.md", "\n\n".join(section.strip() for section in sections) + "\n")
 
@@ -136,6 +138,17 @@ def _notes(grid: Grid, types: dict[str, str], paper: Paper | None) -> str:
     if paper and (others := sorted(left_out - parts_of_aggregates())):
         notes.append(f"Evaluated, but no part of this table: {', '.join(others)}.")
     return "\n".join(f"- {note}" for note in notes) + "\n"
+
+
+def _made(grid: Grid) -> str:
+    """Hardware and versions, as far as the cells note them, and where the commands are."""
+    kinds: Counter[str] = Counter()
+    for cell in (cell for seeds in grid.cells.values() for cell in seeds.values()):
+        known = {name: value for name, value in cell.notes.items() if isinstance(value, str)}
+        kinds[", ".join(f"{name} {value}" for name, value in known.items()) or "nothing noted"] += 1
+    lines = [f"- {_count(number, 'cell')}: {kind}" for kind, number in kinds.items()]
+    commands = f"The commands of a cell are in its folder, MODEL/ROW/seedN/{SCORES_FILE}, with its seconds and tokens."
+    return "\n".join([commands, "", *lines])
 
 
 def _count(number: int, noun: str) -> str:

@@ -122,7 +122,7 @@ class Grid:
         values, partial = {}, {}
         for seed, cell in sorted(self.cells.get((model, row), {}).items()):
             found = {task.name: 100 * task.score for task in cell.tasks if task.name in wanted}
-            if found.keys() == wanted:
+            if found and found.keys() == wanted:
                 values[seed] = statistics.fmean(found.values())
             elif found:
                 partial[seed] = (statistics.fmean(found.values()), len(found))
