@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,10 @@ def parser() -> ArgumentParser:
     output = options.add_argument_group("Output")
     output.add_argument("--output", type=str, default="results", help="folder of mteb's result files")
     output.add_argument("--overwrite", action="store_true", help="compute again what is there")
+    output.add_argument("--scores", type=str | None, metavar="FILE", help="write the table as JSON too")
+    output.add_argument(
+        "--per_query", type=str | None, metavar="FOLDER", help="write TASK.json with each query's score (retrieval)"
+    )
     output.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     output.add_argument("--wandb", type=str | None, metavar="PROJECT", help="log scores and table to this W&B project")
     output.add_argument("--batch_size", type=int | None, help="texts a forward; what suits the device unless given")
@@ -124,7 +129,8 @@ def _run(options: Any) -> int:
     from ullme.eval import ranks
 
     ranks.join()
-    tasks, model = ranks.on_every_rank(lambda: (_tasks(options), _model(options)))
+    with redirect_stdout(sys.stderr):  # what libraries print is no part of the table
+        tasks, model = ranks.on_every_rank(lambda: (_tasks(options), _model(options)))
     if world()[0] > 0:
         ranks.serve(model.model)
         status = 0
@@ -139,15 +145,17 @@ def _run(options: Any) -> int:
 
 def _evaluate(options: Any, tasks: list[AbsTask], model: WrappedULLME) -> int:
     from ullme.eval.mteb import evaluate_tasks
-    from ullme.eval.table import markdown_table, text_table
+    from ullme.eval.per_query import keep_per_query
+    from ullme.eval.table import markdown_table, text_table, write_rows
     from ullme.eval.wandb import wandb_run
 
     meta = model.mteb_model_meta
     print(f"{meta.name}, revision {meta.revision}", file=sys.stderr)
-    kept = {
-        name: value for name, value in options.as_dict().items() if value not in (None, [], {}) and name != "config"
-    }
-    with wandb_run(options.wandb, options.checkpoint, {**kept, "revision": meta.revision}, options.output) as log:
+    if options.per_query is not None:
+        keep_per_query(tasks, options.per_query)
+    given = {name: value for name, value in options.as_dict().items() if value not in (None, [], {})}
+    kept = {**given, "config": None, "revision": meta.revision}
+    with redirect_stdout(sys.stderr), wandb_run(options.wandb, options.checkpoint, kept, options.output) as log:
         rows = evaluate_tasks(
             model,
             tasks,
@@ -158,6 +166,8 @@ def _evaluate(options: Any, tasks: list[AbsTask], model: WrappedULLME) -> int:
         )
         log(rows)
     print(markdown_table(rows) if options.markdown else text_table(rows))
+    if options.scores is not None:
+        write_rows(rows, options.scores)
     failed = [row for row in rows if row.error is not None]
     for row in failed:
         print(f"evaluate: {row.error}", file=sys.stderr)
