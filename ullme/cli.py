@@ -25,6 +25,10 @@ from ullme.data.datamodule import ULLMEDataModule
 from ullme.distributed import leave
 from ullme.module import ULLMEModule
 
+DESCRIPTION = """Train an embedder: fit --config configs/base.yaml --config configs/model/phi-1.5.yaml ...
+Configurations stack, and later ones win; every option can be given on the command line too. A run that was interrupted
+(Ctrl-C and SIGTERM save first) goes on with the same command."""
+
 
 class SaveConfig(SaveConfigCallback):
     """config.yaml in the run's folder, and the same to the logger."""
@@ -137,7 +141,12 @@ def build(argv: Sequence[str] | None = None, run: bool = True, kind: type[ULLMEC
         save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
         trainer_defaults=defaults,
         auto_configure_optimizers=False,
-        parser_kwargs={"exit_on_error": False, **{name: {"exit_on_error": False} for name in ULLMECLI.subcommands()}},
+        parser_kwargs={
+            "prog": "train.py" if Path(sys.argv[0]).name == "train.py" else "ullme train",
+            "description": DESCRIPTION,
+            "exit_on_error": False,
+            **{name: {"exit_on_error": False} for name in ULLMECLI.subcommands()},
+        },
         args=None if argv is None else list(argv),
         run=run,
     )

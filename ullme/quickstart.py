@@ -14,13 +14,14 @@ import math
 import os
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ullme.refusals import complain
 
 if TYPE_CHECKING:
     from ullme.data.miniature import World
@@ -70,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         scores = run(options, training_options)
     except ValueError as error:
-        print(f"quickstart: error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     print(f"\n{table(scores)}\n\nplot: {options.output / 'quickstart.png'}")
     return 0
 

@@ -66,6 +66,7 @@ def test_what_is_drawn_are_the_rows_under_the_models_own_prompts(arguments, tmp_
     assert np.abs(after - before).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_the_first_map(arguments, tmp_path, drawn):
     cli.main(arguments("run", "--trainer.max_steps=2", with_map()))
     folder = tmp_path / "run" / "similarity"
@@ -76,6 +77,7 @@ def test_a_run_that_goes_on_keeps_the_first_map(arguments, tmp_path, drawn):
     assert [when for when, *_ in drawn] == ["before training", "after training", "after training"]
 
 
+@pytest.mark.slow
 def test_rows_of_a_file(arguments, tmp_path, drawn):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps({"query": f"q{n}", "pos": ["p"], "neg": ["n"] * n}) for n in range(3)))
@@ -84,7 +86,10 @@ def test_rows_of_a_file(arguments, tmp_path, drawn):
     assert drawn[0][2] == [1, 2, 2]
 
 
-@pytest.mark.parametrize(("text", "message"), [("{}", "line 1"), ('{"query": "q", "pos": ["p"]}', "1 rows")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{}", "line 1"), pytest.param('{"query": "q", "pos": ["p"]}', "1 rows", marks=pytest.mark.slow)],
+)
 def test_a_bad_file_stops_the_run(text, message, arguments, tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text(text)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ullme.doctor.checks import Check, examine, line, summary
+from ullme.refusals import complain
 
 if TYPE_CHECKING:
     from ullme.doctor.settings import Settings
@@ -45,19 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     from jsonargparse import ArgumentError
 
     from ullme.doctor.patient import quietly
-    from ullme.refusals import one_line
 
     started = time.perf_counter()
     options, overrides = parser().parse_known_args(argv)
     if overrides and not options.config:
-        print(f"error: {overrides[0]}: overrides a configuration; give --config FILE first", file=sys.stderr)
-        return 2
+        return complain(ValueError(f"{overrides[0]}: overrides a configuration; give --config FILE first"))
     try:
         with quietly():
             settings = _read(options, overrides)
     except (ValueError, ArgumentError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return complain(error)
     return 1 if any(check.passed is False for check in run(settings, options.fast, started)) else 0
 
 

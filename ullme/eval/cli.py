@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
+from ullme.refusals import complain
+
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
@@ -49,7 +51,7 @@ LOCAL_OPTIONS = {
 
 def parser() -> ArgumentParser:
     """The options; every one may also stand in a YAML file given with --config."""
-    options = ArgumentParser(prog="evaluate", description=DESCRIPTION, exit_on_error=False)
+    options = ArgumentParser(prog="ullme evaluate", description=DESCRIPTION, exit_on_error=False)
     options.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options")
     model = options.add_argument_group("Model")
     model.add_argument("--model", type=str, help="hub name or folder of an LLM or a sentence-transformers model")
@@ -97,11 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(options)
     except (ArgumentError, ValueError) as error:
         if os.environ.get("RANK", "0") == "0":  # torchrun's other processes found the same
-            print(f"evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return complain(error)
         return 2
     except KeyboardInterrupt:
         done = f"what was finished is in {options.output}, and the same command goes on behind it"
-        print(f"\nevaluate: Ctrl-C: {done}", file=sys.stderr)
+        print(f"\nCtrl-C: {done}", file=sys.stderr)
         return 130
 
 
