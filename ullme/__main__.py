@@ -18,7 +18,7 @@ COMMANDS = {
     "reproduce": ("ullme.reproduce.cli", "a table of the paper: train and evaluate every missing cell"),
     "quickstart": ("ullme.quickstart", "the whole job in miniature, offline, in a few minutes"),
 }
-MANNERS = """ullme COMMAND --help explains a command; with --print_config, train fit and evaluate show all their options.
+MANNERS = """ullme COMMAND --help explains a command; with --print_config, train fit and evaluate show all options.
 Exit status: 0 done, 1 failed (or: no), 2 a mistake in what was asked, 130 Ctrl-C, 143 SIGTERM."""
 
 

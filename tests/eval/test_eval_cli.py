@@ -129,7 +129,7 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, tiny_llm, tmp_pa
     assert main(filled) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    [line] = [line for line in printed.err.splitlines() if line.startswith("evaluate: error: ")]
+    [line] = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     assert message in line
     assert "Traceback" not in printed.err
 
