@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-
 HEADER = ("Task", "Type", "Main score", "Score")
 
 
