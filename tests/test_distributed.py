@@ -13,6 +13,8 @@ from test_objective import OBJECTIVES, with_generation
 
 from ullme.distributed import any_rank, average_gradients, mean_over_ranks, merge_unit_rows, most, world
 from ullme.gradcache import chunk_slices
+from ullme.health import NotFiniteError
+from ullme.losses import DPO, KL, InfoNCE
 from ullme.models import ULLME
 from ullme.objective import Objective
 
@@ -20,8 +22,6 @@ NAMES = ("cl", "grl", "kto")
 
 
 def make_objective(name: str) -> Objective:
-    from ullme.losses import InfoNCE
-
     return Objective([InfoNCE(bidirectional=True)] if name == "cl" else OBJECTIVES[name]())
 
 
@@ -57,6 +57,31 @@ def test_ranks_change_no_gradient(borders, make_model, tmp_path):
         loss, found = results[name]
         assert loss == pytest.approx(logs["loss"].item(), rel=1e-5)
         assert_same_gradients(found, expected, 1e-5)  # Llama's norms round to float32
+
+
+def stumble(folder: str, state: dict) -> str:
+    """One query of rank 1 has a DPO that is not finite; rank 0 has nothing to complain of."""
+    rank, _ = world()
+    model, batch = load(folder, state), with_generation(make_batch())[2 * rank : 2 * rank + 2 + rank]
+
+    class Wrong(DPO):
+        def forward(self, chunk):
+            return super().forward(chunk) * torch.where(chunk.row_ids == 3, float("nan"), 1.0)
+
+    objective = Objective([InfoNCE(), Wrong(), KL()])
+    with pytest.raises(NotFiniteError) as error:
+        objective.grad_cache(model, batch, chunk_slices(batch, 1, None))
+    dist.barrier()  # all of them are still here
+    return str(error.value)
+
+
+@pytest.mark.distributed
+def test_a_nan_on_one_rank_stops_all_with_its_rows(make_model, tmp_path):
+    model = make_model()
+    state = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    first, second = on_ranks(2, tmp_path, stumble, model.options.model_name_or_path, state)
+    assert first == second
+    assert first.startswith("rank 1: dpo is nan (training rows [3])")
 
 
 def talk() -> dict:

@@ -17,8 +17,8 @@ from torch import Tensor
 from ullme import sharding
 from ullme.batch import Batch
 from ullme.distributed import average_gradients, merge_unit_rows
+from ullme.health import NotFiniteError, check_finite
 from ullme.models.backbone import BackboneConfig
-from ullme.objective import NotFiniteError, check_finite
 from ullme.prompts import Prompts
 
 if TYPE_CHECKING:
