@@ -117,7 +117,9 @@ class LossCallback(L.Callback, ABC):
             if value > model.max_positions:
                 raise ValueError(f"data.{name}={value}, but the LLM has {model.max_positions} positions; lower it")
         if self.objective.needs_generation:
-            template = len(model.prompt_tokenizer.prompt_ids([""], max_length=2**31)[0])
+            own = getattr(getattr(data, "source", None), "longest_instruction", None)
+            rows = model.prompt_tokenizer.prompt_ids(["", ""], max_length=2**31, instruction=[None, own])
+            template = max(map(len, rows))
             if (total := template + sum(longest.values())) > model.max_positions:
                 raise ValueError(
                     f"generation terms put a query ({longest['query_max_length']} tokens), its template ({template}) "
