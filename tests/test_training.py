@@ -260,6 +260,23 @@ def test_grl_logs_every_term_its_weight_and_its_metrics_at_every_step(arguments,
     assert list((tmp_path / "cache").glob("*.sqlite"))
 
 
+@pytest.mark.parametrize("part", ["limit_val_batches=1", "overfit_batches=1"])
+def test_a_part_of_a_validation_gives_no_score(arguments, tmp_path, part):
+    """Texts that were not embedded would rank by a similarity of 0."""
+    with pytest.warns(UserWarning, match="only a part of data.val was embedded"):
+        cli.main(
+            arguments(
+                "run",
+                "--trainer.max_steps=1",
+                "--trainer.val_check_interval=1",
+                "--data.val_batch_size=4",
+                f"--trainer.{part}",
+            )
+        )
+    assert not logged(tmp_path / "run", "val/ndcg@10")
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+
+
 def test_generation_terms_learn_alone(arguments, tmp_path):
     """SFT without any embedding loss: the likelihood of the positives rises."""
     dropped = [a for a in arguments("run", "--trainer.max_epochs=4", "--trainer.max_steps=24") if "chunk" not in a]
