@@ -131,7 +131,7 @@ def build(argv: Sequence[str] | None = None, run: bool = True, kind: type[ULLMEC
         "use_distributed_sampler": False,
         "default_root_dir": "runs",
         "max_epochs": 1,
-        "log_every_n_steps": 10,
+        "log_every_n_steps": 1,
         "num_sanity_val_steps": 0,
     }
     return kind(

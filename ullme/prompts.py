@@ -198,12 +198,13 @@ class PromptTokenizer:
                 beyond = middle
         return text[:fits]
 
-    def check_length(self, role: Role, max_length: int) -> None:
+    def check_length(self, role: Role, max_length: int, instruction: str | None = None) -> None:
         """Raises: ValueError: the template alone takes ``max_length`` tokens, so that all texts would be the same."""
-        empty = len(self.ids([""], role, max_length=2**31)[0])
-        if empty >= max_length and any(self.prompts.around(role)):
+        empty = len(self.ids([""], role, max_length=2**31, instruction=instruction)[0])
+        if empty >= max_length and any(self.prompts.around(role, instruction)):
+            with_it = "" if instruction is None else f" with the instruction {instruction[:60]!r}"
             raise ValueError(
-                f"{role}: max_length={max_length} tokens, but the template alone takes {empty}; raise "
+                f"{role}: max_length={max_length} tokens, but the template alone{with_it} takes {empty}; raise "
                 f"{role}_max_length (or max_length), or shorten prompts.{role} or the instruction"
             )
 

@@ -196,7 +196,8 @@ class ULLMEDataModule(L.LightningDataModule):
         assert self.source is not None
         dataset = TrainDataset(self.source, self.seed, self.num_hard_negatives, self.short_rows)
         sampler = self._sampler(rank, world_size, epoch, start_batch, position)
-        collator = Collator(prompt_tokenizer, self.query_max_length, self.passage_max_length, generation)
+        lengths = self.query_max_length, self.passage_max_length
+        collator = Collator(prompt_tokenizer, *lengths, generation, self.source.longest_instruction)
         return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=collator, **self._loader_options())
 
     def val_dataloader(self) -> list[DataLoader[Any]]:

@@ -37,10 +37,12 @@ class RowSource(Protocol):
     Attributes:
         num_negatives: (rows,) how many hard negatives each row has of its own.
         skipped: "place: reason" of every bad row that was left out.
+        longest_instruction: of the rows' own instructions, or None where no row has one.
     """
 
     num_negatives: np.ndarray
     skipped: list[str]
+    longest_instruction: str | None
 
     def __len__(self) -> int: ...
 
@@ -56,6 +58,7 @@ class _Checked:
         self.positions = array("q")
         self.num_negatives = array("q")
         self.skipped: list[str] = []
+        self.longest_instruction: str | None = None
 
     def add(self, position: int, where: str, raw: Any) -> None:
         """``raw`` is a row, or a line of JSON. Raises: ValueError: it is bad, and bad rows stop."""
@@ -68,6 +71,8 @@ class _Checked:
             return
         self.positions.append(position)
         self.num_negatives.append(len(record.negatives))
+        if record.instruction is not None and len(record.instruction) > len(self.longest_instruction or ""):
+            self.longest_instruction = record.instruction
 
     def finish(self, name: str) -> None:
         """Raises: ValueError: there is nothing to train on."""
@@ -109,7 +114,7 @@ class JsonlSource:
         checked.finish(", ".join(names))
         self._offsets = np.asarray(checked.positions)
         self.num_negatives = np.asarray(checked.num_negatives)
-        self.skipped = checked.skipped
+        self.skipped, self.longest_instruction = checked.skipped, checked.longest_instruction
         self._handles: dict[int, BinaryIO] = {}
         self._pid = os.getpid()
 
@@ -164,7 +169,7 @@ class HubSource:
         checked.finish(f"{path}[{split}]")
         self._rows = np.asarray(checked.positions)
         self.num_negatives = np.asarray(checked.num_negatives)
-        self.skipped = checked.skipped
+        self.skipped, self.longest_instruction = checked.skipped, checked.longest_instruction
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -187,7 +192,7 @@ class Subset:
         self.source = source
         self.rows = rows
         self.num_negatives = source.num_negatives[rows]
-        self.skipped = source.skipped
+        self.skipped, self.longest_instruction = source.skipped, source.longest_instruction
 
     def __len__(self) -> int:
         return len(self.rows)
