@@ -2,7 +2,7 @@
 
 Trains through train.py and evaluates through evaluate.py, both as subprocesses, so every figure can be had by hand:
 
-    python benchmarks/recipes.py --model FOLDER --train train.jsonl --corpus BEIR_FOLDER ... --sts FILE --output runs/recipes
+    python benchmarks/recipes.py --model FOLDER --train train.jsonl --corpus BEIR_FOLDER ... --sts FILE
 
 A recipe keeps what defines it (attention, pooling, templates, losses, what is trained, the stages); the number of
 steps, the batch, lengths and learning rate are the same for all, apart from what ``RATES`` says. What a recipe needs
@@ -92,7 +92,14 @@ def evaluate_command(options: argparse.Namespace, name: str) -> list[str]:
     own = [f"--checkpoint={options.output / name}"] if name != "untrained" else ["--query_prompt={text}"]
     sts = ["--sts", *options.sts] if options.sts else []
     return [
-        *("evaluate.py", f"--model={model_of(options, name)}", *own, f"--max_length={length}", "--progress=false"),
+        *(
+            "evaluate.py",
+            f"--model={model_of(options, name)}",
+            *own,
+            "--dtype=bfloat16",
+            f"--max_length={length}",
+            "--progress=false",
+        ),
         *(f"--output={options.output / 'results'}", "--corpus", *options.corpus, *sts),
     ]
 

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +123,8 @@ def _run(options: Any) -> int:
     from ullme.eval import ranks
 
     ranks.join()
-    tasks, model = ranks.on_every_rank(lambda: (_tasks(options), _model(options)))
+    with redirect_stdout(sys.stderr):  # what libraries print is no part of the table
+        tasks, model = ranks.on_every_rank(lambda: (_tasks(options), _model(options)))
     if world()[0] > 0:
         ranks.serve(model.model)
         status = 0
@@ -144,14 +146,15 @@ def _evaluate(options: Any, tasks: list[AbsTask], model: WrappedULLME) -> int:
     print(f"{meta.name}, revision {meta.revision}", file=sys.stderr)
     if options.per_query is not None:
         keep_per_query(tasks, options.per_query)
-    rows = evaluate_tasks(
-        model,
-        tasks,
-        output=options.output,
-        overwrite=options.overwrite,
-        batch_size=options.batch_size,
-        show_progress_bar=options.progress,
-    )
+    with redirect_stdout(sys.stderr):
+        rows = evaluate_tasks(
+            model,
+            tasks,
+            output=options.output,
+            overwrite=options.overwrite,
+            batch_size=options.batch_size,
+            show_progress_bar=options.progress,
+        )
     print(markdown_table(rows) if options.markdown else text_table(rows))
     if options.scores is not None:
         write_rows(rows, options.scores)
