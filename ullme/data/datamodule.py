@@ -37,8 +37,8 @@ class ULLMEDataModule(L.LightningDataModule):
             batch is of one of them, and each says its own split, name, schema and max_rows.
         train_split: which split of the dataset.
         train_name: the dataset's configuration, where it has several.
-        schema: the columns: auto, bge, tevatron, sentence-transformers or ullme; or text, one text a row, which is
-            its own positive (SimCSE, arXiv 2104.08821).
+        schema: the columns: auto, bge, tevatron, sentence-transformers or ullme; or text, one text a row (of a row of
+            retrieval its first positive), which is its own positive (SimCSE, arXiv 2104.08821).
         on_bad_row: stop at the first bad row with its place and reason, before training; or skip and count them.
         short_rows: a row with too few hard negatives of its own borrows positives of other rows, repeats its own
             negatives, or is dropped.

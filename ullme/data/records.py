@@ -42,7 +42,7 @@ def parse_record(row: Any, schema: Schema = "auto") -> Record:
     Args:
         row: a mapping from column to value.
         schema: which columns to expect; ``auto`` recognises them, all but ``text``, where a row is one text, which
-            is query and positive at once.
+            is query and positive at once; of a row of retrieval it is the first positive.
 
     Raises:
         BadRow: not a mapping, a missing key, a wrong type, an empty text, or no positive.
