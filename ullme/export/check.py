@@ -33,13 +33,18 @@ def as_sentence_transformer(folder: Path, dtype: torch.dtype, device: torch.devi
 
 
 def plain_embeddings(folder: Path, texts: Sequence[str], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(2 R, D): the R texts as queries, then as documents, in batches of unequal lengths."""
+    """(2, 2 R, D): the R texts as queries, then as documents; in batches of unequal lengths, then one by one.
+
+    A text alone has no padding, and there are families that lose their attention then.
+    """
     loaded = as_sentence_transformer(folder, dtype, device)
-    parts = [
-        loaded.encode(list(texts), prompt_name=name, batch_size=4, convert_to_tensor=True, show_progress_bar=False)
-        for name in PROMPT_NAMES.values()
+    names = PROMPT_NAMES.values()
+    options = {"convert_to_tensor": True, "show_progress_bar": False}
+    ways = [
+        torch.cat([loaded.encode(list(texts), prompt_name=name, batch_size=size, **options) for name in names])
+        for size in (4, 1)
     ]
-    return torch.cat(parts).cpu()
+    return torch.stack(ways).cpu()
 
 
 @torch.no_grad()

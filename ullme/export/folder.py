@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from ullme.export.contract import POOLINGS, Layout
 
 if TYPE_CHECKING:
@@ -43,9 +45,10 @@ def whole_or_not_at_all(target: str | Path) -> Iterator[Path]:
             if target.is_dir():
                 target.rmdir()
             own.replace(target)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise ValueError(
-                f"--to {target} cannot be written ({error.strerror or error}); make room or mend the permissions, or "
+                f"--to {target} cannot be written ({reason}); make room or mend the permissions, or "
                 "name another folder"
             ) from error
     finally:

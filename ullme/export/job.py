@@ -98,6 +98,8 @@ def export_model(
     plan = contract.layout(model.prompts, model.options.pooling, model.tokenizer)
     tokenizer = contract.fitted_tokenizer(model.tokenizer, plan, max_length)
     tried = [*texts, too_long(min(max_length, _LONGEST))]
+    for role in contract.PROMPT_NAMES:
+        model.prompt_tokenizer.check_length(role, max_length)
     contract.check_tokens(model.prompt_tokenizer, tokenizer, plan, tried, max_length)
     work = weights.working_dtype(model)
     with _Steps(6, show_progress_bar) as step, folder.whole_or_not_at_all(to) as unnamed:
@@ -117,7 +119,11 @@ def export_model(
         decoder = weights.prepare_for_others(model).to(target)
         folder.write_model(unnamed, decoder, tokenizer, plan, max_length)
         step("load and compare")
-        loaded = weights.difference(final, check.plain_embeddings(unnamed, texts, work, model.device))
+        try:
+            found = check.plain_embeddings(unnamed, texts, work, model.device)
+        except Exception as error:  # whatever a family does to the libraries that load it
+            raise ValueError(weights.refusal(model, weights.short(error))) from error
+        loaded = weights.difference(final, found)
         if not loaded <= weights.SAME:
             raise ValueError(weights.refusal(model, f"a component differs by {loaded:.1e}"))
         name = str(target).removeprefix("torch.")

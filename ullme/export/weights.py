@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ullme.export.contract import PROMPT_NAMES
 from ullme.models import packing
+from ullme.models.paths import text_decoder
 from ullme.models.pooling import PoolingMethod, pool_padded
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # Largest difference of one component of two unit vectors that are to be the same, computed in float32.
 SAME = 1e-5
+# Families for which text-embeddings-inference reads another key than transformers, which has none of that name here.
+_OTHER_NAME = ("llama", "mistral", "qwen3")
 
 
 def working_dtype(model: ULLME) -> torch.dtype:
@@ -101,22 +104,31 @@ def prepare_for_others(model: ULLME) -> PreTrainedModel:
     with torch.no_grad():
         expected = model(*block)["rep"]
     packing.uninstall(causal_lm)
-    decoder: PreTrainedModel = causal_lm.base_model
+    decoder: PreTrainedModel = text_decoder(causal_lm.base_model)  # type: ignore[assignment]
     bidirectional = model.options.attention == "bidirectional"
     for config in {id(c): c for c in (decoder.config, decoder.config.get_text_config())}.values():
         if bidirectional:
             config.is_causal = False
         elif "is_causal" in vars(config):
             del config.is_causal
+        if bidirectional and config.model_type in _OTHER_NAME:
+            config.use_bidirectional_attention = True
+    pooling: Any = model.options.pooling
     try:
-        found = plain_forward(decoder, *block, model.options.pooling)  # type: ignore[arg-type]
-        reason = f"a component differs by {difference(expected, found):.1e}"
-        same = difference(expected, found) <= SAME
+        found = plain_forward(decoder, *block, pooling)
+        # A batch without padding gets no mask in some families, and is causal then.
+        alone = plain_forward(decoder, block[0][:1], block[1][:1], pooling)
     except Exception as error:  # whatever a family does when it is run without the path that the probe chose
-        same, reason = False, f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-    if not same:
-        raise ValueError(refusal(model, reason))
+        raise ValueError(refusal(model, short(error))) from error
+    worst = max(difference(expected, found), difference(expected[:1], alone))
+    if not worst <= SAME:
+        raise ValueError(refusal(model, f"a component differs by {worst:.1e}"))
     return decoder
+
+
+def short(error: Exception) -> str:
+    """The kind of an error and the beginning of its first line."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
 
 
 def refusal(model: ULLME, reason: str) -> str:
