@@ -6,6 +6,7 @@ What sentence-transformers cannot say exactly is refused here, before any weight
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -130,16 +131,37 @@ def fitted_tokenizer(tokenizer: PreTrainedTokenizerBase, plan: Layout, max_lengt
 
 
 def _end_texts(tokenizer: Any, ending: Sequence[str]) -> None:
-    """A post-processor behind the tokenizer's own."""
-    from tokenizers import processors
+    """Let the tokenizer's template end with more special tokens; a tokenizer without one gets one.
 
-    tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ending]
-    behind = " ".join(f"{token}:0" for token in ending)
-    pair = f"$A:0 {behind} $B:1 {' '.join(f'{token}:1' for token in ending)}"
-    template = processors.TemplateProcessing(single=f"$A:0 {behind}", pair=pair, special_tokens=tokens)
+    One template behind another would not do: the second takes the begin token of the first for a text of its own.
+
+    Raises:
+        ValueError: a post-processor of another kind.
+    """
+    from tokenizers import Tokenizer
+
     backend = tokenizer.backend_tokenizer
-    own = backend.post_processor
-    backend.post_processor = template if own is None else processors.Sequence([own, template])
+    state = json.loads(backend.to_str())
+    own = state["post_processor"]
+    parts = [] if own is None else own["processors"] if own["type"] == "Sequence" else [own]
+    if odd := [part["type"] for part in parts if part["type"] not in ("TemplateProcessing", "ByteLevel")]:
+        raise ValueError(
+            f"the tokenizer cannot be told to end texts with {' '.join(ending)}: it has a {odd[0]} post-processor; "
+            f"{_REMEDY}"
+        )
+    template = next((part for part in parts if part["type"] == "TemplateProcessing"), None)
+    if template is None:
+        first, second = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))
+        template = {"type": "TemplateProcessing", "single": [first], "pair": [first, second], "special_tokens": {}}
+        parts = [*parts, template]
+    for token in ending:
+        piece = {"SpecialToken": {"id": token, "type_id": 0}}
+        template["single"].append(piece)
+        template["pair"].append(piece)
+        number = tokenizer.convert_tokens_to_ids(token)
+        template["special_tokens"][token] = {"id": token, "ids": [number], "tokens": [token]}
+    state["post_processor"] = {"type": "Sequence", "processors": parts}
+    backend.post_processor = Tokenizer.from_str(json.dumps(state)).post_processor
 
 
 def check_tokens(

@@ -12,14 +12,11 @@ import yaml
 import ullme
 from ullme.export.scores import Score
 from ullme.export.serving import serving
-from ullme.export.source import Source
+from ullme.export.source import CONFIG_COPY, Source
 
 if TYPE_CHECKING:
     from ullme.export.job import Exported
     from ullme.models.ullme import ULLME
-
-CONFIG_COPY = "training_config.yaml"
-
 
 @dataclass(frozen=True)
 class Description:
@@ -151,12 +148,14 @@ def _plain_use(model: ULLME, done: Exported, title: str) -> str:
         "lasttoken": "vectors = hidden[torch.arange(len(hidden)), mask[..., 0].sum(1).long() - 1]",
     }[done.layout.pooling]
     prompt = done.layout.prompts["query"]
+    texts = '["who founded the town?"]'
+    put = f"[{prompt!r} + text for text in {texts}]" if prompt else texts
     return (
         "With transformers alone:\n\n"
         "```python\n"
         "import torch\nfrom transformers import AutoModel, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{title}")\nmodel = AutoModel.from_pretrained("{title}").eval()\n'
-        f'texts = [{prompt!r} + text for text in ["who founded the town?"]]\n'
+        f"texts = {put}\n"
         f'batch = tokenizer(texts, padding=True, truncation=True, max_length={done.max_length}, return_tensors="pt")\n'
         "with torch.no_grad():\n    hidden = model(**batch).last_hidden_state.float()\n"
         'mask = batch["attention_mask"][..., None].float()\n'
@@ -219,7 +218,7 @@ def _training(source: Source, model: ULLME) -> str:
         return text
     return (
         f"{text}\n\nThe whole configuration is [{CONFIG_COPY}]({CONFIG_COPY}); the same training again:\n\n"
-        f"```\nullme train fit --config {CONFIG_COPY}\n```"
+        f"```\nullme train fit --config {CONFIG_COPY} --trainer.default_root_dir NEW_FOLDER\n```"
     )
 
 

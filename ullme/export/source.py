@@ -14,6 +14,10 @@ from ullme.models.checkpoint import CONTRACT_KEY, find_checkpoint
 from ullme.resume import CONFIG_FILE, redacted
 
 
+# The copy of a run's configuration in an exported folder.
+CONFIG_COPY = "training_config.yaml"
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a model comes from.
@@ -50,7 +54,8 @@ def find_source(run: str | Path) -> Source:
             raise ValueError(f"{str(path)!r} was not written by ullme; give a run folder, a .ckpt or a PEFT folder")
         backbone, step = stored[CONTRACT_KEY]["backbone"], stored.get("global_step")
     places = [path, path.parent, path.parent.parent] if path.is_dir() else [path.parent, path.parent.parent]
-    file = next((place / CONFIG_FILE for place in places if (place / CONFIG_FILE).is_file()), None)
+    files = [place / name for place in places for name in (CONFIG_FILE, CONFIG_COPY)]
+    file = next((file for file in files if file.is_file()), None)
     return Source(
         checkpoint=path,
         config=None if file is None else _config(file),
