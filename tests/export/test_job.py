@@ -126,7 +126,7 @@ def test_long_texts_are_cut_where_ullme_cuts_them(make_model, tmp_path):
     assert not same(model.encode(long, role="query", convert_to_tensor=True), found)
 
 
-@pytest.mark.parametrize("train", ["all", "biases"])
+@pytest.mark.parametrize("train", ["all", pytest.param("biases", marks=pytest.mark.slow)])
 def test_without_an_adapter(train, make_model, tmp_path):
     def make():
         model = make_model("gpt2", lora_name=None, train=train, prompts=PROMPTS)

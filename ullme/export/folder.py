@@ -48,8 +48,7 @@ def whole_or_not_at_all(target: str | Path) -> Iterator[Path]:
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(
-                f"--to {target} cannot be written ({reason}); make room or mend the permissions, or "
-                "name another folder"
+                f"--to {target} cannot be written ({reason}); make room or mend the permissions, or name another folder"
             ) from error
     finally:
         shutil.rmtree(own, ignore_errors=True)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ullme.export.job import Exported
     from ullme.models.ullme import ULLME
 
+
 @dataclass(frozen=True)
 class Description:
     """What a card says beside what can be read off the model.
@@ -248,10 +249,8 @@ def _scores(scores: list[Score]) -> str:
         return ""
     mean = sum(score.value for score in scores) / len(scores)
     rows = [f"| {_cell(score.task)} | {score.value:.2f} |" for score in scores]
-    return "\n".join(
-        ["## Scores", "", "Main scores of mteb, times 100.", "", "| Task | Score |", "|---|---:|", *rows]
-        + [f"| Mean of {len(scores)} | {mean:.2f} |"]
-    )
+    head = ["## Scores", "", "Main scores of mteb, times 100.", "", "| Task | Score |", "|---|---:|"]
+    return "\n".join([*head, *rows, f"| Mean of {len(scores)} | {mean:.2f} |"])
 
 
 def _versions(done: Exported) -> str:
@@ -268,5 +267,3 @@ def _versions(done: Exported) -> str:
             f"component differs by more than {done.loaded:.0e}"
         )
     return f"## Made with\n\n{found}. On the texts tried, computed in float32: {checked}."
-
-

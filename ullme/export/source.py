@@ -13,7 +13,6 @@ from ullme import storage
 from ullme.models.checkpoint import CONTRACT_KEY, find_checkpoint
 from ullme.resume import CONFIG_FILE, redacted
 
-
 # The copy of a run's configuration in an exported folder.
 CONFIG_COPY = "training_config.yaml"
 

@@ -17,7 +17,7 @@ TEXTS = (
     "Photosynthesis turns light into chemical energy. Plants, algae and some bacteria take in carbon dioxide and water "
     "and give off oxygen; the sugars that they build feed almost everything else that lives. The process runs in two "
     "stages: reactions that need light split water and store energy in small molecules, and a cycle that does not need "
-    "light spends that energy to bind carbon. Leaves are green because chlorophyll reflects the middle of the spectrum.",
+    "light spends that energy to bind carbon. Leaves are green because they reflect the middle of the spectrum.",
 )
 
 

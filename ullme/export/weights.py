@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -61,13 +62,13 @@ def round_to(model: nn.Module, dtype: torch.dtype) -> None:
 def difference(a: Tensor, b: Tensor) -> float:
     """Largest difference of a component; infinite where one of the two is not finite."""
     worst = (a.double() - b.double()).abs().max().item()
-    return worst if worst == worst else float("inf")
+    return math.inf if math.isnan(worst) else worst
 
 
 def angle(a: Tensor, b: Tensor) -> float:
     """Largest 1 - cosine between rows of unit length; infinite where one of the two is not finite."""
     worst = ((a.double() - b.double()) ** 2).sum(dim=-1).max().item() / 2
-    return worst if worst == worst else float("inf")
+    return math.inf if math.isnan(worst) else worst
 
 
 def check_merged(before: Tensor, after: Tensor) -> float:
