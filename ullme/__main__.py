@@ -12,6 +12,7 @@ import ullme
 COMMANDS = {
     "train": ("ullme.start", "train an embedder (train.py)"),
     "evaluate": ("ullme.eval.cli", "evaluate an embedder on MTEB or local data (evaluate.py)"),
+    "export": ("ullme.export.cli", "a trained model as a folder for sentence-transformers"),
     "plan": ("ullme.plan_cli", "memory and hours of a run, before it"),
     "doctor": ("ullme.doctor.cli", "whether this machine, installation and configuration are in order"),
     "support": ("ullme.support", "which decoder families of transformers work, tried on tiny models"),

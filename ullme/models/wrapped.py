@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
 from ullme.models.identity import adapter_folder, is_sentence_transformer, result_name, weights_digest
-from ullme.prompts import Prompts
+from ullme.models.loading import load_embedder, usable_device
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,7 +102,7 @@ class WrappedULLME(AbsEncoder):
         else:
             adapter_at = adapter_folder(name) if name is not None and model_checkpoint is None else None
             source = (name, model_checkpoint) if adapter_at is None else (None, adapter_at)
-            self.model = _load(*source, given).to(device).eval()
+            self.model = load_embedder(*source, given).to(device).eval()
             self.max_length = DEFAULT_MAX_LENGTH if max_length is None else max_length
         self.mteb_model_meta = self._model_meta(name, model_checkpoint)
 
@@ -212,43 +211,6 @@ class WrappedULLME(AbsEncoder):
             "use_task_instructions": self.use_task_instructions,
             "instructions": self.prompts_dict,
         }
-
-
-def usable_device(device: str | None) -> str:
-    """The device asked for, or else a GPU if there is one.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={device!r} cannot be used here ({reason}); leave it out or give cpu") from error
-    return device
-
-
-def _load(name: str | None, checkpoint: str | Path | None, options: dict[str, Any]) -> ULLME:
-    from ullme.models.ullme import ULLME
-
-    prompts = options.pop("prompts", None)
-    if checkpoint is None:
-        assert name is not None
-        # Without a checkpoint an adapter would be at its start, where it changes nothing.
-        plain = {option: value for option, value in options.items() if not option.startswith("lora_")}
-        model = ULLME(name, lora_name=None, **plain)
-    else:
-        from ullme.models.checkpoint import load_ullme
-
-        named = {} if name is None else {"model_name_or_path": name}
-        model = load_ullme(checkpoint, **named, **options)
-    if isinstance(prompts, Mapping):
-        prompts = Prompts.from_dict({**model.prompts.to_dict(), **prompts})
-    if prompts is not None:
-        model.prompts = prompts
-    return model
 
 
 def _sentence_transformer(name: str, device: str, max_length: int | None, options: dict[str, Any]) -> AbsEncoder:
