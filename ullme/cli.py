@@ -81,7 +81,7 @@ class ULLMECLI(LightningCLI):
             self.start_from = resume.checkpoint_to_continue(folder, root, now, config.ckpt_path)
             if self.start_from:
                 rank_zero_info(f"ullme: going on from {self.start_from}")
-            if rank_zero_only.rank == 0:
+            if _is_first_rank():
                 resume.name_wandb_run(trainer.logger, root)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -100,13 +100,17 @@ class ULLMECLI(LightningCLI):
         super()._set_seed()
 
     def after_instantiate_classes(self) -> None:
-        if self.subcommand == "fit" and rank_zero_only.rank == 0:
+        if self.subcommand == "fit" and _is_first_rank():
             resume.keep_metrics(logger.log_dir for logger in self.trainer.loggers if isinstance(logger, CSVLogger))
         if self.start_from is not None:
             self.config_init[self.subcommand]["ckpt_path"] = self.start_from
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would read options from the checkpoint here; ours come from the command line alone."""
+
+
+def _is_first_rank() -> bool:
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning keeps it on the decorator
 
 
 def _checkpoint_folder(root: str) -> str:

@@ -89,7 +89,7 @@ class Throughput(L.Callback):
     def _count(self, module: ULLMEModule, batch: Batch) -> Tensor:
         """(5,) queries, tokens, tokens through the linear layers without and with padding, model FLOPs."""
         objective: Objective = module.loss.objective
-        packed = module.model.attention_path == "packed"  # type: ignore[union-attr]
+        packed = module.model.attention_path == "packed"
         work = step_work(batch, objective, self.causal, packed and objective.share_prompts)
         real = work.embed.tokens + work.learned.tokens
         counts = (
@@ -156,13 +156,13 @@ def _padded_tokens(module: ULLMEModule, batch: Batch) -> int:
     for part in module.loss.slices(batch):
         chunk = batch[part]
         if objective.masking is not None:
-            lengths = chunk.queries.attention_mask.sum(1).tolist()
-            total += len(lengths) * max(lengths)
+            widths = chunk.queries.attention_mask.sum(1).tolist()
+            total += len(widths) * max(widths)
         if objective.needs_generation:
             assert chunk.generation is not None
             learned = torch.stack([term.candidates(chunk)[1] for term in objective.chunk_terms]).any(0)
             prompts = chunk.generation.prompts.attention_mask.sum(1)[:, None]
             bodies = chunk.generation.targets.attention_mask.sum(1).view(learned.shape) - 1
-            lengths = (prompts + bodies)[learned].tolist()
-            total += len(lengths) * max(lengths, default=0)
+            widths = (prompts + bodies)[learned].tolist()
+            total += len(widths) * max(widths, default=0)
     return total

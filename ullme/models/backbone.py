@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
+from ullme.models.layers import token_table
 from ullme.models.pooling import PoolingMethod
 from ullme.models.quantization import check_quantization, loading_options
 from ullme.models.stages import INIT_MODES, InitMode
@@ -212,7 +213,7 @@ def load_backbone(options: BackboneConfig, config: PretrainedConfig) -> PreTrain
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
     """Raises: ValueError: the tokenizer knows ids for which the LLM has no embedding."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = len(token_table(model))
     if len(tokenizer) > rows:
         raise ValueError(
             f"model_name_or_path={name!r}: the tokenizer has {len(tokenizer)} tokens and the LLM embeds {rows}; "
@@ -257,12 +258,12 @@ def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:
 
     from ullme.models import lora as lora_layers
 
-    targets: str | Sequence[str] = options.lora_target_modules
+    targets: str | list[str] = options.lora_target_modules
     if isinstance(targets, str) and targets != "all-linear":
         targets = [targets]
     lora = LoraConfig(
         r=options.lora_r,
-        lora_alpha=options.lora_alpha,
+        lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # PEFT divides whatever number it is
         lora_dropout=options.lora_dropout,
         target_modules=targets,
         exclude_modules=(lora_layers.unfit(model) or None) if targets == "all-linear" else None,

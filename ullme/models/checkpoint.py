@@ -274,7 +274,7 @@ def save_adapter(model: ULLME, folder: str | Path) -> Path:
     if model.pooler is not None:
         pooler = {k: v.detach().cpu().contiguous() for k, v in model.pooler.state_dict().items()}
         save_file(pooler, folder / POOLER_FILE)
-    model.llm.peft_config[name].save_pretrained(folder)  # type: ignore[union-attr,index,operator]
+    model.llm.peft_config[name].save_pretrained(folder)  # type: ignore[union-attr,index]
     model.tokenizer.save_pretrained(folder)
     (folder / CONTRACT_FILE).write_text(json.dumps(contract(model), indent=2))
     return folder

@@ -46,7 +46,7 @@ def merged_backbone(options: BackboneConfig) -> tuple[PreTrainedModel, nn.Module
     except ValueError as error:
         raise _explained(options, error) from error
     adapted = earlier.options.lora_name is not None
-    return (earlier.llm.merge_and_unload() if adapted else earlier.causal_lm), earlier.pooler  # type: ignore[operator,return-value]
+    return (earlier.llm.merge_and_unload() if adapted else earlier.causal_lm), earlier.pooler  # type: ignore[operator]
 
 
 def continue_training(model: ULLME) -> None:

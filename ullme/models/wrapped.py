@@ -234,7 +234,7 @@ def _load(name: str | None, checkpoint: str | Path | None, options: dict[str, An
     else:
         from ullme.models.checkpoint import load_ullme
 
-        named = {} if name is None else {"model_name_or_path": name}
+        named: dict[str, Any] = {} if name is None else {"model_name_or_path": name}
         model = load_ullme(checkpoint, **named, **options)
     if isinstance(prompts, Mapping):
         prompts = Prompts.from_dict({**model.prompts.to_dict(), **prompts})
