@@ -19,7 +19,7 @@ from ullme.memory import activations
 from ullme.objective import Objective
 
 GIB = 2**30
-QUERY = 600  # tokens of the largest query with its passages
+QUERY = 300  # tokens of the largest query with its passages
 
 
 @pytest.fixture
@@ -35,9 +35,9 @@ def bytes_of(model, checkpointing: bool) -> float:
 def test_more_memory_gives_larger_chunks_then_held_graphs_and_never_needless_checkpointing(model):
     fixed = chunking._fixed(model, "cpu")
     each = bytes_of(model, False)
-    small = choose(model, False, QUERY, None, free=2 * (fixed + 1.2 * 700 * each))
+    small = choose(model, False, QUERY, None, free=2 * (fixed + 1.2 * 350 * each))
     large = choose(model, False, QUERY, None, free=2 * (fixed + 1.2 * 9000 * each))
-    assert QUERY <= small.chunk_tokens <= 1.2 * 700
+    assert QUERY <= small.chunk_tokens <= 1.2 * 350
     assert small.held_tokens < small.chunk_tokens < large.chunk_tokens == chunking._MOST["cpu"] < large.held_tokens
     assert not small.checkpointing
     assert not large.checkpointing

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,8 @@ def _run(options: Any) -> int:
     from ullme.eval import ranks
 
     ranks.join()
-    tasks, model = ranks.on_every_rank(lambda: (_tasks(options), _model(options)))
+    with redirect_stdout(sys.stderr):  # what libraries print is no part of the table
+        tasks, model = ranks.on_every_rank(lambda: (_tasks(options), _model(options)))
     if world()[0] > 0:
         ranks.serve(model.model)
         status = 0
@@ -137,14 +139,15 @@ def _evaluate(options: Any, tasks: list[AbsTask], model: WrappedULLME) -> int:
 
     meta = model.mteb_model_meta
     print(f"{meta.name}, revision {meta.revision}", file=sys.stderr)
-    rows = evaluate_tasks(
-        model,
-        tasks,
-        output=options.output,
-        overwrite=options.overwrite,
-        batch_size=options.batch_size,
-        show_progress_bar=options.progress,
-    )
+    with redirect_stdout(sys.stderr):
+        rows = evaluate_tasks(
+            model,
+            tasks,
+            output=options.output,
+            overwrite=options.overwrite,
+            batch_size=options.batch_size,
+            show_progress_bar=options.progress,
+        )
     print(markdown_table(rows) if options.markdown else text_table(rows))
     failed = [row for row in rows if row.error is not None]
     for row in failed:

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from ullme.models import packing
-from ullme.models.layers import LayerCall, LayerInputs, attends, decoder_layers, short_windows, token_table
+from ullme.models.layers import (
+    LayerCall,
+    LayerInputs,
+    attends,
+    decoder_layers,
+    rounding,
+    short_windows,
+    token_table,
+)
 from ullme.models.paths import (
     PATHS,
     Hidden,
@@ -99,6 +107,8 @@ def find_path(model: PreTrainedModel, causal: bool, wanted: str = "auto") -> tup
         for name in PATHS if wanted == "auto" else [wanted]:
             finding = _try_path(model, name, causal)
             if finding.failure is None:
+                if failures:
+                    logger.info("%s runs on the %s path: %s", model.config.model_type, name, "; ".join(failures))
                 return name, finding
             failures.append(f"{name}: {finding.failure}")
     finally:
@@ -151,7 +161,7 @@ def _probe(model: PreTrainedModel, name: str, causal: bool, plain: Tensor) -> Fi
     device, vocabulary = ids.device, len(token_table(model))
     half = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if half else next(decoder.parameters()).dtype
-    tolerance = 50 * torch.finfo(dtype).eps
+    tolerance = rounding(dtype)
 
     def far(a: Tensor, b: Tensor) -> bool:
         difference = (a.double() - b.double()).abs().max().item()

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ullme.batch import TokenRows
 from ullme.models import attention
-from ullme.models.layers import token_table
+from ullme.models.layers import rounding, token_table
 from ullme.models.rows import PackedRows, real_lengths
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ def check_head(model: PreTrainedModel) -> None:
             ).double()
     finally:
         model.train(training)
-    tolerance = 50 * torch.finfo(model.dtype).eps * max(1.0, expected.abs().max().item())
+    tolerance = rounding(model.dtype) * max(1.0, expected.abs().max().item())
     if not (expected - found).abs().max() <= tolerance:
         raise ValueError(
             f"the {model.config.model_type!r} backbone changes its logits in a way that is not known here, so "
