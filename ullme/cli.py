@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from ullme import refusals, resume, storage
+from ullme import config_files, refusals, resume, storage
 from ullme.callbacks import LossCallback, Throughput
 from ullme.callbacks.checkpoint import Checkpoint
 from ullme.data.datamodule import ULLMEDataModule
@@ -141,7 +141,7 @@ def build(argv: Sequence[str] | None = None, run: bool = True, kind: type[ULLMEC
         trainer_defaults=defaults,
         auto_configure_optimizers=False,
         parser_kwargs={"exit_on_error": False, **{name: {"exit_on_error": False} for name in ULLMECLI.subcommands()}},
-        args=None if argv is None else list(argv),
+        args=None if argv is None else config_files.located(argv),
         run=run,
     )
 
@@ -151,8 +151,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Deprecations inside other libraries are no business of who trains a model.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # they are the command line's
+    argv = config_files.located(sys.argv[1:] if argv is None else argv)
     try:
-        refusals.check_config_files(sys.argv[1:] if argv is None else argv)
+        refusals.check_config_files(argv)
         build(argv)
         leave()
     except SIGTERMException:

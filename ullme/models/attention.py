@@ -102,7 +102,7 @@ def find_path(model: PreTrainedModel, causal: bool, wanted: str = "auto") -> tup
     """As :func:`choose_path`, with what was found out about the path."""
     training = model.training
     model.eval()
-    failures = []
+    failures: list[str] = []
     try:
         for name in PATHS if wanted == "auto" else [wanted]:
             finding = _try_path(model, name, causal)

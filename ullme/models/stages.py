@@ -37,6 +37,8 @@ def merged_backbone(options: BackboneConfig) -> tuple[PreTrainedModel, nn.Module
         "dtype": options.dtype,
         "attn_implementation": options.attn_implementation,
         "trust_remote_code": options.trust_remote_code,
+        "family_code": options.family_code,
+        **({"pooling": options.pooling} if "." in options.pooling else {}),
         # it is not run, so it need not be fast, nor asked how it attends
         **{"attention_path": "padded", "probe": False, "compile": False, "gradient_checkpointing": False},
         "quantization": "none",
