@@ -92,7 +92,14 @@ def evaluate_command(options: argparse.Namespace, name: str) -> list[str]:
     own = [f"--checkpoint={options.output / name}"] if name != "untrained" else ["--query_prompt={text}"]
     sts = ["--sts", *options.sts] if options.sts else []
     return [
-        *("evaluate.py", f"--model={model_of(options, name)}", *own, f"--max_length={length}", "--progress=false"),
+        *(
+            "evaluate.py",
+            f"--model={model_of(options, name)}",
+            *own,
+            "--dtype=bfloat16",
+            f"--max_length={length}",
+            "--progress=false",
+        ),
         *(f"--output={options.output / 'results'}", "--corpus", *options.corpus, *sts),
     ]
 

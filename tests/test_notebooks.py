@@ -7,6 +7,9 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+from synthetic_cells import table
+
+from ullme.reproduce.scores import cell_folder, write_scores
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -45,8 +48,41 @@ def test_grl():
         assert first_after > 0.8
 
 
+@pytest.fixture
+def results(tmp_path):
+    """The folder of an invented table: three rows, three seeds, rising by about 5 points from row to row."""
+    metrics = "step,val/ndcg_at_10,train/loss\n9,,0.7\n49,0.5,\n99,0.6,\n"
+    for cell in table(["base", "cl", "grl"]):
+        folder = cell_folder(tmp_path, cell.model, cell.row, cell.seed)
+        write_scores(folder, cell)
+        if cell.row == "grl":
+            (folder / "train").mkdir()
+            (folder / "train" / "metrics.csv").write_text(metrics)
+    return tmp_path
+
+
+def test_results(results, monkeypatch, capsys):
+    monkeypatch.setenv("ULLME_RESULTS", str(results))
+    namespace = run("results.ipynb")
+    printed = capsys.readouterr().out
+    assert "9 cells, 2 tasks" in printed
+    assert list(namespace["rows"]) == ["base", "cl", "grl"]
+    entry = namespace["table"].entries[("m", "grl", "Average")]
+    assert f"{entry.mean:.2f} ± {entry.deviation:.2f}" in printed
+    assert "base < grl" in printed
+    assert [tokens for tokens, _, _ in namespace["points"]] == [0] * 3 + [1000] * 3 + [2000] * 3
+    assert namespace["curves"] == [[(1000, 50), (2000, 60)]] * 3
+    matplotlib.pyplot.close("all")
+
+
+def test_results_of_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("ULLME_RESULTS", str(tmp_path))
+    with pytest.raises(AssertionError, match="run ullme reproduce first"):
+        run("results.ipynb")
+
+
 def test_all_are_covered_and_carry_no_output():
-    assert {path.name for path in NOTEBOOKS.glob("*.ipynb")} == {"grl.ipynb", "quickstart.ipynb"}
+    assert {path.name for path in NOTEBOOKS.glob("*.ipynb")} == {"grl.ipynb", "quickstart.ipynb", "results.ipynb"}
     for path in NOTEBOOKS.glob("*.ipynb"):
         for cell in json.loads(path.read_text())["cells"]:
             assert not cell.get("outputs")

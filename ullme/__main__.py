@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": ("ullme.eval.cli", "evaluate an embedder on MTEB or local data (evaluate.py)"),
     "plan": ("ullme.plan_cli", "memory and hours of a run, before it"),
     "support": ("ullme.support", "which decoder families of transformers work, tried on tiny models"),
+    "reproduce": ("ullme.reproduce.cli", "a table of the paper: train and evaluate every missing cell"),
     "quickstart": ("ullme.quickstart", "the whole job in miniature, offline, in a few minutes"),
 }
 

@@ -107,8 +107,8 @@ def _check_same_run(folder: Path, run_folder: Path, config: dict[str, Any]) -> N
             f"trainer.default_root_dir={str(run_folder)!r} holds checkpoints without the {CONFIG_FILE} of their run; "
             f"{remedy}"
         )
-    then, now = _flat(_training(yaml.safe_load(saved.read_text()) or {})), _flat(_training(redacted(config)))
-    changed = [key for key in sorted(then.keys() & now.keys()) if then[key] != now[key] and not _FREE.fullmatch(key)]
+    then, now = settings_of(yaml.safe_load(saved.read_text()) or {}), settings_of(redacted(config))
+    changed = [key for key in sorted(then.keys() & now.keys()) if then[key] != now[key]]
     if changed:
         shown = ", ".join(f"{key}={then.get(key)!r} (now {now.get(key)!r})" for key in changed[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -116,6 +116,11 @@ def _check_same_run(folder: Path, run_folder: Path, config: dict[str, Any]) -> N
             f"trainer.default_root_dir={str(run_folder)!r} holds a run of another configuration: {shown}{more}; "
             f"{remedy}"
         )
+
+
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run another run, as dotted name -> value; not how fast it goes and how much memory it takes."""
+    return {key: value for key, value in _flat(_training(config)).items() if not _FREE.fullmatch(key)}
 
 
 def _training(config: dict[str, Any]) -> dict[str, Any]:

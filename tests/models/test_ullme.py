@@ -318,3 +318,27 @@ def test_spans_go_through_gradcache(make_model):
     assert sum(g.abs().sum() for g in gradients[0]) > 0.1
     for a, b in zip(gradients[0], gradients[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_new_model_has_no_dropout_until_it_is_trained(make_model):
+    model = make_model("gpt2", sizes={"attn_pdrop": 0.5, "resid_pdrop": 0.5}, lora_dropout=0.5)
+    inputs = model.tokenizer(["This a example sentence."], return_tensors="pt")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    first = model(ids, mask)["rep"]
+    assert torch.equal(first, model(ids, mask)["rep"])
+    model.encode(["something else"])
+    assert torch.equal(first, model(ids, mask)["rep"])  # encode leaves the mode as it was
+    assert not torch.equal(first, model.train()(ids, mask)["rep"])
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        (["a", None], {}, r"texts\[1\]=None is a NoneType"),
+        (["a", 3.5], {}, r"texts\[1\]=3.5 is a float"),
+        (["a"], {"role": "document"}, "role='document': choose query, passage, generation or None"),
+    ],
+)
+def test_encode_refuses_what_it_cannot_embed(make_model, texts, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_model().encode(texts, **options)

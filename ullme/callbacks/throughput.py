@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from ullme import storage
 from ullme.batch import Batch
 from ullme.devices import peak_tflops
 from ullme.flops import model_cost, step_work
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 # What there is room for in the progress bar.
 _SHORT = ("tokens/s", "mfu", "waiting", "hours_left")
+TOTALS_FILE = "seen.json"  # in a run's folder, once it came to its end
 
 
 class Throughput(L.Callback):
@@ -37,7 +41,8 @@ class Throughput(L.Callback):
       process's peak resident set;
     - ``hours_left``: steps to go at the present speed.
 
-    Time in validation counts nowhere. A CUDA device is waited for only when there is something to log.
+    At the end of a run its folder holds ``seen.json``: queries, real tokens and seconds of training in all, of earlier
+    starts too. Time in validation counts nowhere. A CUDA device is waited for only when there is something to log.
 
     Args:
         peak_tflops: a device's peak in TFLOP/s; null looks it up by name, for bfloat16.
@@ -46,10 +51,14 @@ class Throughput(L.Callback):
         ValueError: peak_tflops is not positive.
     """
 
+    fresh: Tensor | int  # (2,) queries and tokens since the last time they were summed
+
     def __init__(self, peak_tflops: float | None = None) -> None:
         if peak_tflops is not None and peak_tflops <= 0:
             raise ValueError(f"throughput.peak_tflops={peak_tflops}: must be positive, or null to look it up")
         self.peak_tflops = peak_tflops
+        self.resumed = 0.0
+        self.seen = {"queries": 0.0, "tokens": 0.0, "seconds": 0.0}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ULLMEModule) -> None:  # type: ignore[override]
         model = pl_module.model
@@ -58,6 +67,7 @@ class Throughput(L.Callback):
         self.cost = model_cost(model.causal_lm.config, model.options) if self.peak else None
         self.causal = model.options.attention == "causal"
         self._open_window(trainer)
+        self._count_afresh()
 
     def _open_window(self, trainer: L.Trainer) -> None:
         self.started = time.perf_counter()
@@ -70,13 +80,15 @@ class Throughput(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if hasattr(self, "started"):  # not in validation before or without training
-            self.started += time.perf_counter() - self.paused
+            took = time.perf_counter() - self.paused
+            self.started, self.resumed = self.started + took, self.resumed + took
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: ULLMEModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self.steps += 1
         self.counts = self.counts + self._count(pl_module, batch)
+        self.fresh = self.fresh + _seen(batch)
         if not trainer._logger_connector.should_update_logs:
             return
         if batch.row_ids.is_cuda:
@@ -85,6 +97,34 @@ class Throughput(L.Callback):
         for name, value in self._measure(trainer, self.counts).items():
             pl_module.log(name, value, prog_bar=name in _SHORT)
         self._open_window(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """On every rank, so that what all of them saw can be summed."""
+        if hasattr(self, "started"):
+            self._settle(trainer)
+            checkpoint["callbacks"][self.state_key] = dict(self.seen)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seen = {name: state_dict.get(name, 0.0) for name in self.seen}
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._settle(trainer)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            text = json.dumps({name: round(value, 1) for name, value in self.seen.items()})
+            storage.write_atomically(Path(trainer.default_root_dir, TOTALS_FILE), lambda f: f.write(text.encode()))
+
+    def _count_afresh(self) -> None:
+        self.resumed = time.perf_counter()
+        self.fresh = 0
+
+    def _settle(self, trainer: L.Trainer) -> None:
+        """Add what was seen since the last time; every rank calls it."""
+        if isinstance(self.fresh, Tensor):
+            queries, tokens = trainer.strategy.reduce(self.fresh, reduce_op="sum").tolist()
+            self.seen["queries"] += queries
+            self.seen["tokens"] += tokens
+        self.seen["seconds"] += time.perf_counter() - self.resumed
+        self._count_afresh()
 
     def _count(self, module: ULLMEModule, batch: Batch) -> Tensor:
         """(5,) queries, tokens, tokens through the linear layers without and with padding, model FLOPs."""
@@ -124,6 +164,12 @@ class Throughput(L.Callback):
         if self.peak:
             found["mfu"] = flops / elapsed / (self.peak * 1e12 * trainer.world_size)
         return found
+
+
+def _seen(batch: Batch) -> Tensor:
+    """(2,) queries and their and the passages' real tokens; whole numbers, for they are summed over a whole run."""
+    tokens = batch.queries.attention_mask.sum() + batch.passages.attention_mask.sum()
+    return torch.stack([torch.full_like(tokens, len(batch)), tokens])
 
 
 def _known_peak(trainer: L.Trainer, module: ULLMEModule) -> float | None:

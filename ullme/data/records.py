@@ -135,7 +135,11 @@ def _parse_sentence_transformers(row: Mapping[str, Any]) -> Record:
 
 
 def _parse_text(row: Mapping[str, Any]) -> Record:
-    text = _text(_get(row, "text"), "text")
+    """The column ``text``; of a row of retrieval, which has none, the first positive."""
+    if "text" not in row and row.keys() & {"pos", "positive", "positive_passages"}:
+        text = _PARSERS[detect_schema(row)](row).positives[0]
+    else:
+        text = _text(_get(row, "text"), "text")
     return Record(text, (text,), ())
 
 

@@ -71,6 +71,10 @@ def parser() -> ArgumentParser:
     output = options.add_argument_group("Output")
     output.add_argument("--output", type=str, default="results", help="folder of mteb's result files")
     output.add_argument("--overwrite", action="store_true", help="compute again what is there")
+    output.add_argument("--scores", type=str | None, metavar="FILE", help="write the table as JSON too")
+    output.add_argument(
+        "--per_query", type=str | None, metavar="FOLDER", help="write TASK.json with each query's score (retrieval)"
+    )
     output.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     output.add_argument("--batch_size", type=int | None, help="texts a forward; what suits the device unless given")
     output.add_argument("--progress", type=bool, default=True, help="progress bars")
@@ -136,10 +140,13 @@ def _run(options: Any) -> int:
 
 def _evaluate(options: Any, tasks: list[AbsTask], model: WrappedULLME) -> int:
     from ullme.eval.mteb import evaluate_tasks
-    from ullme.eval.table import markdown_table, text_table
+    from ullme.eval.per_query import keep_per_query
+    from ullme.eval.table import markdown_table, text_table, write_rows
 
     meta = model.mteb_model_meta
     print(f"{meta.name}, revision {meta.revision}", file=sys.stderr)
+    if options.per_query is not None:
+        keep_per_query(tasks, options.per_query)
     with redirect_stdout(sys.stderr):
         rows = evaluate_tasks(
             model,
@@ -150,6 +157,8 @@ def _evaluate(options: Any, tasks: list[AbsTask], model: WrappedULLME) -> int:
             show_progress_bar=options.progress,
         )
     print(markdown_table(rows) if options.markdown else text_table(rows))
+    if options.scores is not None:
+        write_rows(rows, options.scores)
     failed = [row for row in rows if row.error is not None]
     for row in failed:
         print(f"evaluate: {row.error}", file=sys.stderr)

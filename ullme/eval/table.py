@@ -1,9 +1,13 @@
-"""The table of results, as text for the terminal and as Markdown."""
+"""The table of results, as text for the terminal, as Markdown and as JSON."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ullme import storage
 
 HEADER = ("Task", "Type", "Main score", "Score")
 
@@ -31,6 +35,21 @@ def mean_score(rows: Sequence[Row]) -> float | None:
     """Mean over the tasks that have a score; None where none has."""
     scores = [row.score for row in rows if row.score is not None]
     return sum(scores) / len(scores) if scores else None
+
+
+def write_rows(rows: Sequence[Row], file: str | Path) -> None:
+    """The rows as JSON, whole or not at all; :func:`read_rows` reads them.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    text = json.dumps([asdict(row) for row in rows], indent=1)
+    storage.write_atomically(file, lambda stream: stream.write(text.encode()))
+
+
+def read_rows(file: str | Path) -> list[Row]:
+    """What :func:`write_rows` wrote."""
+    return [Row(**row) for row in json.loads(Path(file).read_text(encoding="utf-8"))]
 
 
 def text_table(rows: Sequence[Row]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
@@ -72,6 +72,10 @@ def encode(
     if max_length < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"batch_size={batch_size}, max_length={max_length}: both must be at least 1")
     texts = list(texts)
+    if (n := next((n for n, text in enumerate(texts) if not isinstance(text, str)), None)) is not None:
+        raise ValueError(f"texts[{n}]={texts[n]!r} is a {type(texts[n]).__name__}; every text must be a str")
+    if role is not None and role not in get_args(Role):
+        raise ValueError(f"role={role!r}: choose {', '.join(get_args(Role))} or None")
     max_length = min(max_length, model.max_positions)
     one_for_all = instruction is None or isinstance(instruction, str)
     if not one_for_all and len(instruction) != len(texts):  # type: ignore[arg-type]

@@ -85,6 +85,7 @@ class ULLME(nn.Module):
             stages.continue_training(self)
         if self.options.gradient_checkpointing is True:
             self.recompute_layers()
+        self.eval()  # as from_pretrained: whoever trains says so, and a loaded model embeds without dropout
 
     def recompute_layers(self) -> None:
         """Gradient checkpointing, from here on."""

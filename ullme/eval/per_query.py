@@ -1,0 +1,62 @@
+"""Scores of single queries: what a paired test between two models needs, and mteb's result files leave out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ullme import storage
+
+if TYPE_CHECKING:
+    from mteb.abstasks import AbsTask
+
+# mteb's name of a main score -> pytrec_eval's of the same, which is what mteb has for each query.
+_PYTREC = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P"}
+
+
+def keep_per_query(tasks: Sequence[AbsTask], folder: str | Path) -> None:
+    """Have every retrieval and reranking task write ``FOLDER/TASK.json``: {query id: main score of that query}.
+
+    The numbers are those that mteb takes the mean of; they are caught where it offers them, in
+    ``task_specific_scores``. A query id of a subset other than "default" is written ``SUBSET:ID``. A task whose main
+    score has no value for a single query writes nothing, and neither does one that mteb's cache answers for.
+
+    Args:
+        tasks: as :func:`~ullme.eval.find_tasks` returns them; tasks that join others are opened.
+        folder: made when the first file is written.
+    """
+    for task in tasks:
+        if parts := getattr(task, "tasks", None):
+            keep_per_query(parts, folder)
+        elif hasattr(task, "task_specific_scores") and (key := pytrec_key(task.metadata.main_score)):
+            _catch(task, key, Path(folder))
+
+
+def pytrec_key(main_score: str) -> str | None:
+    """``ndcg_at_10`` -> ``ndcg_cut_10``; None where a single query has no such score."""
+    found = re.fullmatch(r"(ndcg|map|recall|precision)_at_(\d+)", main_score)
+    return f"{_PYTREC[found[1]]}_{found[2]}" if found else None
+
+
+def read_per_query(folder: str | Path) -> dict[str, dict[str, float]]:
+    """Task -> query id -> score, from the files of :func:`keep_per_query`; empty if there are none."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))}
+
+
+def _catch(task: Any, key: str, folder: Path) -> None:
+    own, kept = task.task_specific_scores, {}
+
+    def caught(
+        scores: Mapping[str, Mapping[str, float]], *rest: Any, hf_split: str, hf_subset: str
+    ) -> dict[str, float]:
+        place = "" if hf_subset == "default" else f"{hf_subset}:"
+        kept.update({f"{place}{query}": values[key] for query, values in scores.items() if key in values})
+        if kept:
+            text = json.dumps(kept)
+            storage.write_atomically(folder / f"{task.metadata.name}.json", lambda file: file.write(text.encode()))
+        return own(scores, *rest, hf_split=hf_split, hf_subset=hf_subset)
+
+    task.task_specific_scores = caught

@@ -1,0 +1,98 @@
+"""From the files of a cell to its scores.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ullme import storage
+from ullme.callbacks.throughput import TOTALS_FILE
+from ullme.eval.per_query import read_per_query
+from ullme.eval.table import read_rows
+from ullme.reproduce.cells import Cell
+from ullme.reproduce.scores import CellScores, TaskScore, write_scores
+
+_LIBRARIES = ("ullme", "torch", "transformers", "peft", "lightning", "mteb")
+
+
+def finish(cell: Cell, seconds: dict[str, float]) -> CellScores:
+    """Write the scores of a cell that is trained and evaluated.
+
+    Args:
+        cell: the cell.
+        seconds: what was run just now and how long it took; a part of the whole where the cell was stopped before.
+
+    Raises:
+        ValueError: a task has no score.
+    """
+    from ullme.reproduce.run import shell
+
+    rows = read_rows(cell.folder / "tasks.json")
+    if missing := [row for row in rows if row.score is None]:
+        raise ValueError(f"{len(missing)} of {len(rows)} tasks have no score; the first: {missing[0].error}")
+    tasks = [TaskScore(plain_name(r.task), r.type, r.main_score, (r.score or 0.0) / 100) for r in rows]
+    known = {row.task for row in rows}
+    queries = {plain_name(t): q for t, q in read_per_query(cell.folder / "per_query").items() if t in known}
+    commands = [cell.train_command(stage) for stage, _ in cell.stages] + [cell.evaluate_command()]
+    scores = CellScores(
+        cell.model_id,
+        cell.row_id,
+        cell.seed,
+        tasks,
+        queries,
+        [shell(command) for command in commands],
+        {**machine(), "seconds": _seconds(cell, seconds), **training(cell)},
+    )
+    write_scores(cell.folder, scores)
+    return scores
+
+
+def plain_name(task: str) -> str:
+    """A local task's name without the hash of its files."""
+    return re.sub(r"-[0-9a-f]{8}$", "", task)
+
+
+def machine() -> dict[str, Any]:
+    """Hardware and versions."""
+    import torch
+
+    found: dict[str, Any] = {"python": platform.python_version(), "cpu": _cpu()}
+    if count := torch.cuda.device_count():
+        found["gpu"] = f"{count} x {torch.cuda.get_device_name(0)}"
+    for library in _LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = "not installed"
+    return found
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
+
+
+def _seconds(cell: Cell, now: dict[str, float]) -> dict[str, float]:
+    """Of training and evaluation; of earlier starts as far as they are known."""
+    file = cell.folder / "seconds.json"
+    earlier = json.loads(file.read_text()) if file.is_file() else {}
+    total = {name: round(earlier.get(name, 0) + now.get(name, 0), 1) for name in {**earlier, **now}}
+    storage.write_atomically(file, lambda stream: stream.write(json.dumps(total).encode()))
+    return total
+
+
+def training(cell: Cell) -> dict[str, Any]:
+    """``tokens``, ``queries`` and ``training_seconds`` (validation left out) of the cell's stages together."""
+    seen = [json.loads((folder / TOTALS_FILE).read_text()) for _, folder in cell.stages]
+    if not seen:
+        return {}
+    names = {"tokens": "tokens", "queries": "queries", "training_seconds": "seconds"}
+    return {name: round(sum(one[key] for one in seen), 1) for name, key in names.items()}
