@@ -2,12 +2,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test test-slow test-gpu lint format clean
+.PHONY: help quickstart test test-slow test-gpu lint format bench clean
 
 help:
 	@echo "make quickstart  install into $(VENV) and run the whole job in miniature"
 	@echo "make test        install into $(VENV) and run the tests (under 5 minutes)"
 	@echo "make test-slow   the slow tests;  make test-gpu  those that need CUDA"
+	@echo "make lint        ruff and mypy;   make format    ruff mends what it can"
+	@echo "make bench       side by side with sentence-transformers (under ten minutes)"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -31,6 +33,10 @@ test-gpu: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/bench.py
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

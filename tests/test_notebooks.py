@@ -24,6 +24,18 @@ def run(name: str) -> dict:
     return namespace
 
 
+def test_quickstart():
+    namespace = run("quickstart.ipynb")
+    before, after, history = namespace["before"], namespace["after"], namespace["history"]
+    assert history[-1] < 0.2 * history[0]
+    assert after >= before + 0.2  # on questions that were not trained on
+    assert namespace["same"] == 0
+    found = namespace["search"](namespace["model"], namespace["rows"][0]["query"])
+    assert found[0][0] == 0  # a question that was trained on
+    assert found[0][1] > found[1][1] > found[2][1]
+
+
+@pytest.mark.slow
 def test_grl():
     namespace = run("grl.ipynb")
     history, summary = namespace["history"], namespace["summary"]
@@ -70,7 +82,7 @@ def test_results_of_nothing(tmp_path, monkeypatch):
 
 
 def test_all_are_covered_and_carry_no_output():
-    assert {path.name for path in NOTEBOOKS.glob("*.ipynb")} == {"grl.ipynb", "results.ipynb"}
+    assert {path.name for path in NOTEBOOKS.glob("*.ipynb")} == {"grl.ipynb", "quickstart.ipynb", "results.ipynb"}
     for path in NOTEBOOKS.glob("*.ipynb"):
         for cell in json.loads(path.read_text())["cells"]:
             assert not cell.get("outputs")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import ullme
+from ullme.named import look_here
 
 # name -> (module with a main(argv), what it does). A module is imported only when its command runs.
 COMMANDS = {
@@ -25,6 +26,7 @@ Exit status: 0 done, 1 failed (or: no), 2 a mistake in what was asked, 130 Ctrl-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a subcommand and exit with its status; 2 if there is none of that name, 130 after Ctrl-C."""
+    look_here()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in COMMANDS:
         try:

@@ -18,6 +18,7 @@ from ullme.batch import Batch, GenerationRows, TokenRows
 from ullme.devices import free_memory
 from ullme.flops import meta_model
 from ullme.memory import FRAGMENTATION, GIB, Activations, activations
+from ullme.models.layers import token_table
 from ullme.models.likelihood import _BLOCK_LOGITS
 from ullme.objective import Objective
 from ullme.reference import Reference
@@ -128,7 +129,7 @@ class _NoReference(Reference):
 def _random_batch(model: ULLME, tokens: int, passages: int, passage_tokens: int) -> Batch:
     """Queries as long as their passages, so many that a chunk of ``tokens`` holds them."""
     queries = max(1, tokens // ((1 + passages) * passage_tokens))
-    vocabulary = model.causal_lm.get_input_embeddings().weight.shape[0]
+    vocabulary = len(token_table(model.causal_lm))
 
     def rows(n: int) -> TokenRows:
         ids = torch.randint(vocabulary, (n, passage_tokens))

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from ullme import refusals, resume, storage
+from ullme import config_files, refusals, resume, storage
 from ullme.callbacks import LossCallback, Throughput
 from ullme.callbacks.checkpoint import Checkpoint
 from ullme.callbacks.leaving import INTERRUPTED
@@ -86,7 +86,7 @@ class ULLMECLI(LightningCLI):
             self.start_from = resume.checkpoint_to_continue(folder, root, now, config.ckpt_path)
             if self.start_from:
                 rank_zero_info(f"ullme: going on from {self.start_from}")
-            if rank_zero_only.rank == 0:
+            if _is_first_rank():
                 resume.name_wandb_run(trainer.logger, root)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -105,13 +105,17 @@ class ULLMECLI(LightningCLI):
         super()._set_seed()
 
     def after_instantiate_classes(self) -> None:
-        if self.subcommand == "fit" and rank_zero_only.rank == 0:
+        if self.subcommand == "fit" and _is_first_rank():
             resume.keep_metrics(logger.log_dir for logger in self.trainer.loggers if isinstance(logger, CSVLogger))
         if self.start_from is not None:
             self.config_init[self.subcommand]["ckpt_path"] = self.start_from
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would read options from the checkpoint here; ours come from the command line alone."""
+
+
+def _is_first_rank() -> bool:
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning keeps it on the decorator
 
 
 def _checkpoint_folder(root: str) -> str:
@@ -147,7 +151,7 @@ def build(argv: Sequence[str] | None = None, run: bool = True, kind: type[ULLMEC
             "exit_on_error": False,
             **{name: {"exit_on_error": False} for name in ULLMECLI.subcommands()},
         },
-        args=None if argv is None else list(argv),
+        args=None if argv is None else config_files.located(argv),
         run=run,
     )
 
@@ -157,8 +161,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Deprecations inside other libraries are no business of who trains a model.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # they are the command line's
+    argv = config_files.located(sys.argv[1:] if argv is None else argv)
     try:
-        refusals.check_config_files(sys.argv[1:] if argv is None else argv)
+        refusals.check_config_files(argv)
         build(argv)
         leave()
     except SIGTERMException:

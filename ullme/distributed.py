@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,7 +68,7 @@ class _Gather(torch.autograd.Function):
     """Concatenate every rank's rows; backward sums what all ranks' losses say about this rank's rows."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, sizes: list[int]) -> Tensor:  # noqa: ANN001
+    def forward(ctx: Any, x: Tensor, sizes: list[int]) -> Tensor:
         ctx.sizes = sizes
         longest = max(sizes)
         mine = x.new_zeros((longest, *x.shape[1:]))
@@ -77,7 +78,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # noqa: ANN001
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.clone(memory_format=torch.contiguous_format)  # autograd owns the one it handed over
         dist.all_reduce(grad)
         return grad.split(ctx.sizes)[world()[0]], None

@@ -187,12 +187,12 @@ class GradCache:
     def cache_gradients(self, reps: Representations) -> Representations:
         """Phase 2: the gradient of ``loss`` with respect to every representation."""
         if self.loss is None:
-            zeros = torch.zeros_like(reps.queries), torch.zeros_like(reps.passages)
-            return Representations(*zeros, reps.passage_keys)
+            return Representations(torch.zeros_like(reps.queries), torch.zeros_like(reps.passages), reps.passage_keys)
         leaves = reps.as_leaves()
         with torch.enable_grad():
             loss = self.loss(leaves)
-        return Representations(*torch.autograd.grad(loss, (leaves.queries, leaves.passages)), reps.passage_keys)
+        queries, passages = torch.autograd.grad(loss, (leaves.queries, leaves.passages))
+        return Representations(queries, passages, reps.passage_keys)
 
     def _chunk_losses(
         self,
@@ -210,9 +210,10 @@ class GradCache:
         for n, part in enumerate(slices):
             leaves = None if reps is None else reps[part].as_leaves()
             self._chunk_loss(batch[part], leaves, last=reps is None and n == len(slices) - 1)
-            if leaves is not None and gradients is not None and leaves.queries.grad is not None:
-                gradients.queries[part].add_(leaves.queries.grad)
-                gradients.passages[part].add_(leaves.passages.grad)
+            if leaves is not None and gradients is not None:
+                for total, leaf in ((gradients.queries, leaves.queries), (gradients.passages, leaves.passages)):
+                    if leaf.grad is not None:
+                        total[part].add_(leaf.grad)
 
     def _chunk_loss(self, chunk: Batch, leaves: Representations | None, last: bool, share: float = 1.0) -> None:
         assert self.chunk_loss is not None

@@ -6,6 +6,7 @@ import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
@@ -90,7 +91,7 @@ class ULLMEModule(L.LightningModule):
         self.automatic_optimization = False
         # Checkpoints hold what was trained only; on_load_checkpoint checks that this is all there.
         self.strict_loading = False
-        self.model: ULLME | None = None
+        self.model: ULLME = None  # type: ignore[assignment]  # until configure_model
 
     def setup(self, stage: str) -> None:
         """Whoever built the trainer, its checkpoints are written whole or not at all."""
@@ -106,7 +107,7 @@ class ULLMEModule(L.LightningModule):
             self.model = self._shard(ULLME(**self.backbone.to_dict(), prompts=self.prompts).train())
             if self._trainer is not None:
                 # Batches hold whole numbers only, and Lightning's conversion of their type refuses frozen dataclasses.
-                self.trainer.precision_plugin.convert_input = lambda batch: batch  # type: ignore[method-assign]
+                self.trainer.precision_plugin.convert_input = _unchanged
 
     def _shard(self, model: ULLME) -> ULLME:
         """Split the LLM over ranks, where the strategy is one that does."""
@@ -127,7 +128,7 @@ class ULLMEModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One optimizer step on one global batch."""
         self._seed_step()
-        optimizer = self.optimizers()
+        optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         try:
             with self._no_hooks():
@@ -139,7 +140,8 @@ class ULLMEModule(L.LightningModule):
             raise NotFiniteError(f"step {self.global_step}: {error}") from error
         optimizer.step()
         self.log("lr", optimizer.param_groups[0]["lr"])
-        self.lr_schedulers().step()
+        schedule: Any = self.lr_schedulers()
+        schedule.step()
         self.log("train/loss", logs["loss"], prog_bar=True, batch_size=len(batch), sync_dist=True)
         terms = {f"train/{name}": value for name, value in logs.items() if name != "loss"}
         self.log_dict({**terms, "train/grad_norm": norm}, batch_size=len(batch), sync_dist=True)
@@ -232,7 +234,7 @@ class ULLMEModule(L.LightningModule):
 
         load = strategy.load_checkpoint
 
-        def checked(path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        def checked(path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
             stored = storage.checked(path)
             check_fit(self.model, stored, str(path))
             if not sharding.whole_parameters(self.model):
@@ -243,4 +245,8 @@ class ULLMEModule(L.LightningModule):
                 optimizer.load_state_dict(value)
             return stored
 
-        strategy.load_checkpoint = checked  # type: ignore[method-assign]
+        strategy.load_checkpoint = checked  # type: ignore[assignment,method-assign]
+
+
+def _unchanged(data: Any) -> Any:
+    return data

@@ -142,8 +142,8 @@ class PromptTokenizer:
         """
         if not texts:
             return [], None
-        one_for_all = instruction is None or isinstance(instruction, str)
-        each = [instruction] * len(texts) if one_for_all else list(instruction)  # type: ignore[arg-type]
+        one = instruction is None or isinstance(instruction, str)
+        each: list[Any] = [instruction] * len(texts) if one else list(instruction or ())
         around = {i: self.prompts.around(role, i) for i in set(each)}
         rendered = [text.join(around[i]) for text, i in zip(texts, each, strict=True)]
         tails = {i: self._bare(pieces[-1]) for i, pieces in around.items()}

@@ -21,12 +21,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ullme import config_files
 from ullme.refusals import complain
 
 if TYPE_CHECKING:
     from ullme.data.miniature import World
 
-CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+CONFIG = config_files.shipped() / "quickstart.yaml"
 # What the training step logs: the total and GRL's terms.
 TERMS = {"train/loss": "total", "train/info_nce": "InfoNCE", "train/dpo": "DPO", "train/kl": "KL"}
 COLORS = {"BM25": "0.7", "untrained": "C1", "trained": "C0"}
@@ -94,9 +95,7 @@ def run(options: argparse.Namespace, training_options: Sequence[str] = ()) -> di
 
     output = options.output
     if not options.config.is_file():
-        raise ValueError(
-            f"--config {options.config} does not exist; run from a clone of the repository, or name a file"
-        )
+        raise ValueError(f"--config {options.config} does not exist; name a YAML file, or leave it out")
     _start_afresh(output)
     # Nothing here is on the hub, and asking it costs time where there is no network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -47,7 +47,7 @@ def checkpoint_to_continue(folder: Path, run_folder: Path, config: dict[str, Any
         ValueError: a finished run, a run of another configuration, or a damaged checkpoint.
     """
     if asked not in (None, "last"):
-        if not os.path.isfile(asked):  # type: ignore[arg-type]
+        if not os.path.isfile(asked):
             raise ValueError(f"ckpt_path={asked!r}: no such file; give a .ckpt file, or last")
         found = Path(str(asked))
     else:

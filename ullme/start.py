@@ -17,6 +17,8 @@ from contextlib import redirect_stdout, suppress
 from importlib.metadata import version
 from pathlib import Path
 
+from ullme.named import look_here
+
 # What the text is made from, besides this package.
 _LIBRARIES = ("lightning", "torch", "torchmetrics", "jsonargparse")
 _QUESTIONS = (["--help"], ["-h"], ["fit", "--help"], ["fit", "-h"], ["validate", "--help"], ["validate", "-h"])
@@ -24,6 +26,7 @@ _QUESTIONS = (["--help"], ["-h"], ["fit", "--help"], ["fit", "-h"], ["validate",
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train from the command line; see :func:`ullme.cli.main`."""
+    look_here()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments not in _QUESTIONS:
         from ullme.cli import main as train

@@ -72,7 +72,7 @@ def save(content: dict[str, Any], path: str | Path) -> None:
     """``torch.save``, whole or not at all. Raises: StorageError: see :func:`write_atomically`."""
 
     def write(file: BinaryIO) -> None:
-        sink = _Sink(file)
+        sink: Any = _Sink(file)  # all that torch.save asks of a file
         torch.save(content, sink)
         if sink.error is not None:
             raise sink.error

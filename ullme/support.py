@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +147,8 @@ def _alternates(model: PreTrainedModel, path: str) -> bool:
 
     def text() -> Tensor:
         ones = torch.ones_like(ids[:1])
-        return model.generate(ids[:1], attention_mask=ones, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        generate: Any = model.generate
+        return generate(ids[:1], attention_mask=ones, max_new_tokens=4, do_sample=False, pad_token_id=0)
 
     text_before, first = text(), _embed(model, path)
     text_after, second = text(), _embed(model, path)

@@ -55,7 +55,7 @@ class LossCallback(L.Callback, ABC):
         self.chunking: Chunking | None = None
         self.objective = Objective(terms, make_reference(reference, cache_reference), share_prompts)
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: ULLMEModule, stage: str) -> None:  # type: ignore[override]
         """Take over the module's backward.
 
         Raises:
@@ -93,13 +93,13 @@ class LossCallback(L.Callback, ABC):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ULLMEModule) -> None:  # type: ignore[override]
         """Choose what is left to ``auto``, unless a checkpoint brought the choice: sums round by it."""
-        options = pl_module.model.options  # type: ignore[union-attr]
+        options = pl_module.model.options
         if self.chunking is None and (self.settled_tokens(1, 1) is None or options.gradient_checkpointing == "auto"):
             self.chunking = settle(trainer, pl_module, self)
         if self.chunking is not None:
             self.use(self.chunking)
             if self.chunking.checkpointing and options.gradient_checkpointing == "auto":
-                pl_module.model.recompute_layers()  # type: ignore[union-attr]
+                pl_module.model.recompute_layers()
 
     def settled_tokens(self, query_tokens: int, queries: int) -> int | None:
         """The most tokens in memory at once, if the options say it.

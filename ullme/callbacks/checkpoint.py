@@ -238,6 +238,7 @@ def _validation_follows(trainer: L.Trainer) -> bool:
     batches = trainer.num_val_batches
     if not (sum(batches) if isinstance(batches, list) else batches):
         return False
+    assert loop._data_fetcher is not None
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 

@@ -51,6 +51,8 @@ class Throughput(L.Callback):
         ValueError: peak_tflops is not positive.
     """
 
+    fresh: Tensor | int  # (2,) queries and tokens since the last time they were summed
+
     def __init__(self, peak_tflops: float | None = None) -> None:
         if peak_tflops is not None and peak_tflops <= 0:
             raise ValueError(f"throughput.peak_tflops={peak_tflops}: must be positive, or null to look it up")
@@ -107,13 +109,13 @@ class Throughput(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._settle(trainer)
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             text = json.dumps({name: round(value, 1) for name, value in self.seen.items()})
             storage.write_atomically(Path(trainer.default_root_dir, TOTALS_FILE), lambda f: f.write(text.encode()))
 
     def _count_afresh(self) -> None:
         self.resumed = time.perf_counter()
-        self.fresh: Tensor | int = 0
+        self.fresh = 0
 
     def _settle(self, trainer: L.Trainer) -> None:
         """Add what was seen since the last time; every rank calls it."""
@@ -127,7 +129,7 @@ class Throughput(L.Callback):
     def _count(self, module: ULLMEModule, batch: Batch) -> Tensor:
         """(5,) queries, tokens, tokens through the linear layers without and with padding, model FLOPs."""
         objective: Objective = module.loss.objective
-        packed = module.model.attention_path == "packed"  # type: ignore[union-attr]
+        packed = module.model.attention_path == "packed"
         work = step_work(batch, objective, self.causal, packed and objective.share_prompts)
         real = work.embed.tokens + work.learned.tokens
         counts = (
@@ -200,13 +202,13 @@ def _padded_tokens(module: ULLMEModule, batch: Batch) -> int:
     for part in module.loss.slices(batch):
         chunk = batch[part]
         if objective.masking is not None:
-            lengths = chunk.queries.attention_mask.sum(1).tolist()
-            total += len(lengths) * max(lengths)
+            widths = chunk.queries.attention_mask.sum(1).tolist()
+            total += len(widths) * max(widths)
         if objective.needs_generation:
             assert chunk.generation is not None
             learned = torch.stack([term.candidates(chunk)[1] for term in objective.chunk_terms]).any(0)
             prompts = chunk.generation.prompts.attention_mask.sum(1)[:, None]
             bodies = chunk.generation.targets.attention_mask.sum(1).view(learned.shape) - 1
-            lengths = (prompts + bodies)[learned].tolist()
-            total += len(lengths) * max(lengths, default=0)
+            widths = (prompts + bodies)[learned].tolist()
+            total += len(widths) * max(widths, default=0)
     return total

@@ -16,7 +16,7 @@ from ullme.data.beir import BeirFolder, read_beir
 from ullme.data.collator import Collator, EvalCollator, EvalDataset, TrainDataset, length_sorted_batches
 from ullme.data.loader import ResumableLoader, ignore_ctrl_c
 from ullme.data.mixture import Mixture, MixtureSampler, TrainSet
-from ullme.data.records import Schema
+from ullme.data.records import Schema, check_schema
 from ullme.data.sampler import GlobalBatchSampler, ShortRows, settle_short_rows
 from ullme.data.sources import OnBadRow, RowSource
 from ullme.prompts import PromptTokenizer, Role
@@ -37,8 +37,9 @@ class ULLMEDataModule(L.LightningDataModule):
             batch is of one of them, and each says its own split, name, schema and max_rows.
         train_split: which split of the dataset.
         train_name: the dataset's configuration, where it has several.
-        schema: the columns: auto, bge, tevatron, sentence-transformers or ullme; or text, one text a row (of a row of
-            retrieval its first positive), which is its own positive (SimCSE, arXiv 2104.08821).
+        schema: the columns: auto, bge, tevatron, sentence-transformers or ullme; text, one text a row (of a row of
+            retrieval its first positive), which is its own positive (SimCSE, arXiv 2104.08821); or the dotted path of
+            a function that reads a row.
         on_bad_row: stop at the first bad row with its place and reason, before training; or skip and count them.
         short_rows: a row with too few hard negatives of its own borrows positives of other rows, repeats its own
             negatives, or is dropped.
@@ -90,10 +91,10 @@ class ULLMEDataModule(L.LightningDataModule):
         ):
             if value < least:
                 raise ValueError(f"data.{name}={value} must be at least {least}")
+        check_schema(schema)
         if (train is None) == (datasets is None):
-            raise ValueError(
-                f"data.train={train!r} and data.datasets={datasets!r}: give exactly one of them (the rows to train on)"
-            )
+            both = f"data.train={train!r} and data.datasets={datasets!r}"
+            raise ValueError(f"{both}: give exactly one of them (the rows to train on)")
         if datasets is not None and not datasets:
             raise ValueError("data.datasets=[] holds no dataset; name at least one, or give data.train")
         self.sets = [TrainSet(train, train_split, train_name, schema, max_rows)] if train is not None else datasets

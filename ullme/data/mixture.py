@@ -13,7 +13,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from ullme.data.records import Record, Schema
+from ullme.data.records import Record, Schema, check_schema
 from ullme.data.sampler import Draw, GlobalBatchSampler, ShortRows, draw
 from ullme.data.sources import OnBadRow, RowSource, open_source
 
@@ -35,7 +35,7 @@ class TrainSet:
         symmetric: passages are put in the query template too, as for semantic similarity.
 
     Raises:
-        ValueError: a weight that is not positive.
+        ValueError: an unknown schema, or a weight that is not positive.
     """
 
     train: str | list[str]
@@ -49,6 +49,7 @@ class TrainSet:
     symmetric: bool = False
 
     def __post_init__(self) -> None:
+        check_schema(self.schema, "data.datasets: schema")
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"data.datasets: weight={self.weight} of {self.train!r} must be a positive number")
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Schema = Literal["auto", "bge", "tevatron", "sentence-transformers", "ullme", "text"]
+from ullme.named import named
+
+# auto, or a key of _PARSERS, or the dotted path of a user's own parser
+Schema = str
 
 _NUMBERED_NEGATIVE = re.compile(r"negative_(\d+)")
 
@@ -42,14 +45,46 @@ def parse_record(row: Any, schema: Schema = "auto") -> Record:
     Args:
         row: a mapping from column to value.
         schema: which columns to expect; ``auto`` recognises them, all but ``text``, where a row is one text, which
-            is query and positive at once; of a row of retrieval it is the first positive.
+            is query and positive at once; of a row of retrieval it is the first positive. The dotted path of a
+            function that takes a row and returns a :class:`Record` reads columns of your own.
 
     Raises:
         BadRow: not a mapping, a missing key, a wrong type, an empty text, or no positive.
     """
     if not isinstance(row, Mapping):
         raise BadRow(f"the row is a {type(row).__name__}, not an object with keys; write one JSON object a line")
+    if "." in schema:
+        return _own_record(row, schema)
     return _PARSERS[detect_schema(row) if schema == "auto" else schema](row)
+
+
+def check_schema(schema: Schema, option: str = "data.schema") -> None:
+    """Raises: ValueError: no schema is called so, and nothing can be imported under this name."""
+    if "." in schema:
+        named(schema, option)
+    elif schema != "auto" and schema not in _PARSERS:
+        raise ValueError(
+            f"{option}={schema!r} is unknown; choose one of auto, {', '.join(_PARSERS)}, or give module.name of a "
+            "function of your own"
+        )
+
+
+def _own_record(row: Mapping[str, Any], schema: str) -> Record:
+    """What a user's parser makes of a row, cleaned as every other row; what it raises is the reason of a bad row."""
+    try:
+        found = named(schema, "data.schema")(row)
+        parts = found.query, list(found.positives), list(found.negatives), found.instruction
+    except BadRow:
+        raise
+    except Exception as error:
+        raise BadRow(f"{schema} failed with {type(error).__name__}: {error}") from error
+    query, positives, negatives, instruction = parts
+    return _record(
+        _text(query, "query"),
+        [_text(text, f"positives[{i}]") for i, text in enumerate(positives)],
+        [_text(text, f"negatives[{i}]") for i, text in enumerate(negatives)],
+        instruction,
+    )
 
 
 def detect_schema(row: Mapping[str, Any]) -> Schema:

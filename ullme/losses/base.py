@@ -83,10 +83,10 @@ class ChunkLoss(Term):
         """Which candidates' likelihoods the term looks at, and which of these it needs gradients of.
 
         Returns:
-            Two (b, C) bool masks, the second within the first.
+            Two (b, C) bool masks, the second within the first: all, or none for a term without generation.
         """
-        everything = torch.ones_like(batch.passage_keys, dtype=torch.bool)
-        return everything, everything
+        every = torch.full_like(batch.passage_keys, self.uses_generation, dtype=torch.bool)
+        return every, every
 
     def statistic_candidates(self, batch: Batch) -> Tensor | None:
         """(b, C) bool, the candidates of a statistic of the batch that must be known before any gradient, or None."""

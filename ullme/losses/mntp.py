@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from ullme.batch import Batch, TokenRows
+from ullme.batch import TokenRows
 from ullme.losses.base import Chunk, ChunkLoss
 
 if TYPE_CHECKING:
@@ -48,11 +48,6 @@ class MNTP(ChunkLoss):
         self.share = share
         self.mask_token = mask_token
         self.replacement: Replacement = replacement
-
-    def candidates(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """None: passages are not looked at."""
-        nothing = torch.zeros_like(batch.passage_keys, dtype=torch.bool)
-        return nothing, nothing
 
     def mask_token_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """Raises: ValueError: the mask token is not one token of the vocabulary."""

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from ullme.models import packing
-from ullme.models.layers import LayerCall, LayerInputs, attends, decoder_layers, rounding, short_windows
+from ullme.models.layers import (
+    LayerCall,
+    LayerInputs,
+    attends,
+    decoder_layers,
+    rounding,
+    short_windows,
+    token_table,
+)
 from ullme.models.paths import (
     PATHS,
     Hidden,
@@ -94,7 +102,7 @@ def find_path(model: PreTrainedModel, causal: bool, wanted: str = "auto") -> tup
     """As :func:`choose_path`, with what was found out about the path."""
     training = model.training
     model.eval()
-    failures = []
+    failures: list[str] = []
     try:
         for name in PATHS if wanted == "auto" else [wanted]:
             finding = _try_path(model, name, causal)
@@ -130,7 +138,7 @@ def _try_path(model: PreTrainedModel, name: str, causal: bool) -> Finding:
 
 def _block(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """(2, 12) token ids of two rows, 12 and 7 tokens long, and their mask."""
-    table = model.get_input_embeddings().weight
+    table = token_table(model)
     ids = (torch.arange(24, device=table.device).view(2, 12) * 7 + 11) % table.shape[0]
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
@@ -142,7 +150,7 @@ def _plain_forward(model: PreTrainedModel, length: int = 12) -> Tensor:
     ids, mask = _block(model)
     decoder = text_decoder(model.base_model)
     ids = ids[:1, :length]
-    out = decoder(input_ids=ids, attention_mask=mask[:1, :length], **quiet(type(decoder)))
+    out = decoder(input_ids=ids, attention_mask=mask[:1, :length], **quiet(type(decoder).forward))
     return out.last_hidden_state[0]
 
 
@@ -150,7 +158,7 @@ def _probe(model: PreTrainedModel, name: str, causal: bool, plain: Tensor) -> Fi
     """Two rows of different lengths: alone = together, every layer looks where it should, causal = transformers'."""
     decoder, run = model.base_model, PATHS[name]
     ids, mask = _block(model)
-    device, vocabulary = ids.device, model.get_input_embeddings().weight.shape[0]
+    device, vocabulary = ids.device, len(token_table(model))
     half = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if half else next(decoder.parameters()).dtype
     tolerance = rounding(dtype)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from ullme.models.pooling import PoolingMethod
+from ullme.models.layers import token_table
+from ullme.models.pooling import POOLING_METHODS, own_pooling
 from ullme.models.quantization import check_quantization, loading_options
 from ullme.models.stages import INIT_MODES, InitMode
+from ullme.named import named
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +26,7 @@ logger = logging.getLogger(__name__)
 Attention = Literal["bidirectional", "causal"]
 AttentionPath = Literal["auto", "packed", "padded", "flags", "mask4d"]
 Quantization = Literal["none", "nf4", "int8"]
-Pooling = Literal[PoolingMethod, "latent_attention"]
+POOLINGS = (*POOLING_METHODS, "latent_attention")
 Trained = Literal["lora", "biases", "all"]
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -44,11 +46,12 @@ class BackboneConfig:
         lora_dropout: dropout in front of LoRA.
         lora_target_modules: module names, or "all-linear".
         pooling: mean, weighted_mean, first or last; or latent_attention, a trained layer in front of the mean
-            (NV-Embed, arXiv 2405.17428).
+            (NV-Embed, arXiv 2405.17428); or the dotted path of your own function, such as my_file.max_pool.
         attention: attention while embedding.
         dtype: of the weights: auto (as stored), float32, bfloat16, float16, float64. Adapters stay in float32.
         attn_implementation: transformers' choice (sdpa, eager, flash_attention_2 ...); null lets it choose.
         trust_remote_code: run code that comes with the model.
+        family_code: a module of yours to import first, which registers a family with transformers' Auto classes.
         gradient_checkpointing: recompute the layers in backward instead of keeping their activations; auto does so
             only where training would not fit otherwise.
         compile: run the decoder layers through torch.compile; the first steps then take a minute or more.
@@ -74,11 +77,12 @@ class BackboneConfig:
     lora_alpha: float = 32
     lora_dropout: float = 0.2
     lora_target_modules: str | list[str] = "all-linear"
-    pooling: Pooling = "mean"
+    pooling: str = "mean"
     attention: Attention = "bidirectional"
     dtype: str = "auto"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    family_code: str | None = None
     gradient_checkpointing: bool | Literal["auto"] = False
     compile: bool = False
     attention_path: AttentionPath = "auto"
@@ -96,7 +100,10 @@ class BackboneConfig:
                 raise ValueError(f"{option}={getattr(self, option)!r}: {remedy}")
 
         need(bool(self.model_name_or_path), "model_name_or_path", "name a hub model or a local folder")
-        need(self.pooling in get_args(Pooling), "pooling", f"choose one of {', '.join(get_args(Pooling))}")
+        ways = f"choose one of {', '.join(POOLINGS)}, or give module.name of a function of your own"
+        need(self.pooling in POOLINGS or "." in self.pooling, "pooling", ways)
+        if "." in self.pooling:
+            own_pooling(self.pooling)
         need(self.attention in ("bidirectional", "causal"), "attention", "choose bidirectional or causal")
         need(self.dtype in DTYPES, "dtype", f"choose one of {', '.join(DTYPES)}")
         need(self.quantization in ("none", "nf4", "int8"), "quantization", "choose none, nf4 or int8")
@@ -141,13 +148,12 @@ def load_config(options: BackboneConfig) -> PretrainedConfig:
     Raises:
         ValueError: nothing to load under this name, another model type than asked for, or not a causal LM.
     """
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     check_quantization(options)
+    if options.family_code is not None:
+        named(options.family_code, "family_code")
     name = options.model_name_or_path
     with _explained(name, "config.json"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
@@ -161,7 +167,7 @@ def load_config(options: BackboneConfig) -> PretrainedConfig:
         raise ValueError(f"model_name_or_path={name!r} ({config.model_type}) is an encoder-decoder; take a decoder LLM")
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         raise ValueError(f"model_name_or_path={name!r} ({config.model_type}) is an encoder; take a decoder-only LLM")
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not options.trust_remote_code:
+    if type(config) not in AutoModelForCausalLM._model_mapping and not options.trust_remote_code:
         raise ValueError(
             f"model_name_or_path={name!r}: transformers has no causal language model of type "
             f"{config.model_type!r}; take a decoder-only LLM"
@@ -214,7 +220,7 @@ def load_backbone(options: BackboneConfig, config: PretrainedConfig) -> PreTrain
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
     """Raises: ValueError: the tokenizer knows ids for which the LLM has no embedding."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = len(token_table(model))
     if len(tokenizer) > rows:
         raise ValueError(
             f"model_name_or_path={name!r}: the tokenizer has {len(tokenizer)} tokens and the LLM embeds {rows}; "
@@ -259,12 +265,12 @@ def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:
 
     from ullme.models import lora as lora_layers
 
-    targets: str | Sequence[str] = options.lora_target_modules
+    targets: str | list[str] = options.lora_target_modules
     if isinstance(targets, str) and targets != "all-linear":
         targets = [targets]
     lora = LoraConfig(
         r=options.lora_r,
-        lora_alpha=options.lora_alpha,
+        lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # PEFT divides whatever number it is
         lora_dropout=options.lora_dropout,
         target_modules=targets,
         exclude_modules=(lora_layers.unfit(model) or None) if targets == "all-linear" else None,

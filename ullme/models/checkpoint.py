@@ -131,8 +131,13 @@ def load_ullme(checkpoint: str | Path, strict: bool = False, **overrides: Any) -
     known = {field.name for field in fields(BackboneConfig)}
     if unknown := sorted(set(found["backbone"]) - known):
         raise ValueError(f"checkpoint={str(checkpoint)!r} was written by another version: it has the options {unknown}")
-    # Whether a model's own code may run is for whoever loads it to say, never for the file.
-    options = {**found["backbone"], "trust_remote_code": False, **overrides}
+    # Whether code that is not this package's may run is for whoever loads the file to say, never for the file.
+    options = {**found["backbone"], "trust_remote_code": False, "family_code": None, **overrides}
+    if "." in found["backbone"]["pooling"] and "pooling" not in overrides:
+        raise ValueError(
+            f"checkpoint={str(checkpoint)!r} pools with a function of its own; to run it, say so: "
+            f"pooling={found['backbone']['pooling']!r}"
+        )
     model = ULLME(**options, prompts=Prompts.from_dict(found["prompts"]))
     fit_weights(model, found, state, checkpoint, strict)
     return model.eval()
@@ -287,7 +292,7 @@ def save_adapter(model: ULLME, folder: str | Path) -> Path:
     if model.pooler is not None:
         pooler = {k: v.detach().cpu().contiguous() for k, v in model.pooler.state_dict().items()}
         save_file(pooler, folder / POOLER_FILE)
-    model.llm.peft_config[name].save_pretrained(folder)  # type: ignore[union-attr,index,operator]
+    model.llm.peft_config[name].save_pretrained(folder)  # type: ignore[union-attr,index]
     model.tokenizer.save_pretrained(folder)
     (folder / CONTRACT_FILE).write_text(json.dumps(contract(model), indent=2))
     return folder

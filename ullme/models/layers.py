@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ullme.models.paths import text_decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _STATES = "hidden_states"
 
@@ -77,6 +80,13 @@ def _outer_lists(decoder: nn.Module) -> list[nn.ModuleList]:
     return list(lists.values())
 
 
+def token_table(model: PreTrainedModel) -> Tensor:
+    """(V, D) of the input embeddings."""
+    table = model.get_input_embeddings().weight
+    assert isinstance(table, Tensor)
+    return table
+
+
 @dataclass(frozen=True)
 class LayerCall:
     """What one decoder layer was called with."""
@@ -98,7 +108,10 @@ class LayerCall:
         shared = self._borrowed()
         before = self._earlier_output(states, shared, row_length)
         if shared:
-            shared = {kind: tuple(_disturbed(x, _row_of_heads, row_length) for x in kv) for kind, kv in shared.items()}
+            shared = {
+                kind: (_disturbed(k, _row_of_heads, row_length), _disturbed(v, _row_of_heads, row_length))
+                for kind, (k, v) in shared.items()
+            }
         else:
             states = _disturbed(states, _row, row_length)
         after = self._earlier_output(states, shared, row_length)

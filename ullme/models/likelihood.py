@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ullme.batch import TokenRows
 from ullme.models import attention
-from ullme.models.layers import rounding
+from ullme.models.layers import rounding, token_table
 from ullme.models.rows import PackedRows, real_lengths
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
         return (grad[:, None] * slope).to(slope.dtype), None, None, None
 
@@ -237,8 +237,9 @@ def check_head(model: PreTrainedModel) -> None:
         ValueError: the family does something else around its LM head, so likelihoods would be wrong.
     """
     training = model.training
-    device = model.get_input_embeddings().weight.device
-    ids = torch.arange(5, 11, device=device)[None] % model.get_input_embeddings().weight.shape[0]
+    table = token_table(model)
+    device = table.device
+    ids = torch.arange(5, 11, device=device)[None] % len(table)
     try:
         model.eval()
         with torch.autocast(device.type, enabled=False):

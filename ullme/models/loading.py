@@ -55,7 +55,7 @@ def load_embedder(name: str | None, checkpoint: str | Path | None, options: Mapp
     else:
         from ullme.models.checkpoint import load_ullme
 
-        named = {} if name is None else {"model_name_or_path": name}
+        named: dict[str, Any] = {} if name is None else {"model_name_or_path": name}
         model = load_ullme(checkpoint, **named, **options)
     if isinstance(prompts, Mapping):
         prompts = Prompts.from_dict({**model.prompts.to_dict(), **prompts})

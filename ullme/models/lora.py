@@ -29,10 +29,14 @@ class LoraLinear(Linear):
         name = self._only_adapter()
         if name is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer
+        base = self.get_base_layer()
+        assert isinstance(base, nn.Linear)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
-        x, weight, a, b = (t.to(dtype) for t in (x, base.weight, self.lora_A[name].weight, self.lora_B[name].weight))
+        down, up = self.lora_A[name], self.lora_B[name]
+        assert isinstance(down, nn.Linear)
+        assert isinstance(up, nn.Linear)
+        x, weight, a, b = (t.to(dtype) for t in (x, base.weight, down.weight, up.weight))
         bias = None if base.bias is None else base.bias.to(dtype)
         dropout = self.lora_dropout[name]
         dropped = dropout(x) if isinstance(dropout, nn.Dropout) and dropout.training else None
@@ -43,7 +47,8 @@ class LoraLinear(Linear):
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return None
         name = self.active_adapters[0]
-        base = self.base_layer
+        base = self.get_base_layer()
+        assert isinstance(base, nn.Linear)
         plain = (
             name in self.lora_A
             and name not in self.lora_variant
@@ -129,7 +134,7 @@ class _Lora(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         seen, weight, a, b = ctx.saved_tensors
         rows, wide = seen.flatten(0, -2), grad.flatten(0, -2)
         small = wide @ b  # (T, r)

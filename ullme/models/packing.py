@@ -16,13 +16,16 @@ import inspect
 import sys
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ullme.models.rows import Group, PackedRows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROWS_KEYWORD = "ullme_rows"
 PREFIX = "ullme_"
@@ -73,7 +76,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, rows: PackedRows, scale: float | None, causal: bool, window: int | None):  # noqa: ANN202
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, rows: PackedRows, scale: float | None, causal: bool, window: int | None
+) -> Tensor:
     """(1, T, H, head_dim) with the flash kernel for rows of different lengths; half precision on CUDA."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -96,7 +101,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, rows: PackedRows, scale: float | No
     index, key_borders = rows.keys
     if index is not None:  # causal attention is aligned at the end, so a row's first query sees its parent and itself
         k, v = k.index_select(0, index), v.index_select(0, index)
-    return varlen_attn(q, k, v, rows.borders, key_borders, rows.max_length, rows.max_keys, scale=scale, **extra)[None]
+    attend: Callable[..., Any] = varlen_attn  # its signature differs between torch's versions
+    return attend(q, k, v, rows.borders, key_borders, rows.max_length, rows.max_keys, scale=scale, **extra)[None]
 
 
 @cache
@@ -192,7 +198,7 @@ def _base_function(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, 
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
-def install(model: nn.Module) -> None:
+def install(model: PreTrainedModel) -> None:
     """Let a transformers model take :data:`ROWS_KEYWORD`; calls without the keyword run as before.
 
     Raises:
@@ -211,7 +217,7 @@ def install(model: nn.Module) -> None:
     model.config._attn_implementation = PREFIX + base
 
 
-def uninstall(model: nn.Module) -> None:
+def uninstall(model: PreTrainedModel) -> None:
     """Undo :func:`install`."""
     model.config._attn_implementation = model.config._attn_implementation.removeprefix(PREFIX)
 

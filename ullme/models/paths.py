@@ -54,7 +54,8 @@ def run_rows(decoder: nn.Module, tokens: Tensor, rows: PackedRows, causal: bool)
 
 def run_padded(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, causal: bool) -> Hidden:
     """A padded block with the forward keyword ``is_causal``, for the decoders that take one."""
-    keywords = {"is_causal": causal} if _takes(type(text_decoder(decoder)), "is_causal") else {}
+    takes = _takes(type(text_decoder(decoder)).forward, "is_causal")
+    keywords: dict[str, Any] = {"is_causal": causal} if takes else {}
     return _run_block(decoder, input_ids, attention_mask, **keywords)
 
 
@@ -115,7 +116,7 @@ def _mirror_buffers(decoder: nn.Module) -> None:
         if isinstance(triangle, Tensor) and triangle.dtype == torch.bool and triangle.dim() == 4:
             mirrored = vars(module).setdefault("ullme_mirrored", False)
             if not mirrored:
-                module.bias, module.ullme_mirrored = triangle | triangle.transpose(-1, -2), True
+                module.bias, vars(module)["ullme_mirrored"] = triangle | triangle.transpose(-1, -2), True
 
 
 def run_mask4d(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, causal: bool) -> Hidden:
@@ -123,7 +124,8 @@ def run_mask4d(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, ca
 
     Where layers are of several kinds, there is one mask for each kind.
     """
-    config = text_decoder(decoder).config.get_text_config()
+    own: Any = text_decoder(decoder).config
+    config = own.get_text_config()
     kinds = {kind for kind in getattr(config, "layer_types", None) or () if kind.endswith("_attention")}
 
     def masks(mask: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
@@ -185,22 +187,25 @@ def _run_block(
     real, ids = real[:, :width], ids[:, :width]
     parameter = next(decoder.parameters())
     out = decoder(
-        input_ids=ids, attention_mask=make_mask(real.long(), parameter.dtype), **keywords, **quiet(type(decoder))
+        input_ids=ids,
+        attention_mask=make_mask(real.long(), parameter.dtype),
+        **keywords,
+        **quiet(type(decoder).forward),
     )
     return Hidden(out.last_hidden_state[real], lengths)
 
 
 @cache
-def _takes(decoder_class: type[nn.Module], keyword: str) -> bool:
+def _takes(forward: Callable[..., Any], keyword: str) -> bool:
     """Whether a forward has this parameter or passes on whatever it does not know."""
-    parameters = inspect.signature(decoder_class.forward).parameters
+    parameters = inspect.signature(forward).parameters
     return keyword in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 @cache
-def quiet(decoder_class: type[nn.Module]) -> dict[str, bool]:
+def quiet(forward: Callable[..., Any]) -> dict[str, bool]:
     """No key-value cache, for the decoders that have one (others would pass the keyword on to their layers)."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(decoder_class.forward).parameters else {}
+    return {"use_cache": False} if "use_cache" in inspect.signature(forward).parameters else {}
 
 
 PATHS: dict[str, Callable[[nn.Module, Tensor, Tensor, bool], Hidden]] = {

@@ -37,6 +37,8 @@ def merged_backbone(options: BackboneConfig) -> tuple[PreTrainedModel, nn.Module
         "dtype": options.dtype,
         "attn_implementation": options.attn_implementation,
         "trust_remote_code": options.trust_remote_code,
+        "family_code": options.family_code,
+        **({"pooling": options.pooling} if "." in options.pooling else {}),
         # it is not run, so it need not be fast, nor asked how it attends
         **{"attention_path": "padded", "probe": False, "compile": False, "gradient_checkpointing": False},
         "quantization": "none",
@@ -46,7 +48,7 @@ def merged_backbone(options: BackboneConfig) -> tuple[PreTrainedModel, nn.Module
     except ValueError as error:
         raise _explained(options, error) from error
     adapted = earlier.options.lora_name is not None
-    return (earlier.llm.merge_and_unload() if adapted else earlier.causal_lm), earlier.pooler  # type: ignore[operator,return-value]
+    return (earlier.llm.merge_and_unload() if adapted else earlier.causal_lm), earlier.pooler  # type: ignore[operator]
 
 
 def continue_training(model: ULLME) -> None:

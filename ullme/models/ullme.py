@@ -52,7 +52,7 @@ class ULLME(nn.Module):
     """
 
     # How blocks of tokens become embeddings; evaluation over several processes puts its own way here.
-    embed_blocks: EmbedBlocks = staticmethod(encoding.embed_blocks)  # type: ignore[assignment]
+    embed_blocks: EmbedBlocks = staticmethod(encoding.embed_blocks)
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class ULLME(nn.Module):
         """Gradient checkpointing, from here on."""
         model = self.causal_lm
         # Reentrant checkpointing would need inputs that require gradients; frozen embeddings give none.
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})  # transformers 5.2x renamed it
 
     def _compile_layers(self) -> None:
@@ -125,7 +125,7 @@ class ULLME(nn.Module):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """transformers' own model, adapters inside."""
-        return self.llm if self.options.lora_name is None else self.llm.get_base_model()  # type: ignore[return-value]
+        return self.llm if self.options.lora_name is None else self.llm.get_base_model()  # type: ignore[return-value,operator]
 
     @property
     def hidden_size(self) -> int:

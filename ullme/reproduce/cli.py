@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
+from ullme.config_files import located
 from ullme.reproduce.cells import Cell, Overrides, parse_options
 from ullme.reproduce.spec import Table, check, chosen, filled
 
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # the rest of the command line is not for it
     try:
-        options = parser().parse_args(argv)
+        options = parser().parse_args(located(sys.argv[1:] if argv is None else argv))
         return run(options)
     except (ArgumentError, ValueError) as error:
         print(f"reproduce: error: {one_line(error)}", file=sys.stderr)
