@@ -25,88 +25,31 @@ import argparse
 import json
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from machine import machine
+from real_sizes import MODELS, Given, Sizes, build
 from torch.profiler import ProfilerActivity, profile
-from workload import make_batch, make_passages, save_tokenizer
+from workload import make_batch, make_passages
 
 from ullme.batch import Batch
 from ullme.callbacks import GRL, GradCache
 from ullme.chunking import Chunking, choose, try_out
 from ullme.flops import model_cost, step_work
 from ullme.memory import GIB
-from ullme.models import ULLME, backbone
-from ullme.plan_cli import SHAPES
-from ullme.reference import Reference
+from ullme.models import ULLME
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
-MODELS = {
-    "phi-1.5": "microsoft/phi-1_5",
-    "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.2",
-    "llama-3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
-}
 PARTS = ("train", "encode", "memory", "profile", "compile")
 # One positive and eight negatives of at most 200 tokens, and a query: the least that a chunk with generation holds.
 LEAST = 9 * 200 + 12
 EPOCH_STEPS = 545
-
-
-class Sizes:
-    """How much of everything; ``--tiny`` is for the code and not for the clock."""
-
-    def __init__(self, tiny: bool) -> None:
-        self.batch = 4 if tiny else 512
-        self.batches = (2, 4) if tiny else (64, 128, 256, 512)
-        self.passages = 24 if tiny else 8192
-        self.product = 64 if tiny else 8192
-        self.small_batch = 2 if tiny else 64
-        self.shape = (
-            {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-            | {"vocab_size": 512, "max_position_embeddings": 512, "num_key_value_heads": 2}
-            if tiny
-            else {}
-        )
-
-
-class Given(Reference):
-    """log π_ref that is known beforehand."""
-
-    def prepare(self, model: ULLME, precision: str) -> None: ...
-
-    def logps(self, model: ULLME, batch: Batch, mask: torch.Tensor, share_prompts: bool) -> torch.Tensor:
-        return torch.full(mask.shape, -600.0, device=mask.device)
-
-
-def build(name: str, device: torch.device, sizes: Sizes, **options: Any) -> ULLME:
-    """An ULLME of a published shape with random weights, made on the device: nothing is read but a toy tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    kind, shape = SHAPES[MODELS[name]]
-    config = AutoConfig.for_model(kind, **{**shape, **sizes.shape, "dtype": "bfloat16"})
-
-    def random_weights(*_: Any) -> Any:
-        torch.manual_seed(0)
-        with torch.device(device):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        patch.object(backbone, "load_config", lambda _: config),
-        patch.object(backbone, "load_backbone", random_weights),
-    ):
-        save_tokenizer(folder, config.vocab_size)
-        settings = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.2, "dtype": "bfloat16"}
-        settings["gradient_checkpointing"] = "auto"
-        model = ULLME(folder, **{**settings, **options})
-    return model.to(device).train()
 
 
 def synchronize(device: torch.device) -> None:
@@ -123,15 +66,13 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def peak_gib(run: Callable[[], object], device: torch.device) -> float | None:
-    """The most that tensors took while it ran, weights included; None without CUDA."""
+def peak_gib(run: Callable[[], Any], device: torch.device) -> tuple[Any, float | None]:
+    """What it returns, and the most that tensors took while it ran, weights included; None without CUDA."""
     if device.type != "cuda":
-        run()
-        return None
+        return run(), None
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    run()
-    return torch.cuda.max_memory_allocated(device) / GIB
+    return run(), torch.cuda.max_memory_allocated(device) / GIB
 
 
 def product_tflops(device: torch.device, n: int) -> float:
@@ -165,8 +106,7 @@ def settle(model: ULLME, loss: GradCache) -> Chunking:
     """What ``chunk_tokens: auto`` and ``gradient_checkpointing: auto`` would take."""
     chunking = choose(model, half=True, least=LEAST, chunk_tokens=None)
     if model.device.type == "cuda":
-        autocast = lambda: torch.autocast("cuda", torch.bfloat16)  # noqa: E731
-        chunking = try_out(model, loss.objective, chunking, 9, 200, autocast)
+        chunking = try_out(model, loss.objective, chunking, 9, 200, partial(torch.autocast, "cuda", torch.bfloat16))
     if chunking.checkpointing:
         model.recompute_layers()
     return chunking
@@ -194,9 +134,8 @@ def train(model: ULLME, chunking: Chunking, sizes: Sizes, peak: float) -> dict[s
             loss.objective.reference = reference
         trainer = Trainer(model, loss, chunking)
         trainer.step(batch[: sizes.small_batch])
-        seconds: list[float] = []
-        memory = peak_gib(lambda: seconds.append(timed(lambda: trainer.step(batch), model.device)), model.device)  # noqa: B023
-        found[name] = {**rates(model, loss, batch, seconds[0], peak), "peak_gib": memory}
+        seconds, peak_memory = peak_gib(partial(timed, partial(trainer.step, batch), model.device), model.device)
+        found[name] = {**rates(model, loss, batch, seconds, peak), "peak_gib": peak_memory}
     return found
 
 
@@ -210,10 +149,10 @@ def encode(model: ULLME, sizes: Sizes) -> dict[str, Any]:
 
 def memory(model: ULLME, chunking: Chunking, sizes: Sizes) -> dict[str, Any]:
     trainer = Trainer(model, GRL(), Chunking(chunking.chunk_tokens // 4, 0, chunking.checkpointing))
-    found = {}
+    found: dict[str, float | None] = {}
     for queries in sizes.batches:
         batch = make_batch(queries, vocabulary=model.causal_lm.config.vocab_size).to(model.device)
-        found[str(queries)] = peak_gib(lambda: trainer.step(batch), model.device)  # noqa: B023
+        found[str(queries)] = peak_gib(partial(trainer.step, batch), model.device)[1]
     return {"chunk_tokens": chunking.chunk_tokens // 4, "peak_gib": found}
 
 
@@ -232,22 +171,22 @@ def top_costs(model: ULLME, chunking: Chunking, sizes: Sizes, most: int = 12) ->
         averages = [e for e in averages if "cuda" in str(e.device_type).lower()] or averages
     total = sum(getattr(e, field) for e in averages) or 1
     costly = sorted(averages, key=lambda e: -getattr(e, field))[:most]
-    return [{"name": e.key[:100], "share": getattr(e, field) / total, "calls": e.count} for e in costly]
+    return [{"kernel": e.key[:100], "share": getattr(e, field) / total, "calls": e.count} for e in costly]
 
 
 def compiled(name: str, device: torch.device, sizes: Sizes) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for on in (False, True):
+    def steps(on: bool) -> dict[str, float]:
         model = build(name, device, sizes, compile=on)
         loss = GradCache()
         trainer = Trainer(model, loss, settle(model, loss))
-        batches = [
-            make_batch(2 * sizes.small_batch, vocabulary=model.causal_lm.config.vocab_size, seed=seed).to(device)
-            for seed in range(3)
-        ]
-        first, _, last = (timed(lambda: trainer.step(batch), device) for batch in batches)  # noqa: B023
-        found["on" if on else "off"] = {"first_seconds": first, "seconds": last}
-        del model, trainer
+        vocabulary, queries = model.causal_lm.config.vocab_size, 2 * sizes.small_batch
+        batches = [make_batch(queries, vocabulary=vocabulary, seed=seed).to(device) for seed in range(3)]
+        seconds = [timed(partial(trainer.step, batch), device) for batch in batches]
+        return {"first_seconds": seconds[0], "seconds": seconds[-1]}
+
+    found = {}
+    for on in (False, True):
+        found["on" if on else "off"] = steps(on)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return found
@@ -255,20 +194,23 @@ def compiled(name: str, device: torch.device, sizes: Sizes) -> dict[str, Any]:
 
 def measure(name: str, parts: list[str], device: torch.device, sizes: Sizes, peak: float, keep: Callable) -> None:
     """Every part of one model; what fails is kept as its message, and the rest goes on."""
-    model = build(name, device, sizes)
-    chunking = settle(model, GRL())
-    keep("model", {"attention_path": model.attention_path, **vars(chunking)})
-    runs: dict[str, Callable[[], Any]] = {
-        "encode": lambda: encode(model, sizes),
-        "train": lambda: train(model, chunking, sizes, peak),
-        "profile": lambda: top_costs(model, chunking, sizes),
-        "memory": lambda: memory(model, chunking, sizes),
-    }
-    for part, run in runs.items():
-        if part in parts:
-            keep(part, _or_error(run))
-    runs.clear()
-    del model
+
+    def with_one_model() -> None:
+        model = build(name, device, sizes)
+        chunking = settle(model, GRL())
+        keep("model", {"attention_path": model.attention_path, **vars(chunking)})
+        runs: dict[str, Callable[[], Any]] = {
+            "encode": lambda: encode(model, sizes),
+            "train": lambda: train(model, chunking, sizes, peak),
+            "profile": lambda: top_costs(model, chunking, sizes),
+            "memory": lambda: memory(model, chunking, sizes),
+        }
+        for part, run in runs.items():
+            if part in parts:
+                keep(part, _or_error(run))
+
+    if set(parts) - {"compile"}:
+        with_one_model()
     if "compile" in parts:
         keep("compile", _or_error(lambda: compiled(name, device, sizes)))
 
@@ -276,7 +218,7 @@ def measure(name: str, parts: list[str], device: torch.device, sizes: Sizes, pea
 def _or_error(run: Callable[[], Any]) -> Any:
     try:
         return run()
-    except (RuntimeError, ValueError) as error:  # out of memory, a kernel that is missing
+    except Exception as error:  # out of memory, a kernel or a compiler that is missing
         print(f"  failed: {error}", file=sys.stderr)
         return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
@@ -300,6 +242,9 @@ def _flat(name: str, value: Any) -> list[tuple[str, Any]]:
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_text(inner)}" for key, inner in value.items())
+    if isinstance(value, float):
+        return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+    return str(value)
     return (
         f"{value:.3g}"
         if isinstance(value, float) and value < 1000
@@ -315,12 +260,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a toy of each family, for trying the script out")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, help="default: results/gpu.json; with --tiny nowhere")
     options = parser.parse_args(argv)
     device, sizes = torch.device(options.device), Sizes(options.tiny)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device=cuda: there is no CUDA device here; --tiny --device cpu tries the script out")
-    earlier = json.loads(options.output.read_text()) if options.output.exists() else {}
+    output: Path | None = options.output or (None if options.tiny else RESULTS)
+    earlier = json.loads(output.read_text()) if output is not None and output.exists() else {}
     peak = product_tflops(device, sizes.product)
     results: dict[str, Any] = {
         "machine": machine(),
@@ -335,7 +281,8 @@ def main(argv: list[str] | None = None) -> None:
         def keep(part: str, value: Any, name: str = name) -> None:
             results["models"].setdefault(name, {})[part] = value
             print(f"  {name} {part}: {value}", flush=True)
-            options.output.write_text(json.dumps(results, indent=1) + "\n")
+            if output is not None:
+                output.write_text(json.dumps(results, indent=1) + "\n")
 
         measure(name, options.parts, device, sizes, peak, keep)
     print(f"\n{table(results)}")

@@ -2,7 +2,8 @@
 
 Trains through train.py and evaluates through evaluate.py, both as subprocesses, so every figure can be had by hand:
 
-    python benchmarks/recipes.py --model FOLDER --train train.jsonl --corpus BEIR_FOLDER ... --sts FILE --output runs/recipes
+    python benchmarks/recipes.py --model FOLDER --train train.jsonl --corpus BEIR_FOLDER ... --sts FILE \
+        --output runs/recipes
 
 A recipe keeps what defines it (attention, pooling, templates, losses, what is trained, the stages); the number of
 steps, the batch, lengths and learning rate are the same for all, apart from what ``RATES`` says. What a recipe needs
