@@ -54,7 +54,7 @@ def layout(prompts: Prompts, pooling: str, tokenizer: PreTrainedTokenizerBase) -
     """
     if pooling not in POOLINGS:
         raise ValueError(
-            f"pooling={pooling!r} has trained weights that sentence-transformers has no module for; {_REMEDY}"
+            f"pooling={pooling!r} has no module of its own in sentence-transformers; {_REMEDY}"
         )
     in_front, behind = {}, {}
     for role in PROMPT_NAMES:

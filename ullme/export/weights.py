@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ullme.export.contract import PROMPT_NAMES
 from ullme.models import packing
 from ullme.models.paths import text_decoder
-from ullme.models.pooling import PoolingMethod, pool_padded
+from ullme.models.pooling import pool_padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -158,7 +158,7 @@ def _block(model: ULLME) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def plain_forward(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, pooling: PoolingMethod) -> Tensor:
+def plain_forward(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
     """(R, D) of a padded block as transformers runs it, pooled and normalised."""
     hidden = decoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
     return nn.functional.normalize(pool_padded(hidden, attention_mask, pooling), dim=-1)
