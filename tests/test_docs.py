@@ -108,7 +108,7 @@ def test_every_block_is_of_a_known_kind():
 
 
 def test_every_link_leads_somewhere():
-    for page in PAGES:
+    for page in (*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"):
         for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
             if not target.startswith(("http", "#")):
                 assert (ROOT / page).parent.joinpath(target.split("#")[0]).exists(), f"{page}: {target}"
