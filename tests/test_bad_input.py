@@ -103,6 +103,7 @@ TRAIN: dict[str, tuple[str, list[str]]] = {
     ),
     "no such precision": ("--trainer.precision=7", ["precision", "7", "bf16-mixed"]),
     "half precision": ("--trainer.precision=16-true", ["trainer.precision='16-true'", "bf16-mixed"]),
+    "bfloat16 for all": ("--trainer.precision=bf16-true", ["trainer.precision='bf16-true'", "bf16-mixed"]),
     "no end": ("--trainer.max_epochs=-1 --trainer.max_steps=-1", ["trainer.max_epochs=-1", "trainer.max_steps"]),
     "clipping by the trainer": ("--trainer.gradient_clip_val=1", ["model.optimizer.gradient_clip_val"]),
     "accumulation": ("--trainer.accumulate_grad_batches=2", ["data.batch_size"]),

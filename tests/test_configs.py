@@ -13,7 +13,9 @@ from ullme import cli
 from ullme.callbacks import LossCallback
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-FILES = sorted(CONFIGS.rglob("*.yaml"))
+EVERY = sorted(CONFIGS.rglob("*.yaml"))
+TABLES = [path for path in EVERY if "rows" in yaml.safe_load(path.read_text())]  # of `ullme reproduce`
+FILES = [path for path in EVERY if path not in TABLES]
 
 
 def arguments(path: Path) -> list[str]:
@@ -22,7 +24,7 @@ def arguments(path: Path) -> list[str]:
     stack = [path]
     if not content.get("model", {}).get("backbone", {}).get("model_name_or_path"):
         stack.insert(0, CONFIGS / "model" / "phi-1.5.yaml")
-    if path.name != "base.yaml" and not (content.get("data", {}).get("train") or "").startswith("runs/"):
+    if path != CONFIGS / "base.yaml" and not (content.get("data", {}).get("train") or "").startswith("runs/"):
         stack.insert(0, CONFIGS / "base.yaml")
     return [f"--config={p}" for p in stack]
 
@@ -41,6 +43,60 @@ def test_instantiates(path, tmp_path, monkeypatch, no_gpu_needed):
     assert sum(isinstance(c, LossCallback) for c in app.trainer.callbacks) == 1
     assert app.model.backbone.model_name_or_path
     assert app.datamodule.batch_size > 0
+
+
+def test_the_tables_are_those_there_are():
+    assert [path.stem for path in TABLES] == ["miniature", "small", "table2"]
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
+@pytest.mark.filterwarnings("ignore:LightningCLI")
+def test_every_stage_of_a_table_instantiates(path, tmp_path, monkeypatch, no_gpu_needed):
+    from ullme.reproduce.cells import Cell
+    from ullme.reproduce.cli import parser, read_table
+    from ullme.reproduce.spec import check, chosen, filled
+
+    monkeypatch.chdir(tmp_path)
+    table = filled(read_table(parser().parse_args([f"--config={path}", "--seeds=[3]"])), "an-llm", "data")
+    check(table)
+    here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.logger=false"]
+    some = list(chosen(table, [f"{next(iter(table.models))}/*"]))
+    for cell in [Cell(table, *one) for one in some]:
+        assert len(cell.parsed) == len(cell.row.stages)
+        for stage in cell.row.stages if path.stem == "miniature" else []:  # the others differ in what is parsed above
+            app = cli.build([*cell.configuration(stage), *here], run=False)
+            assert app.model.backbone.attention == ("causal" if cell.row_id in CAUSAL else "bidirectional")
+    assert len(some) == 8
+
+
+CAUSAL = ("base", "causal_cl", "echo")
+PAPER_TERMS = {
+    "causal_cl": {"info_nce": 1.0},
+    "bi_cl": {"info_nce": 1.0},
+    "bi_cl_sft": {"info_nce": 1.0, "sft": 0.5},
+    "grl_sft": {"info_nce": 1.0, "sft": 0.5, "kl": 1.0},
+    "grl": {"info_nce": 1.0, "dpo": 0.5, "kl": 1.0},
+    "echo": {"info_nce": 1.0},
+    "llm2vec_mntp": {"mntp": 1.0},
+    "llm2vec": {"info_nce": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", PAPER_TERMS)
+def test_each_row_of_the_paper_is_what_its_name_says(name, tmp_path, monkeypatch, no_gpu_needed):
+    monkeypatch.chdir(tmp_path)
+    files = ["base.yaml", "model/phi-1.5.yaml", f"paper/{name}.yaml", "strategy/fsdp_4xa100.yaml"]
+    here = ["--trainer.accelerator=cpu", "--trainer.logger=false"]
+    app = cli.build([*(f"--config={CONFIGS / f}" for f in files), *here], run=False)
+    (loss,) = (c for c in app.trainer.callbacks if isinstance(c, LossCallback))
+    assert {term.name: term.weight for term in loss.objective.terms} == PAPER_TERMS[name]
+    assert app.model.backbone.attention == ("causal" if name in CAUSAL else "bidirectional")
+    assert app.trainer.world_size == 4
+
+
+def test_every_row_of_the_paper_has_its_terms_checked():
+    rows = {path.stem for path in (CONFIGS / "paper").glob("*.yaml")} - {path.stem for path in TABLES}
+    assert rows == {"base", *PAPER_TERMS}
 
 
 TERMS = {
@@ -72,12 +128,14 @@ def test_every_loss_config_has_its_terms_checked():
     assert {path.stem for path in (CONFIGS / "loss").glob("*.yaml")} == set(TERMS)
 
 
+FOUR = {"fsdp": 4, "fsdp_4xa100": 4, "fsdp2": 4}
 STRATEGIES = {
     "single": strategies.SingleDeviceStrategy,
     "cpu": strategies.SingleDeviceStrategy,
     "ddp": strategies.DDPStrategy,
     "cpu_2proc": strategies.DDPStrategy,
     "fsdp": strategies.FSDPStrategy,
+    "fsdp_4xa100": strategies.FSDPStrategy,
     "fsdp_multinode": strategies.FSDPStrategy,
     "fsdp2": strategies.ModelParallelStrategy,
 }
@@ -92,7 +150,7 @@ def test_each_strategy_config_is_what_its_name_says(name, tmp_path, monkeypatch,
     devices = [] if isinstance(content["devices"], int) else ["--trainer.devices=2"]  # as many as there are: GPUs
     app = cli.build([*(f"--config={CONFIGS / f}" for f in files), *here, *devices], run=False)
     assert type(app.trainer.strategy) is STRATEGIES[name]
-    assert app.trainer.world_size == {"single": 1, "cpu": 1, "fsdp": 4, "fsdp2": 4, "fsdp_multinode": 8}.get(name, 2)
+    assert app.trainer.world_size == {"single": 1, "cpu": 1, **FOUR, "fsdp_multinode": 8}.get(name, 2)
 
 
 def test_every_strategy_config_has_its_class_checked():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -11,18 +12,30 @@ from ranks import on_ranks
 from test_gradcache import assert_same_gradients, gradients, make_batch
 from test_objective import OBJECTIVES, with_generation
 
+from ullme.batch import Batch
 from ullme.distributed import any_rank, average_gradients, mean_over_ranks, merge_unit_rows, most, world
 from ullme.gradcache import chunk_slices
+from ullme.health import NotFiniteError
+from ullme.losses import DPO, KL, InfoNCE
 from ullme.models import ULLME
 from ullme.objective import Objective
 
-NAMES = ("cl", "grl", "kto")
+NAMES = ("cl", "cl_unmasked", "isolated", "grl", "kto")
 
 
 def make_objective(name: str) -> Objective:
-    from ullme.losses import InfoNCE
+    if name in OBJECTIVES:
+        return Objective(OBJECTIVES[name]())
+    return Objective([InfoNCE(bidirectional=name != "isolated", mask_duplicates=name != "cl_unmasked")])
 
-    return Objective([InfoNCE(bidirectional=True)] if name == "cl" else OBJECTIVES[name]())
+
+def global_batch(name: str) -> Batch:
+    """Five queries; the first one's positive is also a negative of the last and the positive of the fourth."""
+    batch = with_generation(make_batch())
+    keys = batch.passage_keys.clone()
+    keys[4, 1] = keys[3, 0] = keys[0, 0]
+    isolated = torch.tensor([False, True, False, False, True]) if name == "isolated" else None
+    return replace(batch, passage_keys=keys, isolated=isolated)
 
 
 def load(folder: str, state: dict) -> ULLME:
@@ -33,9 +46,10 @@ def load(folder: str, state: dict) -> ULLME:
 
 def work(borders: list[int], folder: str, state: dict) -> dict:
     rank, ranks = world()
-    model, batch = load(folder, state), with_generation(make_batch())[borders[rank] : borders[rank + 1]]
+    model = load(folder, state)
     results = {}
     for name in NAMES:
+        batch = global_batch(name)[borders[rank] : borders[rank + 1]]
         logs = make_objective(name).grad_cache(model, batch, chunk_slices(batch, 2, None))
         average_gradients([p for p in model.parameters() if p.requires_grad])
         loss = logs["loss"].clone()
@@ -49,14 +63,41 @@ def work(borders: list[int], folder: str, state: dict) -> dict:
 def test_ranks_change_no_gradient(borders, make_model, tmp_path):
     model = make_model().double().train()
     state = {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad}
-    batch = with_generation(make_batch())
     results = on_ranks(len(borders) - 1, tmp_path, work, borders, model.options.model_name_or_path, state)[0]
+    losses = []
     for name in NAMES:
-        logs = make_objective(name).full_batch(model, batch)
+        logs = make_objective(name).full_batch(model, global_batch(name))
         expected = gradients(model)
         loss, found = results[name]
+        losses.append(loss)
         assert loss == pytest.approx(logs["loss"].item(), rel=1e-5)
         assert_same_gradients(found, expected, 1e-5)  # Llama's norms round to float32
+    assert len({round(loss, 4) for loss in losses}) == len(NAMES)  # duplicates and isolation matter
+
+
+def stumble(folder: str, state: dict) -> str:
+    """One query of rank 1 has a DPO that is not finite; rank 0 has nothing to complain of."""
+    rank, _ = world()
+    model, batch = load(folder, state), with_generation(make_batch())[2 * rank : 2 * rank + 2 + rank]
+
+    class Wrong(DPO):
+        def forward(self, chunk):
+            return super().forward(chunk) * torch.where(chunk.row_ids == 3, float("nan"), 1.0)
+
+    objective = Objective([InfoNCE(), Wrong(), KL()])
+    with pytest.raises(NotFiniteError) as error:
+        objective.grad_cache(model, batch, chunk_slices(batch, 1, None))
+    dist.barrier()  # all of them are still here
+    return str(error.value)
+
+
+@pytest.mark.distributed
+def test_a_nan_on_one_rank_stops_all_with_its_rows(make_model, tmp_path):
+    model = make_model()
+    state = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    first, second = on_ranks(2, tmp_path, stumble, model.options.model_name_or_path, state)
+    assert first == second
+    assert first.startswith("rank 1: dpo is nan (training rows [3])")
 
 
 def talk() -> dict:

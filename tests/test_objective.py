@@ -11,6 +11,7 @@ from test_gradcache import assert_same_gradients, gradients, make_batch
 
 from ullme.batch import Batch, GenerationRows, TokenRows
 from ullme.gradcache import chunk_slices
+from ullme.health import NotFiniteError
 from ullme.losses import CPO, DPO, IPO, KL, KTO, SFT, Hinge, InfoNCE, SimPO
 from ullme.objective import Objective
 from ullme.prompts import pad_rows
@@ -177,6 +178,24 @@ def test_full_fine_tuning_needs_an_explicit_reference(make_model, batch):
             if name in grads:
                 parameter.sub_(grads[name], alpha=0.05)
     assert by(objective, model, batch)[0]["dpo"] < math.log(2)  # the model moved, the reference did not
+
+
+def test_a_nan_in_the_representations_names_their_rows(model, batch):
+    """Not all the rows of the batch, although InfoNCE is one number."""
+    embed, wrong = model.forward, batch.queries.input_ids[3, 0].item()
+
+    def poisoned(input_ids, *args, **kwargs):
+        found = embed(input_ids, *args, **kwargs)
+        return {"rep": torch.where(input_ids[:, :1] == wrong, float("nan"), found["rep"])}
+
+    model.forward = poisoned
+    assert (batch.queries.input_ids[:, 0] == wrong).sum() == 1
+    with pytest.raises(NotFiniteError, match=r"info_nce is nan \(training rows \[.*3.*\]\)") as error:
+        Objective([InfoNCE()]).grad_cache(model, batch, chunk_slices(batch, 2, None))
+    firsts = batch.passages.input_ids[:, 0].view(len(batch), -1)
+    guilty = ((firsts == wrong).any(1) | (batch.queries.input_ids[:, 0] == wrong)).nonzero()[:, 0].tolist()
+    assert len(guilty) < len(batch)
+    assert f"training rows {guilty})" in str(error.value)
 
 
 def test_preferences_need_negatives(model):

@@ -99,7 +99,7 @@ def test_chunks_of_queries_and_none(job):
     assert whole.hardware_flops < make_plan(with_(job, chunk_size=3), SMALL).hardware_flops  # no first forward
 
 
-@pytest.mark.parametrize(("count", "mfu", "message"), [(3, 0.4, "--num-devices=3"), (1, 1.5, "--mfu=1.5")])
+@pytest.mark.parametrize(("count", "mfu", "message"), [(3, 0.4, "--num_devices=3"), (1, 1.5, "--mfu=1.5")])
 def test_refusals(job, count, mfu, message):
     with pytest.raises(ValueError, match=message):
         make_plan(job, SMALL, count, mfu=mfu)
@@ -127,7 +127,7 @@ def parse(*argv: str):
 
 def test_a_plan_reads_the_stacked_configurations_of_train(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plan = parse(*config, "--device=h200", "--num-devices=2", "--data.num_hard_negatives=4")
+    plan = parse(*config, "--device=h200", "--num_devices=2", "--data.num_hard_negatives=4")
     job = plan.job
     assert (job.batch_size, job.candidates, job.rows, job.chunk_size) == (8, 5, 64, 4)
     assert [t.name for t in job.objective.terms] == ["info_nce", "dpo", "kl"]
@@ -151,8 +151,8 @@ def test_the_command(config, capsys):
         (["--config=/no/such.yaml"], "such.yaml"),
         ([], "--config"),
         ([*config, "--data.train=hub/name"], "--rows"),
-        ([*config, "--backbone-config=missing"], "--backbone-config=missing"),
-        ([*config, "--model.backbone.model_name_or_path=no/where"], "--backbone-config"),
+        ([*config, "--backbone-config=missing"], "--backbone_config=missing"),
+        ([*config, "--model.backbone.model_name_or_path=no/where"], "--backbone_config"),
     ):
         with pytest.raises(SystemExit) as end:
             main(["plan", *argv])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from tiny import make_tokenizer
+from tiny import TEXTS, make_tokenizer
 from tokenizers.decoders import ByteLevel
 
 from ullme.batch import TokenRows
@@ -146,3 +146,12 @@ def test_rows_travel_with_their_span():
     assert both[1:].pool_mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert both.to("cpu").pool_mask.tolist() == both.pool_mask.tolist()
     assert TokenRows.cat([other, other]).pool_mask is None
+
+
+@pytest.mark.parametrize("append_eos", [False, True])
+def test_an_end_token_of_the_template_is_kept_once(append_eos):
+    """Cut like a text without it, and the end token behind: its tail and the end token are the same token."""
+    text = " ".join(TEXTS)
+    bare = PromptTokenizer(make_tokenizer(), Prompts(query="q: {text}")).ids([text], "query", max_length=19)[0]
+    prompts = Prompts(query="q: {text}</s>", append_eos=append_eos)
+    assert PromptTokenizer(make_tokenizer(), prompts).ids([text], "query", max_length=20)[0] == [*bare, 2]

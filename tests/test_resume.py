@@ -7,11 +7,16 @@ import errno
 import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from interrupted import (  # start, ended and end_of_whole_run are fixtures
+    RUN,
     after,
     assert_same,
     before_naming,
@@ -21,6 +26,7 @@ from interrupted import (  # start, ended and end_of_whole_run are fixtures
     ended,  # noqa: F401
     in_save,
     in_validation,
+    interrupt_twice_in_step,
     only_rank,
     start,  # noqa: F401
     terminate_in_step,
@@ -160,6 +166,97 @@ def test_sigterm_saves_and_leaves_with_143(moment, step, start, end_of_whole_run
     assert start("run", "second") == 0, (tmp_path / "second.err").read_text()
     assert min(logged(tmp_path / "second", "train/loss")) == step
     assert_same(end(tmp_path, "run", ["first", "second"]), expected)
+
+
+@pytest.mark.parametrize(
+    ("moment", "step"),
+    [
+        (lambda: terminate_in_step(4, signal.SIGINT), 5),
+        pytest.param(lambda: terminate_in_validation(signal.SIGINT), 3, marks=pytest.mark.slow),
+    ],
+    ids=["in a step", "in the validation"],
+)
+def test_ctrl_c_saves_and_leaves_with_130(moment, step, start, end_of_whole_run, tmp_path):
+    expected = end_of_whole_run()
+    assert start("run", "first", then=moment) == 130
+    said = [line for line in (tmp_path / "first.out").read_text().splitlines() if line.startswith("Ctrl-C")]
+    assert said == [
+        f"Ctrl-C: saved {tmp_path / 'run' / 'checkpoints' / 'last.ckpt'} after step {step}; the same command goes on "
+        "from there"
+    ]
+    assert "Traceback" not in (tmp_path / "first.err").read_text()
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step
+    assert start("run", "second") == 0, (tmp_path / "second.err").read_text()
+    assert min(logged(tmp_path / "second", "train/loss")) == step
+    assert_same(end(tmp_path, "run", ["first", "second"]), expected)
+
+
+def test_a_second_ctrl_c_leaves_at_once(start, tmp_path):
+    assert start("run", "first", then=lambda: interrupt_twice_in_step(4)) == -signal.SIGINT
+    said = (tmp_path / "first.err").read_text()
+    assert "once more leaves at once" in said
+    assert "Traceback" not in said
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_reaches_the_workers_too(tmp_path, arguments, start, end_of_whole_run):
+    """The whole process group of a real train.py is told, as a terminal does it."""
+    expected = end_of_whole_run()
+    argv = arguments(
+        "run", *RUN, "--data.num_workers=2", f"--trainer.logger.save_dir={tmp_path / 'first'}", "--trainer.max_epochs=2"
+    )
+    # steps of this run are over in no time: it is told as soon as the first checkpoint is there
+    code = "import time, ullme.module as m; f = m.ULLMEModule.training_step\n"
+    code += "m.ULLMEModule.training_step = lambda *a: (time.sleep(0.5), f(*a))[1]\nfrom ullme.start import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *argv],
+        cwd=Path(__file__).parents[1],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 60
+    while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    said, complaints = process.communicate(timeout=60)
+    assert process.returncode == 130, complaints
+    assert "the same command goes on from there" in said
+    assert "Traceback" not in complaints
+    assert complaints.count("once more leaves at once") == 1  # workers have nothing to say
+    step = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert 2 <= step < 12
+    assert start("run", "second", "--data.num_workers=2") == 0, (tmp_path / "second.err").read_text()
+    assert_same(end(tmp_path, "run", ["first", "second"]), expected)
+
+
+@pytest.mark.parametrize("lightnings", [False, True])
+def test_ctrl_c_before_the_first_step_is_one_line(lightnings, monkeypatch, capsys):
+    def build(argv):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            if lightnings:
+                sys.exit(1)  # what its trainer does
+            raise
+
+    monkeypatch.setattr(cli, "build", build)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit"])
+    assert stop.value.code == 130
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("Ctrl-C: ")
+    assert "the same command goes on" in said
+
+
+def test_other_exits_keep_their_status(monkeypatch):
+    monkeypatch.setattr(cli, "build", lambda argv: sys.exit(3))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit"])
+    assert stop.value.code == 3
 
 
 @pytest.mark.slow

@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from ranks import on_ranks
 from test_training import write_rows
 
 from ullme.data.datamodule import ULLMEDataModule
+from ullme.distributed import world
+from ullme.models import ULLME
 from ullme.trainer import GradCacheTrainer
 
 
@@ -81,3 +84,47 @@ def test_full_fine_tuning_with_a_frozen_copy(make_model, loader):
     history = trainer.fit_epoch(model=model, train_loader=loader(model))
     assert history[0]["dpo"] == pytest.approx(np.log(2), abs=1e-5)
     assert history[-1]["dpo"] != pytest.approx(np.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_a_gradient_that_is_not_finite_stops_before_any_weight_moves(clip, make_model, loader):
+    model = make_model()
+    trainer = GradCacheTrainer(gradient_clip_val=clip, show_progress_bar=False)
+    first = trainer.fit_epoch(model=model, train_loader=loader(model))
+    assert all(step["grad_norm"] > 0 and step["tokens/s"] > 0 for step in first)
+    parameter = next(p for p in model.parameters() if p.requires_grad)
+    parameter.register_hook(lambda gradient: gradient * float("inf"))  # the loss itself stays finite
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"step 4: the gradient norm is (nan|inf) \(training rows \["):
+        trainer.fit_epoch(model=model, train_loader=loader(model))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def _share(folder: str, train: str) -> tuple[list[dict], dict]:
+    rank, ranks = world()
+    torch.manual_seed(rank)  # as processes do that set no seed: each draws another adapter
+    model = ULLME(folder, lora_r=4, lora_dropout=0.0)
+    drawn = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
+    data = ULLMEDataModule(train=train, batch_size=6, num_hard_negatives=3, num_workers=0, query_max_length=100)
+    trainer = GradCacheTrainer(gen_loss_type="dpo", use_kl_loss=True, chunk_size=2, lr=0.01, show_progress_bar=False)
+    data_loader = data.train_dataloader_for(model.prompt_tokenizer, rank, ranks, generation=True)
+    history = trainer.fit_epoch(model=model, train_loader=data_loader)
+    return history, drawn, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.distributed
+def test_ranks_train_one_model(make_model, tmp_path):
+    """Losses and weights are those of one process with the global batches."""
+    train, _ = write_rows(tmp_path)
+    folder = make_model().options.model_name_or_path
+    (first, drawn, one), (second, other_drawn, two) = on_ranks(2, tmp_path / "ranks", _share, folder, train)
+    assert any(not torch.equal(drawn[n], other_drawn[n]) for n in drawn)
+    assert all(torch.equal(one[n], two[n]) for n in one)
+    alone, _, weights = _share(folder, train)
+    assert len(first) == len(alone) == 4
+    for step, other, expected in zip(first, second, alone, strict=True):
+        for name in ("loss", "info_nce", "dpo", "kl", "grad_norm", "reward_accuracy"):
+            assert step[name] == other[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
+    assert abs(alone[0]["loss"] - alone[3]["loss"]) > 0.1
+    for name, weight in weights.items():
+        torch.testing.assert_close(one[name], weight, rtol=0, atol=2e-3)

@@ -169,6 +169,16 @@ def test_bfloat16_mixed_precision_trains(arguments, tmp_path):
     assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
 
 
+@pytest.mark.parametrize("lora_name", ["a", "null"])
+def test_trained_weights_in_bfloat16_are_warned_of(arguments, caplog, lora_name):
+    cli.main(
+        arguments(
+            "run", f"--model.backbone.lora_name={lora_name}", "--model.backbone.dtype=bfloat16", "--trainer.max_steps=1"
+        )
+    )
+    assert ("model.backbone.dtype=float32" in caplog.text) == (lora_name == "null")
+
+
 def test_full_fine_tuning_saves_all_weights(arguments, tmp_path):
     cli.main(arguments("run", "--model.backbone.lora_name=null", "--trainer.max_steps=2"))
     model = load_ullme(tmp_path / "run")
@@ -239,14 +249,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_rows(arguments, monkey
     assert "step 0: info_nce is nan (training rows [" in capsys.readouterr().err
 
 
-def test_grl_logs_every_term_its_weight_and_its_metrics(arguments, tmp_path):
-    dropped = [a for a in arguments("run", "--loss=GRL", "--trainer.max_steps=2") if "chunk_size" not in a]
+def test_grl_logs_every_term_its_weight_and_its_metrics_at_every_step(arguments, tmp_path):
+    given = arguments("run", "--loss=GRL", "--trainer.max_steps=2")
+    dropped = [a for a in given if "chunk_size" not in a and "log_every_n_steps" not in a]
     cli.main([*dropped, "--loss.chunk_size=3", f"--loss.cache_reference={tmp_path / 'cache'}"])
     for name in ("info_nce", "dpo", "kl", "reward_margin", "reward_accuracy", "rank_agreement", "grad_norm"):
         assert len(logged(tmp_path / "run", f"train/{name}")) == 2, name
     assert set(logged(tmp_path / "run", "train/weight/dpo").values()) == {0.5}
     assert logged(tmp_path / "run", "train/dpo")[0] == pytest.approx(np.log(2), abs=1e-5)
     assert list((tmp_path / "cache").glob("*.sqlite"))
+
+
+@pytest.mark.parametrize("part", ["limit_val_batches=1", "overfit_batches=1"])
+def test_a_part_of_a_validation_gives_no_score(arguments, tmp_path, part):
+    """Texts that were not embedded would rank by a similarity of 0."""
+    with pytest.warns(UserWarning, match="only a part of data.val was embedded"):
+        cli.main(
+            arguments(
+                "run",
+                "--trainer.max_steps=1",
+                "--trainer.val_check_interval=1",
+                "--data.val_batch_size=4",
+                f"--trainer.{part}",
+            )
+        )
+    assert not logged(tmp_path / "run", "val/ndcg@10")
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 
 
 def test_generation_terms_learn_alone(arguments, tmp_path):

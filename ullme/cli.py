@@ -20,9 +20,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from ullme import config_files, refusals, resume, storage
 from ullme.callbacks import LossCallback, Throughput
 from ullme.callbacks.checkpoint import Checkpoint
+from ullme.callbacks.leaving import INTERRUPTED
 from ullme.data.datamodule import ULLMEDataModule
 from ullme.distributed import leave
 from ullme.module import ULLMEModule
+
+DESCRIPTION = """Train an embedder: fit --config configs/base.yaml --config configs/model/phi-1.5.yaml ...
+Configurations stack, and later ones win; every option can be given on the command line too. A run that was interrupted
+(Ctrl-C and SIGTERM save first) goes on with the same command."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -130,7 +135,7 @@ def build(argv: Sequence[str] | None = None, run: bool = True, kind: type[ULLMEC
         "use_distributed_sampler": False,
         "default_root_dir": "runs",
         "max_epochs": 1,
-        "log_every_n_steps": 10,
+        "log_every_n_steps": 1,
         "num_sanity_val_steps": 0,
     }
     return kind(
@@ -140,7 +145,12 @@ def build(argv: Sequence[str] | None = None, run: bool = True, kind: type[ULLMEC
         save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
         trainer_defaults=defaults,
         auto_configure_optimizers=False,
-        parser_kwargs={"exit_on_error": False, **{name: {"exit_on_error": False} for name in ULLMECLI.subcommands()}},
+        parser_kwargs={
+            "prog": "train.py" if Path(sys.argv[0]).name == "train.py" else "ullme train",
+            "description": DESCRIPTION,
+            "exit_on_error": False,
+            **{name: {"exit_on_error": False} for name in ULLMECLI.subcommands()},
+        },
         args=None if argv is None else config_files.located(argv),
         run=run,
     )
@@ -160,6 +170,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     except SIGTERMException:
         leave()
         raise
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        # Lightning makes status 1 of one that came while it was setting up
+        print(
+            "Ctrl-C: left at once; the same command goes on from the last checkpoint, if there is one", file=sys.stderr
+        )
+        raise SystemExit(INTERRUPTED) from None
     except (ValueError, ArgumentError, MisconfigurationException) as error:
         if os.environ.get("ULLME_TRACEBACK"):
             raise

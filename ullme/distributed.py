@@ -45,6 +45,15 @@ def any_rank(value: bool, device: torch.device) -> bool:
     return bool(most(int(value), device))
 
 
+def told_by_any_rank(message: str | None, device: torch.device) -> dict[int, str]:
+    """Rank -> what it has to say, on every rank; those with nothing to say are left out."""
+    if world()[1] == 1 or not any_rank(message is not None, device):
+        return {} if message is None else {0: message}
+    said: list[str | None] = [None] * world()[1]
+    dist.all_gather_object(said, message)
+    return {rank: text for rank, text in enumerate(said) if text is not None}
+
+
 def gather_sizes(size: int, device: torch.device) -> list[int]:
     """The number of rows on each rank."""
     if world()[1] == 1:

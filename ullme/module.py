@@ -13,13 +13,14 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ullme import sharding
 from ullme.batch import Batch
 from ullme.distributed import average_gradients, merge_unit_rows
+from ullme.health import NotFiniteError, check_finite
 from ullme.models.backbone import BackboneConfig
-from ullme.objective import NotFiniteError, check_finite
 from ullme.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -193,9 +194,15 @@ class ULLMEModule(L.LightningModule):
         place = {name: n for n, name in enumerate(beir.corpus)}
         relevant = [{place[p]: grade for p, grade in beir.qrels[query].items()} for query in beir.queries]
         queries, corpus = merge_unit_rows(self._queries), merge_unit_rows(self._corpus)
+        del self._corpus, self._queries
+        if not (queries.any(dim=1).all() and corpus.any(dim=1).all()):
+            rank_zero_warn(
+                "validation: only a part of data.val was embedded (trainer.limit_val_batches, overfit_batches or "
+                "fast_dev_run), and a ranking of a part means nothing; its metrics are left out"
+            )
+            return
         scores = retrieval_metrics(queries, corpus, relevant)
         self.log_dict({f"val/{name}": value for name, value in scores.items()}, prog_bar=True, rank_zero_only=True)
-        del self._corpus, self._queries
 
     def _beir(self) -> BeirFolder:
         return self.trainer.datamodule.beir  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from torch import Tensor
 from ullme.batch import Batch, Representations, TokenRows
 from ullme.distributed import any_rank, gather_sizes, global_mean_weight, mean_over_ranks, most
 from ullme.gradcache import GradCache, embed_batch, slice_rows
+from ullme.health import Health
 from ullme.losses.base import Chunk, ChunkLoss, RepresentationLoss, Term
 from ullme.losses.mntp import MNTP
 from ullme.reference import AdaptersOff, Reference
@@ -80,11 +81,13 @@ class Objective:
     def full_batch(self, model: ULLME, batch: Batch, backward: Backward = Tensor.backward) -> Logs:
         """The gradient in one forward and one backward; returns the loss, every term and the metrics, detached."""
         logs: Logs = {}
+        health = Health()
         reps = embed_batch(embedder(model), batch) if self.uses_reps else None
-        parts = [self._representation_loss(batch, logs)(reps)] if self.representation_terms and reps else []
+        parts = [self._representation_loss(batch, logs, health)(reps)] if self.representation_terms and reps else []
         if self.chunk_terms:
-            parts.append(self._chunk_loss(model, batch, logs)(batch, reps))
+            parts.append(self._chunk_loss(model, batch, logs, health)(batch, reps))
         backward(torch.stack(parts).sum())
+        health.speak(batch.row_ids.device)
         return self._total(logs)
 
     def grad_cache(
@@ -100,16 +103,18 @@ class Objective:
         """As :meth:`full_batch`, in the memory of one chunk; ``slices``, ``pieces`` and ``held``: see
         :meth:`ullme.gradcache.GradCache.step`."""
         logs: Logs = {}
+        health = Health()
         engine = GradCache(
             embed=embedder(model) if self.uses_reps else None,
-            loss=self._representation_loss(batch, logs) if self.representation_terms else None,
-            chunk_loss=self._chunk_loss(model, batch, logs) if self.chunk_terms else None,
+            loss=self._representation_loss(batch, logs, health) if self.representation_terms else None,
+            chunk_loss=self._chunk_loss(model, batch, logs, health) if self.chunk_terms else None,
             backward=backward,
             no_sync=no_sync,
         )
         pieces = [slice_rows(batch, part) for part in slices] if pieces is None else pieces
         idle, idle_pieces = (most(len(x), batch.row_ids.device) - len(x) for x in (slices, pieces))
         engine.step(batch, slices, pieces, held, idle=idle, idle_pieces=idle_pieces)
+        health.speak(batch.row_ids.device)
         return self._total(logs)
 
     def _total(self, logs: Logs) -> Logs:
@@ -117,20 +122,20 @@ class Objective:
         weights = {f"weight/{term.name}": torch.tensor(term.weight) for term in self.terms}
         return {"loss": loss, **logs, **weights}
 
-    def _representation_loss(self, batch: Batch, logs: Logs) -> Callable[[Representations], Tensor]:
+    def _representation_loss(self, batch: Batch, logs: Logs, health: Health) -> Callable[[Representations], Tensor]:
         def total(reps: Representations) -> Tensor:
             values = []
             reps = replace(reps, isolated=batch.isolated)
             for term in self.representation_terms:
                 value = term(reps)
-                check_finite(term.name, value, batch)
+                health.check(term.name, value, batch, reps)
                 logs[term.name] = value.detach()
                 values.append(term.weight * value)
             return torch.stack(values).sum()
 
         return total
 
-    def _chunk_loss(self, model: ULLME, batch: Batch, logs: Logs) -> Callable[..., Tensor]:
+    def _chunk_loss(self, model: ULLME, batch: Batch, logs: Logs, health: Health) -> Callable[..., Tensor]:
         """Chunk, representations and 0.0 if it shall not count -> its part of the mean over the global batch."""
         sizes = gather_sizes(len(batch), batch.row_ids.device)
         weight = global_mean_weight(sizes) / len(batch)
@@ -142,9 +147,9 @@ class Objective:
             values, seen = [], set()
             for term in self.chunk_terms:
                 value = term(chunk)
-                check_finite(term.name, value, part)
+                health.check(term.name, value, part)
                 _add(logs, term.name, value, scale)
-                for name, metric in term.metrics(chunk).items():
+                for name, metric in ({} if health.problems else term.metrics(chunk)).items():
                     _add(logs, f"{term.name}/{name}" if name in seen else name, metric, scale)
                     seen.add(name)
                 values.append(term.weight * value)
@@ -255,20 +260,3 @@ def score(model: ULLME, batch: Batch, mask: Tensor, share_prompts: bool) -> tupl
 
 def _add(logs: Logs, name: str, value: Tensor, scale: float) -> None:
     logs[name] = logs.get(name, torch.zeros((), device=value.device)) + value.detach().sum() * scale
-
-
-class NotFiniteError(ValueError):
-    """A term of the loss, or the gradient, is NaN or infinite."""
-
-
-def check_finite(name: str, value: Tensor, batch: Batch) -> None:
-    """Raises: NotFiniteError: a term is NaN or infinite; names it and the training rows that it came from."""
-    finite = torch.isfinite(value)
-    if not finite.all():
-        rows = (batch.row_ids[~finite] if value.ndim else batch.row_ids).tolist()
-        shown = f"{rows[:16]}{' ...' if len(rows) > 16 else ''}"
-        bad = value[~finite][0].item() if value.ndim else value.item()
-        raise NotFiniteError(
-            f"{name} is {bad} (training rows {shown}); lower model.optimizer.lr, clip gradients "
-            "(model.optimizer.gradient_clip_val), or look at these rows"
-        )

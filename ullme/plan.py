@@ -144,7 +144,7 @@ def make_plan(job: Job, device: Device, count: int = 1, fsdp: bool = False, mfu:
     if not 0 < mfu <= 1:
         raise ValueError(f"--mfu={mfu}: a share of the peak, above 0 and at most 1")
     if count < 1 or job.batch_size % count:
-        raise ValueError(f"--num-devices={count}: data.batch_size={job.batch_size} must be a multiple of it")
+        raise ValueError(f"--num_devices={count}: data.batch_size={job.batch_size} must be a multiple of it")
     batch = typical_batch(job, job.batch_size // count)
     weight_dtype = _weight_dtype(job)
     model = meta_model(job.config, job.options, weight_dtype)

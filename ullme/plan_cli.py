@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ullme.devices import DEVICES
+from ullme.refusals import complain
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -59,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         plan = plan_from(arguments, overrides)
     except (ValueError, argparse.ArgumentError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     from ullme.plan import describe
 
     print(describe(plan))
@@ -70,19 +69,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "ullme plan",
-        description="Memory and hours of a run, before it, without weights or a device. Further options override the "
-        "configuration's, as they do for train.py: --data.batch_size=256.",
+        description="Memory and hours of a run, before it, without weights or a device. Exit status: 0 if it fits, 1 "
+        "if not.",
+        epilog="Further options override the configuration's, as they do for train.py: --data.batch_size=256.",
     )
     add = parser.add_argument
     add("--config", action="append", default=[], help="a file of train.py's; several are stacked")
-    add("--device", choices=sorted(DEVICES), default="a100-80gb")
-    add("--num-devices", type=int, default=1)
+    add("--device", choices=sorted(DEVICES), default="a100-80gb", help="to plan for (default: a100-80gb)")
+    add("--num_devices", "--num-devices", type=int, default=1, help="how many of them (default: 1)")
     add("--strategy", choices=("ddp", "fsdp"), help="default: what trainer.strategy says")
     add("--mfu", type=float, default=0.4, help="model FLOPs utilisation to assume (default: 0.4)")
     add("--rows", type=int, help="queries in an epoch (default: data.max_rows, or the lines of local files)")
-    add("--backbone-config", help=f"config.json of the LLM, or one of {', '.join(SHAPES)}")
-    add("--query-tokens", type=float, default=10, help="of an average query, template left out (default: MS MARCO's)")
-    add("--passage-tokens", type=float, default=75, help="of an average passage (default: MS MARCO's)")
+    add(
+        "--backbone_config",
+        "--backbone-config",
+        metavar="FILE",
+        help=f"config.json of the LLM, or one of {', '.join(SHAPES)}",
+    )
+    add(
+        "--query_tokens",
+        "--query-tokens",
+        type=float,
+        default=10,
+        help="of an average query, template left out (default: MS MARCO's)",
+    )
+    add(
+        "--passage_tokens",
+        "--passage-tokens",
+        type=float,
+        default=75,
+        help="of an average passage (default: MS MARCO's)",
+    )
     add("--paper", action="store_true", help="a table of the paper's three backbones; needs no configuration")
     return parser
 
@@ -175,14 +192,14 @@ def _count_lines(train: str | list[str]) -> int:
 
 
 def _llm_config(options: BackboneConfig, given: str | None) -> PretrainedConfig:
-    """From ``--backbone-config``, the model's own folder, the hub, or the published shapes, in this order."""
+    """From ``--backbone_config``, the model's own folder, the hub, or the published shapes, in this order."""
     from transformers import AutoConfig
 
     from ullme.models.backbone import load_config
 
     if given is not None and given not in SHAPES:
         if not Path(given).exists():
-            raise ValueError(f"--backbone-config={given}: no such file; give a config.json or one of {sorted(SHAPES)}")
+            raise ValueError(f"--backbone_config={given}: no such file; give a config.json or one of {sorted(SHAPES)}")
         return AutoConfig.from_pretrained(given)
     name = given or options.model_name_or_path
     if given is None:
@@ -190,7 +207,7 @@ def _llm_config(options: BackboneConfig, given: str | None) -> PretrainedConfig:
             return load_config(replace(options, quantization="none"))  # which would ask for a GPU
         except ValueError as error:
             if name not in SHAPES:
-                raise ValueError(f"{error}; or say --backbone-config") from error
+                raise ValueError(f"{error}; or say --backbone_config") from error
     kind, sizes = SHAPES[name]
     return AutoConfig.for_model(kind, **sizes)
 

@@ -146,7 +146,7 @@ class PromptTokenizer:
         each: list[Any] = [instruction] * len(texts) if one else list(instruction or ())
         around = {i: self.prompts.around(role, i) for i in set(each)}
         rendered = [text.join(around[i]) for text, i in zip(texts, each, strict=True)]
-        tails = {i: self._length(pieces[-1]) for i, pieces in around.items()}
+        tails = {i: self._bare(pieces[-1]) for i, pieces in around.items()}
         masks_pooling = self.prompts.pooled == "text" and role in ("query", "passage")
         encoded = self._encode(rendered, masks_pooling)
         room = max_length - self.prompts.append_eos
@@ -169,7 +169,9 @@ class PromptTokenizer:
             if self.prompts.append_eos and end is not None and not has_end:
                 row, has_end = [*row, end], True  # noqa: PLW2901
             if len(row) > max_length:
-                keep = min(tails[each[n]] + has_end, max_length - 1)
+                tail = tails[each[n]]
+                counted = has_end and tail[-1:] == [end] and row[-2:-1] != [end]  # the template's own end token
+                keep = min(len(tail) + has_end - counted, max_length - 1)
                 row = row[: max_length - keep] + row[len(row) - keep :]  # noqa: PLW2901
             # A tokenizer without special tokens turns "" into nothing; one token stands in, so that it can be pooled.
             rows[n] = row or [end if end is not None else self.tokenizer.pad_token_id]
@@ -198,17 +200,18 @@ class PromptTokenizer:
                 beyond = middle
         return text[:fits]
 
-    def check_length(self, role: Role, max_length: int) -> None:
+    def check_length(self, role: Role, max_length: int, instruction: str | None = None) -> None:
         """Raises: ValueError: the template alone takes ``max_length`` tokens, so that all texts would be the same."""
-        empty = len(self.ids([""], role, max_length=2**31)[0])
-        if empty >= max_length and any(self.prompts.around(role)):
+        empty = len(self.ids([""], role, max_length=2**31, instruction=instruction)[0])
+        if empty >= max_length and any(self.prompts.around(role, instruction)):
+            with_it = "" if instruction is None else f" with the instruction {instruction[:60]!r}"
             raise ValueError(
-                f"{role}: max_length={max_length} tokens, but the template alone takes {empty}; raise "
+                f"{role}: max_length={max_length} tokens, but the template alone{with_it} takes {empty}; raise "
                 f"{role}_max_length (or max_length), or shorten prompts.{role} or the instruction"
             )
 
-    def _length(self, text: str) -> int:
-        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else 0
+    def _bare(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def prompt_ids(
         self, queries: Sequence[str], *, max_length: int, instruction: str | Sequence[str | None] | None = None

@@ -14,7 +14,6 @@ import math
 import os
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ullme import config_files
+from ullme.refusals import complain
 
 if TYPE_CHECKING:
     from ullme.data.miniature import World
@@ -72,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         scores = run(options, training_options)
     except ValueError as error:
-        print(f"quickstart: error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     print(f"\n{table(scores)}\n\nplot: {options.output / 'quickstart.png'}")
     return 0
 

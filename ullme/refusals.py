@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -57,6 +59,18 @@ def check_strategy(trainer: Any) -> None:
             f"trainer.devices={devices} times trainer.num_nodes={trainer.num_nodes} is {ranks}; set data_parallel_size "
             f"to {ranks // sizes[1] or ranks}"
         )
+
+
+def complain(error: BaseException) -> int:
+    """Tell the user of a mistake in one line, on stderr; ULLME_TRACEBACK=1 raises it where it was found.
+
+    Returns:
+        2, the exit status of a command that was given something wrong.
+    """
+    if os.environ.get("ULLME_TRACEBACK"):
+        raise error
+    print(f"error: {one_line(error)}", file=sys.stderr)
+    return 2
 
 
 def one_line(error: BaseException) -> str:

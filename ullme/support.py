@@ -18,10 +18,17 @@ from torch import Tensor, nn
 
 from ullme.miniatures import make_tiny
 from ullme.models import attention
+from ullme.progress import progress
 from ullme.support_page import CHECKS, Support, document, table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+DESCRIPTION = (
+    "Which decoder families of transformers work, found out on a tiny random model of each. Exit status: 0, or 1 where "
+    "a family that was named cannot be used."
+)
 
 
 def families() -> list[str]:
@@ -227,12 +234,12 @@ def _quietly() -> Iterator[None]:
 def survey(names: Iterable[str] | None = None) -> list[Support]:
     """Examine the named families, or all."""
     with _quietly():
-        return [examine(name) for name in (families() if names is None else names)]
+        return [examine(name) for name in progress("families", list(families() if names is None else names))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``ullme support [--family NAME ...] [--write FILE]``; 1 if a family named is not usable."""
-    parser = argparse.ArgumentParser(prog="ullme support", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="ullme support", description=DESCRIPTION)
     parser.add_argument("--family", action="append", metavar="NAME", help="transformers' model_type; all if left out")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the page about all families there")
     arguments = parser.parse_args(argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Literal
 
@@ -10,8 +11,9 @@ import torch
 from ullme.batch import Batch
 from ullme.callbacks.base import ReferenceChoice, make_reference
 from ullme.callbacks.grl import Generation, grl_terms
-from ullme.distributed import average_gradients
+from ullme.distributed import average_gradients, broadcast, mean_over_ranks, world
 from ullme.gradcache import chunk_slices
+from ullme.health import NotFiniteError, check_finite
 from ullme.losses import InfoNCE
 from ullme.models.ullme import ULLME
 from ullme.objective import Objective
@@ -79,45 +81,59 @@ class GradCacheTrainer:
         self.lr, self.chunk_size, self.gradient_clip_val = lr, chunk_size, gradient_clip_val
         self.precision, self.show_progress_bar = precision, show_progress_bar
         self.optimizer: torch.optim.Optimizer | None = None
+        self.steps = 0
 
     def fit_epoch(self, model: ULLME, train_loader: Iterable[Batch]) -> list[dict[str, float]]:
         """Train on every batch once. A second call goes on with the same optimizer state.
+
+        In a process group (torchrun) every rank calls it with a loader of its own share of each global batch.
 
         Args:
             model: the embedder, on the device to train on.
             train_loader: yields :class:`~ullme.batch.Batch`, with generation rows if a loss needs them.
 
         Returns:
-            For each step the loss, every term and the metrics.
+            For each step the loss, every term and the metrics, of the global batch; ``grad_norm`` before clipping,
+            and ``tokens/s``, real tokens of queries and passages over all ranks.
 
         Raises:
-            ValueError: batches without the rows that a loss needs, a reference that cannot be had, or a loss that is
-                not finite.
+            ValueError: batches without the rows that a loss needs, a reference that cannot be had, or a loss or
+                gradient that is not finite: the message has the step, the term and the rows.
         """
         from tqdm.auto import tqdm
 
         parameters = [p for p in model.parameters() if p.requires_grad]
         held = [p for group in self.optimizer.param_groups for p in group["params"]] if self.optimizer else []
         if [id(p) for p in held] != [id(p) for p in parameters]:  # the first call, or another model
+            broadcast(parameters)  # every rank drew its own adapter
             self.optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
+            self.steps = 0
         model.train()
         history: list[dict[str, float]] = []
         bar = tqdm(train_loader, desc="train", unit="step", disable=not self.show_progress_bar)
         for batch in bar:
             if not history:
                 self.objective.check(model, batch.num_candidates - 1, self.precision)
-            history.append(self._step(model, batch.to(model.device), parameters))
+            try:
+                history.append(self._step(model, batch.to(model.device), parameters))
+            except NotFiniteError as error:
+                raise NotFiniteError(f"step {self.steps}: {error}") from error
+            self.steps += 1
             bar.set_postfix(loss=f"{history[-1]['loss']:.3f}")
         return history
 
     def _step(self, model: ULLME, batch: Batch, parameters: list[torch.nn.Parameter]) -> dict[str, float]:
         assert self.optimizer is not None
+        started = time.perf_counter()
         self.optimizer.zero_grad()
         half = self.precision == "bf16-mixed"
         with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
             logs = self.objective.grad_cache(model, batch, chunk_slices(batch, self.chunk_size, None))
         average_gradients(parameters)
-        if self.gradient_clip_val is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)
+        largest = float("inf") if self.gradient_clip_val is None else self.gradient_clip_val
+        norm = torch.nn.utils.clip_grad_norm_(parameters, largest)
+        check_finite("the gradient norm", norm, batch)
         self.optimizer.step()
-        return {name: float(value) for name, value in logs.items()}
+        found = {name: mean_over_ranks(value).item() for name, value in logs.items()}
+        tokens = mean_over_ranks(torch.tensor(float(batch.num_tokens), device=norm.device)).item() * world()[1]
+        return {**found, "grad_norm": norm.item(), "tokens/s": tokens / (time.perf_counter() - started)}

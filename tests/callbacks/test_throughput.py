@@ -119,9 +119,28 @@ def test_no_utilisation_where_the_peak_is_not_known(arguments, tmp_path):  # noq
     assert not logged(tmp_path / "run", "mfu")
 
 
+def test_the_folder_says_what_the_run_has_seen(run, tmp_path):
+    run("--trainer.log_every_n_steps=2")
+    seen = json.loads((tmp_path / "run" / "seen.json").read_text())
+    assert (seen["queries"], seen["tokens"]) == (12, tokens(b for b, _ in SEEN))
+    assert seen["seconds"] > 0
+
+
+def test_what_was_seen_before_a_stop_counts(run, tmp_path):
+    """Three steps; then, as if the run had been longer, three more from its last checkpoint."""
+    run()
+    before = json.loads((tmp_path / "run" / "seen.json").read_text())
+    run("--trainer.max_steps=5", "--ckpt_path=last", "--trainer.max_epochs=-1")
+    after = json.loads((tmp_path / "run" / "seen.json").read_text())
+    assert after["queries"] == 20
+    assert after["tokens"] > before["tokens"]
+    assert after["seconds"] > before["seconds"]
+
+
 @pytest.mark.distributed
-def test_two_processes_count_all_queries(run):
+def test_two_processes_count_all_queries(run, tmp_path):
     found = run("--trainer.devices=2", "--trainer.strategy=ddp_spawn")
+    assert json.loads((tmp_path / "run" / "seen.json").read_text())["queries"] == 12
     assert found["hours_left"][1] * 3600 * found["queries/s"][1] == pytest.approx(4, rel=1e-5)
     assert 0 < found["waiting"][1] < 1
 

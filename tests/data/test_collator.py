@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from copy import deepcopy
 from itertools import chain
 
 import pytest
@@ -108,3 +109,46 @@ def test_eval_batches_cover_every_text_with_as_many_batches_on_each_rank(world_s
     assert len(texts[first[0]]) == max(map(len, texts)), "the longest first"
     if world_size == 1:
         assert sorted(chain(*ranks[0])) == list(range(count))
+
+
+@pytest.mark.parametrize("special", ["", "<s> $A", "$A </s>", "<s> $A </s>"])
+def test_exactly_the_passage_and_its_end_are_scored(special):
+    """The prompt is no part of the likelihood, and neither is a begin token; an end token is, once."""
+    from tiny import make_tokenizer
+    from tokenizers import processors
+
+    tokenizer = deepcopy(make_tokenizer())
+    ids = {"<s>": 1, "</s>": 2}
+    template = processors.TemplateProcessing(
+        single=special or "$A", special_tokens=[(token, n) for token, n in ids.items() if token in special]
+    )
+    tokenizer.backend_tokenizer.post_processor = template
+    prompts = Prompts(query="{text}", generation="Q ({instruction}): {text}\nA:", instruction="task")
+    batch = Collator(PromptTokenizer(tokenizer, prompts), 64, 64, generation=True)(DRAWS)
+    assert batch.generation is not None
+    begin = [1] if "<s>" in special else []
+
+    def bare(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def rows(block):
+        return [ids[mask.bool()].tolist() for ids, mask in zip(block.input_ids, block.attention_mask, strict=True)]
+
+    asked = [f"Q ({drawn.instruction or 'task'}): {drawn.query}\nA:" for _, drawn in DRAWS]
+    assert rows(batch.generation.prompts) == [begin + bare(text) for text in asked]
+    texts = [text for _, drawn in DRAWS for text in (drawn.positive, *drawn.negatives)]
+    assert rows(batch.generation.targets) == [[*bare(text), 2] for text in texts]  # query-major, the positive first
+
+
+def test_long_generation_rows_keep_their_template_and_something_to_score(tokenizer):
+    """A query loses its own end, never the template; a passage that is cut has no end token, and none has no token."""
+    prompts = Prompts(query="{text}", generation="Question: {text}\nAnswer:")
+    drawn = Draw("q" * 50, "p" * 50, ["n", "m" * 9], None)
+    batch = Collator(PromptTokenizer(tokenizer, prompts), 6, 9, generation=True)([(0, drawn)])
+    assert batch.generation is not None
+    assert read(tokenizer, batch.generation.prompts) == ["Question: qqqqqq\nAnswer:"]
+    assert read(tokenizer, batch.generation.targets) == ["p" * 9, "n</s>", "m" * 9]
+    single = Collator(PromptTokenizer(tokenizer, prompts), 6, 1, generation=True)([(0, drawn)])
+    assert single.generation is not None
+    assert read(tokenizer, single.generation.targets) == ["p", "n", "m"]
+    assert PromptTokenizer(tokenizer, prompts).target_ids([""], max_length=9) == [[1]]  # </s> alone

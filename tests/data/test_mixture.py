@@ -195,3 +195,23 @@ def test_texts_are_their_own_positives(tmp_path):
     rows.write_text(json.dumps({"text": " the old mill "}))
     record = open_source(str(rows), schema="text")[0]
     assert (record.query, record.positives, record.negatives) == ("the old mill", ("the old mill",), ())
+
+
+@pytest.mark.parametrize("whose", ["row", "dataset"])
+def test_an_instruction_that_leaves_no_room_for_the_query_is_refused_before_training(tmp_path, tokenizer, whose):
+    """Cut behind its instruction, every query would be the same text."""
+    row = {"query": "what", "pos": ["p"], "neg": ["n"]} | ({"prompt": "long " * 9} if whose == "row" else {})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([json.dumps(row)] * 4))
+    sets = [TrainSet(str(path), instruction="long " * 9 if whose == "dataset" else None)]
+    prompts = PromptTokenizer(tokenizer, Prompts(query="{instruction}: {text}", instruction="short"))
+
+    def loader(length: int):
+        data = ULLMEDataModule(
+            datasets=sets, batch_size=2, num_hard_negatives=1, num_workers=0, query_max_length=length
+        )
+        return data.train_dataloader_for(prompts)
+
+    with pytest.raises(ValueError, match=r"query: max_length=40 tokens.*with the instruction 'long .*takes 47"):
+        loader(40)
+    assert "what" in tokenizer.decode(next(iter(loader(60))).queries.input_ids[0])

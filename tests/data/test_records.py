@@ -79,3 +79,16 @@ def test_a_bad_row_says_why(row, reason):
 def test_a_named_schema_is_not_guessed_around():
     with pytest.raises(BadRow, match="missing key 'positive_passages'"):
         parse_record(BGE, "tevatron")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "p"},
+        {"query": "q", "pos": ["p", "r"], "neg": ["n"]},
+        {"query": "q", "positive_passages": [{"text": "p"}], "negative_passages": [{"text": "n"}]},
+        {"anchor": "q", "positive": "p", "negative": "n"},
+    ],
+)
+def test_a_row_of_retrieval_as_a_text_is_its_first_positive(row):
+    assert parse_record(row, "text") == Record("p", ("p",), ())

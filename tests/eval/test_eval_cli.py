@@ -8,6 +8,8 @@ import pytest
 from eval_helpers import write_jsonl
 
 from ullme.eval.cli import main
+from ullme.eval.per_query import pytrec_key, read_per_query
+from ullme.eval.table import read_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,11 +38,21 @@ def test_every_kind_of_local_data(
         *("--clustering", str(clustering_file), "--pair_classification", str(pairs_file)),
         *("--reranking", str(reranking_file), "--query_prompt", "{text}"),
     ]
-    assert main(arguments) == 0
+    assert main([*arguments, f"--scores={tmp_path / 'rows.json'}", f"--per_query={tmp_path / 'queries'}"]) == 0
     printed = capsys.readouterr().out
     for type_ in ("Retrieval", "Reranking", "STS", "PairClassification", "Classification", "Clustering"):
         assert f"  {type_}  " in printed
     assert "Mean of 6" in printed
+    rows = {row.type: row for row in read_rows(tmp_path / "rows.json")}
+    assert all(f"{row.score:.2f}" in printed for row in rows.values())
+    queries = read_per_query(tmp_path / "queries")
+    # each task that has queries, and their mean is the score that mteb gives
+    assert set(queries) == {rows["Retrieval"].task, rows["Reranking"].task}
+    for kind, count in (("Retrieval", 3), ("Reranking", None)):
+        values = queries[rows[kind].task].values()
+        assert count in (None, len(values))
+        assert 100 * sum(values) / len(values) == pytest.approx(rows[kind].score, abs=1e-3)  # mteb rounds
+        assert len(set(values)) > 1
     written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*-????????.json")}
     assert len(written) == 6
     assert main([*arguments, "--markdown"]) == 0
@@ -49,6 +61,20 @@ def test_every_kind_of_local_data(
     assert main([*arguments, "--overwrite"]) == 0
     overwritten = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*-????????.json")}
     assert all(overwritten[name] > written[name] for name in written)
+
+
+@pytest.mark.parametrize(
+    ("main_score", "key"),
+    [
+        ("ndcg_at_10", "ndcg_cut_10"),
+        ("map_at_1000", "map_cut_1000"),
+        ("recall_at_5", "recall_5"),
+        ("max_over_subqueries_map_at_1000", None),  # MindSmallReranking's: no number of a single query
+        ("accuracy", None),
+    ],
+)
+def test_main_scores_that_single_queries_have(main_score, key):
+    assert pytrec_key(main_score) == key
 
 
 def test_a_checkpoint_alone_brings_its_backbone(make_model, sts_file, tmp_path, capsys):
@@ -129,7 +155,7 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, tiny_llm, tmp_pa
     assert main(filled) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    [line] = [line for line in printed.err.splitlines() if line.startswith("evaluate: error: ")]
+    [line] = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     assert message in line
     assert "Traceback" not in printed.err
 

@@ -111,6 +111,115 @@ def test_without_a_prompt_of_its_own_a_symmetric_task_gets_its_types(model):
     assert model.instruction_for(mock("MockSTSTask").metadata) == "Retrieve semantically similar text."
 
 
+# arXiv 2401.00368, appendix: E5-mistral's instruction for each of the 56 tasks. Retrieval and reranking have it on the
+# queries, the others on every text.
+E5_MISTRAL = {
+    "AmazonCounterfactualClassification": "Classify a given Amazon customer review text as either counterfactual or not-counterfactual",
+    "AmazonPolarityClassification": "Classify Amazon reviews into positive or negative sentiment",
+    "AmazonReviewsClassification": "Classify the given Amazon review into its appropriate rating category",
+    "Banking77Classification": "Given a online banking query, find the corresponding intents",
+    "EmotionClassification": "Classify the emotion expressed in the given Twitter message into one of the six emotions: anger, fear, joy, love, sadness, and surprise",
+    "ImdbClassification": "Classify the sentiment expressed in the given movie review text from the IMDB dataset",
+    "MassiveIntentClassification": "Given a user utterance as query, find the user intents",
+    "MassiveScenarioClassification": "Given a user utterance as query, find the user scenarios",
+    "MTOPDomainClassification": "Classify the intent domain of the given utterance in task-oriented conversation",
+    "MTOPIntentClassification": "Classify the intent of the given utterance in task-oriented conversation",
+    "ToxicConversationsClassification": "Classify the given comments as either toxic or not toxic",
+    "TweetSentimentExtractionClassification": "Classify the sentiment of a given tweet as either positive, negative, or neutral",
+    "ArxivClusteringP2P": "Identify the main and secondary category of Arxiv papers based on the titles and abstracts",
+    "ArxivClusteringS2S": "Identify the main and secondary category of Arxiv papers based on the titles",
+    "BiorxivClusteringP2P": "Identify the main category of Biorxiv papers based on the titles and abstracts",
+    "BiorxivClusteringS2S": "Identify the main category of Biorxiv papers based on the titles",
+    "MedrxivClusteringP2P": "Identify the main category of Medrxiv papers based on the titles and abstracts",
+    "MedrxivClusteringS2S": "Identify the main category of Medrxiv papers based on the titles",
+    "RedditClustering": "Identify the topic or theme of Reddit posts based on the titles",
+    "RedditClusteringP2P": "Identify the topic or theme of Reddit posts based on the titles and posts",
+    "StackExchangeClustering": "Identify the topic or theme of StackExchange posts based on the titles",
+    "StackExchangeClusteringP2P": "Identify the topic or theme of StackExchange posts based on the given paragraphs",
+    "TwentyNewsgroupsClustering": "Identify the topic or theme of the given news articles",
+    "SprintDuplicateQuestions": "Retrieve duplicate questions from Sprint forum",
+    "TwitterSemEval2015": "Retrieve tweets that are semantically similar to the given tweet",
+    "TwitterURLCorpus": "Retrieve tweets that are semantically similar to the given tweet",
+    "AskUbuntuDupQuestions": "Retrieve duplicate questions from AskUbuntu forum",
+    "MindSmallReranking": "Retrieve relevant news articles based on user browsing history",
+    "SciDocsRR": "Given a title of a scientific paper, retrieve the titles of other relevant papers",
+    "StackOverflowDupQuestions": "Retrieve duplicate questions from StackOverflow forum",
+    "ArguAna": "Given a claim, find documents that refute the claim",
+    "ClimateFEVER": "Given a claim about climate change, retrieve documents that support or refute the claim",
+    "CQADupstackRetrieval": "Given a question, retrieve detailed question descriptions from Stackexchange that are duplicates to the given question",
+    "DBPedia": "Given a query, retrieve relevant entity descriptions from DBPedia",
+    "FEVER": "Given a claim, retrieve documents that support or refute the claim",
+    "FiQA2018": "Given a financial question, retrieve user replies that best answer the question",
+    "HotpotQA": "Given a multi-hop question, retrieve documents that can help answer the question",
+    "MSMARCO": "Given a web search query, retrieve relevant passages that answer the query",
+    "NFCorpus": "Given a question, retrieve relevant documents that best answer the question",
+    "NQ": "Given a question, retrieve Wikipedia passages that answer the question",
+    "QuoraRetrieval": "Given a question, retrieve questions that are semantically equivalent to the given question",
+    "SCIDOCS": "Given a scientific paper title, retrieve paper abstracts that are cited by the given paper",
+    "SciFact": "Given a scientific claim, retrieve documents that support or refute the claim",
+    "Touche2020": "Given a question, retrieve detailed and persuasive arguments that answer the question",
+    "TRECCOVID": "Given a query on COVID-19, retrieve documents that answer the query",
+    "SummEval": "Given a news summary, retrieve other semantically similar summaries",
+    **dict.fromkeys(
+        ["BIOSSES", "SICK-R", "STS12", "STS13", "STS14", "STS15", "STS16", "STS17", "STS22", "STSBenchmark"],
+        "Retrieve semantically similar text",
+    ),
+}
+
+
+ONE_OF_A_TYPE = (
+    "Banking77Classification",
+    "ArxivClusteringS2S",
+    "TwitterURLCorpus",
+    "SciDocsRR",
+    "CQADupstackRetrieval",
+    "STS17",
+    "SummEval",
+)
+
+
+def test_each_of_the_papers_56_tasks_has_its_instruction_of_e5_mistral(model):
+    import mteb
+
+    tasks = {task.metadata.name: task for task in mteb.get_benchmark("MTEB(eng, v1)")}
+    assert set(tasks) == set(E5_MISTRAL)
+    for name, task in tasks.items():
+        for part in getattr(task, "tasks", None) or [task]:
+            assert model.instruction_for(part.metadata).rstrip(".") == E5_MISTRAL[name], part.metadata.name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", [n if n in ONE_OF_A_TYPE else pytest.param(n, marks=pytest.mark.slow) for n in E5_MISTRAL]
+)
+def test_each_of_the_papers_56_tasks_has_its_instruction_on_the_right_side(model, monkeypatch, name):
+    """What mteb's own evaluation of that kind of task embeds: the task's metadata on a mock of its type."""
+    import mteb
+    import mteb.mocks
+
+    task = mteb.get_task(name)
+    metadata = (getattr(task, "tasks", None) or [task])[0].metadata
+    base = getattr(mteb.mocks, MOCKS[metadata.type])
+    kept = base.metadata.model_copy(update={"name": metadata.name, "prompt": metadata.prompt, "type": metadata.type})
+    seen = spied(model, monkeypatch)
+    evaluate(model, type(name, (base,), {"metadata": kept})())
+    roles = {role for role, _, _ in seen}
+    assert roles == ({"query", "passage"} if metadata.type in ("Retrieval", "Reranking") else {"query"})
+    assert {text.rstrip(".") for _, text, _ in seen} == {E5_MISTRAL[name]}
+    assert model.model.prompts.around("passage", "anything")[0] == "[P] "  # a passage's template has no place for it
+
+
+MOCKS = {
+    "Retrieval": "MockRetrievalTask",
+    "Reranking": "MockRerankingTask",
+    "STS": "MockSTSTask",
+    "Classification": "MockClassificationTask",
+    "Clustering": "MockClusteringTask",
+    "PairClassification": "MockPairClassificationTask",
+    "Summarization": "MockSummarizationTask",
+}
+
+
 def test_the_text_reaches_the_model_inside_its_template(model, monkeypatch):
     task = mock("MockRetrievalTask", {"query": "find it"})
     rendered = []

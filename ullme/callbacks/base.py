@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -23,6 +24,8 @@ from ullme.sharding import unsynchronised
 
 if TYPE_CHECKING:
     from ullme.module import ULLMEModule
+
+log = logging.getLogger(__name__)
 
 ReferenceChoice = Literal["adapters_off", "frozen_copy", "cached"]
 
@@ -65,6 +68,12 @@ class LossCallback(L.Callback, ABC):
             raise ValueError(f"loss: {type(self).__name__} and {type(others[0]).__name__}; a run has one loss")
         if str(trainer.precision).startswith("16"):
             raise ValueError(f"trainer.precision={trainer.precision!r} is not supported; choose bf16-mixed or 32-true")
+        if trainer.precision == "bf16-true":
+            raise ValueError(
+                "trainer.precision='bf16-true' would keep trained weights and optimizer states in bfloat16, which "
+                "rounds small updates away; choose bf16-mixed, with model.backbone.dtype=bfloat16 for a frozen LLM in "
+                "half the memory"
+            )
         pl_module.loss = self
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -72,6 +81,13 @@ class LossCallback(L.Callback, ABC):
         model, data = pl_module.model, trainer.datamodule  # type: ignore[attr-defined]
         if data is not None:
             self._check_lengths(model, data)
+        half = sorted({str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype.itemsize < 4})
+        if half:
+            log.warning(
+                "model.backbone.dtype: the trained weights are in %s, where AdamW's small updates round away; "
+                "set model.backbone.dtype=float32 (adapters are in float32 anyway)",
+                ", ".join(half),
+            )
         negatives = getattr(data, "num_hard_negatives", 1)
         self.objective.check(model, negatives, str(trainer.precision))  # type: ignore[arg-type]
 
@@ -117,7 +133,9 @@ class LossCallback(L.Callback, ABC):
             if value > model.max_positions:
                 raise ValueError(f"data.{name}={value}, but the LLM has {model.max_positions} positions; lower it")
         if self.objective.needs_generation:
-            template = len(model.prompt_tokenizer.prompt_ids([""], max_length=2**31)[0])
+            own = getattr(getattr(data, "source", None), "longest_instruction", None)
+            rows = model.prompt_tokenizer.prompt_ids(["", ""], max_length=2**31, instruction=[None, own])
+            template = max(map(len, rows))
             if (total := template + sum(longest.values())) > model.max_positions:
                 raise ValueError(
                     f"generation terms put a query ({longest['query_max_length']} tokens), its template ({template}) "

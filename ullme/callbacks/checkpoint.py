@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -13,17 +9,15 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ullme import storage
+from ullme.callbacks.leaving import Notice
 from ullme.models.checkpoint import check_contract
 from ullme.resume import FINISHED
-
-TERMINATED = 128 + signal.SIGTERM
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -61,7 +55,8 @@ class Checkpoint(ModelCheckpoint):
     """``last.ckpt`` always, and the best by the validation metric where there is a validation.
 
     ``last.ckpt`` is saved every so many steps, epochs or minutes, before and after each validation, at the end, and
-    after the step during which SIGTERM came. Whichever of them a run goes on from, it does what it would have done.
+    after the step during which SIGTERM or Ctrl-C came. Whichever of them a run goes on from, it does what it would have
+    done.
 
     Args:
         dirpath: folder of the checkpoints; null: ``checkpoints`` in trainer.default_root_dir.
@@ -113,8 +108,8 @@ class Checkpoint(ModelCheckpoint):
         self._every_n_train_steps = every_n_train_steps or 0
         self._every_n_epochs = every_n_epochs or (0 if other else 1)
         self._train_time_interval = train_time_interval
-        self._due = self._before_validation = self._told_to_leave = self._requeue = False
-        self._requeue_signal: int | None = None
+        self._due = self._before_validation = False
+        self._notice = Notice()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Settle what to rank by. Raises: ValueError: more than one newest checkpoint is asked for."""
@@ -136,18 +131,8 @@ class Checkpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             Path(str(self.dirpath), FINISHED).unlink(missing_ok=True)
-        self._told_to_leave = trainer.received_sigterm
-        if threading.current_thread() is threading.main_thread():
-            # In place of Lightning's, which leaves without saving and speaks to other ranks in the midst of a step.
-            signal.signal(signal.SIGTERM, self._note)
-            cluster = trainer._accelerator_connector.cluster_environment
-            if isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue:
-                self._requeue_signal = cluster.requeue_signal or signal.SIGUSR1
-                signal.signal(self._requeue_signal, self._note)
-
-    def _note(self, number: int, frame: Any) -> None:
-        self._told_to_leave = True
-        self._requeue |= number == self._requeue_signal
+        self._notice = Notice()
+        self._notice.listen(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -235,31 +220,17 @@ class Checkpoint(ModelCheckpoint):
 
     def _asked_to_leave(self, trainer: L.Trainer) -> bool:
         """Whether any rank was; then Lightning makes all of them leave as soon as this step is logged."""
-        leave = trainer.strategy.reduce_boolean_decision(self._told_to_leave, all=False)
+        leave = self._notice.agreed(trainer)
         trainer._signal_connector.received_sigterm |= leave
         return leave
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Say how to go on, and give the exit status of a process that SIGTERM ended."""
+        """Say how to go on, and give the exit status of a process that the signal ended."""
         if isinstance(exception, SIGTERMException):
-            exception.code = TERMINATED
+            exception.code = self._notice.status
             if trainer.is_global_zero:
                 saved = f"saved {self.last_model_path} after step {self._last_global_step_saved}"
-                print(f"SIGTERM: {saved}; the same command goes on from there", flush=True)
-                if self._requeue:
-                    _requeue()
-
-
-def _requeue() -> None:
-    """Ask SLURM to run this job again."""
-    job = os.environ["SLURM_JOB_ID"]
-    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
-        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        subprocess.run(["scontrol", "requeue", job], check=True)
-        print(f"SLURM runs job {job} again", flush=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"SLURM did not take job {job} back ({error}); submit it again", flush=True)
+                self._notice.say_goodbye(saved)
 
 
 def _validation_follows(trainer: L.Trainer) -> bool:

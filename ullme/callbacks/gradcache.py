@@ -88,7 +88,9 @@ class GradCache(LossCallback):
         while True:
             try:
                 return self._backward(module, batch)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
                 reason = str(error).split("\n")[0]
             # Here the error, and with it every tensor that its frames held, is gone.
             self._halve(batch, module.global_step, reason)
@@ -151,3 +153,8 @@ class GradCache(LossCallback):
         lengths = torch.cat([rows.attention_mask.sum(1) for rows in (batch.queries, batch.passages)]).cpu()
         tokens = torch.stack([lengths[piece].sum() for piece in pieces]).cumsum(0)
         return int(torch.searchsorted(tokens, self.held_tokens, right=True))
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Also a CPU's, which has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,18 @@ def read_beir(folder: str | Path, split: str = "test") -> BeirFolder:
     return BeirFolder(corpus, judged, qrels)
 
 
-def _read_texts(path: Path, parse: Callable[[dict[str, Any]], str]) -> dict[str, str]:
+def preview(folder: str | Path, split: str, rows: int) -> None:
+    """Read the first rows of each file of such a folder. Raises: ValueError: as :func:`read_beir`, for these rows."""
+    folder = Path(folder)
+    _read_texts(folder / "corpus.jsonl", _document, rows)
+    _read_texts(folder / "queries.jsonl", _query, rows)
+    _read_qrels(folder / "qrels" / f"{split}.tsv", rows)
+
+
+def _read_texts(path: Path, parse: Callable[[dict[str, Any]], str], most: int | None = None) -> dict[str, str]:
     _check_exists(path)
     texts: dict[str, str] = {}
-    for number, _, line in iter_lines(path):
+    for number, _, line in islice(iter_lines(path), most):
         try:
             row = parse_line(line)
             key = _id(row)
@@ -102,13 +111,13 @@ def _string(row: dict[str, Any], key: str, missing: str | None = None) -> str:
     return value.strip()
 
 
-def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
+def _read_qrels(path: Path, most: int | None = None) -> dict[str, dict[str, int]]:
     if not path.is_file() and path.parent.is_dir():
         there = sorted(p.stem for p in path.parent.glob("*.tsv"))
         raise ValueError(f"{path}: no such file; qrels holds the splits {there}, choose one with data.val_split")
     _check_exists(path)
     qrels: dict[str, dict[str, int]] = {}
-    for number, _, line in iter_lines(path):
+    for number, _, line in islice(iter_lines(path), most):
         columns = line.decode("utf-8", errors="replace").rstrip("\r\n").split("\t")
         try:
             query, document, grade = columns

@@ -58,6 +58,10 @@ class Collator:
         passage_max_length: in tokens, template included.
         generation: add the rows that generation losses need; their prompts may have as many tokens more than queries
             as the generation template has.
+        longest_instruction: of the rows' own, to be checked before training.
+
+    Raises:
+        ValueError: a template, with the longest instruction, leaves no room for a text.
     """
 
     def __init__(
@@ -66,12 +70,14 @@ class Collator:
         query_max_length: int,
         passage_max_length: int,
         generation: bool = False,
+        longest_instruction: str | None = None,
     ) -> None:
         self.prompt_tokenizer = prompt_tokenizer
         self.query_max_length = query_max_length
         self.passage_max_length = passage_max_length
         self.generation = generation
-        prompt_tokenizer.check_length("query", query_max_length)
+        for instruction in {None, longest_instruction}:
+            prompt_tokenizer.check_length("query", query_max_length, instruction)
         prompt_tokenizer.check_length("passage", passage_max_length)
 
     def __call__(self, items: Sequence[tuple[int, Draw]]) -> Batch:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from ullme.data.beir import BeirFolder, read_beir
 from ullme.data.collator import Collator, EvalCollator, EvalDataset, TrainDataset, length_sorted_batches
+from ullme.data.loader import ResumableLoader, ignore_ctrl_c
 from ullme.data.mixture import Mixture, MixtureSampler, TrainSet
 from ullme.data.records import Schema, check_schema
 from ullme.data.sampler import GlobalBatchSampler, ShortRows, settle_short_rows
@@ -22,30 +22,6 @@ from ullme.data.sources import OnBadRow, RowSource
 from ullme.prompts import PromptTokenizer, Role
 
 log = logging.getLogger(__name__)
-
-
-class ResumableLoader(DataLoader[Any]):
-    """A loader whose place follows the trainer's step counter. It has no state of its own to keep; the two methods
-    are how Lightning learns that it can be resumed inside an epoch.
-
-    Attributes:
-        waited: seconds, over all epochs, in which a batch was asked for and not there.
-    """
-
-    waited = 0.0
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        started = time.perf_counter()
-        for batch in super().__iter__():
-            self.waited += time.perf_counter() - started
-            yield batch
-            started = time.perf_counter()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass
 
 
 class ULLMEDataModule(L.LightningDataModule):
@@ -61,8 +37,9 @@ class ULLMEDataModule(L.LightningDataModule):
             batch is of one of them, and each says its own split, name, schema and max_rows.
         train_split: which split of the dataset.
         train_name: the dataset's configuration, where it has several.
-        schema: the columns: auto, bge, tevatron, sentence-transformers or ullme; text, one text a row, which is its
-            own positive (SimCSE, arXiv 2104.08821); or the dotted path of a function that reads a row.
+        schema: the columns: auto, bge, tevatron, sentence-transformers or ullme; text, one text a row (of a row of
+            retrieval its first positive), which is its own positive (SimCSE, arXiv 2104.08821); or the dotted path of
+            a function that reads a row.
         on_bad_row: stop at the first bad row with its place and reason, before training; or skip and count them.
         short_rows: a row with too few hard negatives of its own borrows positives of other rows, repeats its own
             negatives, or is dropped.
@@ -220,7 +197,8 @@ class ULLMEDataModule(L.LightningDataModule):
         assert self.source is not None
         dataset = TrainDataset(self.source, self.seed, self.num_hard_negatives, self.short_rows)
         sampler = self._sampler(rank, world_size, epoch, start_batch, position)
-        collator = Collator(prompt_tokenizer, self.query_max_length, self.passage_max_length, generation)
+        lengths = self.query_max_length, self.passage_max_length
+        collator = Collator(prompt_tokenizer, *lengths, generation, self.source.longest_instruction)
         return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=collator, **self._loader_options())
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
@@ -251,6 +229,7 @@ class ULLMEDataModule(L.LightningDataModule):
         return {
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": ignore_ctrl_c,
             "pin_memory": torch.cuda.is_available(),
             # a loader draws a number from the global generator at each epoch, which would change dropout on resuming
             "generator": torch.Generator().manual_seed(self.seed),

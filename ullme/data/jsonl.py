@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from ullme.data.records import BadRow
+from ullme.progress import progress
 
 
 def iter_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """(line number from 1, byte offset, raw line) of every line that is not blank; a UTF-8 mark at the start is no
-    part of the first line."""
+    part of the first line. Shows a bar where that takes long."""
     offset = 0
-    with path.open("rb") as file:
+    bar = progress(f"reading {path.name}", total=path.stat().st_size, unit="B", unit_scale=True)
+    with path.open("rb") as file, bar:
         for number, line in enumerate(file, start=1):
             start = offset
             offset += len(line)
+            bar.update(len(line))
             if number == 1 and line.startswith(BOM_UTF8):
                 line, start = line[len(BOM_UTF8) :], start + len(BOM_UTF8)  # noqa: PLW2901
             if line.strip():

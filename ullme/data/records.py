@@ -45,8 +45,8 @@ def parse_record(row: Any, schema: Schema = "auto") -> Record:
     Args:
         row: a mapping from column to value.
         schema: which columns to expect; ``auto`` recognises them, all but ``text``, where a row is one text, which
-            is query and positive at once. The dotted path of a function that takes a row and returns a
-            :class:`Record` reads columns of your own.
+            is query and positive at once; of a row of retrieval it is the first positive. The dotted path of a
+            function that takes a row and returns a :class:`Record` reads columns of your own.
 
     Raises:
         BadRow: not a mapping, a missing key, a wrong type, an empty text, or no positive.

@@ -19,6 +19,7 @@ import numpy as np
 
 from ullme.data.jsonl import iter_lines, parse_line
 from ullme.data.records import BadRow, Record, Schema, parse_record
+from ullme.progress import progress
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,10 +37,12 @@ class RowSource(Protocol):
     Attributes:
         num_negatives: (rows,) how many hard negatives each row has of its own.
         skipped: "place: reason" of every bad row that was left out.
+        longest_instruction: of the rows' own instructions, or None where no row has one.
     """
 
     num_negatives: np.ndarray
     skipped: list[str]
+    longest_instruction: str | None
 
     def __len__(self) -> int: ...
 
@@ -55,6 +58,7 @@ class _Checked:
         self.positions = array("q")
         self.num_negatives = array("q")
         self.skipped: list[str] = []
+        self.longest_instruction: str | None = None
 
     def add(self, position: int, where: str, raw: Any) -> None:
         """``raw`` is a row, or a line of JSON. Raises: ValueError: it is bad, and bad rows stop."""
@@ -67,6 +71,8 @@ class _Checked:
             return
         self.positions.append(position)
         self.num_negatives.append(len(record.negatives))
+        if record.instruction is not None and len(record.instruction) > len(self.longest_instruction or ""):
+            self.longest_instruction = record.instruction
 
     def finish(self, name: str) -> None:
         """Raises: ValueError: there is nothing to train on."""
@@ -108,7 +114,7 @@ class JsonlSource:
         checked.finish(", ".join(names))
         self._offsets = np.asarray(checked.positions)
         self.num_negatives = np.asarray(checked.num_negatives)
-        self.skipped = checked.skipped
+        self.skipped, self.longest_instruction = checked.skipped, checked.longest_instruction
         self._handles: dict[int, BinaryIO] = {}
         self._pid = os.getpid()
 
@@ -158,12 +164,12 @@ class HubSource:
         self.schema: Schema = schema
         self.dataset = _load(path, name, split)
         checked = _Checked(schema, on_bad_row)
-        for i, row in enumerate(self.dataset):
+        for i, row in enumerate(progress(f"checking {path}", self.dataset, unit="row")):
             checked.add(i, f"{path}[{split}] row {i}", row)
         checked.finish(f"{path}[{split}]")
         self._rows = np.asarray(checked.positions)
         self.num_negatives = np.asarray(checked.num_negatives)
-        self.skipped = checked.skipped
+        self.skipped, self.longest_instruction = checked.skipped, checked.longest_instruction
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -186,7 +192,7 @@ class Subset:
         self.source = source
         self.rows = rows
         self.num_negatives = source.num_negatives[rows]
-        self.skipped = source.skipped
+        self.skipped, self.longest_instruction = source.skipped, source.longest_instruction
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -226,7 +232,7 @@ def open_source(
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"data.max_rows={max_rows} must be at least 1; leave it out to use every row")
     source: RowSource
-    if all(map(_is_jsonl, names)):
+    if all(map(is_jsonl, names)):
         source = JsonlSource(names, schema, on_bad_row, split)
     elif len(names) == 1 or all(Path(n).suffix in _TABLES for n in names):
         source = HubSource(names[0] if len(names) == 1 else names, name, split, schema, on_bad_row)
@@ -253,7 +259,8 @@ def expand_files(name: str, split: str) -> list[Path]:
     return found
 
 
-def _is_jsonl(name: str) -> bool:
+def is_jsonl(name: str) -> bool:
+    """Whether a name in ``data.train`` stands for JSON lines, and not for a dataset."""
     path = Path(name)
     if not path.is_dir():
         return path.suffix in _JSONL

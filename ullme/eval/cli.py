@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
+from ullme.refusals import complain
+
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
@@ -50,10 +52,10 @@ LOCAL_OPTIONS = {
 
 def parser() -> ArgumentParser:
     """The options; every one may also stand in a YAML file given with --config."""
-    options = ArgumentParser(prog="evaluate", description=DESCRIPTION, exit_on_error=False)
+    options = ArgumentParser(prog="ullme evaluate", description=DESCRIPTION, exit_on_error=False)
     options.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options")
     model = options.add_argument_group("Model")
-    model.add_argument("--model", type=str, help="hub name or folder of an LLM or a sentence-transformers model")
+    model.add_argument("--model", type=str, help="hub name or folder: LLM, LoRA adapter, sentence-transformers")
     model.add_argument("--checkpoint", type=str, help="run folder, Lightning checkpoint or adapter folder")
     for name, (type_, text) in MODEL_OPTIONS.items():
         model.add_argument(f"--{name}", type=type_ | None, help=text)
@@ -76,6 +78,7 @@ def parser() -> ArgumentParser:
         "--per_query", type=str | None, metavar="FOLDER", help="write TASK.json with each query's score (retrieval)"
     )
     output.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    output.add_argument("--wandb", type=str | None, metavar="PROJECT", help="log scores and table to this W&B project")
     output.add_argument("--batch_size", type=int | None, help="texts a forward; what suits the device unless given")
     output.add_argument("--progress", type=bool, default=True, help="progress bars")
     return options
@@ -88,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None takes those of the process.
 
     Returns:
-        The exit status: 0; 1 where a task could not be evaluated; 2 for a mistake of the user, explained in one line.
+        The exit status: 0; 1 where a task could not be evaluated; 2 for a mistake of the user, explained in one line;
+        130 after Ctrl-C.
     """
     try:
         options = parser().parse_args(argv)
@@ -96,8 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(options)
     except (ArgumentError, ValueError) as error:
         if os.environ.get("RANK", "0") == "0":  # torchrun's other processes found the same
-            print(f"evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return complain(error)
         return 2
+    except KeyboardInterrupt:
+        done = f"what was finished is in {options.output}, and the same command goes on behind it"
+        print(f"\nCtrl-C: {done}", file=sys.stderr)
+        return 130
 
 
 def _check(options: Any) -> None:
@@ -142,12 +150,15 @@ def _evaluate(options: Any, tasks: list[AbsTask], model: WrappedULLME) -> int:
     from ullme.eval.mteb import evaluate_tasks
     from ullme.eval.per_query import keep_per_query
     from ullme.eval.table import markdown_table, text_table, write_rows
+    from ullme.eval.wandb import wandb_run
 
     meta = model.mteb_model_meta
     print(f"{meta.name}, revision {meta.revision}", file=sys.stderr)
     if options.per_query is not None:
         keep_per_query(tasks, options.per_query)
-    with redirect_stdout(sys.stderr):
+    given = {name: value for name, value in options.as_dict().items() if value not in (None, [], {})}
+    kept = {**given, "config": None, "revision": meta.revision}
+    with redirect_stdout(sys.stderr), wandb_run(options.wandb, options.checkpoint, kept, options.output) as log:
         rows = evaluate_tasks(
             model,
             tasks,
@@ -156,6 +167,7 @@ def _evaluate(options: Any, tasks: list[AbsTask], model: WrappedULLME) -> int:
             batch_size=options.batch_size,
             show_progress_bar=options.progress,
         )
+        log(rows)
     print(markdown_table(rows) if options.markdown else text_table(rows))
     if options.scores is not None:
         write_rows(rows, options.scores)

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ullme import storage
-
 HEADER = ("Task", "Type", "Main score", "Score")
 
 
@@ -43,6 +41,8 @@ def write_rows(rows: Sequence[Row], file: str | Path) -> None:
     Raises:
         ValueError: the file cannot be written.
     """
+    from ullme import storage  # which imports torch
+
     text = json.dumps([asdict(row) for row in rows], indent=1)
     storage.write_atomically(file, lambda stream: stream.write(text.encode()))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,6 +170,7 @@ def fit_weights(
         ValueError: they do not fit.
     """
     renamed = _with_adapter_name(state, found["backbone"].get("lora_name"), model.options.lora_name)
+    renamed = _under_the_head(renamed, trainable_shapes(model))
     _check_fit(model, found, renamed, source)
     if other := _other_backbone(model, found):
         if strict:
@@ -255,6 +257,17 @@ def _with_adapter_name(state: dict[str, Tensor], old: str | None, new: str | Non
     if old is None or new is None or old == new:
         return state
     return {name.replace(f".{old}.", f".{new}."): value for name, value in state.items()}
+
+
+def _under_the_head(state: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+    """Embedders of others are often trained without the LM head: ``base_model.model.layers.0`` there is
+    ``base_model.model.model.layers.0`` here, and the same weight."""
+    names, front = set(own), "llm.base_model.model."
+    for part in {name.removeprefix(front).split(".")[0] for name in names if name.startswith(front)}:
+        moved = {name.replace(front, f"{front}{part}.", 1): value for name, value in state.items()}
+        if not names & state.keys() and names & moved.keys():
+            return moved
+    return state
 
 
 def save_adapter(model: ULLME, folder: str | Path) -> Path:

@@ -82,7 +82,8 @@ def encode(
         raise ValueError(f"instruction: {len(instruction)} of them for {len(texts)} texts; give one, or one for each")  # type: ignore[arg-type]
     tokenizer = model.prompt_tokenizer
     if role is not None:
-        tokenizer.check_length(role, max_length)
+        for each in {instruction} if one_for_all else set(instruction):  # type: ignore[arg-type]
+            tokenizer.check_length(role, max_length, each)
     out = torch.empty((len(texts), model.hidden_size), dtype=torch.float32)
     training = model.training
     model.eval()

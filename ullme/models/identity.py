@@ -16,15 +16,32 @@ if TYPE_CHECKING:
 
 def is_sentence_transformer(name: str) -> bool:
     """Whether a folder, a cached hub model or, unless offline, a hub model holds a modules.json."""
+    return _holds(name, "modules.json")
+
+
+def adapter_folder(name: str) -> Path | None:
+    """The PEFT adapter that a folder or a hub repository is, downloaded if need be; None where it is something else,
+    such as an LLM with an adapter beside it."""
+    if not _holds(name, "adapter_config.json") or _holds(name, "config.json"):
+        return None
+    if (folder := Path(name)).is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _holds(name: str, file: str) -> bool:
+    """Whether a folder, a cached hub repository or, unless offline, a hub repository holds a file."""
     from huggingface_hub import constants, file_exists, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     if (folder := Path(name)).is_dir():
-        return (folder / "modules.json").is_file()
+        return (folder / file).is_file()
     try:
-        if isinstance(try_to_load_from_cache(name, "modules.json"), str):
+        if isinstance(try_to_load_from_cache(name, file), str):
             return True
-        return not constants.is_offline_mode() and file_exists(name, "modules.json")
+        return not constants.is_offline_mode() and file_exists(name, file)
     except (HFValidationError, OSError):
         # Not a hub name, or a hub out of reach: loading the LLM will say so in its own words.
         return False

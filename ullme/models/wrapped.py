@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
-from ullme.models.identity import is_sentence_transformer, result_name, weights_digest
-from ullme.prompts import Prompts
+from ullme.models.identity import adapter_folder, is_sentence_transformer, result_name, weights_digest
+from ullme.models.loading import load_embedder, usable_device
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +27,11 @@ if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
 
 DEFAULT_MAX_LENGTH = 512
+# E5-mistral's (arXiv 2401.00368, appendix), by the beginning of a task's name, where mteb carries none.
+RETRIEVAL_INSTRUCTIONS = {
+    "CQADupstack": "Given a question, retrieve detailed question descriptions from Stackexchange that are duplicates "
+    "to the given question",
+}
 
 
 class WrappedULLME(AbsEncoder):
@@ -36,15 +40,15 @@ class WrappedULLME(AbsEncoder):
     Queries get the query template with the task's own instruction, documents the passage template. Tasks without
     sides (STS, classification, clustering, pair classification, summarisation, bitext mining ...) use the query
     template for every text, as E5-mistral does (arXiv 2401.00368, section 4). An instruction is taken from, in this
-    order: ``instructions``; the task (mteb carries those of E5-mistral); for retrieval and reranking the prompt
-    contract; for the others mteb's general one for the task type.
+    order: ``instructions``; the task (mteb carries those of E5-mistral, all but CQADupstack's, which are here); for
+    retrieval and reranking the prompt contract; for the others mteb's general one for the task type.
 
     A sentence-transformers folder or hub model (it has a modules.json) is handed to mteb's own wrapper, so that its
     scores are mteb's own.
 
     Args:
-        model_name_or_path: hub name or folder of an LLM or a sentence-transformers model. None takes the LLM that
-            the checkpoint was trained from.
+        model_name_or_path: hub name or folder of an LLM, of a LoRA adapter (PEFT), which brings its LLM's name, or of
+            a sentence-transformers model. None takes the LLM that the checkpoint was trained from.
         model_backbone_type: transformers' model_type; checked if given.
         lora_name: name of the adapter. None, as for the next two, takes the checkpoint's.
         lora_r: rank of LoRA.
@@ -96,7 +100,9 @@ class WrappedULLME(AbsEncoder):
             self.model: Any = self.delegate.model
             self.max_length = self.model.max_seq_length
         else:
-            self.model = _load(name, model_checkpoint, given).to(device).eval()
+            adapter_at = adapter_folder(name) if name is not None and model_checkpoint is None else None
+            source = (name, model_checkpoint) if adapter_at is None else (None, adapter_at)
+            self.model = load_embedder(*source, given).to(device).eval()
             self.max_length = DEFAULT_MAX_LENGTH if max_length is None else max_length
         self.mteb_model_meta = self._model_meta(name, model_checkpoint)
 
@@ -155,7 +161,8 @@ class WrappedULLME(AbsEncoder):
         chosen = {task_metadata.name, task_metadata.type} & set(self.prompts_dict or {})
         has_sides = task_metadata.simplified_task_type == "retrieval"
         if has_sides and not chosen and not _query_prompt(task_metadata):
-            return None
+            known = RETRIEVAL_INSTRUCTIONS.items()
+            return next((text for start, text in known if task_metadata.name.startswith(start)), None)
         return self.get_instruction(task_metadata, PromptType.query) or None
 
     def similarity(self, embeddings1: Array, embeddings2: Array) -> Array:
@@ -204,43 +211,6 @@ class WrappedULLME(AbsEncoder):
             "use_task_instructions": self.use_task_instructions,
             "instructions": self.prompts_dict,
         }
-
-
-def usable_device(device: str | None) -> str:
-    """The device asked for, or else a GPU if there is one.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={device!r} cannot be used here ({reason}); leave it out or give cpu") from error
-    return device
-
-
-def _load(name: str | None, checkpoint: str | Path | None, options: dict[str, Any]) -> ULLME:
-    from ullme.models.ullme import ULLME
-
-    prompts = options.pop("prompts", None)
-    if checkpoint is None:
-        assert name is not None
-        # Without a checkpoint an adapter would be at its start, where it changes nothing.
-        plain = {option: value for option, value in options.items() if not option.startswith("lora_")}
-        model = ULLME(name, lora_name=None, **plain)
-    else:
-        from ullme.models.checkpoint import load_ullme
-
-        named: dict[str, Any] = {} if name is None else {"model_name_or_path": name}
-        model = load_ullme(checkpoint, **named, **options)
-    if isinstance(prompts, Mapping):
-        prompts = Prompts.from_dict({**model.prompts.to_dict(), **prompts})
-    if prompts is not None:
-        model.prompts = prompts
-    return model
 
 
 def _sentence_transformer(name: str, device: str, max_length: int | None, options: dict[str, Any]) -> AbsEncoder:

@@ -175,8 +175,8 @@ class Cell:
         tags = [f"table:{table}", f"model:{self.model_id}", f"row:{self.row_id}", f"seed:{self.seed}"]
         return [
             *(f"{prefix}.init_args.project={self.table.wandb_project}", f"{prefix}.init_args.name={name}"),
-            *(f"{prefix}.init_args.save_dir={folder}", f"{prefix}.dict_kwargs.group={table}/{self.model_id}"),
-            f"{prefix}.dict_kwargs.tags={json.dumps(tags)}",
+            *(f"{prefix}.init_args.save_dir={folder}", f"{prefix}.init_args.group={table}/{self.model_id}"),
+            f"{prefix}.init_args.tags={json.dumps(tags)}",
         ]
 
     def settings(self) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from jsonargparse.typing import Path_fr
 
+# Of an option. Not Any: that would read a template such as "{text}\n" as YAML.
+Value = str | bool | int | float | list[Any] | dict[str, Any] | None
 _ID = re.compile(r"[\w.-]+")
 
 
@@ -23,7 +25,7 @@ class Stage:
     """
 
     config: Path_fr
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Value] = field(default_factory=dict)
 
 
 @dataclass
@@ -39,8 +41,8 @@ class Model:
 
     label: str
     configs: list[Path_fr] = field(default_factory=list)
-    train_options: dict[str, Any] = field(default_factory=dict)
-    evaluate_options: dict[str, Any] = field(default_factory=dict)
+    train_options: dict[str, Value] = field(default_factory=dict)
+    evaluate_options: dict[str, Value] = field(default_factory=dict)
 
 
 @dataclass
@@ -67,8 +69,8 @@ class Row:
     model: str | None = None
     checkpoint: str | None = None
     seeds: list[int] | None = None
-    train_options: dict[str, Any] = field(default_factory=dict)
-    evaluate_options: dict[str, Any] = field(default_factory=dict)
+    train_options: dict[str, Value] = field(default_factory=dict)
+    evaluate_options: dict[str, Value] = field(default_factory=dict)
 
     @property
     def trained(self) -> bool:
@@ -103,8 +105,8 @@ class Table:
     order: list[str] = field(default_factory=list)
     paper: str | None = None
     configs: list[Path_fr] = field(default_factory=list)
-    train_options: dict[str, Any] = field(default_factory=dict)
-    evaluate_options: dict[str, Any] = field(default_factory=dict)
+    train_options: dict[str, Value] = field(default_factory=dict)
+    evaluate_options: dict[str, Value] = field(default_factory=dict)
     wandb_project: str = "ullme"
     world: Literal["miniature"] | None = None
 

@@ -1,0 +1,130 @@
+"""The same weights through sentence-transformers' own mteb path and through WrappedULLME's own give equal scores.
+
+The LLM is a tiny Llama with causal attention, which is what sentence-transformers makes of a decoder; the data are
+those of a miniature world, made into a task of each type.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+from eval_helpers import save_tiny_llm, write_jsonl
+
+from ullme.data.miniature import build_world
+from ullme.eval import evaluate_tasks, local_tasks
+from ullme.models.wrapped import WrappedULLME
+
+POINTS = 0.05
+QUERY, PASSAGE = "Query: ", "Passage: "
+TYPES = ("Retrieval", "Reranking", "STS", "PairClassification", "Classification", "Clustering", "Summarization")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A file or folder for each type of task, from facts about 30 entities."""
+    folder = tmp_path_factory.mktemp("world")
+    world = build_world(folder / "world", train_entities=30, val_entities=12, dev_entities=12, distractors=40)
+    facts, passages, rng = world.train.facts, world.train.passages, random.Random(0)
+    rows = [json.loads(line) for line in world.train_file.read_text().splitlines()][:60]
+    write_jsonl(folder / "rerank.jsonl", rows[:40])
+    pairs = [(row["query"], row[side][0], int(side == "pos")) for row in rows for side in ("pos", "neg")]
+    columns = ("sentence1", "sentence2", "label")
+    write_jsonl(folder / "pairs.jsonl", [dict(zip(columns, pair, strict=True)) for pair in pairs])
+    labelled = [{"text": passages[f.passage_id].text, "label": f.relation} for f in rng.sample(facts, len(facts))]
+    write_jsonl(folder / "topics.jsonl", labelled[:80])
+    for split, part in (("train", labelled), ("test", labelled[:60])):
+        write_jsonl(folder / "relations" / f"{split}.jsonl", part)
+    graded = ["sentence1\tsentence2\tscore"]
+    for _ in range(80):
+        a, b = rng.choice(facts), rng.choice(facts[:20])
+        grade = (a.relation == b.relation) + 2 * (a.subject == b.subject) + rng.random() / 10
+        graded.append(f"{passages[a.passage_id].text}\t{passages[b.passage_id].text}\t{grade:.3f}")
+    (folder / "graded.tsv").write_text("\n".join(graded) + "\n")
+    return folder
+
+
+def make_task(kind, files):
+    """A new task: evaluation advances a task's random state."""
+    from mteb.mocks import MockSummarizationTask
+
+    make = {
+        "Retrieval": lambda: local_tasks.retrieval_task(files / "world" / "dev"),
+        "Reranking": lambda: local_tasks.reranking_task(files / "rerank.jsonl"),
+        "STS": lambda: local_tasks.sts_task(files / "graded.tsv"),
+        "PairClassification": lambda: local_tasks.pair_classification_task(files / "pairs.jsonl"),
+        "Classification": lambda: local_tasks.classification_task(files / "relations"),
+        "Clustering": lambda: local_tasks.clustering_task(files / "topics.jsonl"),
+        "Summarization": MockSummarizationTask,
+    }
+    task = make[kind]()
+    assert task.metadata.type == kind
+    return task
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    return save_tiny_llm(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def adapter(llm, tmp_path_factory):
+    """As others publish them: trained without the LM head, saved by PEFT alone."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModel
+
+    torch.manual_seed(1)
+    options = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
+    model = get_peft_model(AutoModel.from_pretrained(llm), options)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder / "published")
+    model.merge_and_unload().save_pretrained(folder / "merged")
+    return folder
+
+
+def sentence_transformers_path(folder, tokenizer):
+    """mteb's own wrapper around a sentence-transformers model of the folder's weights."""
+    st = pytest.importorskip("sentence_transformers")
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
+
+    body = modules.Transformer(str(folder), max_seq_length=512, tokenizer_name_or_path=str(tokenizer))
+    pooling = modules.Pooling(body.get_embedding_dimension(), pooling_mode="mean")
+    model = st.SentenceTransformer(modules=[body, pooling, modules.Normalize()], device="cpu")
+    symmetric = dict.fromkeys(TYPES[2:], QUERY)
+    return SentenceTransformerEncoderWrapper(
+        model, device="cpu", model_prompts={"query": QUERY, "document": PASSAGE, **symmetric}
+    )
+
+
+def own_path(model, **options):
+    prompts = {"query": QUERY + "{text}", "passage": PASSAGE + "{text}"}
+    wrapped = WrappedULLME(str(model), attention="causal", prompts=prompts, device="cpu", **options)
+    assert wrapped.delegate is None
+    return wrapped
+
+
+def score(model, task) -> float:
+    [row] = evaluate_tasks(model, [task], show_progress_bar=False)
+    assert row.error is None
+    return row.score
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("weights", ["llm", "adapter"])
+def test_equal_scores(weights, kind, llm, adapter, files):
+    theirs = sentence_transformers_path(llm if weights == "llm" else adapter / "merged", llm)
+    mine = own_path(llm if weights == "llm" else adapter / "published")
+    expected = score(theirs, make_task(kind, files))
+    assert score(mine, make_task(kind, files)) == pytest.approx(expected, abs=POINTS)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", TYPES[:-1])
+def test_the_scores_tell_models_apart(kind, llm, adapter, files):
+    """So that being equal above means something: other weights have other scores."""
+    plain, adapted = own_path(llm), own_path(adapter / "published")
+    assert abs(score(plain, make_task(kind, files)) - score(adapted, make_task(kind, files))) > POINTS

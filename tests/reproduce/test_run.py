@@ -1,0 +1,281 @@
+"""The runner with commands that take no time; the last test has the real ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import save_llm
+
+from ullme.data.miniature import build_world
+from ullme.reproduce import finish, preflight, run
+from ullme.reproduce.cells import Cell
+from ullme.reproduce.cli import main, parser, read_table
+from ullme.reproduce.run import Devices, Runner
+from ullme.reproduce.scores import read_scores
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ROWS = [{"task": "facts-0123abcd", "type": "Retrieval", "main_score": "ndcg_at_10", "score": 50.0, "error": None}]
+
+
+class Fake(Cell):
+    """A cell whose training appends a line to trained.txt and whose evaluation writes the scores it is told to."""
+
+    rows = tuple(ROWS)
+    ending = "pass"
+
+    def train_command(self, stage):
+        code = (
+            f"import os, pathlib, sys, time; f = pathlib.Path({str(self.run_folder(stage))!r});"
+            "(f / 'checkpoints').mkdir(parents=True, exist_ok=True);"
+            "print(os.environ['CUDA_VISIBLE_DEVICES'], file=open(f.parent / 'trained.txt', 'a'));"
+            f"{self.ending};"
+            "(f / 'checkpoints' / 'finished').write_text('1 step');"
+            '(f / \'seen.json\').write_text(\'{"tokens": 7, "queries": 2, "seconds": 0.5}\')'
+        )
+        return ["-c", code]
+
+    def evaluate_command(self):
+        text = json.dumps(self.rows)
+        code = (
+            f"import pathlib; f = pathlib.Path({str(self.folder)!r}); (f / 'tasks.json').write_text({text!r});"
+            "(f / 'per_query').mkdir(exist_ok=True);"
+            "(f / 'per_query' / 'facts-0123abcd.json').write_text('{\"q1\": 0.25, \"q2\": 0.75}')"
+        )
+        return ["-c", code]
+
+    def settings(self):
+        return {"evaluate": [], "lr": type(self).__name__}
+
+
+class Failing(Fake):
+    ending = "sys.exit('no such data')"
+
+
+class Waiting(Fake):
+    ending = "open(f / 'started', 'w').close(); time.sleep(60)"
+
+
+@pytest.fixture
+def cells(tmp_path):
+    def make(*kinds, row="grl"):
+        table = read_table(parser().parse_args([f"--config={CONFIGS}/paper/miniature.yaml", f"--output={tmp_path}"]))
+        return [kind(table, "tiny", row, seed) for seed, kind in enumerate(kinds)]
+
+    return make
+
+
+def runner(cells, parallel=1, devices=()):
+    return Runner(cells, parallel, Devices(devices), 1)
+
+
+def trainings(cell):
+    return (cell.folder / "trained.txt").read_text().splitlines()
+
+
+def test_a_cell_is_trained_evaluated_and_written_down(cells, tmp_path):
+    [cell] = cells(Fake)
+    assert runner([cell]).run() == {}
+    [scores] = read_scores(tmp_path)
+    assert (scores.model, scores.row, scores.seed) == ("tiny", "grl", 0)
+    assert [(t.name, t.type, t.metric, t.score) for t in scores.tasks] == [("facts", "Retrieval", "ndcg_at_10", 0.5)]
+    assert scores.queries == {"facts": {"q1": 0.25, "q2": 0.75}}
+    assert len(scores.commands) == 2
+    assert scores.notes["tokens"] == 7
+    assert set(scores.notes["seconds"]) == {"train", "evaluation"}
+    assert run.done(cell)
+
+
+def test_stages_follow_each_other_and_their_tokens_are_summed(cells, tmp_path):
+    [cell] = cells(Fake, row="llm2vec")
+    assert runner([cell]).run() == {}
+    assert len(trainings(cell)) == 2
+    assert read_scores(tmp_path)[0].notes["tokens"] == 14
+
+
+def test_a_failed_cell_is_named_and_the_others_go_on(cells, tmp_path, capsys):
+    failed = runner(cells(Failing, Fake)).run()
+    assert list(failed) == ["tiny/grl/seed0"]
+    assert "no such data" in failed["tiny/grl/seed0"]
+    assert [scores.seed for scores in read_scores(tmp_path)] == [1]
+    assert "tiny/grl/seed0 failed" in capsys.readouterr().err
+
+
+def test_a_task_without_a_score_leaves_the_cell_undone(cells, tmp_path):
+    class Unreachable(Fake):
+        rows = (*ROWS, {**ROWS[0], "task": "NQ", "score": None, "error": "NQ: not on this machine"})
+
+    failed = runner(cells(Unreachable)).run()
+    assert "1 of 2 tasks have no score; the first: NQ: not on this machine" in failed["tiny/grl/seed0"]
+    assert read_scores(tmp_path) == []
+
+
+def test_a_finished_training_is_not_done_again(cells):
+    [cell] = cells(Fake)
+    runner([cell]).run()
+    (cell.folder / "scores.json").unlink()
+    assert not run.done(cell)
+    runner([cell]).run()
+    assert len(trainings(cell)) == 1
+
+
+def test_a_cell_made_with_other_settings_is_refused(cells):
+    runner(cells(Fake)).run()
+    with pytest.raises(ValueError, match=r"lr='Fake' \(now 'Waiting'\)"):
+        run.done(cells(Waiting)[0])
+
+
+def test_two_runners_do_not_work_on_the_same_cell(cells):
+    [cell] = cells(Fake)
+    with run.locked(cell.folder):
+        assert "another process is at work" in runner([cell]).run()[cell.name]
+    assert runner([cell]).run() == {}
+
+
+def test_each_gpu_has_one_cell_at_a_time(cells, monkeypatch):
+    class OneGpu(Fake):
+        devices = 1
+        ending = "print('in', time.time(), file=open(f / 'times', 'a')); time.sleep(0.3); print('out', time.time(), file=open(f / 'times', 'a'))"
+
+    made = cells(*[OneGpu] * 4)
+    assert runner(made, parallel=4, devices=["0", "1"]).run() == {}
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for cell in made:
+        start, end = (float(line.split()[1]) for line in (cell.folder / "train" / "times").read_text().splitlines())
+        spans.setdefault(trainings(cell)[0], []).append((start, end))
+    assert set(spans) == {"0", "1"}
+    for used in spans.values():
+        for (_, end), (start, _) in zip(sorted(used), sorted(used)[1:], strict=False):
+            assert end <= start
+
+
+def test_a_cell_gets_as_many_gpus_as_it_asks_for(cells):
+    class Two(Fake):
+        devices = 2
+
+        def evaluate_command(self):
+            return ["-c", "raise SystemExit('told apart')"]
+
+    [cell] = cells(Two)
+    runner([cell], devices=["3", "5", "7"]).run()
+    assert trainings(cell) == ["3,5"]
+    assert "--nproc-per-node=2" in (cell.folder / "evaluate.log").read_text()
+
+
+def test_cells_run_in_parallel(cells):
+    class Meeting(Fake):
+        """Ends only when the other one has started too."""
+
+        ending = (
+            "open(f / 'started', 'w').close();"
+            "t = time.time();"
+            "exec(\"while len(list(f.parent.parent.glob('*/train/started'))) < 2 and time.time() < t + 30: time.sleep(.01)\");"
+            "time.time() < t + 30 or sys.exit('alone')"
+        )
+
+    assert runner(cells(Meeting, Meeting), parallel=2).run() == {}
+
+
+def test_sigterm_is_handed_on_and_what_was_done_stays(cells, tmp_path):
+    first, second, third = cells(Fake, Waiting, Fake)
+
+    def stop():
+        while not (second.folder / "train" / "started").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        runner([first, second, third]).run()
+    thread.join()
+    assert time.monotonic() - started < 30
+    assert [scores.seed for scores in read_scores(tmp_path)] == [0]
+    assert not (second.folder / "train" / "checkpoints" / "finished").exists()
+    assert not third.folder.exists()
+
+
+def test_too_few_gpus_are_said_before_anything_runs(cells, monkeypatch):
+    class Four(Fake):
+        devices = 4
+
+    monkeypatch.setattr(preflight, "visible_gpus", lambda: ["0", "1"])
+    with pytest.raises(ValueError, match=r"trainer\.devices=4 on accelerator gpu, but there are 2 GPUs"):
+        preflight.runner(cells(Four), "auto")
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"), [(None, ["0", "1"]), ("5,2", ["5", "2"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"])]
+)
+def test_visible_gpus(monkeypatch, told, expected):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if told:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
+    assert preflight.visible_gpus() == expected
+
+
+def test_names_lose_the_hash_of_a_local_file_only():
+    assert [finish.plain_name(n) for n in ("banking77-1a2b3c4d", "STS17", "msmarco-dev")] == [
+        "banking77",
+        "STS17",
+        "msmarco-dev",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_table_from_end_to_end_stopped_on_its_way(tmp_path):
+    """Real training and evaluation of an untrained, a trained, a two-stage and a given embedder; killed, gone on with."""
+    llm = save_llm(tmp_path / "tiny-llm", "llama")
+    world = build_world(tmp_path / "world", train_entities=30, val_entities=12, dev_entities=12, distractors=20)
+    paper = yaml.safe_load((CONFIGS / "paper" / "miniature.yaml").read_text())
+    rows = {name: paper["rows"][name] for name in ("base", "grl", "llm2vec")}
+    for row in rows.values():
+        for stage in row["stages"]:
+            stage["config"] = str(CONFIGS / "paper" / stage["config"])
+    rows["given"] = {"label": "Given", "model": llm}
+    table = {
+        **{name: paper[name] for name in ("models", "train_options")},
+        "title": "T",
+        "rows": rows,
+        "order": ["base", "grl"],
+        "output": str(tmp_path / "out"),
+        "seeds": [0],
+        "configs": [str(CONFIGS / file) for file in ("base.yaml", "strategy/cpu.yaml")],
+        "evaluate_options": {"corpus": ["{data}/dev"], "progress": False, "max_length": 64},
+    }
+    table["train_options"] |= {"trainer.max_steps": 3, "data.batch_size": 4, "data.num_workers": 0}
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(table))
+    options = [f"--config={tmp_path / 'table.yaml'}", f"--llm={llm}", f"--data={world.folder}"]
+    process = subprocess.Popen([sys.executable, "-m", "ullme", "reproduce", *options], cwd=tmp_path, env=_environment())
+    while not (tmp_path / "out" / "tiny" / "grl" / "seed0" / "train.log").exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(300) == 130
+    assert [scores.row for scores in read_scores(tmp_path / "out")] == ["base"]
+    assert main([*options, "--dry_run"]) == 0
+    assert main(options) == 0
+    scores = {cell.row: cell for cell in read_scores(tmp_path / "out")}
+    assert set(scores) == set(rows)
+    for cell in scores.values():
+        [task] = cell.tasks
+        assert task.score == pytest.approx(sum(cell.queries[task.name].values()) / len(cell.queries[task.name]))
+    assert scores["grl"].notes["queries"] == 12
+    assert scores["grl"].tasks != scores["base"].tasks
+    assert (tmp_path / "out" / "report.md").is_file()
+
+
+def _environment():
+    return {**os.environ, "PYTHONPATH": str(CONFIGS.parent), "OMP_NUM_THREADS": "1"}

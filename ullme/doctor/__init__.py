@@ -1,0 +1,1 @@
+"""``ullme doctor``: whether this machine, this installation and this configuration are in order."""

@@ -1,0 +1,208 @@
+"""The prompt contract in the terms of sentence-transformers: a prompt in front, a tokenizer that ends every text.
+
+What sentence-transformers cannot say exactly is refused here, before any weight is touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ullme.prompts import Prompts, PromptTokenizer, Role
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# pooling -> (sentence-transformers' name, its key in 1_Pooling/config.json)
+POOLINGS = {
+    "mean": ("mean", "pooling_mode_mean_tokens"),
+    "weighted_mean": ("weightedmean", "pooling_mode_weightedmean_tokens"),
+    "first": ("cls", "pooling_mode_cls_token"),
+    "last": ("lasttoken", "pooling_mode_lasttoken"),
+}
+# role -> the name of its prompt in config_sentence_transformers.json
+PROMPT_NAMES: dict[Role, str] = {"query": "query", "passage": "document"}
+_REMEDY = "evaluate it with ullme, or export with --adapter_only"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What sentence-transformers is told.
+
+    Args:
+        pooling: as sentence-transformers calls it.
+        prompts: in front of a query and of a document; ``passage`` repeats the document's.
+        include_prompt: whether the prompt's tokens are pooled too.
+        ending: tokens that the tokenizer puts behind every text.
+    """
+
+    pooling: str
+    prompts: dict[str, str]
+    include_prompt: bool
+    ending: tuple[str, ...]
+
+
+def layout(prompts: Prompts, pooling: str, tokenizer: PreTrainedTokenizerBase) -> Layout:
+    """The contract, if prompts in front and an ending of special tokens can say all of it.
+
+    Raises:
+        ValueError: a pooling with weights of its own; a text that comes twice; words behind the text; sides that end
+            differently.
+    """
+    if pooling not in POOLINGS:
+        raise ValueError(
+            f"pooling={pooling!r} has trained weights that sentence-transformers has no module for; {_REMEDY}"
+        )
+    in_front, behind = {}, {}
+    for role in PROMPT_NAMES:
+        pieces = prompts.around(role)
+        template = getattr(prompts, role)
+        if len(pieces) > 2:
+            raise ValueError(
+                f"prompts.{role}={template!r} holds {{text}} twice, and sentence-transformers puts a prompt in front "
+                f"of one text only; {_REMEDY}"
+            )
+        in_front[role], behind[role] = pieces
+    if behind["query"] != behind["passage"]:
+        raise ValueError(
+            f"prompts.query ends with {behind['query']!r} and prompts.passage with {behind['passage']!r}; "
+            f"sentence-transformers ends all texts alike; {_REMEDY}"
+        )
+    ending = _special_tokens(behind["query"], tokenizer)
+    if ending is None:
+        raise ValueError(
+            f"prompts.query={prompts.query!r}: words behind {{text}} join its last tokens, which sentence-transformers "
+            f"cannot do: only special tokens may follow the text; {_REMEDY}"
+        )
+    end = tokenizer.eos_token
+    ends_already = (ending or _own_ending(tokenizer))[-1:] == [end]
+    if prompts.append_eos and end is not None and not ends_already:
+        ending = [*ending, end]
+    named = {name: in_front[role] for role, name in PROMPT_NAMES.items()}
+    return Layout(
+        pooling=POOLINGS[pooling][0],
+        prompts={**named, "passage": named["document"]},
+        include_prompt=prompts.pooled == "all",
+        ending=tuple(ending),
+    )
+
+
+def _own_ending(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the tokenizer puts behind a text by itself: its last special token, if it is not one in front."""
+    ids = tokenizer("x")["input_ids"]
+    return tokenizer.convert_ids_to_tokens(ids[-1:]) if ids and ids[-1] in tokenizer.all_special_ids else []
+
+
+def _special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
+    """A text as added tokens, which join nothing in front of them; None if it holds anything else."""
+    found = []
+    added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: -len(token.content))
+    while text:
+        token = next((t for t in added if text.startswith(t.content)), None)
+        if token is None or token.lstrip or token.rstrip or token.single_word:
+            return None
+        found.append(token.content)
+        text = text[len(token.content) :]
+    return found
+
+
+def fitted_tokenizer(tokenizer: PreTrainedTokenizerBase, plan: Layout, max_length: int) -> PreTrainedTokenizerBase:
+    """A copy that ends, cuts and pads texts as the contract does.
+
+    Padding stands on the right: families with absolute positions (GPT-2) count them from the left.
+
+    Raises:
+        ValueError: an ending is asked of a tokenizer without a post-processor (a slow one).
+    """
+    fitted = copy.deepcopy(tokenizer)
+    fitted.padding_side = fitted.truncation_side = "right"
+    fitted.model_max_length = max_length
+    if plan.ending:
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"{type(tokenizer).__name__} cannot be told to end texts with {' '.join(plan.ending)}: it is no fast "
+                f"tokenizer; {_REMEDY}"
+            )
+        _end_texts(fitted, plan.ending)
+    return fitted
+
+
+def _end_texts(tokenizer: Any, ending: Sequence[str]) -> None:
+    """Let the tokenizer's template end with more special tokens; a tokenizer without one gets one.
+
+    One template behind another would not do: the second takes the begin token of the first for a text of its own.
+
+    Raises:
+        ValueError: a post-processor of another kind.
+    """
+    from tokenizers import Tokenizer
+
+    backend = tokenizer.backend_tokenizer
+    state = json.loads(backend.to_str())
+    own = state["post_processor"]
+    parts = [] if own is None else own["processors"] if own["type"] == "Sequence" else [own]
+    if odd := [part["type"] for part in parts if part["type"] not in ("TemplateProcessing", "ByteLevel")]:
+        raise ValueError(
+            f"the tokenizer cannot be told to end texts with {' '.join(ending)}: it has a {odd[0]} post-processor; "
+            f"{_REMEDY}"
+        )
+    template = next((part for part in parts if part["type"] == "TemplateProcessing"), None)
+    if template is None:
+        first, second = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))
+        template = {"type": "TemplateProcessing", "single": [first], "pair": [first, second], "special_tokens": {}}
+        parts = [*parts, template]
+    for token in ending:
+        piece = {"SpecialToken": {"id": token, "type_id": 0}}
+        template["single"].append(piece)
+        template["pair"].append(piece)
+        number = tokenizer.convert_tokens_to_ids(token)
+        template["special_tokens"][token] = {"id": token, "ids": [number], "tokens": [token]}
+    state["post_processor"] = {"type": "Sequence", "processors": parts}
+    backend.post_processor = Tokenizer.from_str(json.dumps(state)).post_processor
+
+
+def check_tokens(
+    ours: PromptTokenizer, fitted: PreTrainedTokenizerBase, plan: Layout, texts: Sequence[str], max_length: int
+) -> None:
+    """Whether the fitted tokenizer reads texts as the contract does, and pools from the same token on.
+
+    Args:
+        ours: the contract.
+        fitted: what will be written.
+        plan: what sentence-transformers is told.
+        texts: to try, some longer than ``max_length``.
+        max_length: in tokens, prompt included.
+
+    Raises:
+        ValueError: one text comes out differently.
+    """
+    for role, name in PROMPT_NAMES.items():
+        prompt = plan.prompts[name]
+        rows, starts = ours.rows(list(texts), role, max_length=max_length)
+        theirs = fitted([prompt + text for text in texts], truncation=True, max_length=max_length)["input_ids"]
+        for text, row, other in zip(texts, rows, theirs, strict=True):
+            if row != other:
+                raise ValueError(
+                    f"the {role} {text[:40]!r} has the tokens {row[:8]}...{row[-4:]} ({len(row)}) under the prompt "
+                    f"contract and {other[:8]}...{other[-4:]} ({len(other)}) in sentence-transformers; its tokenizer "
+                    f"cannot say this contract; {_REMEDY}"
+                )
+        skipped = _prompt_tokens(fitted, prompt)
+        for text, start in zip(texts, starts or [], strict=False):
+            if start != skipped:
+                raise ValueError(
+                    f"prompts.pooled=text: of the {role} {text[:40]!r} {start} tokens are left out of the pooling, and "
+                    f"sentence-transformers would leave out {skipped} (those of the prompt alone); take a template "
+                    f"whose end does not join the text and a tokenizer without a begin token, or {_REMEDY}"
+                )
+
+
+def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
+    """How many tokens sentence-transformers takes a prompt for; without a prompt it leaves none out."""
+    if not prompt:
+        return 0
+    ids = tokenizer(prompt)["input_ids"]
+    return len(ids) - (ids[-1] in tokenizer.all_special_ids)
