@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ullme.export.contract import PROMPT_NAMES
 from ullme.models import packing
+from ullme.models.layers import token_table
 from ullme.models.paths import text_decoder
-from ullme.models.pooling import PoolingMethod, pool_padded
+from ullme.models.pooling import pool_padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -150,7 +151,7 @@ def refusal(model: ULLME, reason: str) -> str:
 
 def _block(model: ULLME) -> tuple[Tensor, Tensor]:
     """(2, 12) token ids of two rows, 12 and 7 tokens long, and their mask."""
-    rows = model.causal_lm.get_input_embeddings().weight.shape[0]
+    rows = len(token_table(model.causal_lm))
     ids = (torch.arange(24, device=model.device).view(2, 12) * 7 + 11) % rows
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
@@ -158,7 +159,7 @@ def _block(model: ULLME) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def plain_forward(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, pooling: PoolingMethod) -> Tensor:
+def plain_forward(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
     """(R, D) of a padded block as transformers runs it, pooled and normalised."""
     hidden = decoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
     return nn.functional.normalize(pool_padded(hidden, attention_mask, pooling), dim=-1)
