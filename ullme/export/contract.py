@@ -53,10 +53,8 @@ def layout(prompts: Prompts, pooling: str, tokenizer: PreTrainedTokenizerBase) -
             differently.
     """
     if pooling not in POOLINGS:
-        raise ValueError(
-            f"pooling={pooling!r} {'is a function of your own' if '.' in pooling else 'has trained weights'} that "
-            f"sentence-transformers has no module for; {_REMEDY}"
-        )
+        why = "is a function of your own" if "." in pooling else "has trained weights"
+        raise ValueError(f"pooling={pooling!r} {why} that sentence-transformers has no module for; {_REMEDY}")
     in_front, behind = {}, {}
     for role in PROMPT_NAMES:
         pieces = prompts.around(role)
