@@ -86,6 +86,7 @@ def test_a_tokenizer_that_ends_texts_itself_is_left_alone():
         (Prompts(query='"{text}" in one word:', passage='"{text}" in one word:'), "mean", "words behind {text}"),
         (Prompts(query="{text}</s>", passage="{text}"), "mean", "ends all texts alike"),
         (Prompts(), "latent_attention", "trained weights"),
+        (Prompts(), "my_file.my_pooling", "function of your own"),
         (Prompts(query="q: {text}", pooled="text"), "mean", "would leave out"),
     ],
 )

@@ -78,7 +78,8 @@ class LossCallback(L.Callback, ABC):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse an objective that this model or data cannot serve, before the first step."""
-        model, data = pl_module.model, trainer.datamodule  # type: ignore[attr-defined]
+        model: Any = pl_module.model
+        data = trainer.datamodule  # type: ignore[attr-defined]
         if data is not None:
             self._check_lengths(model, data)
         half = sorted({str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype.itemsize < 4})
@@ -89,7 +90,7 @@ class LossCallback(L.Callback, ABC):
                 ", ".join(half),
             )
         negatives = getattr(data, "num_hard_negatives", 1)
-        self.objective.check(model, negatives, str(trainer.precision))  # type: ignore[arg-type]
+        self.objective.check(model, negatives, str(trainer.precision))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ULLMEModule) -> None:  # type: ignore[override]
         """Choose what is left to ``auto``, unless a checkpoint brought the choice: sums round by it."""

@@ -29,7 +29,7 @@ class ResumableLoader(DataLoader[Any]):
 
     waited = 0.0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         started = time.perf_counter()
         for batch in super().__iter__():
             self.waited += time.perf_counter() - started

@@ -88,7 +88,7 @@ def devices(accelerator: str = "auto", count: str = "auto") -> str:
     sizes = [torch.cuda.get_device_properties(n).total_memory / GIB for n in range(gpus)]
     for n in range(gpus):
         _check_product(torch.device("cuda", n))
-    driver = torch._C._cuda_getDriverVersion()
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
     listed = ", ".join(f"{name} ({size:.0f} GiB)" for name, size in zip(names, sizes, strict=True))
     half = "" if torch.cuda.is_bf16_supported() else "; no bfloat16: choose trainer.precision=32-true"
     return (

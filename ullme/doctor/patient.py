@@ -106,8 +106,14 @@ def admit(settings: Settings | None, folder: Path) -> Patient:
             objective.reference = make_reference("frozen_copy", None)
     options = replace(
         options,
-        **{"dtype": "float32", "quantization": "none", "attn_implementation": None, "compile": False},
-        **{"lora_dropout": 0.0, "attention_dropout": 0.0, "gradient_checkpointing": False, "probe": True},
+        dtype="float32",
+        quantization="none",
+        attn_implementation=None,
+        compile=False,
+        lora_dropout=0.0,
+        attention_dropout=0.0,
+        gradient_checkpointing=False,
+        probe=True,
     )
     if settings is not None and settings.is_local and settings.plan.weights <= _MOST_WEIGHTS:
         vocabulary = settings.job.config.get_text_config().vocab_size

@@ -57,7 +57,10 @@ def _run(patient: Patient, folder: Path, seconds: float) -> None:
         raise Trouble(f"two processes over gloo did not end within {seconds:.0f} s", remedy)
     if any(codes):
         complaints = sorted(path.read_text() for path in folder.glob("*.error"))
-        raise Trouble(f"a process of two ended with status {max(codes)}: {(complaints or ['no word'])[0]}", remedy)
+        raise Trouble(
+            f"a process of two ended with status {max(code or 0 for code in codes)}: {(complaints or ['no word'])[0]}",
+            remedy,
+        )
 
 
 def _rank(rank: int, patient: Patient, folder: str) -> None:

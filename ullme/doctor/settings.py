@@ -193,9 +193,11 @@ def _preview(one: Any, on_bad_row: str) -> str:
         read = 0
         for path in files:
             for number, _, raw in islice(iter_lines(path), _ROWS):
-                read += _parses(
-                    lambda raw=raw: parse_record(parse_line(raw), one.schema), f"{path}:{number}", on_bad_row
-                )
+
+                def parse(raw: bytes = raw) -> Any:
+                    return parse_record(parse_line(raw), one.schema)
+
+                read += _parses(parse, f"{path}:{number}", on_bad_row)
         if not read:
             raise ValueError(f"data.train={one.train!r} begins with no usable row; look at the file")
         return f"{one.train}: {len(files)} files, the first {read} rows are good"

@@ -40,7 +40,7 @@ def wandb_run(
 
     training = training_run(checkpoint)
     online = os.environ.get("WANDB_MODE", "online") in ("online", "run")
-    place = {"id": training, "resume": "allow"} if training and online else {"job_type": "evaluation"}
+    place: dict[str, Any] = {"id": training, "resume": "allow"} if training and online else {"job_type": "evaluation"}
     kept = {"evaluation": redacted(config), **({"training_run": training} if training else {})}
     try:
         run = wandb.init(project=project, dir=folder, **place)

@@ -53,9 +53,8 @@ def layout(prompts: Prompts, pooling: str, tokenizer: PreTrainedTokenizerBase) -
             differently.
     """
     if pooling not in POOLINGS:
-        raise ValueError(
-            f"pooling={pooling!r} has no module of its own in sentence-transformers; {_REMEDY}"
-        )
+        why = "is a function of your own" if "." in pooling else "has trained weights"
+        raise ValueError(f"pooling={pooling!r} {why} that sentence-transformers has no module for; {_REMEDY}")
     in_front, behind = {}, {}
     for role in PROMPT_NAMES:
         pieces = prompts.around(role)
@@ -93,7 +92,7 @@ def layout(prompts: Prompts, pooling: str, tokenizer: PreTrainedTokenizerBase) -
 def _own_ending(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What the tokenizer puts behind a text by itself: its last special token, if it is not one in front."""
     ids = tokenizer("x")["input_ids"]
-    return tokenizer.convert_ids_to_tokens(ids[-1:]) if ids and ids[-1] in tokenizer.all_special_ids else []
+    return [str(tokenizer.convert_ids_to_tokens(ids[-1]))] if ids and ids[-1] in tokenizer.all_special_ids else []
 
 
 def _special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str] | None:

@@ -116,7 +116,7 @@ def export_model(
         # float32 weights of a float64 model and half precision lose something; the others lose nothing
         cost = weights.check_rounded(merged, final, str(target).removeprefix("torch."), tolerance)
         step("write")
-        decoder = weights.prepare_for_others(model).to(target)
+        decoder = weights.prepare_for_others(model).to(dtype=target)  # type: ignore[call-arg]
         folder.write_model(unnamed, decoder, tokenizer, plan, max_length)
         step("load and compare")
         try:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ullme.export.contract import PROMPT_NAMES
 from ullme.models import packing
+from ullme.models.layers import token_table
 from ullme.models.paths import text_decoder
 from ullme.models.pooling import pool_padded
 
@@ -150,7 +151,7 @@ def refusal(model: ULLME, reason: str) -> str:
 
 def _block(model: ULLME) -> tuple[Tensor, Tensor]:
     """(2, 12) token ids of two rows, 12 and 7 tokens long, and their mask."""
-    rows = model.causal_lm.get_input_embeddings().weight.shape[0]
+    rows = len(token_table(model.causal_lm))
     ids = (torch.arange(24, device=model.device).view(2, 12) * 7 + 11) % rows
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0

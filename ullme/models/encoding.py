@@ -77,12 +77,13 @@ def encode(
     if role is not None and role not in get_args(Role):
         raise ValueError(f"role={role!r}: choose {', '.join(get_args(Role))} or None")
     max_length = min(max_length, model.max_positions)
+    given = [instruction] if instruction is None or isinstance(instruction, str) else list(instruction)
     one_for_all = instruction is None or isinstance(instruction, str)
-    if not one_for_all and len(instruction) != len(texts):  # type: ignore[arg-type]
-        raise ValueError(f"instruction: {len(instruction)} of them for {len(texts)} texts; give one, or one for each")  # type: ignore[arg-type]
+    if not one_for_all and len(given) != len(texts):
+        raise ValueError(f"instruction: {len(given)} of them for {len(texts)} texts; give one, or one for each")
     tokenizer = model.prompt_tokenizer
     if role is not None:
-        for each in {instruction} if one_for_all else set(instruction):  # type: ignore[arg-type]
+        for each in set(given):
             tokenizer.check_length(role, max_length, each)
     out = torch.empty((len(texts), model.hidden_size), dtype=torch.float32)
     training = model.training
