@@ -247,7 +247,7 @@ def test_a_table_from_end_to_end_stopped_on_its_way(tmp_path):
     for row in rows.values():
         for stage in row["stages"]:
             stage["config"] = str(CONFIGS / "paper" / stage["config"])
-    rows["given"] = {"label": "Given", "model": llm}
+    rows["given"] = {"label": "Given", "model": llm, "evaluate_options": {"query_prompt": "{text}"}}
     table = {
         **{name: paper[name] for name in ("models", "train_options")},
         "title": "T",
