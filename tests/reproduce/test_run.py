@@ -90,7 +90,7 @@ def test_a_cell_is_trained_evaluated_and_written_down(cells, tmp_path):
     assert scores.queries == {"facts": {"q1": 0.25, "q2": 0.75}}
     assert len(scores.commands) == 2
     assert scores.notes["tokens"] == 7
-    assert set(scores.notes["seconds"]) == {"train", "evaluation"}
+    assert set(scores.notes["seconds"]) == {"train", "evaluate"}
     assert run.done(cell)
 
 
@@ -106,6 +106,8 @@ def test_a_failed_cell_is_named_and_the_others_go_on(cells, tmp_path, capsys):
     assert list(failed) == ["tiny/grl/seed0"]
     assert "no such data" in failed["tiny/grl/seed0"]
     assert [scores.seed for scores in read_scores(tmp_path)] == [1]
+    failing = cells(Failing)[0]
+    assert finish.seconds(failing)["train"] > 0
     assert "tiny/grl/seed0 failed" in capsys.readouterr().err
 
 
@@ -245,7 +247,7 @@ def test_a_table_from_end_to_end_stopped_on_its_way(tmp_path):
     for row in rows.values():
         for stage in row["stages"]:
             stage["config"] = str(CONFIGS / "paper" / stage["config"])
-    rows["given"] = {"label": "Given", "model": llm}
+    rows["given"] = {"label": "Given", "model": llm, "evaluate_options": {"query_prompt": "{text}"}}
     table = {
         **{name: paper[name] for name in ("models", "train_options")},
         "title": "T",

@@ -191,7 +191,8 @@ class Cell:
         }
         place = str(self.folder)
         options = [option for option in self.evaluate_command()[len(EVALUATE) :] if place not in option]
-        return json.loads(json.dumps({**found, "evaluate": options}, default=str))
+        stages = [str(stage.config) for stage, _ in self.stages]
+        return json.loads(json.dumps({**found, "stages": stages, "evaluate": options}, default=str))
 
 
 _PARSED: dict[tuple[str, ...], Any] = {}

@@ -16,15 +16,12 @@ from ullme.eval.table import read_rows
 from ullme.reproduce.cells import Cell
 from ullme.reproduce.scores import CellScores, TaskScore, write_scores
 
+SECONDS_FILE = "seconds.json"
 _LIBRARIES = ("ullme", "torch", "transformers", "peft", "lightning", "mteb")
 
 
-def finish(cell: Cell, seconds: dict[str, float]) -> CellScores:
+def finish(cell: Cell) -> CellScores:
     """Write the scores of a cell that is trained and evaluated.
-
-    Args:
-        cell: the cell.
-        seconds: what was run just now and how long it took; a part of the whole where the cell was stopped before.
 
     Raises:
         ValueError: a task has no score.
@@ -45,7 +42,7 @@ def finish(cell: Cell, seconds: dict[str, float]) -> CellScores:
         tasks,
         queries,
         [shell(command) for command in commands],
-        {**machine(), "seconds": _seconds(cell, seconds), **training(cell)},
+        {**machine(), "seconds": seconds(cell), **training(cell)},
     )
     write_scores(cell.folder, scores)
     return scores
@@ -80,19 +77,23 @@ def _cpu() -> str:
     return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
-def _seconds(cell: Cell, now: dict[str, float]) -> dict[str, float]:
-    """Of training and evaluation; of earlier starts as far as they are known."""
-    file = cell.folder / "seconds.json"
-    earlier = json.loads(file.read_text()) if file.is_file() else {}
-    total = {name: round(earlier.get(name, 0) + now.get(name, 0), 1) for name in {**earlier, **now}}
-    storage.write_atomically(file, lambda stream: stream.write(json.dumps(total).encode()))
-    return total
+def seconds(cell: Cell) -> dict[str, float]:
+    """Of each training and of the evaluation by the clock, the start of Python and all earlier starts included."""
+    file = cell.folder / SECONDS_FILE
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def add_seconds(cell: Cell, what: str, took: float) -> None:
+    """Also of a start that was stopped or failed."""
+    total = {**seconds(cell), what: round(seconds(cell).get(what, 0) + took, 1)}
+    storage.write_atomically(cell.folder / SECONDS_FILE, lambda stream: stream.write(json.dumps(total).encode()))
 
 
 def training(cell: Cell) -> dict[str, Any]:
     """``tokens``, ``queries`` and ``training_seconds`` (validation left out) of the cell's stages together."""
-    seen = [json.loads((folder / TOTALS_FILE).read_text()) for _, folder in cell.stages]
-    if not seen:
+    files = [folder / TOTALS_FILE for _, folder in cell.stages]
+    if not files or not all(file.is_file() for file in files):
         return {}
+    seen = [json.loads(file.read_text()) for file in files]
     names = {"tokens": "tokens", "queries": "queries", "training_seconds": "seconds"}
     return {name: round(sum(one[key] for one in seen), 1) for name, key in names.items()}

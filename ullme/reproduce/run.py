@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from ullme import storage
 from ullme.reproduce.cells import Cell
-from ullme.reproduce.finish import finish
+from ullme.reproduce.finish import add_seconds, finish
 from ullme.reproduce.scores import SCORES_FILE
 from ullme.resume import FINISHED
 
@@ -117,17 +117,18 @@ class Runner:
         settings = cell.folder / SETTINGS_FILE
         text = json.dumps(cell.settings(), indent=1)
         storage.write_atomically(settings, lambda file: file.write(text.encode()))
-        seconds = {}
         for stage, folder in cell.stages:
             if not (folder / "checkpoints" / FINISHED).is_file():
                 log = cell.folder / f"{folder.name}.log"
-                seconds[folder.name] = self._call(cell, "training", cell.train_command(stage), devices, log, lock)
+                self._call(cell, "training", cell.train_command(stage), devices, log, lock)
         command = over_ranks(cell.evaluate_command(), len(devices))
-        seconds["evaluation"] = self._call(cell, "evaluating", command, devices, cell.folder / "evaluate.log", lock)
-        finish(cell, seconds)
+        self._call(cell, "evaluating", command, devices, cell.folder / "evaluate.log", lock)
+        finish(cell)
 
-    def _call(self, cell: Cell, what: str, command: list[str], devices: list[str], log: Path, lock: IO[str]) -> float:
-        """Seconds that it took. Raises: CellError: it failed, or was stopped."""
+    def _call(self, cell: Cell, what: str, command: list[str], devices: list[str], log: Path, lock: IO[str]) -> None:
+        """Run it to its end. Raises: CellError: it failed, or was stopped."""
+        if self.stopping:
+            raise CellError("stopped")
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
@@ -154,13 +155,13 @@ class Runner:
                 self._tell(process)
             status = process.wait()
             self.running.discard(process)
+        seconds = time.perf_counter() - started
+        add_seconds(cell, log.stem, seconds)
         if status:
             raise CellError(
                 "stopped" if self.stopping else f"{what} ended with status {status}: {why(log)} (see {log})"
             )
-        seconds = time.perf_counter() - started
         print(f"== {cell.name}: {what}: {seconds:.0f} s", flush=True)
-        return seconds
 
     def _stop(self) -> None:
         """Let every process save itself and end."""
@@ -203,13 +204,14 @@ def done(cell: Cell) -> bool:
     file = cell.folder / SETTINGS_FILE
     if file.is_file():
         then, now = json.loads(file.read_text()), cell.settings()
-        changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+        # another version may know more options, or fewer
+        changed = [key for key in sorted(then.keys() & now.keys()) if then[key] != now[key]]
         if changed:
             key = changed[0]
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise ValueError(
-                f"{cell.folder} holds a cell made with other settings: {key}={_short(then.get(key))} "
-                f"(now {_short(now.get(key))}){more}; give another --output, or delete the folder"
+                f"{cell.folder} holds a cell made with other settings: {key}={_short(then[key])} "
+                f"(now {_short(now[key])}){more}; give another --output, or delete the folder"
             )
     return (cell.folder / SCORES_FILE).is_file()
 

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ullme.data import miniature_lm
+from ullme.reproduce import world
+from ullme.reproduce.spec import Model, Table
+
+
+@pytest.fixture
+def table(tmp_path):
+    return Table("T", {"tiny": Model("Tiny")}, {}, str(tmp_path / "out"), world="miniature")
+
+
+def test_a_world_that_was_not_finished_is_made_again_and_a_finished_one_is_kept(table, monkeypatch):
+    calls = []
+
+    def build_backbone(folder, texts, steps):
+        calls.append(len(texts))
+        Path(folder, "half").write_text("")
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        Path(folder, "config.json").write_text("{}")
+
+    monkeypatch.setattr(miniature_lm, "build_backbone", build_backbone)
+    with pytest.raises(KeyboardInterrupt):
+        world.build(table)
+    assert not Path(world.llm(table)).exists()
+    made = {path: path.stat().st_mtime_ns for path in Path(world.data(table)).rglob("*")}
+    assert {"train.jsonl", "pretrain.txt", "dev", "val"} <= {path.name for path in made}
+    world.build(table)
+    world.build(table)
+    assert len(calls) == 2
+    assert calls[0] == calls[1] > 1000
+    assert [path.name for path in Path(world.llm(table)).iterdir()] != []
+    assert {path: path.stat().st_mtime_ns for path in Path(world.data(table)).rglob("*")} == made
