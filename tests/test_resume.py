@@ -200,8 +200,9 @@ def test_a_second_ctrl_c_leaves_at_once(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_terminal_reaches_the_workers_too(tmp_path, arguments, start, end_of_whole_run):
-    """The whole process group of a real train.py is told, as a terminal does it."""
+@pytest.mark.parametrize(("told", "status", "says"), [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 0)])
+def test_a_signal_that_reaches_the_workers_too(told, status, says, tmp_path, arguments, start, end_of_whole_run):
+    """The whole process group of a real train.py is told, as terminals and schedulers do it."""
     expected = end_of_whole_run()
     argv = arguments(
         "run", *RUN, "--data.num_workers=2", f"--trainer.logger.save_dir={tmp_path / 'first'}", "--trainer.max_epochs=2"
@@ -221,12 +222,12 @@ def test_ctrl_c_in_a_terminal_reaches_the_workers_too(tmp_path, arguments, start
     while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
         assert time.monotonic() < until
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, told)
     said, complaints = process.communicate(timeout=60)
-    assert process.returncode == 130, complaints
+    assert process.returncode == status, complaints
     assert "the same command goes on from there" in said
     assert "Traceback" not in complaints
-    assert complaints.count("once more leaves at once") == 1  # workers have nothing to say
+    assert complaints.count("once more leaves at once") == says  # workers have nothing to say
     step = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert 2 <= step < 12
     assert start("run", "second", "--data.num_workers=2") == 0, (tmp_path / "second.err").read_text()

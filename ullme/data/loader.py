@@ -1,4 +1,4 @@
-"""The loader of training batches, and what its workers do about Ctrl-C."""
+"""The loader of training batches, and what its workers do about signals."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 
-def ignore_ctrl_c(worker: int) -> None:
-    """A terminal tells workers of Ctrl-C too, but the main process wants batches until it has saved.
+# Seconds that a worker stays after SIGTERM: the step under way and its checkpoint.
+GRACE = 30
+
+
+def outlast_signals(worker: int) -> None:
+    """A terminal's Ctrl-C and a scheduler's SIGTERM reach workers too, but the main process wants batches until it has
+    saved. Ctrl-C is its business alone; SIGTERM, which it also sends to workers that are left over, ends them later.
 
     Args:
         worker: its number, of no consequence.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 class ResumableLoader(DataLoader[Any]):

@@ -191,6 +191,7 @@ def load_tokenizer(options: BackboneConfig) -> PreTrainedTokenizerBase:
         tokens = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
         tokenizer.pad_token = next((t for t in tokens if t is not None), tokenizer.convert_ids_to_tokens(0))
         assert len(tokenizer) == size
+        logger.warning("%s has no pad token: %r pads, and is never computed with", name, tokenizer.pad_token)
     # texts are cut at max_length afterwards, with the template's end kept; the warning would say that they are not
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
