@@ -2,14 +2,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test test-slow test-gpu lint format bench clean
+.PHONY: help quickstart test test-slow test-gpu bench lint format clean
 
 help:
 	@echo "make quickstart  install into $(VENV) and run the whole job in miniature"
 	@echo "make test        install into $(VENV) and run the tests (under 5 minutes)"
 	@echo "make test-slow   the slow tests;  make test-gpu  those that need CUDA"
 	@echo "make lint        ruff and mypy;   make format    ruff mends what it can"
-	@echo "make bench       side by side with sentence-transformers (under ten minutes)"
+	@echo "make bench       speed and memory beside sentence-transformers, one table (under 10 minutes)"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -29,6 +29,9 @@ test-slow: $(VENV)/installed
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu
+
+bench: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/bench.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -105,3 +106,39 @@ def test_other_arguments_go_to_the_real_command_line(monkeypatch):
     for arguments in (["fit", "--config=x", "--help"], ["fit"], []):
         start.main(arguments)
     assert seen == [["fit", "--config=x", "--help"], ["fit"], []]
+
+
+def test_imports_rest_the_collector_and_wake_it_again():
+    try:
+        with start.imports():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        with pytest.raises(ImportError), start.imports():
+            raise ImportError
+        assert gc.isenabled()
+        gc.disable()  # as the caller left it
+        with start.imports():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def test_training_starts_without_the_collector(tmp_path):
+    code = """
+import builtins, gc
+real, seen = builtins.__import__, []
+def spy(name, *args, **kwargs):
+    if name == "lightning":
+        seen.append(gc.isenabled())
+    return real(name, *args, **kwargs)
+builtins.__import__ = spy
+from ullme.start import main
+try:
+    main()
+except SystemExit:
+    pass
+print(seen[0], gc.isenabled())
+"""
+    assert run(code, tmp_path, "fit", "--no_such_option")[0].split() == ["False", "True"]

@@ -7,7 +7,8 @@ import torch
 from tiny import FAMILIES, make_llm
 
 from ullme.miniatures import make_tiny
-from ullme.models import attention
+from ullme.models import attention, packing
+from ullme.models.rows import PackedRows
 
 IDS = torch.tensor([[5, 9, 13, 21, 34, 55], [7, 8, 11, 12, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
@@ -174,3 +175,37 @@ def test_the_probe_sees_windows_that_are_wider_than_its_rows(family, path):
     after = [vars(m) for m in (model.config, *model.modules())]
     for name in wide:
         assert [m.get(name) for m in before] == [m.get(name) for m in after]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_masks_and_places_are_made_once_for_all_layers(shared, monkeypatch):
+    """And the gathered groups give the gradients that rows give alone."""
+    made = []
+    original = packing._mask
+    monkeypatch.setattr(packing, "_mask", lambda *a: made.append(a) or original(*a))
+    model = make_llm("gpt2").double()  # Llama's norms compute in float32 whatever comes
+    layers = attention.decoder_layers(model.base_model)
+    assert len(layers) > 1
+    packing.install(model)
+    lengths = [5, 9, 8, 3, 8]
+    parents = [-1, 0, 0, 0, 0] if shared else None
+    tokens = torch.arange(3, 3 + sum(lengths))
+    rows = PackedRows(lengths, tokens.device, parents)
+    parameters = list(layers.parameters())
+    hidden = attention.run_rows(model.base_model, tokens, rows, causal=shared)
+    weights = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden)
+    found = torch.autograd.grad((hidden * weights).sum(), parameters)
+    # a row that continues another is causal too; one without a parent needs no mask when causal
+    assert len(made) == (len(rows.groups) - 1 if shared else len(rows.groups))
+
+    pieces, scales = tokens.split(lengths), weights.split(lengths)
+    total = weights.new_zeros(())
+    for n, (piece, scale) in enumerate(zip(pieces, scales, strict=True)):
+        front = pieces[0] if shared and n else piece[:0]
+        row = torch.cat([front, piece])
+        alone = attention.run_rows(model.base_model, row, PackedRows([len(row)], row.device), causal=shared)
+        total = total + (alone[len(front) :] * scale).sum()
+    expected = torch.autograd.grad(total, parameters)
+    assert min(g.abs().max() for g in expected) > 1e-6
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)

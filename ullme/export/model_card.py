@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
 
 
+# Endings of data files: a relative path to one looks like a name on the hub.
+_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst")
+
+
 @dataclass(frozen=True)
 class Description:
     """What a card says beside what can be read off the model.
@@ -91,9 +95,10 @@ def _metadata(model: ULLME, done: Exported, what: Description) -> Any:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name can stand for something on the hub: ``organisation/name``, and no path of this machine."""
+    """Whether a name can stand for something on the hub: ``organisation/name``, and no path of a machine."""
     parts = name.split("/")
-    return len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and not os.path.exists(name)
+    path = name.startswith((".", "~")) or Path(name).suffix in _FILES or os.path.exists(name)
+    return len(parts) == 2 and all(parts) and not path
 
 
 def _shown(name: str) -> str:

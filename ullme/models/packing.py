@@ -127,23 +127,49 @@ def _grouped(
     """(1, T, H, head_dim), one padded attention call for each group of rows of similar length."""
     repeats = q.shape[1] // k.shape[1]
     attend = partial(_softcapped, softcap=softcap) if softcap is not None else scaled_dot_product_attention
+    # One gather for all groups: one for each would cost its own zeros of T tokens, and a sum over them, in backward.
+    indices = [group.index for group in rows.groups]
+    key_indices = [group.index if group.keys is None else group.keys for group in rows.groups]
+    grouped = zip(
+        rows.groups,
+        _take(q, rows.grouped, indices),
+        *(_take(x, rows.grouped_keys, key_indices) for x in (k, v)),
+        strict=True,
+    )
     outputs = []
-    for group in rows.groups:
-        keys = group.index if group.keys is None else group.keys
-        qg, kg, vg = _take(q, group.index), _take(k, keys), _take(v, keys)
-        if repeats > 1:
-            kg, vg = (x.repeat_interleave(repeats, dim=1) for x in (kg, vg))
+    for n, (group, qg, *keys_values) in enumerate(grouped):
+        kg, vg = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in keys_values)
         # Padding stands on the right, so causal rows never see it and need no mask of their own.
         plain_causal = causal and window is None and softcap is None and group.keys is None
-        mask = None if plain_causal else _mask(group, causal, window)
+        mask = None if plain_causal else _kept_mask(rows, n, causal, window, None if softcap else q.dtype)
         out = attend(qg, kg, vg, attn_mask=mask, dropout_p=dropout, is_causal=plain_causal, scale=scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, rows.ungroup)[None]
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """(1, H, T, head_dim) -> (n, H, l, head_dim) at the (n, l) positions; a token's heads lie together in memory."""
-    return x[0].transpose(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+def _take(x: Tensor, places: Tensor, indices: list[Tensor]) -> list[Tensor]:
+    """(1, H, T, head_dim) -> (n, H, l, head_dim) for each index (n, l); a token's heads lie together in memory.
+
+    Args:
+        places: all indices behind one another.
+    """
+    parts = x[0].transpose(0, 1).index_select(0, places).split([index.numel() for index in indices])
+    return [part.unflatten(0, index.shape).transpose(1, 2) for part, index in zip(parts, indices, strict=True)]
+
+
+def _kept_mask(rows: PackedRows, n: int, causal: bool, window: int | None, dtype: torch.dtype | None) -> Tensor | None:
+    """:func:`_mask` of the n-th group, made once for all layers.
+
+    Args:
+        dtype: zeros and minus infinities of it instead of bool, as each call of attention would make them anew.
+    """
+    key = (n, causal, window, dtype)
+    if key not in rows.masks:
+        mask = _mask(rows.groups[n], causal, window)
+        if mask is not None and dtype is not None:
+            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+        rows.masks[key] = mask
+    return rows.masks[key]
 
 
 def _mask(group: Group, causal: bool, window: int | None) -> Tensor | None:

@@ -54,6 +54,8 @@ class PackedRows:
         self.offsets = torch.tensor(self.host_offsets, device=device)
         # (R + 1,) borders of the rows, as varlen attention wants them
         self.borders = pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
+        # what attention keeps from layer to layer
+        self.masks: dict[object, Tensor | None] = {}
 
     @property
     def max_keys(self) -> int:
@@ -95,6 +97,18 @@ class PackedRows:
         key_mask = place < lengths + offset[:, None]
         keys = torch.where(place < offset[:, None], parent_starts + place, starts + place - offset[:, None])
         return Group(index, mask, keys.masked_fill(~key_mask, 0), key_mask, offset)
+
+    @cached_property
+    def grouped(self) -> Tensor:
+        """Positions of the groups' tokens in the packed row, group after group."""
+        return torch.cat([group.index.flatten() for group in self.groups])
+
+    @cached_property
+    def grouped_keys(self) -> Tensor:
+        """Likewise, of what the groups look at."""
+        if self.parents is None:
+            return self.grouped
+        return torch.cat([(group.index if group.keys is None else group.keys).flatten() for group in self.groups])
 
     @cached_property
     def ungroup(self) -> Tensor:

@@ -1,0 +1,121 @@
+"""The benchmark scripts run: what they print is for a quiet machine, that they work is for here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def load(name: str, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        ("mistral-7b", ["train", "encode"]),
+        pytest.param("phi-1.5", ["train", "encode", "memory", "profile"], marks=pytest.mark.slow),
+        pytest.param("llama-3-8b", ["compile"], marks=pytest.mark.slow),
+    ],
+)
+def test_the_gpu_script_on_a_toy(model, parts, tmp_path, monkeypatch, capsys):
+    gpu = load("gpu", monkeypatch)
+    place = tmp_path / "gpu.json"
+    place.write_text(json.dumps({"models": {"other": {"train": {"seconds": 1.0}}}}))
+    gpu.main(["--tiny", "--device", "cpu", "--models", model, "--parts", *parts, "--output", str(place)])
+    found = json.loads(place.read_text())
+    assert found["product_tflops"] > 0
+    assert "torch" in found["machine"]
+    assert "--tiny" in found["command"]
+    assert found["models"]["other"] == {"train": {"seconds": 1.0}}, "parts of other runs stay"
+    results = found["models"][model]
+    assert set(parts) <= set(results)
+    assert "error" not in json.dumps(results)
+    if "train" in parts:
+        assert results["model"]["attention_path"] == "packed"
+        for step in results["train"].values():
+            assert step["epoch_hours"] == pytest.approx(545 * step["seconds"] / 3600)
+            assert step["mfu"] > 0
+    if "encode" in parts:
+        assert results["encode"]["tokens_per_second"] > results["encode"]["passages_per_second"] > 0
+    if "memory" in parts:
+        assert set(results["memory"]["peak_gib"]) == {"2", "4"}
+        assert 0 < sum(cost["share"] for cost in results["profile"]) <= 1
+    if "compile" in parts:
+        assert all(results["compile"][on]["seconds"] > 0 for on in ("on", "off"))
+    assert f"| {model} |" in capsys.readouterr().out
+
+
+def test_the_gpu_script_keeps_what_works_when_a_part_fails(tmp_path, monkeypatch):
+    gpu = load("gpu", monkeypatch)
+
+    def fail(*_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(gpu, "train", fail)
+    place = tmp_path / "gpu.json"
+    gpu.main(["--tiny", "--device=cpu", "--models", "llama-3-8b", "--parts", "train", "encode", f"--output={place}"])
+    results = json.loads(place.read_text())["models"]["llama-3-8b"]
+    assert results["train"] == {"error": "RuntimeError: no such kernel"}
+    assert results["encode"]["seconds"] > 0
+
+
+def test_the_gpu_script_without_a_gpu(monkeypatch, capsys):
+    gpu = load("gpu", monkeypatch)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        gpu.main([])
+    assert end.value.code == 2
+    assert "--tiny --device cpu" in capsys.readouterr().err
+
+
+def test_a_toys_figures_are_not_kept_beside_real_ones(monkeypatch):
+    gpu = load("gpu", monkeypatch)
+    written = []
+    monkeypatch.setattr(gpu, "measure", lambda *a: a[-1]("model", {}))
+    monkeypatch.setattr(Path, "write_text", lambda *a: written.append(a))
+    gpu.main(["--tiny", "--device", "cpu"])
+    assert written == []
+
+
+def test_growth_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
+    scaling = load("scaling", monkeypatch)
+    monkeypatch.setattr(scaling, "AXES", {"batch": (2, 4), "vocabulary": (512, 1024)})
+    asked = []
+
+    def measure(axis, value):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append((axis, value))
+        return {"value": value, "tokens": 10 * value, "seconds": float(value**2), "mb": 7.0}
+
+    monkeypatch.setattr(scaling, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        scaling.main(["--results", str(tmp_path)])
+    asked.clear()
+    scaling.main(["--results", str(tmp_path)])
+    assert asked == [("vocabulary", 1024)]
+    found = json.loads((tmp_path / "scaling.json").read_text())
+    assert scaling.growth(found["batch"], "seconds", "tokens") == pytest.approx(2)
+    assert (tmp_path / "scaling.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_a_point_of_every_axis(tmp_path, monkeypatch):
+    scaling = load("scaling", monkeypatch)
+    axes = {"batch": (2,), "negatives": (1,), "passage length": (16,), "vocabulary": (512,)}
+    monkeypatch.setattr(scaling, "AXES", axes)
+    for axis, (value,) in axes.items():
+        point = scaling.measure(axis, value)
+        assert point["seconds"] > 0 < point["mb"]
