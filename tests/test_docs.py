@@ -5,7 +5,7 @@ A comment right above a fence tells what to do with it:
     (none)                       a ``sh`` block runs here (slow tests), a ``python`` block too (default tests)
     <!-- needs: hub -->          needs the hub (or: gpu). Commands are parsed, Python is compiled
     <!-- elsewhere: FILE ... --> those test files run it. Commands are parsed, Python is compiled
-    <!-- needs: another program --> runs something that is not of this project, and is not looked at
+    <!-- needs: server -->       runs something that is not of this project, and is not looked at
     <!-- takes: hours -->        takes long. Commands are parsed
 
 Whatever the comment, every command must name a program, files and options that exist; this much is in the default run.
@@ -102,7 +102,7 @@ def test_every_block_is_of_a_known_kind():
         for key, value in block.note.items():
             assert key in ("needs", "elsewhere", "takes"), f"{block}: no such comment {key!r}; see {__file__}"
             if key == "needs":
-                assert value in ("hub", "gpu", "another program"), block
+                assert value in ("hub", "gpu", "server"), block
             elif key == "elsewhere":
                 assert all((ROOT / file).is_file() for file in value.split()), f"{block}: {value}"
     assert {block.page for block in blocks("sh")} >= {"README.md", "docs/data.md", "docs/scaling.md"}
@@ -173,7 +173,7 @@ def check(words: list[str], train_parser) -> None:
         assert program in ("pip",), f"{program}: not a program that this project knows"
 
 
-OURS = [b for b in blocks("sh") if b.note.get("needs") != "another program"]
+OURS = [b for b in blocks("sh") if b.note.get("needs") != "server"]
 
 
 @pytest.mark.parametrize("block", OURS, ids=str)
