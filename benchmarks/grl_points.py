@@ -27,7 +27,8 @@ BASE: dict[str, Any] = {
 }
 CL = {"generation_weight": 0.0, "kl_weight": 0.0}
 # What differs from the paper's weights and our defaults (BASE); the order is the order of the runs.
-POINTS: dict[str, dict[str, Any]] = {
+POINTS: dict[str, dict[str, Any] | None] = {
+    "untrained": None,
     "CL": CL,
     "GRL": {},
     "P_rt 0.05": {"retrieval_temperature": 0.05},

@@ -23,9 +23,10 @@ RESAMPLES = 10_000
 
 def compare(folder: Path, runs: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
     """Difference in nDCG@10 to CL of the same seed, and the 95 % interval over queries; written once for each run."""
+    same = {"steps": runs[0]["steps"], "data": runs[0].get("data")}
     lines = [json.loads(text) for text in file.read_text().splitlines()]
-    known = {(line["name"], line["seed"]) for line in lines if line["kind"] == "paired"}
-    found = [line for line in lines if line["kind"] == "paired"]
+    found = [line for line in lines if line["kind"] == "paired" and all(line[key] == same[key] for key in same)]
+    known = {(line["name"], line["seed"]) for line in found}
     generator = torch.Generator().manual_seed(0)
     for run in runs:
         own, base = (
@@ -42,6 +43,7 @@ def compare(folder: Path, runs: list[dict[str, Any]], file: Path) -> list[dict[s
             "kind": "paired",
             "name": run["name"],
             "seed": run["seed"],
+            **same,
             "difference": round(float(difference.mean()), 3),
             "low": round(low, 3),
             "high": round(high, 3),
@@ -174,16 +176,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/grl_study"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS / "grl_study.jsonl")
     parser.add_argument("--steps", type=int, default=30, help="runs of so many steps")
+    parser.add_argument("--data", help="of the rows of this name (grl_study.py --data)")
     options = parser.parse_args()
     lines = [json.loads(text) for text in options.results.read_text().splitlines()]
-    runs = [line for line in lines if line["kind"] == "run" and line["steps"] == options.steps]
+    lines = [line for line in lines if line.get("steps") == options.steps and line.get("data") == options.data]
+    runs = [line for line in lines if line["kind"] == "run"]
+    if not runs:
+        parser.error(f"--steps {options.steps} --data {options.data}: {options.results} holds no such run")
     print(table(runs, compare(options.output, runs, options.results)))
-    plot_points(runs, RESULTS / "grl_points.png")
-    plot_terms(runs, RESULTS / "grl_terms.png")
+    stem = f"grl_{options.data}" if options.data else "grl"
+    plot_points(runs, RESULTS / f"{stem}_points.png")
+    plot_terms(runs, RESULTS / f"{stem}_terms.png")
     if diagnosis := next((line for line in lines if line["kind"] == "diagnosis"), None):
-        plot_rankings(diagnosis, runs, RESULTS / "grl_rankings.png")
+        plot_rankings(diagnosis, runs, RESULTS / f"{stem}_rankings.png")
     if gradients := [line for line in lines if line["kind"] == "gradients"]:
-        plot_gradients(gradients, RESULTS / "grl_gradients.png")
+        plot_gradients(gradients, RESULTS / f"{stem}_gradients.png")
 
 
 if __name__ == "__main__":

@@ -258,13 +258,14 @@ def main() -> None:
     if options.diagnose:
         once(options.results, {"kind": "diagnosis", **common}, lambda: diagnose(options))
         for stem in (None, f"CL-{options.steps}-0", f"GRL-{options.steps}-0"):
-            once(options.results, {"kind": "gradients", "adapter": stem, **common}, lambda s=stem: conflict(options, s))
+            line = {"kind": "gradients", "adapter": stem, **common}
+            if stem is None or (options.output / f"{stem}.safetensors").is_file():
+                once(options.results, line, lambda s=stem: conflict(options, s))
         return
-    line = {"kind": "run", "name": "untrained", "seed": 0, "settings": None, **common}
-    once(options.results, line, lambda: run(options, "untrained", None, 0))
     for seed in options.seeds:
         for name in options.points:
-            settings = BASE | {"lr": options.lr} | POINTS[name]
+            change = POINTS[name]
+            settings = None if change is None else BASE | {"lr": options.lr} | change
             line = {"kind": "run", "name": name, "seed": seed, "settings": settings, **common}
             once(options.results, line, lambda n=name, s=settings, r=seed: run(options, n, s, r))
 
