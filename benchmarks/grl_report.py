@@ -76,8 +76,8 @@ def table(runs: list[dict[str, Any]], paired: list[dict[str, Any]]) -> str:
 
 def plot_points(runs: list[dict[str, Any]], file: Path) -> None:
     """nDCG@10 of every run, a row for each point; lines mark the CL runs."""
-    figure, axis = _figure(7, 5.5)
     names = list(dict.fromkeys(run["name"] for run in runs if run["name"] != "untrained"))
+    figure, axis = _figure(7, 1.2 + 0.3 * len(names))
     for seed in sorted({run["seed"] for run in runs}):
         own = [run for run in runs if run["seed"] == seed and run["name"] != "untrained"]
         axis.plot([r["ndcg@10"] for r in own], [names.index(r["name"]) for r in own], "o", color=f"C{seed}")
@@ -85,6 +85,7 @@ def plot_points(runs: list[dict[str, Any]], file: Path) -> None:
             if run["name"] == "CL":
                 axis.axvline(run["ndcg@10"], color=f"C{seed}", linewidth=1, label=f"CL, seed {seed}")
     axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set_ylim(-0.5, len(names) - 0.5)
     axis.invert_yaxis()
     axis.set_xlabel("nDCG@10")
     axis.legend(fontsize=8)
@@ -116,7 +117,8 @@ def plot_rankings(diagnosis: dict[str, Any], runs: list[dict[str, Any]], file: P
     right.axhline(137 / 300, color="0.4", linestyle=":", label="chance")  # the mean of 1, 1/2, 1/3, 1/4 and 1/5
     right.set_xticks(range(len(names)), names, fontsize=8)
     right.set(ylabel="MRR of the positive among five", title="Before and after training")
-    right.legend(fontsize=8)
+    right.set_ylim(0, 0.9)
+    right.legend(fontsize=8, loc="upper left", ncols=3)
     figure.savefig(file, dpi=110)
 
 
@@ -124,8 +126,11 @@ def plot_gradients(lines: list[dict[str, Any]], file: Path) -> None:
     """Cosines between the terms' gradients and CL's, and their norms, at each adapter that was measured."""
     figure, (left, right) = _figure(10, 3.8, 2)
     terms = list(lines[0]["norms"])
+    names = [term.replace(", ", "\n") for term in terms]
     for shift, line in enumerate(lines):
-        label = (line["adapter"] or "fresh adapter").rsplit("-", 2)[0].replace("fresh adapter", "before training")
+        label = "at " + (line["adapter"] or "fresh adapter").rsplit("-", 2)[0].replace(
+            "fresh adapter", "a fresh adapter"
+        )
         width = 0.8 / len(lines)
         values = [line["cosines"][f"CL|{term}"] for term in terms[1:]]
         places = [n + width * (shift - (len(lines) - 1) / 2) for n in range(len(terms))]
@@ -133,11 +138,11 @@ def plot_gradients(lines: list[dict[str, Any]], file: Path) -> None:
         norms = [line["norms"][term] for term in terms]
         right.bar(places, [mean(v) for v in norms], width, yerr=[stdev(v) for v in norms], label=label)
     left.axhline(0, color="0.4", linewidth=0.8)
-    left.set_xticks(range(len(terms) - 1), terms[1:], fontsize=8)
+    left.set_xticks(range(len(terms) - 1), names[1:], fontsize=8)
     left.set(title="Cosine with the gradient of CL")
-    right.set_xticks(range(len(terms)), terms, fontsize=8)
+    right.set_xticks(range(len(terms)), names, fontsize=8)
     right.set(title="Norm of the unweighted term's gradient", yscale="log")
-    left.legend(fontsize=8)
+    right.legend(fontsize=8)
     figure.savefig(file, dpi=110)
 
 
