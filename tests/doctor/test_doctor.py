@@ -329,7 +329,13 @@ def test_gradients_that_depend_on_the_chunks(patient, monkeypatch):
     model = patient.build()
     assert "28 gradients of info_nce, dpo, kl" in correctness.gradcache_is_full_batch(model, patient)
     inner = patient.objective.grad_cache
-    monkeypatch.setattr(patient.objective, "grad_cache", lambda m, b, s: inner(m, b, s[:1]))
+
+    def heavier_with_chunks(model, batch, slices):
+        logs = inner(model, batch, slices)
+        next(p.grad for p in model.parameters() if p.grad is not None and p.grad.any()).mul_(len(slices))
+        return logs
+
+    monkeypatch.setattr(patient.objective, "grad_cache", heavier_with_chunks)
     assert "depends on the chunks" in trouble(lambda: correctness.gradcache_is_full_batch(model, patient)).found
 
 

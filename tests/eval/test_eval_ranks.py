@@ -67,10 +67,10 @@ def test_ranks_evaluate_as_one_process(arguments, tmp_path):
     assert len(expected) == 2
     assert scores(tmp_path / "three") == expected  # to the last digit
     assert first[0][0] == 2
-    assert "evaluate: error: model_name_or_path=" in first[0][2]
+    assert "error: model_name_or_path=" in first[0][2]
     for mistake, evaluation, _ in others:
         assert (mistake[:2], evaluation[:2]) == ((2, ""), (0, ""))
-        assert "evaluate: error" not in mistake[2]
+        assert "error:" not in mistake[2]
     assert sum(count for *_, count in (first, *others)) == 6 + 3 + 2 * 6  # corpus, queries, pairs
     assert all(count > 0 for *_, count in (first, *others))
 

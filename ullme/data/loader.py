@@ -9,7 +9,6 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-
 # Seconds that a worker stays after SIGTERM: the step under way and its checkpoint.
 GRACE = 30
 

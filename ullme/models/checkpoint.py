@@ -133,7 +133,7 @@ def load_ullme(checkpoint: str | Path, strict: bool = False, **overrides: Any) -
         raise ValueError(f"checkpoint={str(checkpoint)!r} was written by another version: it has the options {unknown}")
     # Whether code that is not this package's may run is for whoever loads the file to say, never for the file.
     options = {**found["backbone"], "trust_remote_code": False, "family_code": None, **overrides}
-    if "." in found["backbone"]["pooling"] and "pooling" not in overrides:
+    if "." in found["backbone"].get("pooling", "mean") and "pooling" not in overrides:
         raise ValueError(
             f"checkpoint={str(checkpoint)!r} pools with a function of its own; to run it, say so: "
             f"pooling={found['backbone']['pooling']!r}"
