@@ -75,7 +75,7 @@ def logged(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     "launcher",
     [
-        pytest.param("torchrun", marks=pytest.mark.distributed),
+        pytest.param("torchrun", marks=[pytest.mark.distributed, pytest.mark.slow]),
         pytest.param("slurm", marks=[pytest.mark.distributed, pytest.mark.slow]),
         pytest.param("lightning", marks=[pytest.mark.distributed, pytest.mark.slow]),
     ],

@@ -137,6 +137,7 @@ def test_what_was_seen_before_a_stop_counts(run, tmp_path):
     assert after["seconds"] > before["seconds"]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_count_all_queries(run, tmp_path):
     found = run("--trainer.devices=2", "--trainer.strategy=ddp_spawn")
