@@ -85,7 +85,7 @@ def seconds(cell: Cell) -> dict[str, float]:
 
 def add_seconds(cell: Cell, what: str, took: float) -> None:
     """Also of a start that was stopped or failed."""
-    total = {**seconds(cell), what: round(seconds(cell).get(what, 0) + took, 1)}
+    total = {**seconds(cell), what: round(seconds(cell).get(what, 0) + took, 3)}
     storage.write_atomically(cell.folder / SECONDS_FILE, lambda stream: stream.write(json.dumps(total).encode()))
 
 
