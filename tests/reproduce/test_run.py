@@ -274,7 +274,8 @@ def test_a_table_from_end_to_end_stopped_on_its_way(tmp_path):
     assert set(scores) == set(rows)
     for cell in scores.values():
         [task] = cell.tasks
-        assert task.score == pytest.approx(sum(cell.queries[task.name].values()) / len(cell.queries[task.name]))
+        queries = cell.queries[task.name].values()
+        assert task.score == pytest.approx(sum(queries) / len(queries), abs=6e-6)  # mteb rounds to five decimals
     assert scores["grl"].notes["queries"] == 12
     assert scores["grl"].tasks != scores["base"].tasks
     assert (tmp_path / "out" / "report.md").is_file()
