@@ -23,6 +23,6 @@ def table(rows, seeds=(0, 1, 2), model="m", queries=40, gain=0.05):
             noise = random.Random(f"{row} {seed}")
             dev = {f"q{n}": 0.3 + gain * place + noise.gauss(0, 0.02) for n in range(queries)}
             sts = 0.5 + gain * place + noise.gauss(0, 0.002)
-            notes = {"tokens_seen": 1000 * place, "trained": place > 0}
+            notes = {"tokens": 1000 * place}
             cells.append(cell(model, row, seed, {"dev": dev}, notes, dev=sum(dev.values()) / queries, sts=sts))
     return cells

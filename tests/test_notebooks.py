@@ -51,7 +51,7 @@ def test_grl():
 @pytest.fixture
 def results(tmp_path):
     """The folder of an invented table: three rows, three seeds, rising by about 5 points from row to row."""
-    metrics = "step,val/ndcg_at_10,train/loss\n9,,0.7\n49,0.5,\n99,0.6,\n"
+    metrics = "step,val/ndcg@10,train/loss\n9,,0.7\n49,0.5,\n99,0.6,\n"
     for cell in table(["base", "cl", "grl"]):
         folder = cell_folder(tmp_path, cell.model, cell.row, cell.seed)
         write_scores(folder, cell)

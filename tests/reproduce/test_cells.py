@@ -82,6 +82,26 @@ def test_wandb_can_be_read_as_the_table(table):
     assert logger.init_args.save_dir == str(cell.stages[0][1])
 
 
+@pytest.mark.parametrize(
+    ("row", "name"), [("grl", "grl-seed2"), ("base", "base-seed2"), ("llm2vec", "llm2vec-seed2-llm2vec")]
+)
+def test_scores_go_to_wandb_where_trainings_do(table, row, name):
+    cell = Cell(table, "phi-1.5", row, 2)
+    assert "--wandb=ullme" in cell.evaluate_command()
+    assert cell.evaluate_environment() == {
+        "WANDB_NAME": name,
+        "WANDB_RUN_GROUP": "table2/phi-1.5",
+        "WANDB_TAGS": f"table:table2,model:phi-1.5,row:{row},seed:2",
+    }
+    csv = Overrides(train={"trainer.logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "x"}}})
+    local = Cell(table, "phi-1.5", row, 2, csv)
+    assert not any("wandb" in option for option in local.evaluate_command())
+    assert local.evaluate_environment() == {}
+    assert cell.settings()["evaluate"] == local.settings()["evaluate"]
+    silent = Cell(table, "phi-1.5", row, 2, Overrides(evaluate={"wandb": None}))
+    assert "--wandb=null" in silent.evaluate_command()
+
+
 def test_seeds_differ_in_the_seed_and_the_folder_alone(table):
     zero, one = (" ".join(Cell(table, "phi-1.5", "grl", s).train_command(table.rows["grl"].stages[0])) for s in (0, 1))
     assert "--seed_everything=0 --data.seed=0" in zero

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_notebooks import run as run_notebook
 from tiny import save_llm
 
 from ullme.data.miniature import build_world
@@ -238,7 +239,7 @@ def test_names_lose_the_hash_of_a_local_file_only():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_table_from_end_to_end_stopped_on_its_way(tmp_path):
+def test_a_table_from_end_to_end_stopped_on_its_way(tmp_path, monkeypatch):
     """Real training and evaluation of an untrained, a trained, a two-stage and a given embedder; killed, gone on with."""
     llm = save_llm(tmp_path / "tiny-llm", "llama")
     world = build_world(tmp_path / "world", train_entities=30, val_entities=12, dev_entities=12, distractors=20)
@@ -259,6 +260,8 @@ def test_a_table_from_end_to_end_stopped_on_its_way(tmp_path):
         "evaluate_options": {"corpus": ["{data}/dev"], "progress": False, "max_length": 64},
     }
     table["train_options"] |= {"trainer.max_steps": 3, "data.batch_size": 4, "data.num_workers": 0}
+    validation = {"trainer.val_check_interval": 2, "trainer.check_val_every_n_epoch": None}
+    table["train_options"] |= {"data.val": "{data}/val", **validation}
     (tmp_path / "table.yaml").write_text(yaml.safe_dump(table))
     options = [f"--config={tmp_path / 'table.yaml'}", f"--llm={llm}", f"--data={world.folder}"]
     process = subprocess.Popen([sys.executable, "-m", "ullme", "reproduce", *options], cwd=tmp_path, env=_environment())
@@ -279,6 +282,13 @@ def test_a_table_from_end_to_end_stopped_on_its_way(tmp_path):
     assert scores["grl"].notes["queries"] == 12
     assert scores["grl"].tasks != scores["base"].tasks
     assert (tmp_path / "out" / "report.md").is_file()
+    monkeypatch.setenv("ULLME_RESULTS", str(tmp_path / "out"))
+    drawn = run_notebook("results.ipynb")
+    seen = sorted((list(drawn["rows"])[place], tokens) for tokens, _, place in drawn["points"])
+    assert seen == sorted((row, scores[row].notes["tokens"]) for row in ("base", "grl", "llm2vec"))
+    assert seen[0] == ("base", 0)
+    assert min(tokens for _, tokens in seen[1:]) > 0
+    assert [len(curve) for curve in drawn["curves"]] == [1]  # of grl; llm2vec has two stages
 
 
 def _environment():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ullme.reproduce.spec import Model, Row, Stage, Table, path
 
 TRAIN = ("-m", "ullme", "train", "fit")
 EVALUATE = ("-m", "ullme", "evaluate")
+_WANDB = "WandbLogger"
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ class Cell:
             **self.row.evaluate_options,
             **self.overrides.evaluate,
         }
+        if self.logs_to_wandb:
+            options.setdefault("wandb", self.table.wandb_project)
         return [
             *EVALUATE,
             *self._embedder(),
@@ -129,6 +132,20 @@ class Cell:
             f"--scores={self.folder / 'tasks.json'}",
             f"--per_query={self.folder / 'per_query'}",
         ]
+
+    def evaluate_environment(self) -> dict[str, str]:
+        """What names the evaluation's W&B run; that of a training goes on under its own name."""
+        if not self.logs_to_wandb:
+            return {}
+        name, group, tags = self._wandb(self.stages[-1][0] if self.stages else None)
+        return {"WANDB_NAME": name, "WANDB_RUN_GROUP": group, "WANDB_TAGS": ",".join(tags)}
+
+    @property
+    def logs_to_wandb(self) -> bool:
+        """Whether this row's trainings log to W&B, or, where it has none, those of the table's first that has."""
+        rows = [self.row_id, *self.table.rows]
+        configured = next((row for row in rows if self.table.rows[row].stages), None)
+        return configured is not None and _kind(replace(self, row_id=configured).parsed[0].trainer.logger) == _WANDB
 
     def _embedder(self) -> list[str]:
         """Which weights are evaluated, and for an LLM that is not trained the way it is run."""
@@ -158,26 +175,25 @@ class Cell:
 
     def _logger(self, logger: Any, folder: Path, stage: Stage) -> list[str]:
         """The logger's options: its files in the cell's folder, and for W&B a table that can be read there."""
-        kind = getattr(logger, "class_path", "").rsplit(".", 1)[-1]
-        prefix = "--trainer.logger"
+        kind, prefix = _kind(logger), "--trainer.logger.init_args"
         if kind == "CSVLogger":
-            return [
-                f"{prefix}.init_args.save_dir={folder}",
-                f"{prefix}.init_args.name=",
-                f"{prefix}.init_args.version=",
-            ]
-        if kind != "WandbLogger":
+            return [f"{prefix}.save_dir={folder}", f"{prefix}.name=", f"{prefix}.version="]
+        if kind != _WANDB:
             return []
+        name, group, tags = self._wandb(stage)
+        return [
+            *(f"{prefix}.project={self.table.wandb_project}", f"{prefix}.name={name}"),
+            *(f"{prefix}.save_dir={folder}", f"{prefix}.group={group}", f"{prefix}.tags={json.dumps(tags)}"),
+        ]
+
+    def _wandb(self, stage: Stage | None) -> tuple[str, str, list[str]]:
+        """(name, group, tags) of a W&B run, by which the table can be read there."""
         name = f"{self.row_id}-seed{self.seed}"
-        if len(self.row.stages) > 1:
+        if stage is not None and len(self.row.stages) > 1:
             name = f"{name}-{Path(str(stage.config)).stem}"
         table = Path(self.table.output).name
         tags = [f"table:{table}", f"model:{self.model_id}", f"row:{self.row_id}", f"seed:{self.seed}"]
-        return [
-            *(f"{prefix}.init_args.project={self.table.wandb_project}", f"{prefix}.init_args.name={name}"),
-            *(f"{prefix}.init_args.save_dir={folder}", f"{prefix}.init_args.group={table}/{self.model_id}"),
-            f"{prefix}.init_args.tags={json.dumps(tags)}",
-        ]
+        return name, f"{table}/{self.model_id}", tags
 
     def settings(self) -> dict[str, Any]:
         """What decides the cell's scores, flat: cells of one folder must not differ in it by mistake. How fast a run
@@ -190,9 +206,15 @@ class Cell:
             for key, value in settings_of(config.as_dict()).items()
         }
         place = str(self.folder)
-        options = [option for option in self.evaluate_command()[len(EVALUATE) :] if place not in option]
+        given = self.evaluate_command()[len(EVALUATE) :]
+        options = [option for option in given if place not in option and not option.startswith("--wandb=")]
         stages = [str(stage.config) for stage, _ in self.stages]
         return json.loads(json.dumps({**found, "stages": stages, "evaluate": options}, default=str))
+
+
+def _kind(logger: Any) -> str:
+    """The class's name of a configured logger."""
+    return getattr(logger, "class_path", "").rsplit(".", 1)[-1]
 
 
 _PARSED: dict[tuple[str, ...], Any] = {}

@@ -90,10 +90,15 @@ def add_seconds(cell: Cell, what: str, took: float) -> None:
 
 
 def training(cell: Cell) -> dict[str, Any]:
-    """``tokens``, ``queries`` and ``training_seconds`` (validation left out) of the cell's stages together."""
+    """``tokens``, ``queries`` and ``training_seconds`` (validation left out) of the cell's stages together.
+
+    Zeros for an LLM that is not trained; empty for an embedder of others, whose training is not known.
+    """
+    names = {"tokens": "tokens", "queries": "queries", "training_seconds": "seconds"}
+    if cell.row.stages and not cell.row.trained:
+        return dict.fromkeys(names, 0)
     files = [folder / TOTALS_FILE for _, folder in cell.stages]
     if not files or not all(file.is_file() for file in files):
         return {}
     seen = [json.loads(file.read_text()) for file in files]
-    names = {"tokens": "tokens", "queries": "queries", "training_seconds": "seconds"}
     return {name: round(sum(one[key] for one in seen), 1) for name, key in names.items()}

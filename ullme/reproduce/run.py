@@ -11,11 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Condition
+from types import MappingProxyType
 from typing import IO, Any
 
 from ullme import storage
@@ -122,14 +123,24 @@ class Runner:
                 log = cell.folder / f"{folder.name}.log"
                 self._call(cell, "training", cell.train_command(stage), devices, log, lock)
         command = over_ranks(cell.evaluate_command(), len(devices))
-        self._call(cell, "evaluating", command, devices, cell.folder / "evaluate.log", lock)
+        named = cell.evaluate_environment()
+        self._call(cell, "evaluating", command, devices, cell.folder / "evaluate.log", lock, named)
         finish(cell)
 
-    def _call(self, cell: Cell, what: str, command: list[str], devices: list[str], log: Path, lock: IO[str]) -> None:
-        """Run it to its end. Raises: CellError: it failed, or was stopped."""
+    def _call(
+        self,
+        cell: Cell,
+        what: str,
+        command: list[str],
+        devices: list[str],
+        log: Path,
+        lock: IO[str],
+        named: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Run it to its end, with ``named`` in its environment. Raises: CellError: it failed, or was stopped."""
         if self.stopping:
             raise CellError("stopped")
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **named}
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         else:
