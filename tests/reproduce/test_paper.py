@@ -73,11 +73,28 @@ def test_every_figure_names_its_source_and_its_column():
     assert found.why_absent
 
 
-def test_figures_are_read(monkeypatch):
-    entry = {"model": "m", "row": "a", "column": "Average", "value": 50.5, "source": "https://example.org"}
+@pytest.mark.parametrize(
+    ("written", "column"),
+    [
+        ("Average", "Average"),
+        ("Retrieval", "Retrieval"),
+        ("CQADupstack", "CQADupstackRetrieval"),
+        ("STS17 (en-en)", "STS17"),
+    ],
+)
+def test_figures_are_read(monkeypatch, written, column):
+    entry = {"model": "m", "row": "a", "column": written, "value": 50.5, "source": "https://example.org"}
     content = {**paper._content(), "figures": [entry]}
     monkeypatch.setattr(paper, "_content", lambda: content)
-    assert read_paper("table2").figures == {("m", "a", "Average"): paper.Figure(50.5, "https://example.org")}
+    assert read_paper("table2").figures == {("m", "a", column): paper.Figure(50.5, "https://example.org")}
+
+
+def test_a_figure_of_an_unknown_task_is_refused(monkeypatch):
+    entry = {"model": "m", "row": "a", "column": "STS18", "value": 50.5, "source": "https://example.org"}
+    content = {**paper._content(), "figures": [entry]}
+    monkeypatch.setattr(paper, "_content", lambda: content)
+    with pytest.raises(ValueError, match="'STS18' is none of the 56"):
+        read_paper("table2")
 
 
 def test_unknown_table_is_refused():

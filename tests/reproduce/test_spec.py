@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,13 @@ def test_mistakes_are_one_line_and_status_2(table_file, changes, message, capsys
 def test_mistakes_on_the_command_line(table_file, option, capsys):
     assert main([f"--config={table_file()}", option]) == 2
     assert option.split("=")[0] in capsys.readouterr().err
+
+
+def test_a_cell_of_other_settings_is_refused_although_only_leaves_it_out(tmp_path, capsys):
+    options = [f"--config={PAPER}/miniature.yaml", f"--output={tmp_path}", "--dry_run"]
+    assert main([*options, "--only", "tiny/grl"]) == 0
+    other = tmp_path / "tiny" / "bi_cl" / "seed0"
+    other.mkdir(parents=True)
+    (other / "settings.json").write_text(json.dumps({"model.optimizer.lr": 0.5}))
+    assert main([*options, "--only", "tiny/grl"]) == 2
+    assert "model.optimizer.lr=0.5 (now 0.004)" in capsys.readouterr().err

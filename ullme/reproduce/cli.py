@@ -90,8 +90,10 @@ def run(options: Any) -> int:
     if options.report_only:
         return report(table)
     overrides = Overrides(_fill(overrides.train, llm, data), _fill(overrides.evaluate, llm, data))
+    # of all cells: what --only leaves out stands in the same table, and must have been made with the same settings
+    finished = {cell.name: done(cell) for cell in (Cell(table, *cell, overrides) for cell in chosen(table, []))}
     cells = [Cell(table, *cell, overrides) for cell in chosen(table, options.only)]
-    missing = [cell for cell in cells if not done(cell)]
+    missing = [cell for cell in cells if not finished[cell.name]]
     if options.dry_run:
         print(commands(missing))
         return 0

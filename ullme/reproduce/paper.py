@@ -35,7 +35,8 @@ class Paper:
 
     Args:
         types: mteb's name of a task -> its type; in the order of the types, then of the names.
-        figures: (model, row, column) -> figure; the column is "Average", a type or mteb's name of a task.
+        figures: (model, row, column) -> figure; the column is "Average", a type or mteb's name of a task, whatever way
+            the file writes that.
         why_absent: why a figure may be missing, one sentence for the reader of the table.
     """
 
@@ -53,7 +54,7 @@ def read_paper(name: str) -> Paper:
     """The table of that name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or a figure is of an unknown task.
     """
     content = _content()
     if name not in content["tables"]:
@@ -61,11 +62,15 @@ def read_paper(name: str) -> Paper:
             f"paper={name!r} is no table of the paper; choose from {', '.join(content['tables'])}, or none"
         )
     figures = {
-        (entry["model"], entry["row"], entry["column"]): Figure(float(entry["value"]), entry["source"])
+        (entry["model"], entry["row"], _column(entry["column"])): Figure(float(entry["value"]), entry["source"])
         for entry in content["figures"]
     }
     types = {task: kind for kind, tasks in content["tasks"].items() for task in tasks}
     return Paper(types, figures, content["why_absent"])
+
+
+def _column(written: str) -> str:
+    return written if written in ("Average", *_content()["tasks"]) else task_name(written)
 
 
 def task_name(written: str) -> str:
