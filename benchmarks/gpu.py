@@ -106,7 +106,8 @@ def settle(model: ULLME, loss: GradCache) -> Chunking:
     """What ``chunk_tokens: auto`` and ``gradient_checkpointing: auto`` would take."""
     chunking = choose(model, half=True, least=LEAST, chunk_tokens=None)
     if model.device.type == "cuda":
-        chunking = try_out(model, loss.objective, chunking, 9, 200, partial(torch.autocast, "cuda", torch.bfloat16))
+        autocast = partial(torch.autocast, "cuda", torch.bfloat16)
+        return try_out(model, loss.objective, chunking, 9, 200, autocast, queries=512)
     if chunking.checkpointing:
         model.recompute_layers()
     return chunking

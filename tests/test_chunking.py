@@ -14,6 +14,7 @@ from ullme.callbacks import GRL
 from ullme.callbacks.gradcache import GradCache
 from ullme.chunking import Chunking, choose, try_out
 from ullme.flops import meta_model
+from ullme.gradcache import held_pieces
 from ullme.losses import DPO, KL, InfoNCE
 from ullme.memory import activations
 from ullme.objective import Objective
@@ -67,24 +68,50 @@ def test_nothing_fits(model):
         choose(model, False, 10**6, None, free=0.1 * GIB)
 
 
-def test_the_trial_halves_until_it_fits_and_leaves_nothing(model, monkeypatch):
-    terms = Objective([InfoNCE(), DPO(), KL()])
+def trial(model, monkeypatch, fits, chunking, passages=3, passage_tokens=10, queries=10**6):
+    """What is tried, and what is found on a device where ``fits(tokens, held pieces, recomputed)``."""
     tried = []
     original = Objective.grad_cache
 
-    def limited(self, model, batch, slices, *args, **kwargs):
-        tried.append(batch.num_tokens)
-        if batch.num_tokens > 150:
+    def limited(self, model, batch, slices, *args, pieces, held, **kwargs):
+        recomputed = model.causal_lm.is_gradient_checkpointing
+        tried.append((batch.num_tokens, len(slices), held, recomputed))
+        if not fits(*tried[-1]):
             raise torch.OutOfMemoryError("no")
-        return original(self, model, batch, slices, *args, **kwargs)
+        return original(self, model, batch, slices, *args, pieces=pieces, held=held, **kwargs)
 
     monkeypatch.setattr(Objective, "grad_cache", limited)
-    found = try_out(model, terms, Chunking(400, 1000, False), passages=3, passage_tokens=10, autocast=nullcontext)
-    assert found == Chunking(100, 0, False)
-    assert tried == [400, 200, 80]
+    terms = Objective([InfoNCE(), DPO(), KL()])
+    return try_out(model, terms, chunking, passages, passage_tokens, nullcontext, queries), tried
+
+
+def test_the_trial_gives_up_held_graphs_then_activations_then_halves_the_chunk(model, monkeypatch):
+    found, tried = trial(model, monkeypatch, lambda tokens, *_: tokens <= 150, Chunking(400, 800, False))
+    assert found == Chunking(100, 0, True)
+    assert tried == [
+        (1200, 3, 2, False),
+        (800, 2, 1, False),
+        (400, 1, 0, False),
+        (400, 1, 0, True),
+        (200, 1, 0, True),
+        (80, 1, 0, True),
+    ]
     assert all(p.grad is None for p in model.parameters())
-    with pytest.raises(torch.OutOfMemoryError):
-        try_out(model, terms, Chunking(400, 0, False), passages=9, passage_tokens=100, autocast=nullcontext)
+
+
+def test_the_trial_runs_with_the_layers_recomputed_that_were_chosen(model, monkeypatch):
+    _, tried = trial(model, monkeypatch, lambda *_: True, Chunking(400, 0, True))
+    assert tried == [(400, 1, 0, True)]
+
+
+def test_the_trial_has_no_more_queries_than_a_batch(model, monkeypatch):
+    _, tried = trial(model, monkeypatch, lambda *_: True, Chunking(400, 10**6, False), queries=15)
+    assert tried == [(600, 2, 2, False)]
+
+
+def test_a_query_that_fits_nowhere_is_said(model, monkeypatch):
+    with pytest.raises(ValueError, match=r"one query of 1000 tokens.*data\.passage_max_length"):
+        trial(model, monkeypatch, lambda *_: False, Chunking(400, 0, False), passages=9, passage_tokens=100)
 
 
 @pytest.mark.parametrize("held", [0, 70, 10**6])
@@ -95,8 +122,7 @@ def test_pieces_and_held_graphs_change_no_gradient(make_model, held):
     assert len(pieces) != len(slices)
     loss.objective.full_batch(model, batch)
     expected = gradients(model)
-    loss.held_tokens = held
-    count = loss._held(batch, pieces)
+    count = held_pieces(batch, pieces, held)
     assert (count == 0) if held == 0 else (count == len(pieces)) if held > 1000 else (0 < count < len(pieces))
     loss.objective.grad_cache(model, batch, slices, pieces=pieces, held=count)
     assert_same_gradients(gradients(model), expected, 1e-10)

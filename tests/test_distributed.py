@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from unittest import mock
 
@@ -13,6 +14,7 @@ from test_gradcache import assert_same_gradients, gradients, make_batch
 from test_objective import OBJECTIVES, with_generation
 
 from ullme.batch import Batch
+from ullme.chunking import Chunking, try_out
 from ullme.distributed import any_rank, average_gradients, mean_over_ranks, merge_unit_rows, most, world
 from ullme.gradcache import chunk_slices
 from ullme.health import NotFiniteError
@@ -98,6 +100,32 @@ def test_a_nan_on_one_rank_stops_all_with_its_rows(make_model, tmp_path):
     first, second = on_ranks(2, tmp_path, stumble, model.options.model_name_or_path, state)
     assert first == second
     assert first.startswith("rank 1: dpo is nan (training rows [3])")
+
+
+def short_of_memory(folder: str, state: dict) -> tuple[int, int]:
+    """Rank 1 runs out of memory in the middle of the first two trials, where rank 0 would wait for it."""
+    rank, _ = world()
+    model, tried = load(folder, state).float(), []
+    forward = InfoNCE.forward
+
+    def limited(self, reps):
+        tried.append(reps.queries.shape[0])
+        if rank == 1 and len(tried) <= 2:
+            raise torch.OutOfMemoryError("no")
+        return forward(self, reps)
+
+    with mock.patch.object(InfoNCE, "forward", limited):
+        found = try_out(model, Objective([InfoNCE(), DPO()]), Chunking(400, 0, False), 3, 10, nullcontext)
+    dist.barrier()  # all of them are still here
+    return found.chunk_tokens, len(tried)
+
+
+@pytest.mark.distributed
+def test_a_trial_that_fails_on_one_rank_is_tried_smaller_by_all(make_model, tmp_path):
+    model = make_model()
+    state = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    found = on_ranks(2, tmp_path, short_of_memory, model.options.model_name_or_path, state)
+    assert found == [(100, 3), (100, 3)]
 
 
 def talk() -> dict:

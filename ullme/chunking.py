@@ -16,7 +16,9 @@ from torch import Tensor
 
 from ullme.batch import Batch, GenerationRows, TokenRows
 from ullme.devices import free_memory
+from ullme.distributed import alone, any_rank
 from ullme.flops import meta_model
+from ullme.gradcache import chunk_slices, held_pieces, row_pieces
 from ullme.memory import FRAGMENTATION, GIB, Activations, activations
 from ullme.models.layers import token_table
 from ullme.models.likelihood import _BLOCK_LOGITS
@@ -90,33 +92,70 @@ def try_out(
     passages: int,
     passage_tokens: int,
     autocast: Callable[[], AbstractContextManager],
+    queries: int = 2**31,
 ) -> Chunking:
-    """Run a chunk of random tokens, and half of it as long as memory does not suffice; nothing is learned from it.
+    """A step on random tokens, with less and less in memory as long as that does not suffice; nothing is learned.
+
+    First fewer graphs are held, then layers are recomputed if that is ``auto``, then chunks are halved. All ranks end
+    with the same choice.
 
     Args:
-        model: on the device that trains it.
+        model: on the device that trains it. Its layers are recomputed from here on where that was chosen.
         objective: of the run; π_ref is left out.
         chunking: what to try.
         passages: candidates of a query.
         passage_tokens: of each.
         autocast: what a step runs under.
+        queries: the most that a batch of this rank has.
+
+    Raises:
+        ValueError: not even one query fits.
     """
     terms = Objective(objective.terms, _NoReference(), objective.share_prompts)
+    auto = model.options.gradient_checkpointing == "auto"
     while True:
-        batch = _random_batch(model, chunking.chunk_tokens, passages, passage_tokens)
-        try:
-            with autocast():
-                terms.grad_cache(model, batch, [slice(0, len(batch))])
+        if chunking.checkpointing and auto:
+            model.recompute_layers()
+        tokens = chunking.chunk_tokens + chunking.held_tokens
+        batch = _random_batch(model, tokens, queries, passages, passage_tokens)
+        if not any_rank(_runs_out(model, terms, batch, chunking, autocast), model.device):
             return chunking
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise
-        finally:
-            for parameter in model.parameters():
-                parameter.grad = None
-            if model.device.type == "cuda":
-                torch.cuda.empty_cache()
-        chunking = replace(chunking, chunk_tokens=chunking.chunk_tokens // 2, held_tokens=0)
+        if chunking.held_tokens > chunking.chunk_tokens:
+            chunking = replace(chunking, held_tokens=chunking.held_tokens // 2)
+        elif chunking.held_tokens:
+            chunking = replace(chunking, held_tokens=0)
+        elif auto and not chunking.checkpointing:
+            chunking = replace(chunking, checkpointing=True)
+        elif len(batch) > 1:
+            chunking = replace(chunking, chunk_tokens=min(chunking.chunk_tokens, batch.num_tokens) // 2)
+        else:
+            raise ValueError(
+                f"out of memory on {model.device} with one query of {batch.num_tokens} tokens in a chunk; lower "
+                "data.passage_max_length or data.num_hard_negatives, or take a device with more memory"
+            )
+
+
+def _runs_out(
+    model: ULLME,
+    terms: Objective,
+    batch: Batch,
+    chunking: Chunking,
+    autocast: Callable[[], AbstractContextManager],
+) -> bool:
+    """Whether a step runs out of memory. It asks no other rank: one of them may."""
+    slices, pieces = chunk_slices(batch, None, chunking.chunk_tokens), row_pieces(batch, chunking.chunk_tokens)
+    held = held_pieces(batch, pieces, chunking.held_tokens)
+    try:
+        with autocast(), alone():
+            terms.grad_cache(model, batch, slices, pieces=pieces, held=held)
+    except torch.OutOfMemoryError:
+        return True
+    finally:
+        for parameter in model.parameters():
+            parameter.grad = None
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return False
 
 
 class _NoReference(Reference):
@@ -126,9 +165,9 @@ class _NoReference(Reference):
         return torch.zeros(mask.shape, device=mask.device)
 
 
-def _random_batch(model: ULLME, tokens: int, passages: int, passage_tokens: int) -> Batch:
-    """Queries as long as their passages, so many that a chunk of ``tokens`` holds them."""
-    queries = max(1, tokens // ((1 + passages) * passage_tokens))
+def _random_batch(model: ULLME, tokens: int, most: int, passages: int, passage_tokens: int) -> Batch:
+    """Queries as long as their passages, so many that ``tokens`` holds them, or ``most``."""
+    queries = max(1, min(most, tokens // ((1 + passages) * passage_tokens)))
     vocabulary = len(token_table(model.causal_lm))
 
     def rows(n: int) -> TokenRows:

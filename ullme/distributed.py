@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,11 +15,24 @@ from torch import Tensor
 BUCKET_ELEMENTS = 2**25
 
 
+_alone = ContextVar("alone", default=False)
+
+
 def world() -> tuple[int, int]:
     """(rank, W)."""
-    if dist.is_available() and dist.is_initialized():
+    if not _alone.get() and dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Meanwhile this rank asks no other and waits for none: for what may fail on one rank only."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 def leave() -> None:

@@ -102,6 +102,16 @@ def row_pieces(batch: Batch, tokens: int) -> list[Tensor]:
     return list(order.tensor_split(borders[1:]))
 
 
+def held_pieces(batch: Batch, pieces: list[Tensor], tokens: int) -> int:
+    """How many of the first pieces have no more than ``tokens`` real tokens together."""
+    if not tokens:
+        return 0
+    lengths = torch.cat([rows.attention_mask.sum(1) for rows in (batch.queries, batch.passages)]).cpu()
+    return int(
+        torch.searchsorted(torch.stack([lengths[piece].sum() for piece in pieces]).cumsum(0), tokens, right=True)
+    )
+
+
 class GradCache:
     """One training step's backward.
 

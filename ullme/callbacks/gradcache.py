@@ -13,7 +13,7 @@ from ullme.batch import Batch
 from ullme.callbacks.base import LossCallback, ReferenceChoice
 from ullme.chunking import Chunking
 from ullme.distributed import any_rank, world
-from ullme.gradcache import RandomState, chunk_slices, row_pieces, slice_rows
+from ullme.gradcache import RandomState, chunk_slices, held_pieces, row_pieces, slice_rows
 from ullme.losses import Term
 from ullme.objective import Logs
 
@@ -126,7 +126,7 @@ class GradCache(LossCallback):
         if not any_rank(len(slices) > 1 or not self._fits(batch), batch.row_ids.device):
             return self.objective.full_batch(module.model, batch, module.manual_backward)
         pieces = self.pieces(batch)
-        held = self._held(batch, pieces) if sharding.split_by(module.model) is None else 0
+        held = held_pieces(batch, pieces, self.held_tokens) if sharding.split_by(module.model) is None else 0
         return self.objective.grad_cache(
             module.model, batch, slices, module.manual_backward, self.no_sync(module), pieces, held
         )
@@ -145,14 +145,6 @@ class GradCache(LossCallback):
         if self.chunk_size or self.objective.needs_generation:
             return len(slices) == len(batch)
         return len(self.pieces(batch)) == len(batch.queries) + len(batch.passages)
-
-    def _held(self, batch: Batch, pieces: list[Tensor]) -> int:
-        """How many pieces' graphs fit into what memory is left."""
-        if not self.held_tokens:
-            return 0
-        lengths = torch.cat([rows.attention_mask.sum(1) for rows in (batch.queries, batch.passages)]).cpu()
-        tokens = torch.stack([lengths[piece].sum() for piece in pieces]).cumsum(0)
-        return int(torch.searchsorted(tokens, self.held_tokens, right=True))
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -22,7 +22,7 @@ def settle(trainer: L.Trainer, module: ULLMEModule, loss: LossCallback) -> Chunk
     """The largest chunk that fits every rank's device, and whether layers have to be recomputed; tried out on CUDA.
 
     Raises:
-        ValueError: not even the smallest chunk fits.
+        ValueError: not even the smallest chunk fits, or not the one that the options say.
     """
     model, data = module.model, trainer.datamodule  # type: ignore[attr-defined]
     assert model is not None
@@ -34,10 +34,16 @@ def settle(trainer: L.Trainer, module: ULLMEModule, loss: LossCallback) -> Chunk
     queries = max(1, getattr(data, "batch_size", 512) // trainer.world_size)
     free = -most(-int(free_memory(model.device)), model.device)
     half = trainer.precision == "bf16-mixed"
-    chunking = choose(model, half, least, loss.settled_tokens(query_tokens, queries), free)
+    settled = loss.settled_tokens(query_tokens, queries)
+    chunking = choose(model, half, least, settled, free)
     if model.device.type == "cuda" and sharding.split_by(model) is None:
         context = trainer.precision_plugin.forward_context
-        chunking = try_out(model, loss.objective, chunking, passages, passage_tokens, context)
+        chunking = try_out(model, loss.objective, chunking, passages, passage_tokens, context, queries)
+    if settled is not None and chunking.chunk_tokens < settled:
+        raise ValueError(
+            f"out of memory on {model.device} with as many tokens at once as loss says ({settled}); "
+            f"{chunking.chunk_tokens} fit: give loss.chunk_tokens=auto to have that"
+        )
     layers = "are recomputed in backward" if chunking.checkpointing else "keep their activations"
     rank_zero_info(
         f"auto: {free / GIB:.1f} GiB are free on {model.device}, so chunks have {chunking.chunk_tokens} tokens, the "
