@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ullme.batch import Batch, TokenRows
-from ullme.gradcache import GradCache, chunk_slices, embed_batch, row_pieces
+from ullme.gradcache import GradCache, as_recorded, chunk_slices, embed_batch, row_pieces
 from ullme.losses import InfoNCE
 from ullme.prompts import pad_rows
 
@@ -147,6 +147,35 @@ def test_works_under_autocast(make_model):
         torch.cat([g.flatten() for g in found.values()]), torch.cat([g.flatten() for g in expected.values()]), dim=0
     )
     assert cosine > 0.99
+
+
+def near(b: int = 6, c: int = 3, width: int = 32) -> torch.Tensor:
+    """(b + b c, width) unit vectors with cosines of about 0.99, as an untrained LLM gives them."""
+    noise = torch.randn(b + b * c, width, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.normalize(noise + 8, dim=-1).requires_grad_()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_gradient_of_the_similarities_stays_in_float32_under_autocast(cached):
+    """Autocast would compute the gradients of float32 products in bfloat16, though the products were not."""
+    table, batch, loss = near(), make_batch(6, 3), InfoNCE(0.05)
+
+    def step() -> torch.Tensor:
+        table.grad = None
+        if cached:
+            rows = iter([table, table])  # embedded twice
+            GradCache(lambda _: next(rows), loss).step(batch, chunk_slices(batch, None, None))
+        else:
+            as_recorded(torch.Tensor.backward)(loss(embed_batch(lambda _: table, batch)))
+        return table.grad.clone()
+
+    expected = step()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = step()
+        table.grad = None
+        loss(embed_batch(lambda _: table, batch)).backward()
+    assert (table.grad - expected).abs().max() > 1e-3 * expected.abs().max(), "autocast would change it"
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_checkpointing_and_chunks_together(make_model):

@@ -112,6 +112,17 @@ def held_pieces(batch: Batch, pieces: list[Tensor], tokens: int) -> int:
     )
 
 
+def as_recorded(backward: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """``backward`` outside of autocast, which would compute in half precision even the gradients of products that the
+    forward had computed in float32 (the similarities)."""
+
+    def run(loss: Tensor) -> None:
+        with torch.autocast(loss.device.type, enabled=False):
+            backward(loss)
+
+    return run
+
+
 class GradCache:
     """One training step's backward.
 
@@ -135,7 +146,7 @@ class GradCache:
         no_sync: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.embed, self.loss, self.chunk_loss = embed, loss, chunk_loss
-        self.backward, self.no_sync = backward, no_sync
+        self.backward, self.no_sync = as_recorded(backward), no_sync
 
     def step(
         self,
@@ -201,7 +212,8 @@ class GradCache:
         leaves = reps.as_leaves()
         with torch.enable_grad():
             loss = self.loss(leaves)
-        queries, passages = torch.autograd.grad(loss, (leaves.queries, leaves.passages))
+        with torch.autocast(loss.device.type, enabled=False):
+            queries, passages = torch.autograd.grad(loss, (leaves.queries, leaves.passages))
         return Representations(queries, passages, reps.passage_keys)
 
     def _chunk_losses(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ullme.batch import Batch, Representations, TokenRows
 from ullme.distributed import any_rank, gather_sizes, global_mean_weight, mean_over_ranks, most
-from ullme.gradcache import GradCache, embed_batch, slice_rows
+from ullme.gradcache import GradCache, as_recorded, embed_batch, slice_rows
 from ullme.health import Health
 from ullme.losses.base import Chunk, ChunkLoss, RepresentationLoss, Term
 from ullme.losses.mntp import MNTP
@@ -86,7 +86,7 @@ class Objective:
         parts = [self._representation_loss(batch, logs, health)(reps)] if self.representation_terms and reps else []
         if self.chunk_terms:
             parts.append(self._chunk_loss(model, batch, logs, health)(batch, reps))
-        backward(torch.stack(parts).sum())
+        as_recorded(backward)(torch.stack(parts).sum())
         health.speak(batch.row_ids.device)
         return self._total(logs)
 
