@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from ullme.eval.cli import parser as evaluation_parser
 from ullme.plan_cli import read_configs
-from ullme.reproduce.cells import Cell, Overrides, parse_options, parsed
+from ullme.reproduce.cells import EVALUATE, Cell, Overrides, parse_options, parsed
 from ullme.reproduce.cli import parser, read_table
 from ullme.reproduce.spec import Row
 
@@ -175,3 +177,40 @@ def test_options_are_yaml():
         "corpus": ["a", "b"],
         "model.optimizer.lr": 1e-3,
     }
+
+
+@pytest.mark.parametrize(
+    ("devices", "count", "given"),
+    [(4, 4, None), ("auto", "auto", None), ("2", 2, None), ([3], 1, "1"), ("0,2", 2, "2"), ([0, 1, 5], 3, "3")],
+)
+def test_a_cell_is_given_as_many_gpus_as_its_training_names(table, monkeypatch, devices, count, given):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    cell = Cell(table, "phi-1.5", "grl", 0, Overrides({"trainer.devices": devices}))
+    assert cell.devices == count
+    [(stage, _)] = cell.stages
+    assert str(read(cell.train_command(stage)).trainer.devices) == (given or str(devices))
+
+
+def test_the_stage_that_wants_most_decides(table, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    rows = {"llm2vec": table.rows["llm2vec"]}
+    first, second = rows["llm2vec"].stages
+    staged = [replace(first, options={**first.options, "trainer.devices": 1}), second]
+    cell = Cell(replace(table, rows={"llm2vec": replace(rows["llm2vec"], stages=staged)}), "phi-1.5", "llm2vec", 0)
+    assert [str(config.trainer.devices) for config in cell.parsed] == ["1", "4"]
+    assert cell.devices == 4
+
+
+def test_an_untrained_row_keeps_what_its_config_pools(table):
+    rows = {"echo": replace(table.rows["echo"], train=False)}
+    command = Cell(replace(table, rows=rows), "phi-1.5", "echo", 0).evaluate_command()
+    assert "--pooled=text" in command
+    options = {"model.prompts.append_eos": True, "model.backbone.quantization": "nf4"}
+    command = Cell(replace(table, rows=rows), "phi-1.5", "echo", 0, Overrides(options)).evaluate_command()
+    assert {"--append_eos=true", "--quantization=nf4"} <= {*command}
+    found = evaluation_parser().parse_args(command[len(EVALUATE) :])
+    assert (found.pooled, found.append_eos) == ("text", True)
+    with pytest.raises(ValueError, match=r"rows\.echo: train=false.*init_from='runs/x'"):
+        Cell(
+            replace(table, rows=rows), "phi-1.5", "echo", 0, Overrides({"model.backbone.init_from": "runs/x"})
+        ).evaluate_command()

@@ -112,6 +112,42 @@ def test_a_failed_cell_is_named_and_the_others_go_on(cells, tmp_path, capsys):
     assert "tiny/grl/seed0 failed" in capsys.readouterr().err
 
 
+def test_the_reason_is_this_start_s_and_a_signal_has_its_name(cells):
+    class Killed(Fake):
+        ending = "os.kill(os.getpid(), 9)"
+
+    [cell] = cells(Failing)
+    runner([cell]).run()
+    [again] = cells(Killed)
+    reason = runner([again]).run()[cell.name]
+    assert "SIGKILL" in reason
+    assert "no such data" not in reason
+
+
+def test_what_does_not_end_when_told_to_is_killed(cells, monkeypatch, capsys):
+    class Deaf(Fake):
+        ending = "__import__('signal').signal(15, 1); open(f / 'started', 'w').close(); time.sleep(60)"
+
+    monkeypatch.setattr(run, "PATIENCE", 0.5)
+    [cell] = cells(Deaf)
+    thread = threading.Thread(target=_terminate_once, args=[cell.folder / "train" / "started"])
+    thread.start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        runner([cell]).run()
+    thread.join()
+    assert time.monotonic() - started < 30
+    assert "did not end in 0.5 s: killed" in capsys.readouterr().err
+    with run.locked(cell.folder):
+        pass
+
+
+def _terminate_once(there):
+    while not there.exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_a_task_without_a_score_leaves_the_cell_undone(cells, tmp_path):
     class Unreachable(Fake):
         rows = (*ROWS, {**ROWS[0], "task": "NQ", "score": None, "error": "NQ: not on this machine"})
@@ -190,12 +226,7 @@ def test_cells_run_in_parallel(cells):
 def test_sigterm_is_handed_on_and_what_was_done_stays(cells, tmp_path):
     first, second, third = cells(Fake, Waiting, Fake)
 
-    def stop():
-        while not (second.folder / "train" / "started").exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=stop)
+    thread = threading.Thread(target=_terminate_once, args=[second.folder / "train" / "started"])
     thread.start()
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):

@@ -130,6 +130,19 @@ def test_mistakes_are_one_line_and_status_2(table_file, changes, message, capsys
     assert not (tmp_path / "out").exists()
 
 
+def test_two_tasks_of_one_name_are_refused(table_file, tmp_path, capsys):
+    places = [tmp_path / "a" / "one.tsv", tmp_path / "b" / "one.jsonl"]
+    for place in places:
+        place.parent.mkdir()
+        place.touch()
+    files = [str(PAPER.parent / file) for file in ("base.yaml", "model/phi-1.5.yaml", "strategy/cpu.yaml")]
+    tasks = {"sts": [str(places[0])], "clustering": [str(places[1])]}
+    assert main([f"--config={table_file(configs=files, evaluate_options=tasks)}"]) == 2
+    error = capsys.readouterr().err
+    assert "would have one name in the table" in error
+    assert all(str(place) in error for place in places)
+
+
 @pytest.mark.parametrize("option", ["--parallel=0", "--set=lr", "--set_evaluate=max_length", "--only=b"])
 def test_mistakes_on_the_command_line(table_file, option, capsys):
     assert main([f"--config={table_file()}", option]) == 2

@@ -35,10 +35,12 @@ MODEL_OPTIONS: dict[str, tuple[type, str]] = {
     "device": (str, "such as cuda:0 or cpu; a GPU if there is one, unless given"),
     "max_length": (int, "in tokens, template included (default: 512)"),
 }
-PROMPT_OPTIONS = {
-    "query_prompt": ("query", "template of a query, with {text} and {instruction}"),
-    "passage_prompt": ("passage", "template of a passage, with {text}"),
-    "instruction": ("instruction", "the task, where an mteb task brings none of its own"),
+PROMPT_OPTIONS: dict[str, tuple[str, type, str]] = {
+    "query_prompt": ("query", str, "template of a query, with {text} and {instruction}"),
+    "passage_prompt": ("passage", str, "template of a passage, with {text}"),
+    "instruction": ("instruction", str, "the task, where an mteb task brings none of its own"),
+    "pooled": ("pooled", str, "which tokens become the embedding: all, or text (its last copy, and what follows)"),
+    "append_eos": ("append_eos", bool, "end every text with the end token"),
 }
 LOCAL_OPTIONS = {
     "corpus": ("FOLDER", "BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv"),
@@ -59,8 +61,8 @@ def parser() -> ArgumentParser:
     model.add_argument("--checkpoint", type=str, help="run folder, Lightning checkpoint or adapter folder")
     for name, (type_, text) in MODEL_OPTIONS.items():
         model.add_argument(f"--{name}", type=type_ | None, help=text)
-    for name, (_, text) in PROMPT_OPTIONS.items():
-        model.add_argument(f"--{name}", type=str | None, help=f"{text}; the checkpoint's unless given")
+    for name, (_, type_, text) in PROMPT_OPTIONS.items():
+        model.add_argument(f"--{name}", type=type_ | None, help=f"{text}; the checkpoint's unless given")
     model.add_argument(
         "--use_task_instructions", type=bool, default=True, help="false: the prompt contract's instruction everywhere"
     )
@@ -200,7 +202,7 @@ def _model(options: Any) -> WrappedULLME:
     given = {name: options[name] for name in MODEL_OPTIONS if options[name] is not None}
     if (device := own_device()) is not None:
         given.setdefault("device", device)
-    prompts = {field: options[name] for name, (field, _) in PROMPT_OPTIONS.items() if options[name] is not None}
+    prompts = {field: options[name] for name, (field, *_) in PROMPT_OPTIONS.items() if options[name] is not None}
     if prompts:
         given["prompts"] = prompts
     return WrappedULLME(

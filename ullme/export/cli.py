@@ -37,8 +37,8 @@ def parser() -> ArgumentParser:
     )
     for name in _FROM_EVALUATION:
         model.add_argument(f"--{name}", type=MODEL_OPTIONS[name][0] | None, help=MODEL_OPTIONS[name][1])
-    for name, (_, text) in PROMPT_OPTIONS.items():
-        model.add_argument(f"--{name}", type=str | None, help=f"{text}; the run's unless given")
+    for name, (_, type_, text) in PROMPT_OPTIONS.items():
+        model.add_argument(f"--{name}", type=type_ | None, help=f"{text}; the run's unless given")
     output = options.add_argument_group("What is written")
     output.add_argument("--adapter_only", action="store_true", help="the adapter as a folder for PEFT, unmerged")
     output.add_argument("--dtype", type=str, default="auto", help="of the weights: auto, float32, bfloat16 or float16")
@@ -140,7 +140,7 @@ def _model_options(options: Any, source: Source) -> dict[str, Any]:
             "embeddings differ a little: evaluate the exported folder"
         )
     given = {name: options[name] for name in _FROM_EVALUATION if name != "device" and options[name] is not None}
-    prompts = {field: options[name] for name, (field, _) in PROMPT_OPTIONS.items() if options[name] is not None}
+    prompts = {field: options[name] for name, (field, *_) in PROMPT_OPTIONS.items() if options[name] is not None}
     # it embeds a few texts and is thrown away: neither worth compiling nor short of memory for gradients
     fixed = {"compile": False, "gradient_checkpointing": False}
     return {**fixed, **given, **({"prompts": prompts} if prompts else {})}

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ullme.reproduce import gpus
 from ullme.reproduce.scores import cell_folder
 from ullme.reproduce.spec import Model, Row, Stage, Table, path
 
@@ -92,14 +93,11 @@ class Cell:
     @property
     def devices(self) -> int | str | None:
         """GPUs that a training of this cell takes; "auto" for all there are; None: it runs on the CPU."""
-        for config in self.parsed:
-            trainer = config.trainer
-            if trainer.accelerator in ("cpu", "auto") and (trainer.accelerator == "cpu" or not _cuda()):
-                return None
-            if isinstance(trainer.devices, list):
-                return len(trainer.devices)
-            return "auto" if str(trainer.devices) in ("auto", "-1") else int(trainer.devices)
-        return 1 if _cuda() else None
+        if not self.parsed:
+            return 1 if gpus.count() else None
+        wanted = [gpus.wanted(config.trainer) for config in self.parsed]
+        counts = [count for count in wanted if isinstance(count, int)]
+        return "auto" if "auto" in wanted else max(counts, default=None)
 
     def train_command(self, stage: Stage) -> list[str]:
         """Arguments of Python that train a stage, or go on with it."""
@@ -110,6 +108,7 @@ class Cell:
             *self.configuration(stage),
             *(f"--seed_everything={self.seed}", f"--data.seed={self.seed}"),
             *before,
+            *gpus.renumbered(self.parsed[place].trainer),
             f"--trainer.default_root_dir={folder}",
             *self._logger(self.parsed[place].trainer.logger, folder, stage),
         ]
@@ -166,7 +165,15 @@ class Cell:
             "query_prompt": prompts.query,
             "passage_prompt": prompts.passage,
             "instruction": prompts.instruction,
+            **({"pooled": prompts.pooled} if prompts.pooled != "all" else {}),
+            **({"append_eos": True} if prompts.append_eos else {}),
+            **({"quantization": backbone.quantization} if backbone.quantization != "none" else {}),
         }
+        if backbone.init_from is not None:
+            raise ValueError(
+                f"rows.{self.row_id}: train=false, but its configuration has model.backbone.init_from="
+                f"{backbone.init_from!r}; to evaluate a checkpoint write checkpoint: and no stages"
+            )
         return _options({k: v for k, v in options.items() if k not in self._evaluation_given()})
 
     def _evaluation_given(self) -> set[str]:
@@ -252,13 +259,6 @@ def _options(options: dict[str, Any], lists: bool = False) -> list[str]:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _cuda() -> int:
-    """How many GPUs there are."""
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def parse_options(given: Sequence[str], option: str) -> dict[str, Any]:

@@ -141,7 +141,8 @@ def report(table: Table) -> int:
     from ullme.reproduce.scores import read_scores
 
     folder = Path(table.output)
-    cells = [cell for cell in read_scores(folder) if cell.model in table.models and cell.row in table.rows]
+    known = set(chosen(table, []))  # with their seeds: a folder may have more
+    cells = [cell for cell in read_scores(folder) if (cell.model, cell.row, cell.seed) in known]
     if not cells:
         print(f"reproduce: no cell below {folder} is done, so there is no table", file=sys.stderr)
         return 1

@@ -34,6 +34,7 @@ def runner(cells: Sequence[Cell], parallel: int | Literal["auto"]) -> Runner:
 def check(cell: Cell, gpus: int) -> None:
     """Raises: ValueError: see :func:`runner`."""
     from ullme.eval.cli import LOCAL_OPTIONS, parser
+    from ullme.eval.local_tasks import task_name
 
     wanted = cell.devices
     if wanted is not None and (gpus == 0 or (wanted != "auto" and int(wanted) > gpus)):
@@ -53,6 +54,12 @@ def check(cell: Cell, gpus: int) -> None:
             # a world that is still to be invented comes later
             if not cell.table.world and not Path(place).exists():
                 raise ValueError(f"{cell.name}: evaluate_options.{name}: {place} does not exist")
+    places = [Path(place) for name in LOCAL_OPTIONS for place in options[name]]
+    names = [task_name(place) for place in places]
+    if twice := [str(place) for place, name in zip(places, names, strict=True) if names.count(name) > 1]:
+        raise ValueError(
+            f"{cell.name}: evaluate_options: {' and '.join(twice)} would have one name in the table; rename one of them"
+        )
 
 
 def visible_gpus() -> list[str]:

@@ -150,6 +150,7 @@ class Runner:
         print(f"== {cell.name}: {what}{where}", flush=True)
         started = time.perf_counter()
         with log.open("ab") as file:
+            begin = file.seek(0, os.SEEK_END)
             file.write(f"$ {shell(command)}\n".encode())
             file.flush()
             process = subprocess.Popen(
@@ -169,9 +170,8 @@ class Runner:
         seconds = time.perf_counter() - started
         add_seconds(cell, log.stem, seconds)
         if status:
-            raise CellError(
-                "stopped" if self.stopping else f"{what} ended with status {status}: {why(log)} (see {log})"
-            )
+            ended = f"status {status}" if status > 0 else signal.Signals(-status).name
+            raise CellError("stopped" if self.stopping else f"{what} ended with {ended}: {why(log, begin)} (see {log})")
         print(f"== {cell.name}: {what}: {seconds:.0f} s", flush=True)
 
     def _stop(self) -> None:
@@ -180,14 +180,18 @@ class Runner:
         print("reproduce: stopping; the same command goes on from here", file=sys.stderr, flush=True)
         for process in list(self.running):
             self._tell(process)
+        deadline = time.monotonic() + PATIENCE
         for process in list(self.running):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(PATIENCE)
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                print(f"reproduce: process {process.pid} did not end in {PATIENCE} s: killed", file=sys.stderr)
+                self._tell(process, signal.SIGKILL)
 
     @staticmethod
-    def _tell(process: subprocess.Popen[bytes]) -> None:
+    def _tell(process: subprocess.Popen[bytes], what: signal.Signals = signal.SIGTERM) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, what)
 
 
 @contextmanager
@@ -243,9 +247,10 @@ def shell(command: Sequence[str]) -> str:
     return f"python {shlex.join(command)}"
 
 
-def why(log: Path) -> str:
-    """The last line of a log that says error, or else its last line."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+def why(log: Path, begin: int = 0) -> str:
+    """The last line of a log that says error, or else its last line; what stands before byte ``begin`` is older."""
+    text = log.read_bytes()[begin:].decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     wrong = [line for line in lines[-50:] if "error" in line.lower()]
     return ([*lines[-1:], *wrong])[-1][:500] if lines else "it said nothing"
 
