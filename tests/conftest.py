@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -11,6 +12,13 @@ import torch
 from tiny import save_llm
 
 torch.set_num_threads(1)  # tiny models lose more to thread start-up than they win
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``-m gpu`` only the files with such tests are imported: others need packages that a GPU machine may lack."""
+    if config.option.markexpr.strip() != "gpu" or collection_path.suffix != ".py":
+        return None
+    return True if "pytest.mark.gpu" not in collection_path.read_text(encoding="utf-8") else None
 
 
 @pytest.fixture(scope="session")

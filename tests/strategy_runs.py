@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import lightning as L
 import torch
 import torch.distributed as dist
+from eval_helpers import write_jsonl
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
@@ -27,6 +29,22 @@ STEPS = 5
 INTERRUPTED = 3
 ROWS = 37  # four batches of 8 and one of 5: shares of 3 and 2 on two ranks, of 2, 1, 1 and 1 on four
 WORDS = ["river", "mill", "market", "town", "kettle", "mitten", "passage", "square", "number", "harp", "oak", "elm"]
+
+
+def write_data(folder: Path) -> None:
+    """Training rows and a BEIR folder."""
+    rows = []
+    for n in range(ROWS):
+        noun = WORDS[n % len(WORDS)]
+        negatives = [f"the {other} of {n + k}" for k, other in enumerate(WORDS) if other != noun]
+        rows.append({"query": f"which {noun} is {n}", "pos": [f"the {noun} {n}" + " here" * (n % 4)], "neg": negatives})
+    write_jsonl(folder / "train.jsonl", rows)
+    texts = [{"_id": f"d{n}", "text": f"the {noun} stands" + " here" * n} for n, noun in enumerate(WORDS)]
+    write_jsonl(folder / "beir" / "corpus.jsonl", texts)
+    write_jsonl(folder / "beir" / "queries.jsonl", [{"_id": f"q{n}", "text": w} for n, w in enumerate(WORDS)])
+    (folder / "beir" / "qrels").mkdir()
+    qrels = "".join(f"q{n}\td{n}\t1\n" for n in range(len(WORDS)))
+    (folder / "beir" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + qrels)
 
 
 class CPUFSDP(FSDPStrategy):

@@ -10,8 +10,8 @@ from tiny import make_llm
 
 from ullme.gradcache import chunk_slices
 from ullme.losses import DPO, KL, InfoNCE
-from ullme.models import attention, packing
-from ullme.objective import Objective
+from ullme.models import attention, likelihood, packing
+from ullme.objective import Objective, score
 from ullme.prompts import pad_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -83,6 +83,43 @@ def test_gradcache_under_bfloat16_autocast(model):
             objective.grad_cache(model, batch, chunk_slices(batch, 2, None))
         found = torch.cat([g.flatten() for g in gradients(model).values()])
         assert torch.nn.functional.cosine_similarity(found, exact, dim=0) > 0.99
+
+
+def test_likelihoods_in_blocks_equal_the_direct_ones(model, monkeypatch):
+    """Whole logits of each row alone, beside packed rows, shared prompts and blocks of 64 tokens; with gradient."""
+    batch = with_generation(make_batch()).to("cuda")
+    prompts, targets = batch.generation.prompts, batch.generation.targets
+    direct = []
+    for n in range(len(targets)):
+        front = prompts.input_ids[n // 3][prompts.attention_mask[n // 3].bool()]
+        target = targets.input_ids[n][targets.attention_mask[n].bool()]
+        logits = model.causal_lm(input_ids=torch.cat([front, target])[None]).logits[0, len(front) - 1 : -1]
+        direct.append(logits.log_softmax(-1).gather(1, target[:, None]).sum())
+    direct = torch.stack(direct).view(5, 3)
+    direct.pow(2).sum().backward()
+    expected = gradients(model)
+    monkeypatch.setitem(likelihood._BLOCK_LOGITS, "cuda", 1)
+    found, _ = score(model, batch, torch.ones(5, 3, dtype=torch.bool, device="cuda"), True)
+    torch.testing.assert_close(found, direct, rtol=1e-4, atol=0)  # float32, TF32 off
+    found.pow(2).sum().backward()
+    assert_same_gradients(gradients(model), expected, 1e-3)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        half, _ = score(model, batch, torch.ones(5, 3, dtype=torch.bool, device="cuda"), True)
+    assert half.dtype is torch.float32
+    torch.testing.assert_close(half, direct, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputed_layers_change_no_gradient(make_model, dropout):
+    sizes, batch = {"head_dim": 16, "hidden_size": 64}, with_generation(make_batch()).to("cuda")
+    found = {}
+    for checkpointing in (False, True):
+        model = make_model(sizes=sizes, lora_dropout=dropout, gradient_checkpointing=checkpointing).cuda().train()
+        assert model.causal_lm.is_gradient_checkpointing is checkpointing
+        torch.manual_seed(0)
+        Objective([InfoNCE(), DPO(), KL()]).grad_cache(model, batch, chunk_slices(batch, 2, None))
+        found[checkpointing] = gradients(model)
+    assert_same_gradients(found[True], found[False], 1e-3)  # float32, TF32 off
 
 
 def test_dropout_is_replayed_on_the_device(make_model):

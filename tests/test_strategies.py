@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from eval_helpers import write_jsonl
 from ranks import on_ranks
-from strategy_runs import CASES, INTERRUPTED, RESUMED, ROWS, STEPS, WORDS, checkpoint, train, validate, work
+from strategy_runs import CASES, INTERRUPTED, RESUMED, STEPS, checkpoint, train, validate, work, write_data
 from tiny import save_llm
 
 
@@ -19,18 +18,7 @@ def folder(tmp_path_factory) -> str:
     """A random GPT-2 (its norms do not round to float32, as Llama's do), training rows and a BEIR folder."""
     folder = tmp_path_factory.mktemp("strategies")
     save_llm(folder / "llm", "gpt2", n_embd=32, n_layer=2, n_head=4)
-    rows = []
-    for n in range(ROWS):
-        noun = WORDS[n % len(WORDS)]
-        negatives = [f"the {other} of {n + k}" for k, other in enumerate(WORDS) if other != noun]
-        rows.append({"query": f"which {noun} is {n}", "pos": [f"the {noun} {n}" + " here" * (n % 4)], "neg": negatives})
-    write_jsonl(folder / "train.jsonl", rows)
-    texts = [{"_id": f"d{n}", "text": f"the {noun} stands" + " here" * n} for n, noun in enumerate(WORDS)]
-    write_jsonl(folder / "beir" / "corpus.jsonl", texts)
-    write_jsonl(folder / "beir" / "queries.jsonl", [{"_id": f"q{n}", "text": w} for n, w in enumerate(WORDS)])
-    (folder / "beir" / "qrels").mkdir()
-    qrels = "".join(f"q{n}\td{n}\t1\n" for n in range(len(WORDS)))
-    (folder / "beir" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + qrels)
+    write_data(folder)
     return str(folder)
 
 
