@@ -16,7 +16,8 @@ from ullme.flops import model_cost, step_work
 from ullme.memory import GIB
 from ullme.models.backbone import BackboneConfig, load_config
 from ullme.objective import Objective
-from ullme.plan import Job, describe, make_plan, typical_batch
+from ullme.plan import Job, make_plan, typical_batch
+from ullme.plan_text import describe
 
 SMALL = Device("small", tflops=1.0, memory_gib=1.2)
 
@@ -42,17 +43,20 @@ def with_(job: Job, **changes) -> Job:
 
 
 def test_hours_follow_from_the_flops(job):
-    plan = make_plan(job, SMALL, mfu=0.5)
+    plan = make_plan(job, SMALL, utilisation=0.5)
     batch = typical_batch(job, 8)
     assert len(batch) == 8
     assert batch.num_candidates == 3
-    flops = model_cost(job.config, job.options).step(step_work(batch, job.objective, False, True)).item()
+    work = step_work(batch, job.objective, False, True)
+    flops = model_cost(job.config, job.options).step(work).item()
     assert plan.step_flops == pytest.approx(flops)
-    assert plan.seconds == pytest.approx(flops / 0.5e12)
+    run = flops + model_cost(job.config, job.options).forward(work.reference, adapters=False).item()
+    assert plan.seconds == pytest.approx(run / 0.5e12)
     assert plan.steps == 12
     assert plan.hours == pytest.approx(12 * plan.seconds / 3600)
-    assert plan.busy > plan.mfu  # the reference's forward comes on top
-    spread = make_plan(job, SMALL, count=4, mfu=0.5)
+    assert plan.mfu == pytest.approx(0.5 * flops / run)
+    assert plan.mfu < 0.45
+    spread = make_plan(job, SMALL, count=4, utilisation=0.5)
     assert spread.step_flops == pytest.approx(flops / 4, rel=0.15)  # other random lengths
 
 
@@ -88,8 +92,40 @@ def test_layers_are_recomputed_only_where_memory_needs_it(job):
     assert not roomy.job.options.gradient_checkpointing
     assert tight.fits
     assert tight.job.options.gradient_checkpointing
-    assert tight.seconds == roomy.seconds  # utilisation is of model FLOPs
-    assert tight.busy > roomy.busy
+    assert tight.seconds > 1.2 * roomy.seconds
+    assert tight.mfu < roomy.mfu
+
+
+def test_what_is_left_of_memory_saves_the_first_forward(job):
+    """Of few tokens, of some, of all; and never where the chunk is settled, or layers are recomputed."""
+    many = with_(job, batch_size=6000)
+    needed = make_plan(with_(many, chunk_tokens=2**16), SMALL).memory.total / GIB / 0.92  # the largest that is tried
+    rooms = [1.1 * needed, 1.3 * needed, 100 * needed]
+    plans = [make_plan(many, Device("d", 1.0, room)) for room in rooms]
+    assert [plan.job.chunk_tokens for plan in plans] == [2**16] * 3
+    assert plans[0].chunks > 1
+    tokens = typical_batch(many, 6000).num_tokens
+    assert 0 < plans[0].held_tokens < plans[1].held_tokens < plans[2].held_tokens == tokens
+    assert plans[0].seconds > plans[1].seconds > plans[2].seconds
+    assert plans[2].hardware_flops == make_plan(with_(many, full_batch=True), SMALL).hardware_flops
+    settled = make_plan(with_(many, chunk_tokens=plans[0].job.chunk_tokens), Device("d", 1.0, rooms[0]))
+    assert settled.held_tokens == 0
+    assert settled.seconds > plans[0].seconds
+    assert "are embedded only once" in describe(plans[0])
+    assert "are embedded only once" not in describe(settled)
+
+
+def test_a_plan_that_does_not_fit_says_what_to_change(job):
+    tiny = Device("d", 1.0, 0.01)
+    for changes, remedies in (
+        ({"full_batch": True}, ["loss=GradCache", "gradient_checkpointing=auto", "dtype=bfloat16", "quantization=nf4"]),
+        ({"chunk_size": 8}, ["loss.chunk_tokens=auto"]),
+    ):
+        plan = make_plan(with_(job, **changes), tiny)
+        assert not plan.fits
+        assert all(remedy in describe(plan) for remedy in [*remedies, "data.passage_max_length"])
+    assert "configs/strategy/fsdp.yaml" in describe(make_plan(job, tiny, count=2))
+    assert "fsdp" not in describe(make_plan(job, tiny))
 
 
 def test_chunks_of_queries_and_none(job):
@@ -99,10 +135,12 @@ def test_chunks_of_queries_and_none(job):
     assert whole.hardware_flops < make_plan(with_(job, chunk_size=3), SMALL).hardware_flops  # no first forward
 
 
-@pytest.mark.parametrize(("count", "mfu", "message"), [(3, 0.4, "--num_devices=3"), (1, 1.5, "--mfu=1.5")])
-def test_refusals(job, count, mfu, message):
+@pytest.mark.parametrize(
+    ("count", "utilisation", "message"), [(3, 0.4, "--num_devices=3"), (1, 1.5, "--utilisation=1.5")]
+)
+def test_refusals(job, count, utilisation, message):
     with pytest.raises(ValueError, match=message):
-        make_plan(job, SMALL, count, mfu=mfu)
+        make_plan(job, SMALL, count, utilisation=utilisation)
 
 
 @pytest.fixture
@@ -138,6 +176,9 @@ def test_a_plan_reads_the_stacked_configurations_of_train(config, tmp_path, monk
     assert parse(*config, "--num-devices=2", "--trainer.strategy=fsdp").fsdp
     assert parse(*config, "--strategy=fsdp").fsdp
     assert parse(*config, "--rows=80").steps == 10
+    assert parse(*config).count == 1
+    assert parse(*config, "--trainer.devices=2", "--trainer.num_nodes=2").count == 4
+    assert parse(*config, "--trainer.devices=[0,3]", "--trainer.strategy=fsdp").count == 2
 
 
 def test_the_command(config, capsys):
@@ -172,7 +213,7 @@ def test_published_shapes(name):
 
 @pytest.mark.slow
 def test_the_papers_table():
-    table = plan_cli.paper_table(0.4)
+    table = plan_cli.paper_table(0.6)
     rows = [line.split(" | ") for line in table.splitlines() if "days" in line]
     assert len(rows) == 3
     for cells in rows:

@@ -16,7 +16,7 @@ from ullme.batch import Batch, GenerationRows, TokenRows
 from ullme.devices import Device
 from ullme.flops import ModelCost, Work, count_weights, embedding_work, generation_work, meta_model, step_work
 from ullme.gradcache import chunk_slices
-from ullme.memory import GIB, Activations, Memory, activations, predict
+from ullme.memory import FRAGMENTATION, GIB, Activations, Memory, activations, predict
 from ullme.models.likelihood import _BLOCK_LOGITS
 
 if TYPE_CHECKING:
@@ -86,9 +86,10 @@ class Plan:
         trained: how many of them are trained.
         chunks: in a step.
         memory: on one device.
+        held_tokens: tokens whose graphs find room beside a chunk, so that they are embedded only once.
         step_flops: model FLOPs of a step on one device.
-        hardware_flops: what the device runs for it.
-        mfu: assumed.
+        hardware_flops: what the device runs for it: with what is computed twice, and π_ref.
+        utilisation: assumed, of the device's peak by all that it runs.
     """
 
     job: Job
@@ -99,9 +100,10 @@ class Plan:
     trained: int
     chunks: int
     memory: Memory
+    held_tokens: int
     step_flops: float
     hardware_flops: float
-    mfu: float
+    utilisation: float
 
     @property
     def fits(self) -> bool:
@@ -109,8 +111,8 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
-        return self.step_flops / (self.device.tflops * 1e12 * self.mfu)
+        """Of a step. What devices tell each other is not counted."""
+        return self.hardware_flops / (self.device.tflops * 1e12 * self.utilisation)
 
     @property
     def steps(self) -> int:
@@ -123,12 +125,12 @@ class Plan:
         return self.steps * self.seconds / 3600
 
     @property
-    def busy(self) -> float:
-        """The share of its peak that the device would run at, with what is computed twice."""
-        return self.mfu * self.hardware_flops / self.step_flops
+    def mfu(self) -> float:
+        """Model FLOPs utilisation, which ``Throughput`` logs: what is computed twice does not count."""
+        return self.utilisation * self.step_flops / self.hardware_flops
 
 
-def make_plan(job: Job, device: Device, count: int = 1, fsdp: bool = False, mfu: float = 0.4) -> Plan:
+def make_plan(job: Job, device: Device, count: int = 1, fsdp: bool = False, utilisation: float = 0.6) -> Plan:
     """Predict.
 
     Args:
@@ -136,13 +138,13 @@ def make_plan(job: Job, device: Device, count: int = 1, fsdp: bool = False, mfu:
         device: on what.
         count: how many devices; the batch is spread over them.
         fsdp: they share the LLM's weights.
-        mfu: model FLOPs utilisation that is assumed, as ``Throughput`` logs it.
+        utilisation: that is assumed, of the device's peak by all that it runs.
 
     Raises:
         ValueError: the batch does not divide by the devices, or a utilisation that cannot be.
     """
-    if not 0 < mfu <= 1:
-        raise ValueError(f"--mfu={mfu}: a share of the peak, above 0 and at most 1")
+    if not 0 < utilisation <= 1:
+        raise ValueError(f"--utilisation={utilisation}: a share of the peak, above 0 and at most 1")
     if count < 1 or job.batch_size % count:
         raise ValueError(f"--num_devices={count}: data.batch_size={job.batch_size} must be a multiple of it")
     batch = typical_batch(job, job.batch_size // count)
@@ -151,29 +153,41 @@ def make_plan(job: Job, device: Device, count: int = 1, fsdp: bool = False, mfu:
     cost = count_weights(model, job.options)
     acts = activations(model, torch.bfloat16 if job.half else weight_dtype)
     for choice in _choices(job):
-        plan = _plan(choice, batch, cost, acts, device, count, fsdp, mfu)
+        plan = _plan(choice, batch, cost, acts, device, count, fsdp, utilisation, _is_open(job))
         if plan.fits:
             break
     return plan
 
 
+def _is_open(job: Job) -> bool:
+    """Whether the size of a chunk is left to ``auto``."""
+    return job.chunk_tokens is None and job.chunk_size is None and not job.full_batch
+
+
 def _choices(job: Job) -> list[Job]:
     """What may be tried for what is left open, the fastest first. Without checkpointing, small chunks do not pay."""
     wanted = job.options.gradient_checkpointing
-    open_size = job.chunk_tokens is None and job.chunk_size is None and not job.full_batch
     choices = []
     for checkpointing in (False, True) if wanted == "auto" else (bool(wanted),):
         options = replace(job.options, gradient_checkpointing=checkpointing)
         least = _LEAST if wanted == "auto" and not checkpointing else 0
-        sizes = [size for size in _CHUNKS if size >= least] if open_size else [job.chunk_tokens]
+        sizes = [size for size in _CHUNKS if size >= least] if _is_open(job) else [job.chunk_tokens]
         choices += [replace(job, options=options, chunk_tokens=size) for size in sizes]
     return choices
 
 
 def _plan(
-    job: Job, batch: Batch, cost: ModelCost, acts: Activations, device: Device, count: int, fsdp: bool, mfu: float
+    job: Job,
+    batch: Batch,
+    cost: ModelCost,
+    acts: Activations,
+    device: Device,
+    count: int,
+    fsdp: bool,
+    utilisation: float,
+    holds: bool,
 ) -> Plan:
-    """With the chunks of ``job``, which are not open."""
+    """With the chunks of ``job``, which are not open; ``holds``: what is left of memory may be filled with graphs."""
     weight_dtype = _weight_dtype(job)
     compute = torch.bfloat16 if job.half else weight_dtype
     checkpointing = bool(job.options.gradient_checkpointing)
@@ -201,10 +215,25 @@ def _plan(
         similarities=_similarities(job, len(batch), count),
         quantized=job.options.quantization == "nf4",
     )
-    flops = float(cost.step(work))
-    again = len(chunks) > 1 and job.objective.uses_reps
-    hardware = float(cost.hardware_step(work, again, checkpointing))
-    return Plan(job, device, count, fsdp, cost.parameters, cost.trainable, len(chunks), memory, flops, hardware, mfu)
+    left = USABLE * device.memory_gib * GIB - memory.total
+    held = int(left / (1 + FRAGMENTATION) / acts.saved) if holds and left > 0 and not (checkpointing or fsdp) else 0
+    hardware = float(cost.hardware_step(work, False, checkpointing))
+    if len(chunks) > 1 and job.objective.uses_reps:
+        hardware += float(cost.forward(work.embed)) * max(0.0, 1 - held / batch.num_tokens)
+    return Plan(
+        job=job,
+        device=device,
+        count=count,
+        fsdp=fsdp,
+        weights=cost.parameters,
+        trained=cost.trainable,
+        chunks=len(chunks),
+        memory=memory,
+        held_tokens=min(held, batch.num_tokens) if len(chunks) > 1 else 0,
+        step_flops=float(cost.step(work)),
+        hardware_flops=hardware,
+        utilisation=utilisation,
+    )
 
 
 def _weight_dtype(job: Job) -> torch.dtype:
@@ -251,30 +280,3 @@ def _whole(lengths: np.ndarray, most: int) -> Tensor:
 def _rows(lengths: Tensor) -> TokenRows:
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     return TokenRows(mask, mask)
-
-
-def describe(plan: Plan) -> str:
-    """The prediction in words."""
-    job, memory = plan.job, plan.memory
-    room = plan.device.memory_gib
-    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in vars(memory).items() if size >= 0.05 * GIB)
-    verdict = "fits" if plan.fits else f"does NOT fit ({USABLE:.0%} of {room:.1f} GiB may be planned with)"
-    strategy = ("fsdp" if plan.fsdp else "ddp") if plan.count > 1 else "one device"
-    chunk = (
-        f"{job.chunk_size} queries" if job.chunk_size else f"{job.chunk_tokens:,} tokens" if job.chunk_tokens else "all"
-    )
-    checkpointing = "on" if job.options.gradient_checkpointing else "off"
-    lines = {
-        "model": f"{job.options.model_name_or_path}: {plan.weights / 1e9:.2f} B weights, "
-        f"{plan.trained / 1e6:.1f} M trained",
-        "step": f"{job.batch_size} queries x {job.candidates} passages; {job.query_tokens:.0f} tokens a query, "
-        f"{job.passage_tokens:.0f} a passage",
-        "devices": f"{plan.count} x {plan.device.name}, {strategy}",
-        "chunks": f"{plan.chunks} of {chunk}, gradient checkpointing {checkpointing}",
-        "memory": f"{memory.total / GIB:.1f} of {room:.1f} GiB a device: {verdict}",
-        "": f"({parts})",
-        "time": f"{plan.seconds:.2f} s a step, {plan.hours:.2f} hours an epoch of {plan.steps} steps, "
-        f"at {plan.mfu:.0%} model FLOPs utilisation (the device then runs {plan.busy:.0%} of its peak)",
-    }
-    note = "\nBeyond 75% of the peak is out of reach: lower --mfu." if plan.busy > 0.75 else ""
-    return "\n".join(f"{name:<9}{text}" for name, text in lines.items()) + note

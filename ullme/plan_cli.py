@@ -55,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, overrides = _parser().parse_known_args(argv)
     try:
         if arguments.paper:
-            print(paper_table(arguments.mfu))
+            print(paper_table(arguments.utilisation))
             return 0
         plan = plan_from(arguments, overrides)
     except (ValueError, argparse.ArgumentError) as error:
         return complain(error)
-    from ullme.plan import describe
+    from ullme.plan_text import describe
 
     print(describe(plan))
     return 0 if plan.fits else 1
@@ -76,9 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config", action="append", default=[], help="a file of train.py's; several are stacked")
     add("--device", choices=sorted(DEVICES), default="a100-80gb", help="to plan for (default: a100-80gb)")
-    add("--num_devices", "--num-devices", type=int, default=1, help="how many of them (default: 1)")
+    add("--num_devices", "--num-devices", type=int, help="how many of them (default: what the trainer says, or 1)")
     add("--strategy", choices=("ddp", "fsdp"), help="default: what trainer.strategy says")
-    add("--mfu", type=float, default=0.4, help="model FLOPs utilisation to assume (default: 0.4)")
+    add(
+        "--utilisation",
+        type=float,
+        default=0.6,
+        help="share of the device's peak to assume, by all that it runs, what is computed twice too (default: 0.6)",
+    )
     add("--rows", type=int, help="queries in an epoch (default: data.max_rows, or the lines of local files)")
     add(
         "--backbone_config",
@@ -117,7 +122,16 @@ def plan_from(arguments: argparse.Namespace, overrides: Sequence[str]) -> Plan:
         arguments.strategy is None and any(word in named.lower() for word in ("fsdp", "modelparallel"))
     )
     job = job_from(config, arguments)
-    return make_plan(job, DEVICES[arguments.device], arguments.num_devices, fsdp, arguments.mfu)
+    count = arguments.num_devices or _devices_of(config.trainer)
+    return make_plan(job, DEVICES[arguments.device], count, fsdp, arguments.utilisation)
+
+
+def _devices_of(trainer: Any) -> int:
+    """All processes of a run; where the trainer takes what it finds, one for each node."""
+    devices = trainer.devices
+    if isinstance(devices, list):
+        devices = len(devices)
+    return trainer.num_nodes * (int(devices) if str(devices).isdigit() else 1)
 
 
 def read_configs(arguments: Sequence[str]) -> Any:
@@ -212,29 +226,30 @@ def _llm_config(options: BackboneConfig, given: str | None) -> PretrainedConfig:
     return AutoConfig.for_model(kind, **sizes)
 
 
-def paper_table(mfu: float) -> str:
-    """The paper's runs as a Markdown table: GRL, batch 512, 8 negatives, 279,040 rows, LoRA r 16, bfloat16."""
+def paper_table(utilisation: float) -> str:
+    """The paper's runs as a Markdown table: GRL, batch 512, 8 negatives, 279,040 rows, LoRA r 16, bfloat16, DDP."""
     from ullme.callbacks.grl import grl_terms
     from ullme.models.backbone import BackboneConfig
     from ullme.objective import Objective
     from ullme.plan import Job, make_plan
 
     lines = [
-        "| backbone | paper, 4×A100 | 4×A100-80GB | memory | 1×H200 | memory |",
+        "| backbone | paper, 4×A100 | 4×A100-80GB, DDP | memory | 1×H200 | memory |",
         "|---|---|---|---|---|---|",
     ]
-    busy: list[float] = []
+    reached: list[float] = []
     for name, days in PAPER_DAYS.items():
         cells = []
         for device, count in (("a100-80gb", 4), ("h200", 1)):
             options = BackboneConfig(name, dtype="bfloat16", gradient_checkpointing="auto")
             job = Job(options, _llm_config(options, name), Objective(grl_terms()))
-            plan = make_plan(job, DEVICES[device], count, mfu=mfu)
+            plan = make_plan(job, DEVICES[device], count, utilisation=utilisation)
             cells += [_hours(plan), _memory(plan)]
-            busy.append(plan.busy)
+            reached.append(plan.mfu)
         lines.append(f"| {name.split('/')[-1]} | {days} days | {' | '.join(cells)} |")
     note = (
-        f"At {mfu:.0%} model FLOPs utilisation; the devices then run {min(busy):.0%} to {max(busy):.0%} of their peak."
+        f"If {utilisation:.0%} of the devices' peak are used, which is {min(reached):.0%} to {max(reached):.0%} model "
+        "FLOPs utilisation, and what they tell each other costs nothing."
     )
     return "\n".join([*lines, "", note])
 
