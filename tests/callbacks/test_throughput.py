@@ -113,6 +113,31 @@ def test_padding_counts_what_the_backbone_was_given(arguments, tmp_path, monkeyp
     assert logged(tmp_path / "run", "padding")[0] == pytest.approx(1 - real / computed, abs=1e-5)
 
 
+def test_packed_rows_reach_the_layers_without_padding(arguments, tmp_path, monkeypatch):  # noqa: F811
+    """GRL: what is counted as real is what comes into the first layer, token for token."""
+    from ullme.models.layers import decoder_layers
+    from ullme.models.ullme import ULLME
+
+    given, counted = [], []
+    built, count = ULLME.__init__, Throughput._count
+
+    def watch(model, *args, **kwargs):
+        built(model, *args, **kwargs)
+
+        def note(module, args, kwargs):
+            if torch.is_grad_enabled():
+                given.append((args[0] if args else kwargs["hidden_states"])[..., 0].numel())
+
+        decoder_layers(model.causal_lm.base_model)[0].register_forward_pre_hook(note, with_kwargs=True)
+
+    monkeypatch.setattr(ULLME, "__init__", watch)
+    monkeypatch.setattr(Throughput, "_count", lambda *a: counted.append(count(*a)) or counted[-1])
+    cli.main(arguments("run", "--loss=GRL", "--loss.chunk_size=3", "--trainer.max_steps=1"))
+    _, tokens, real, computed, _ = counted[0].tolist()
+    assert sum(given) == real == computed > tokens
+    assert logged(tmp_path / "run", "padding") == {0: 0}
+
+
 def test_no_utilisation_where_the_peak_is_not_known(arguments, tmp_path):  # noqa: F811
     cli.main(arguments("run", "--trainer.max_steps=1"))
     assert logged(tmp_path / "run", "tokens/s")

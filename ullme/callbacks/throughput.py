@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 # What there is room for in the progress bar.
-_SHORT = ("tokens/s", "mfu", "waiting", "hours_left")
 TOTALS_FILE = "seen.json"  # in a run's folder, once it came to its end
 
 
@@ -95,7 +94,7 @@ class Throughput(L.Callback):
             torch.cuda.synchronize()
         assert isinstance(self.counts, Tensor)
         for name, value in self._measure(trainer, self.counts).items():
-            pl_module.log(name, value, prog_bar=name in _SHORT)
+            pl_module.log(name, value, prog_bar=True)
         self._open_window(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
