@@ -93,6 +93,7 @@ TRAIN: dict[str, tuple[str, list[str]]] = {
     # trainer, devices, strategies
     "no such accelerator": ("--trainer.accelerator=abacus", ["trainer.accelerator", "abacus"]),
     "no GPU here": ("--trainer.accelerator=cuda", ["trainer.accelerator", "cpu"]),
+    "an Apple GPU": ("--trainer.accelerator=mps", ["trainer.accelerator=mps", "configs/strategy/cpu.yaml"]),
     "no devices": ("--trainer.devices=0", ["trainer.devices", "0"]),
     "devices in words": ("--trainer.devices=two", ["trainer.devices", "two"]),
     "no such strategy": ("--trainer.strategy=warp", ["trainer.strategy", "warp"]),

@@ -78,6 +78,7 @@ class ULLMECLI(LightningCLI):
                 "negatives apart; raise data.batch_size instead, GradCache fits any batch into the memory of a chunk"
             )
         if self.subcommand:
+            refusals.check_accelerator(trainer)
             refusals.check_strategy(trainer)
         if self.subcommand == "fit" and not trainer.fast_dev_run:
             folder, root = Path(config.checkpoint.dirpath), Path(trainer.default_root_dir)

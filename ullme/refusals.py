@@ -61,6 +61,23 @@ def check_strategy(trainer: Any) -> None:
         )
 
 
+def check_accelerator(trainer: Any) -> None:
+    """Before anything is built: Apple's GPUs know no float64, in which the probe compares and sums are logged.
+
+    Raises:
+        ValueError: the run would be on one.
+    """
+    import torch
+
+    chosen = trainer.accelerator
+    elsewhere = torch.cuda.is_available() or not torch.backends.mps.is_available()
+    if chosen == "mps" or (chosen in ("auto", "gpu") and not elsewhere):
+        raise ValueError(
+            f"trainer.accelerator={chosen} is an Apple GPU (mps) here, which is not supported; give "
+            "trainer.accelerator=cpu, or --config configs/strategy/cpu.yaml"
+        )
+
+
 def complain(error: BaseException) -> int:
     """Tell the user of a mistake in one line, on stderr; ULLME_TRACEBACK=1 raises it where it was found.
 

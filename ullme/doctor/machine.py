@@ -80,7 +80,10 @@ def devices(accelerator: str = "auto", count: str = "auto") -> str:
                 "--config configs/strategy/cpu.yaml, or run where a GPU is",
             )
         if accelerator == "auto" and torch.backends.mps.is_available():
-            return "Apple GPU (mps)"
+            raise Trouble(
+                "trainer.accelerator=auto takes an Apple GPU, which is not supported",
+                "--config configs/strategy/cpu.yaml",
+            )
         return f"no GPU; {os.cpu_count()} CPU cores, of which torch uses {torch.get_num_threads()}"
     if accelerator != "cpu" and count.isdigit() and int(count) > gpus:
         raise Trouble(f"trainer.devices={count}, but there are {gpus} GPUs", f"--trainer.devices={gpus}")

@@ -1,0 +1,33 @@
+"""What is refused on machines that are not this one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ullme.refusals import check_accelerator
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "apple", "cuda", "refused"),
+    [
+        ("auto", True, False, True),
+        ("gpu", True, False, True),
+        ("mps", True, False, True),
+        ("auto", True, True, False),
+        ("auto", False, False, False),
+        ("gpu", False, True, False),
+        ("cpu", True, False, False),
+    ],
+)
+def test_apple_gpus(monkeypatch, accelerator, apple, cuda, refused):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    trainer = SimpleNamespace(accelerator=accelerator)
+    if refused:
+        with pytest.raises(ValueError, match=f"trainer.accelerator={accelerator} is an Apple GPU.*accelerator=cpu"):
+            check_accelerator(trainer)
+    else:
+        check_accelerator(trainer)
