@@ -157,3 +157,16 @@ def test_a_cell_of_other_settings_is_refused_although_only_leaves_it_out(tmp_pat
     (other / "settings.json").write_text(json.dumps({"model.optimizer.lr": 0.5}))
     assert main([*options, "--only", "tiny/grl"]) == 2
     assert "model.optimizer.lr=0.5 (now 0.004)" in capsys.readouterr().err
+
+
+def test_seeds_of_other_settings_make_no_mean(tmp_path, capsys):
+    options = [f"--config={PAPER}/miniature.yaml", f"--output={tmp_path}", "--seeds=[0,1]", "--report_only"]
+    for seed, rate in ((0, 0.5), (1, 0.25)):
+        folder = tmp_path / "tiny" / "grl" / f"seed{seed}"
+        folder.mkdir(parents=True)
+        (folder / "settings.json").write_text(json.dumps({"model.optimizer.lr": rate}))
+    assert main(options) == 2
+    assert "model.optimizer.lr=0.25 and 0.5; delete one" in capsys.readouterr().err
+    (folder / "settings.json").write_text(json.dumps({"model.optimizer.lr": 0.5}))
+    assert main(options) == 1
+    assert "no cell" in capsys.readouterr().err

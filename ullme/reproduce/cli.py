@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
@@ -136,10 +137,31 @@ def commands(cells: Sequence[Cell]) -> str:
     return "\n".join(lines) or "# every cell is done"
 
 
+def check_alike(table: Table) -> None:
+    """Raises: ValueError: seeds of one row that were made with different settings, whose mean would mean nothing."""
+    from ullme.reproduce.run import SETTINGS_FILE
+
+    first: dict[tuple[str, str], tuple[Cell, dict[str, Any]]] = {}
+    for model, row, seed in chosen(table, []):
+        cell = Cell(table, model, row, seed)
+        file = cell.folder / SETTINGS_FILE
+        if not file.is_file():
+            continue
+        settings = json.loads(file.read_text())
+        other, known = first.setdefault((model, row), (cell, settings))
+        if changed := [key for key in sorted(known.keys() & settings.keys()) if known[key] != settings[key]]:
+            key = changed[0]
+            raise ValueError(
+                f"{cell.folder} and {other.folder} were made with different settings: {key}={settings[key]!r:.200} and "
+                f"{known[key]!r:.200}; delete one of the folders"
+            )
+
+
 def report(table: Table) -> int:
-    """Write the table from every cell that is done; 1 if there is none."""
+    """Write the table from every cell that is done; 1 if there is none. Raises: ValueError: seeds do not fit."""
     from ullme.reproduce.scores import read_scores
 
+    check_alike(table)
     folder = Path(table.output)
     known = set(chosen(table, []))  # with their seeds: a folder may have more
     cells = [cell for cell in read_scores(folder) if (cell.model, cell.row, cell.seed) in known]
