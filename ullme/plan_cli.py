@@ -122,7 +122,7 @@ def plan_from(arguments: argparse.Namespace, overrides: Sequence[str]) -> Plan:
         arguments.strategy is None and any(word in named.lower() for word in ("fsdp", "modelparallel"))
     )
     job = job_from(config, arguments)
-    count = arguments.num_devices or _devices_of(config.trainer)
+    count = _devices_of(config.trainer) if arguments.num_devices is None else arguments.num_devices
     return make_plan(job, DEVICES[arguments.device], count, fsdp, arguments.utilisation)
 
 
