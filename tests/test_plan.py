@@ -179,6 +179,8 @@ def test_a_plan_reads_the_stacked_configurations_of_train(config, tmp_path, monk
     assert parse(*config).count == 1
     assert parse(*config, "--trainer.devices=2", "--trainer.num_nodes=2").count == 4
     assert parse(*config, "--trainer.devices=[0,3]", "--trainer.strategy=fsdp").count == 2
+    assert parse(*config, "--trainer.devices=0,3", "--num-devices=4").count == 4
+    assert parse(*config, "--trainer.devices=0,3").count == 2
 
 
 def test_the_command(config, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -88,3 +89,12 @@ def _container_room() -> list[float]:
         return [] if limit == "max" else [float(limit) - float(used)]
     except (OSError, ValueError):
         return []
+
+
+def number_of(devices: Any) -> int | str:
+    """How many ``trainer.devices`` names: a number, a list, or "0,2"; "auto" for all there are."""
+    if isinstance(devices, str) and "," in devices:
+        devices = [one for one in devices.split(",") if one.strip()]
+    if isinstance(devices, list):
+        return len(devices)
+    return "auto" if str(devices) in ("auto", "-1") else int(devices)

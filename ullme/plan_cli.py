@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ullme.devices import DEVICES
+from ullme.devices import DEVICES, number_of
 from ullme.refusals import complain
 
 if TYPE_CHECKING:
@@ -128,10 +128,8 @@ def plan_from(arguments: argparse.Namespace, overrides: Sequence[str]) -> Plan:
 
 def _devices_of(trainer: Any) -> int:
     """All processes of a run; where the trainer takes what it finds, one for each node."""
-    devices = trainer.devices
-    if isinstance(devices, list):
-        devices = len(devices)
-    return trainer.num_nodes * (int(devices) if str(devices).isdigit() else 1)
+    devices = number_of(trainer.devices)
+    return trainer.num_nodes * (devices if isinstance(devices, int) else 1)
 
 
 def read_configs(arguments: Sequence[str]) -> Any:

@@ -139,7 +139,7 @@ def commands(cells: Sequence[Cell]) -> str:
 
 def check_alike(table: Table) -> None:
     """Raises: ValueError: seeds of one row that were made with different settings, whose mean would mean nothing."""
-    from ullme.reproduce.run import SETTINGS_FILE
+    from ullme.reproduce.run import SETTINGS_FILE, differing
 
     first: dict[tuple[str, str], tuple[Cell, dict[str, Any]]] = {}
     for model, row, seed in chosen(table, []):
@@ -149,7 +149,7 @@ def check_alike(table: Table) -> None:
             continue
         settings = json.loads(file.read_text())
         other, known = first.setdefault((model, row), (cell, settings))
-        if changed := [key for key in sorted(known.keys() & settings.keys()) if known[key] != settings[key]]:
+        if changed := differing(known, settings):
             key = changed[0]
             raise ValueError(
                 f"{cell.folder} and {other.folder} were made with different settings: {key}={settings[key]!r:.200} and "

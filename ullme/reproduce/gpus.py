@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ullme.devices import number_of
+
 
 def count() -> int:
     """How many there are."""
@@ -16,10 +18,7 @@ def wanted(trainer: Any) -> int | str | None:
     """Of a configured trainer; "auto" for all there are; None: it runs on the CPU."""
     if trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not count()):
         return None
-    devices = trainer.devices
-    if _are_named(devices):
-        return len(devices) if isinstance(devices, list) else len([one for one in devices.split(",") if one.strip()])
-    return "auto" if str(devices) in ("auto", "-1") else int(devices)
+    return number_of(trainer.devices)
 
 
 def renumbered(trainer: Any) -> list[str]:

@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Condition
-from types import MappingProxyType
 from typing import IO, Any
 
 from ullme import storage
@@ -121,7 +120,7 @@ class Runner:
         for stage, folder in cell.stages:
             if not (folder / "checkpoints" / FINISHED).is_file():
                 log = cell.folder / f"{folder.name}.log"
-                self._call(cell, "training", cell.train_command(stage), devices, log, lock)
+                self._call(cell, "training", cell.train_command(stage), devices, log, lock, {})
         command = over_ranks(cell.evaluate_command(), len(devices))
         named = cell.evaluate_environment()
         self._call(cell, "evaluating", command, devices, cell.folder / "evaluate.log", lock, named)
@@ -135,7 +134,7 @@ class Runner:
         devices: list[str],
         log: Path,
         lock: IO[str],
-        named: Mapping[str, str] = MappingProxyType({}),
+        named: Mapping[str, str],
     ) -> None:
         """Run it to its end, with ``named`` in its environment. Raises: CellError: it failed, or was stopped."""
         if self.stopping:
@@ -219,9 +218,7 @@ def done(cell: Cell) -> bool:
     file = cell.folder / SETTINGS_FILE
     if file.is_file():
         then, now = json.loads(file.read_text()), cell.settings()
-        # another version may know more options, or fewer
-        changed = [key for key in sorted(then.keys() & now.keys()) if then[key] != now[key]]
-        if changed:
+        if changed := differing(then, now):
             key = changed[0]
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise ValueError(
@@ -229,6 +226,11 @@ def done(cell: Cell) -> bool:
                 f"(now {_short(now[key])}){more}; give another --output, or delete the folder"
             )
     return (cell.folder / SCORES_FILE).is_file()
+
+
+def differing(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Options with two values. One that only one side has does not count: another version may know more, or fewer."""
+    return [key for key in sorted(then.keys() & now.keys()) if then[key] != now[key]]
 
 
 def _short(value: Any) -> str:
