@@ -116,8 +116,11 @@ def test_the_reason_is_this_start_s_and_a_signal_has_its_name(cells):
     class Killed(Fake):
         ending = "os.kill(os.getpid(), 9)"
 
-    [cell] = cells(Failing)
-    runner([cell]).run()
+    class Wrong(Fake):
+        ending = "sys.exit('error: no such data')"
+
+    [cell] = cells(Wrong)
+    assert "error: no such data" in runner([cell]).run()[cell.name]
     [again] = cells(Killed)
     reason = runner([again]).run()[cell.name]
     assert "SIGKILL" in reason
