@@ -23,11 +23,11 @@ from transformers import AutoTokenizer, logging
 
 from ullme.callbacks.grl import grl_terms
 from ullme.data.datamodule import ULLMEDataModule
-from ullme.devices import DEVICES
-from ullme.models.backbone import BackboneConfig
-from ullme.objective import Objective
-from ullme.plan import Job, make_plan
-from ullme.plan_cli import PAPER_DAYS, _llm_config
+from ullme.planning.devices import DEVICES
+from ullme.models.config import BackboneConfig
+from ullme.engine.objective import Objective
+from ullme.planning.plan import Job, make_plan
+from ullme.commands.plan import PAPER_DAYS, _llm_config
 from ullme.prompts import Prompts, PromptTokenizer
 
 

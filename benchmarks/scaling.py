@@ -27,7 +27,7 @@ from workload import load_model, make_batch, peak_allocated, save_backbone
 from ullme.batch import Batch
 from ullme.losses import DPO, KL, InfoNCE
 from ullme.models import ULLME
-from ullme.objective import Objective
+from ullme.engine.objective import Objective
 
 RESULTS = Path(__file__).parent / "results"
 AXES: dict[str, tuple[int, ...]] = {

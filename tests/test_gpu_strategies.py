@@ -12,8 +12,8 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from strategy_runs import Recorder, make_data, write_data
 
 from ullme.callbacks import GRL
-from ullme.models.backbone import BackboneConfig
-from ullme.module import OptimizerConfig, ULLMEModule
+from ullme.models.config import BackboneConfig
+from ullme.training.module import OptimizerConfig, ULLMEModule
 from ullme.prompts import Prompts
 
 DEVICE = "gpu"

@@ -9,14 +9,15 @@ import pytest
 import yaml
 from test_training import arguments  # noqa: F401 - a fixture
 
-from ullme import plan_cli, quickstart, start
+from ullme.commands import plan, quickstart
+from ullme import start
 from ullme.__main__ import COMMANDS, main
-from ullme.doctor import cli as doctor
-from ullme.eval import cli as evaluation
+from ullme.commands.doctor import cli as doctor
+from ullme.commands import evaluate as evaluation
 
 PARSERS = {
     "evaluate": evaluation.parser,
-    "plan": plan_cli._parser,
+    "plan": plan._parser,
     "doctor": doctor.parser,
     "quickstart": quickstart.parser,
 }

@@ -53,7 +53,7 @@ class Spy(importlib.abc.MetaPathFinder):
             assert any("torchmetrics" in f for f in files), (name, files)
 sys.meta_path.insert(0, Spy())
 """
-    text, imported = run(spy + "from ullme.cli import main; main()", tmp_path, "fit", "--help")
+    text, imported = run(spy + "from ullme.commands.train import main; main()", tmp_path, "fit", "--help")
     assert "--loss" in text
     assert not {"peft", "datasets", "mteb", "wandb"} & set(imported)
 
@@ -102,7 +102,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(asked, tmp_path, monkeyp
 
 def test_other_arguments_go_to_the_real_command_line(monkeypatch):
     seen = []
-    monkeypatch.setattr("ullme.cli.main", seen.append)
+    monkeypatch.setattr("ullme.commands.train.main", seen.append)
     for arguments in (["fit", "--config=x", "--help"], ["fit"], []):
         start.main(arguments)
     assert seen == [["fit", "--config=x", "--help"], ["fit"], []]

@@ -1,4 +1,4 @@
-"""The way into training: an answer to ``--help`` comes from a file, anything else starts :mod:`ullme.cli`.
+"""The way into training: an answer to ``--help`` comes from a file, anything else starts :mod:`ullme.commands.train`.
 
 Lightning alone takes several seconds to import (with it come torchmetrics, transformers and torch._dynamo), and the
 text of ``fit --help`` changes only with the code it describes. So it is made once from the real parser and kept in the
@@ -21,7 +21,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from ullme.named import look_here
+from ullme.utils.dotted_names import look_here
 
 # What the text is made from, besides this package.
 _LIBRARIES = ("lightning", "torch", "torchmetrics", "jsonargparse")
@@ -29,12 +29,12 @@ _QUESTIONS = (["--help"], ["-h"], ["fit", "--help"], ["fit", "-h"], ["validate",
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train from the command line; see :func:`ullme.cli.main`."""
+    """Train from the command line; see :func:`ullme.commands.train.main`."""
     look_here()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments not in _QUESTIONS:
         with imports():
-            from ullme.cli import main as train
+            from ullme.commands.train import main as train
         return train(argv)
     place, key = _place(arguments), _key(arguments)
     text = _cached(place, key)
@@ -87,7 +87,7 @@ def _cached(place: Path, key: str) -> str | None:
 def _ask(argv: Sequence[str] | None) -> str:
     """What the real parser prints. Raises: SystemExit: it ended with an error."""
     with imports():
-        from ullme.cli import main as train
+        from ullme.commands.train import main as train
     out = io.StringIO()
     try:
         with redirect_stdout(out):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ullme.models.checkpoint import save_adapter
-from ullme.models.loading import load_embedder, usable_device
+from ullme.models.checkpoint import load_embedder, usable_device
 from ullme.prompts import Prompts
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ullme.models import ULLME, quantization
-from ullme.models.backbone import BackboneConfig
+from ullme.models.config import BackboneConfig
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_trains_an_adapter_on_few_bits(make_model, few, share):
     from test_gradcache import gradients, make_batch
 
     from ullme.losses import InfoNCE
-    from ullme.objective import Objective
+    from ullme.engine.objective import Objective
 
     sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "initializer_range": 0.05}
     found = {}

@@ -299,7 +299,7 @@ def test_spans_go_through_gradcache(make_model):
     """Chunks of a batch whose queries are pooled from their text on, against the whole batch at once."""
     from ullme.batch import Batch
     from ullme.losses import InfoNCE
-    from ullme.objective import Objective
+    from ullme.engine.objective import Objective
 
     gradients, losses = [], []
     for pooled, chunked in (("text", False), ("text", True), ("all", False)):

@@ -9,7 +9,7 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ullme.models.backbone import BackboneConfig
+    from ullme.models.config import BackboneConfig
     from ullme.models.ullme import ULLME
 
 InitMode = Literal["merge", "continue"]
@@ -57,7 +57,7 @@ def continue_training(model: ULLME) -> None:
     Raises:
         ValueError: no such run, another LLM, or other trained weights than this model's.
     """
-    from ullme.models.checkpoint import fit_weights, read_checkpoint
+    from ullme.models.trained_weights import fit_weights, read_checkpoint
 
     source = model.options.init_from
     assert source is not None
