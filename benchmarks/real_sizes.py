@@ -10,9 +10,9 @@ import torch
 from workload import save_tokenizer
 
 from ullme.batch import Batch
-from ullme.models import ULLME, loading
 from ullme.commands.plan import SHAPES
 from ullme.engine.reference import Reference
+from ullme.models import ULLME, loading
 
 MODELS = {
     "phi-1.5": "microsoft/phi-1_5",

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from ullme.utils import atomic_files
 from ullme.models.trained_weights import CONTRACT_KEY, STATE_PREFIX, contract, trainable_state
 from ullme.prompts import Prompts
+from ullme.utils import atomic_files
 
 # Other texts than those on which an export compares by itself.
 SEEN = [

@@ -21,8 +21,8 @@ import torch
 from test_training import arguments, logged  # noqa: F401 - arguments is a fixture
 
 from ullme.commands import train
-from ullme.utils import atomic_files
 from ullme.training.module import ULLMEModule
+from ullme.utils import atomic_files
 
 # Validation in the middle and at the end of each of two epochs of 6 steps, a checkpoint at other steps; dropout is on.
 RUN = ("--trainer.max_epochs=2", "--checkpoint.every_n_train_steps=2", "--trainer.val_check_interval=3")

@@ -9,15 +9,15 @@ import torch
 from test_gradcache import assert_same_gradients, gradients, make_batch
 from test_objective import with_generation
 
-from ullme.planning import auto_chunk
 from ullme.callbacks import GRL
 from ullme.callbacks.gradcache import GradCache
+from ullme.engine.gradcache import held_pieces
+from ullme.engine.objective import Objective
+from ullme.losses import DPO, KL, InfoNCE
+from ullme.planning import auto_chunk
 from ullme.planning.auto_chunk import Chunking, choose, try_out
 from ullme.planning.flops import meta_model
-from ullme.engine.gradcache import held_pieces
-from ullme.losses import DPO, KL, InfoNCE
 from ullme.planning.memory import activations
-from ullme.engine.objective import Objective
 
 GIB = 2**30
 QUERY = 300  # tokens of the largest query with its passages

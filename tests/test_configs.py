@@ -9,8 +9,8 @@ import yaml
 from lightning.pytorch import strategies
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
-from ullme.commands import train
 from ullme.callbacks import LossCallback
+from ullme.commands import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EVERY = sorted(CONFIGS.rglob("*.yaml"))

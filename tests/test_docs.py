@@ -26,11 +26,11 @@ import pytest
 import yaml
 from test_training import write_rows
 
-from ullme.commands import train
 from ullme.__main__ import COMMANDS
-from ullme.utils.config_files import locate, located
-from ullme.data.records import parse_record
+from ullme.commands import train as train_command
 from ullme.commands.evaluate import parser as evaluate_parser
+from ullme.data.records import parse_record
+from ullme.utils.config_files import locate, located
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
@@ -122,12 +122,12 @@ def test_every_link_leads_somewhere():
 def train_parser():
     """train.py's own parser of fit's options, made once."""
 
-    class Reader(train.ULLMECLI):
+    class Reader(train_command.ULLMECLI):
         def instantiate_classes(self) -> None:
             """Nothing is built."""
 
     least = ["--config=configs/base.yaml", "--model.backbone.model_name_or_path=x"]
-    return train.build(least, run=False, kind=Reader).parser
+    return train_command.build(least, run=False, kind=Reader).parser
 
 
 def check(words: list[str], train_parser) -> None:
@@ -239,7 +239,7 @@ def train(words: list[str], llm: str) -> None:
     here = [*HERE, f"--model.backbone.model_name_or_path={llm}"]
     if not any(word.startswith("--data.train") for word in words):
         here.append("--data.train=train.jsonl")
-    train.main([*words, *here])
+    train_command.main([*words, *here])
 
 
 def run(words: list[str], llm: str) -> None:
@@ -251,7 +251,7 @@ def run(words: list[str], llm: str) -> None:
     if program in ("train.py", "train"):
         if rest == ["fit", "--help"]:
             with pytest.raises(SystemExit):
-                train.main(rest)
+                train_command.main(rest)
             return
         train(rest, llm)
     elif program in ("evaluate.py", "evaluate"):

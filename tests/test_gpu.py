@@ -9,10 +9,10 @@ from test_objective import with_generation
 from tiny import make_llm
 
 from ullme.engine.gradcache import chunk_slices
+from ullme.engine.objective import Objective, score
 from ullme.losses import DPO, KL, InfoNCE
 from ullme.models import attention, likelihood
 from ullme.models.attention import packing
-from ullme.engine.objective import Objective, score
 from ullme.prompts import pad_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -9,9 +9,9 @@ import torch
 from tiny import save_llm
 from torch.profiler import ProfilerActivity, profile
 
+from ullme.models import ULLME
 from ullme.planning.flops import ModelCost, meta_model
 from ullme.planning.memory import Activations, activations, predict
-from ullme.models import ULLME
 
 TOKENS = 1024
 

@@ -7,8 +7,8 @@ import torch
 from tiny import TEXTS
 
 from ullme.batch import Batch
-from ullme.losses import InfoNCE
 from ullme.engine.objective import Objective
+from ullme.losses import InfoNCE
 from ullme.prompts import Prompts
 
 sentence_transformers = pytest.importorskip("sentence_transformers")

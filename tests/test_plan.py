@@ -8,17 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ullme.commands import plan
 from ullme.__main__ import main
 from ullme.callbacks.grl import grl_terms
+from ullme.commands import plan
+from ullme.engine.objective import Objective
+from ullme.models.config import BackboneConfig
+from ullme.models.loading import load_config
+from ullme.planning.description import describe
 from ullme.planning.devices import DEVICES, Device
 from ullme.planning.flops import model_cost, step_work
 from ullme.planning.memory import GIB
-from ullme.models.config import BackboneConfig
-from ullme.models.loading import load_config
-from ullme.engine.objective import Objective
 from ullme.planning.plan import Job, make_plan, typical_batch
-from ullme.planning.description import describe
 
 SMALL = Device("small", tflops=1.0, memory_gib=1.2)
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from ullme.utils import progress as module
 from ullme.data.sources import open_source
+from ullme.utils import progress as module
 from ullme.utils.progress import progress
 
 ROW = {"query": "q", "pos": ["p"], "neg": ["n"]}

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from test_training import write_rows
 
-from ullme.commands import train
 from ullme.callbacks import LossCallback
+from ullme.commands import train
 from ullme.models.checkpoint import load_ullme
 
 CONFIGS = Path(__file__).parents[1] / "configs"

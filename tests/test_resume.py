@@ -35,9 +35,9 @@ from interrupted import (  # start, ended and end_of_whole_run are fixtures
 from test_training import arguments, logged  # noqa: F401 - arguments is a fixture
 
 from ullme.commands import train
-from ullme.utils import atomic_files
 from ullme.models.checkpoint import load_ullme
 from ullme.training.resume import name_wandb_run
+from ullme.utils import atomic_files
 
 QUICK = ("before step 5", "in the validation in mid-epoch", "in the sixth save")
 KILLS = {
@@ -210,7 +210,7 @@ def test_a_signal_that_reaches_the_workers_too(told, status, says, tmp_path, arg
     )
     # steps of this run are over in no time: it is told as soon as the first checkpoint is there
     code = "import time, ullme.training.module as m; f = m.ULLMEModule.training_step\n"
-    code += "m.ULLMEModule.training_step = lambda *a: (time.sleep(0.5), f(*a))[1]\nfrom ullme.start import main; main()"
+    code += "m.ULLMEModule.training_step = lambda *a: (time.sleep(0.5), f(*a))[1]\nfrom ullme.commands.train import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *argv],
         cwd=Path(__file__).parents[1],

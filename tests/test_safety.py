@@ -8,9 +8,9 @@ from bad_world import Payload
 from test_training import arguments  # noqa: F401 - a fixture
 
 from ullme.commands import train
-from ullme.utils import atomic_files
 from ullme.models.checkpoint import load_ullme
 from ullme.training.resume import redacted
+from ullme.utils import atomic_files
 
 
 def test_a_checkpoint_cannot_ask_for_the_models_own_code(arguments, tmp_path, monkeypatch):  # noqa: F811

@@ -15,8 +15,8 @@ import pytest
 from interrupted import before_step, start  # noqa: F401 - start is a fixture
 from test_training import arguments, logged  # noqa: F401 - arguments is a fixture
 
-from ullme.utils import atomic_files
 from ullme.demo.world import build_world
+from ullme.utils import atomic_files
 
 STEPS, KILLS = 2000, (700, 1400)
 WARM_UP = 250  # steps of a start until caches are full

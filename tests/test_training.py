@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ullme.commands import train
-from ullme.models.trained_weights import find_checkpoint
 from ullme.models.checkpoint import load_ullme
+from ullme.models.trained_weights import find_checkpoint
 
 NOUNS = [
     "river",

@@ -11,7 +11,7 @@ from ullme.utils.dotted_names import look_here
 
 # name -> (module with a main(argv), what it does). A module is imported only when its command runs.
 COMMANDS = {
-    "train": ("ullme.start", "train an embedder (train.py)"),
+    "train": ("ullme.commands.train", "train an embedder (train.py)"),
     "evaluate": ("ullme.commands.evaluate", "evaluate an embedder on MTEB or local data (evaluate.py)"),
     "export": ("ullme.commands.export.cli", "a trained model as a folder for sentence-transformers"),
     "plan": ("ullme.commands.plan", "memory and hours of a run, before it"),

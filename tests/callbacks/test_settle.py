@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_training import arguments, logged  # noqa: F401 - arguments is a fixture
 
-from ullme.planning import auto_chunk
-from ullme.commands import train
 from ullme.callbacks import settle
+from ullme.commands import train
+from ullme.planning import auto_chunk
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 AUTO = ["--loss.chunk_tokens=auto", "--trainer.max_steps=2", "--trainer.limit_val_batches=0"]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from test_training import arguments, logged  # noqa: F401
 
-from ullme.commands import train
 from ullme.callbacks import SimilarityMap, similarity_map
 from ullme.callbacks.similarity_map import _log_image, heat_map, margin
+from ullme.commands import train
 from ullme.models.checkpoint import load_ullme
 
 

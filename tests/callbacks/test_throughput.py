@@ -10,12 +10,12 @@ import pytest
 import torch
 from test_training import arguments, logged  # noqa: F401
 
-from ullme.commands import train
 from ullme.callbacks import Throughput, throughput
+from ullme.commands import train
 from ullme.data.datamodule import ResumableLoader
+from ullme.engine.objective import Objective
 from ullme.planning.devices import peak_tflops
 from ullme.planning.flops import model_cost, step_work
-from ullme.engine.objective import Objective
 
 SEEN: list = []
 

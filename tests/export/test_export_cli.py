@@ -9,11 +9,11 @@ import torch
 import yaml
 from export_helpers import PROMPTS, embed, embed_elsewhere, write_run
 
-from ullme.utils import atomic_files
 from ullme.__main__ import main as ullme
 from ullme.commands.export.cli import main
-from ullme.models.trained_weights import CONTRACT_KEY
 from ullme.models.checkpoint import load_ullme
+from ullme.models.trained_weights import CONTRACT_KEY
+from ullme.utils import atomic_files
 
 pytest.importorskip("sentence_transformers")
 

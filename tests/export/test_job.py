@@ -12,10 +12,10 @@ from export_helpers import PROMPTS, SEEN, embed, embed_elsewhere
 from tiny import FAMILIES, make_tokenizer
 
 from ullme.commands.export import check, export_adapter, export_model, weights
-from ullme.utils.tiny_models import make_tiny
 from ullme.models import ULLME
 from ullme.models.checkpoint import load_ullme, save_adapter
 from ullme.prompts import Prompts
+from ullme.utils.tiny_models import make_tiny
 
 pytest.importorskip("sentence_transformers")
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import FAMILIES, make_llm
 
-from ullme.utils.tiny_models import make_tiny
 from ullme.models import attention
 from ullme.models.attention import packing
 from ullme.models.attention.packed_rows import PackedRows
+from ullme.utils.tiny_models import make_tiny
 
 IDS = torch.tensor([[5, 9, 13, 21, 34, 55], [7, 8, 11, 12, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])

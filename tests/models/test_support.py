@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny import make_tokenizer
 
-from ullme.commands.support import survey, page
 from ullme.batch import TokenRows
-from ullme.utils.tiny_models import make_tiny
+from ullme.commands.support import page, survey
 from ullme.models import ULLME, attention
 from ullme.models.attention.paths import _flags, run_flags
+from ullme.utils.tiny_models import make_tiny
 
 PAGE = Path(__file__).parents[2] / "docs" / "backbones.md"
 

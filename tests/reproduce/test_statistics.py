@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 from synthetic_cells import cell, table
 
-from ullme.commands.reproduce.statistics import HOLDS, REVERSED, UNCLEAR, UNTESTED, Comparison, Grid, claims, compare_queries, compare_seeds, corrected, paired_bootstrap
+from ullme.commands.reproduce.statistics import (
+    HOLDS,
+    REVERSED,
+    UNCLEAR,
+    UNTESTED,
+    Comparison,
+    Grid,
+    claims,
+    compare_queries,
+    compare_seeds,
+    corrected,
+    paired_bootstrap,
+)
 
 PAIR = ("a", "b")
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from ullme.demo import language_model
 from ullme.commands.reproduce import world
 from ullme.commands.reproduce.spec import Model, Table
+from ullme.demo import language_model
 
 
 @pytest.fixture

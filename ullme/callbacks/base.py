@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ullme.batch import Batch
 from ullme.callbacks.settle import settle
-from ullme.planning.auto_chunk import Chunking
+from ullme.engine.fsdp import unsynchronised
 from ullme.engine.gradcache import slice_rows
-from ullme.losses import InfoNCE, Term
 from ullme.engine.objective import Logs, Objective
 from ullme.engine.reference import AdaptersOff, Cached, FrozenCopy, Reference
-from ullme.engine.fsdp import unsynchronised
+from ullme.losses import InfoNCE, Term
+from ullme.planning.auto_chunk import Chunking
 
 if TYPE_CHECKING:
     from ullme.training.module import ULLMEModule

@@ -14,10 +14,10 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ullme.utils import atomic_files
-from ullme.training.signals import Notice
 from ullme.models.trained_weights import check_contract
 from ullme.training.resume import FINISHED
+from ullme.training.signals import Notice
+from ullme.utils import atomic_files
 
 
 class AtomicCheckpointIO(CheckpointIO):

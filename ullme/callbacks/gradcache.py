@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ullme.engine import fsdp
 from ullme.batch import Batch
 from ullme.callbacks.base import LossCallback, ReferenceChoice
-from ullme.planning.auto_chunk import Chunking
 from ullme.distributed import any_rank, world
+from ullme.engine import fsdp
 from ullme.engine.gradcache import RandomState, chunk_slices, held_pieces, row_pieces, slice_rows
-from ullme.losses import Term
 from ullme.engine.objective import Logs
+from ullme.losses import Term
+from ullme.planning.auto_chunk import Chunking
 
 if TYPE_CHECKING:
     from ullme.training.module import ULLMEModule

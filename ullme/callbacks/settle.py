@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
+from ullme.distributed import most
 from ullme.engine import fsdp
 from ullme.planning.auto_chunk import Chunking, choose, try_out
 from ullme.planning.devices import free_memory
-from ullme.distributed import most
 from ullme.planning.memory import GIB
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ import numpy as np
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from ullme.utils import atomic_files
 from ullme.data.jsonl import iter_lines, parse_line
 from ullme.data.records import BadRow, Record, parse_record
 from ullme.engine.gradcache import RandomState
+from ullme.utils import atomic_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

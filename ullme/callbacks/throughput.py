@@ -13,14 +13,14 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ullme.utils import atomic_files
 from ullme.batch import Batch
 from ullme.planning.devices import peak_tflops
 from ullme.planning.flops import model_cost, step_work
+from ullme.utils import atomic_files
 
 if TYPE_CHECKING:
-    from ullme.training.module import ULLMEModule
     from ullme.engine.objective import Objective
+    from ullme.training.module import ULLMEModule
 
 GIB = 2**30
 # What there is room for in the progress bar.

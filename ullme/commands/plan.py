@@ -227,8 +227,8 @@ def _llm_config(options: BackboneConfig, given: str | None) -> PretrainedConfig:
 def paper_table(utilisation: float) -> str:
     """The paper's runs as a Markdown table: GRL, batch 512, 8 negatives, 279,040 rows, LoRA r 16, bfloat16, DDP."""
     from ullme.callbacks.grl import grl_terms
-    from ullme.models.config import BackboneConfig
     from ullme.engine.objective import Objective
+    from ullme.models.config import BackboneConfig
     from ullme.planning.plan import Job, make_plan
 
     lines = [

@@ -90,8 +90,8 @@ def run(options: argparse.Namespace, training_options: Sequence[str] = ()) -> di
     Raises:
         ValueError: an output folder with other files in it, or a missing config file.
     """
-    from ullme.demo.world import build_world
     from ullme.demo.language_model import build_backbone
+    from ullme.demo.world import build_world
 
     output = options.output
     if not options.config.is_file():

@@ -17,14 +17,15 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from ullme.utils import config_files, errors, atomic_files
-from ullme.training import resume
 from ullme.callbacks import LossCallback, Throughput
 from ullme.callbacks.checkpoint import Checkpoint
-from ullme.training.signals import INTERRUPTED
 from ullme.data.datamodule import ULLMEDataModule
 from ullme.distributed import leave
+from ullme.training import resume
 from ullme.training.module import ULLMEModule
+from ullme.training.signals import INTERRUPTED
+from ullme.utils import atomic_files, config_files, errors
+from ullme.utils.dotted_names import look_here
 
 DESCRIPTION = """Train an embedder: fit --config configs/base.yaml --config configs/model/phi-1.5.yaml ...
 Configurations stack, and later ones win; every option can be given on the command line too. A run that was interrupted
@@ -37,7 +38,9 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         config = resume.redacted(plain(self.parser, self.config))
         text = yaml.safe_dump(config, sort_keys=False)
-        atomic_files.write_atomically(Path(trainer.default_root_dir) / resume.CONFIG_FILE, lambda f: f.write(text.encode()))
+        atomic_files.write_atomically(
+            Path(trainer.default_root_dir) / resume.CONFIG_FILE, lambda f: f.write(text.encode())
+        )
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
 
@@ -164,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # they are the command line's
+    look_here()
     argv = config_files.located(sys.argv[1:] if argv is None else argv)
     try:
         errors.check_config_files(argv)

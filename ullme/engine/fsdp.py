@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ullme.distributed import broadcast
 from ullme.models.attention import decoder_layers
+from ullme.models.trained_weights import trainable_shapes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -111,12 +112,6 @@ def shard_fsdp1(model: ULLME, device: torch.device) -> ULLME:
     for parent, name, layer in split_modules(model):
         setattr(parent, name, split(layer))
     return split(model)  # type: ignore[return-value]
-
-
-def trainable_shapes(model: ULLME) -> dict[str, torch.Size]:
-    """Name -> shape of every trained weight as it is in one piece, also once the model is split."""
-    known: dict[str, torch.Size] | None = getattr(model, "_whole_shapes", None)
-    return known or {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
 
 
 def split_by(model: ULLME) -> Literal["fsdp1", "fsdp2"] | None:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ullme.batch import Batch, Representations, TokenRows
 from ullme.distributed import any_rank, gather_sizes, global_mean_weight, mean_over_ranks, most
-from ullme.engine.gradcache import GradCache, as_recorded, embed_batch, slice_rows
 from ullme.engine.finite import Health
+from ullme.engine.gradcache import GradCache, as_recorded, embed_batch, slice_rows
+from ullme.engine.reference import AdaptersOff, Reference
 from ullme.losses.base import Chunk, ChunkLoss, RepresentationLoss, Term
 from ullme.losses.mntp import MNTP
-from ullme.engine.reference import AdaptersOff, Reference
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME

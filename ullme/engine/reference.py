@@ -55,8 +55,8 @@ class FrozenCopy(Reference):
         self.copy: ULLME | None = None
 
     def prepare(self, model: ULLME, precision: str) -> None:
-        from ullme.models.ullme import ULLME
         from ullme.engine.fsdp import split_alike
+        from ullme.models.ullme import ULLME
 
         if self.copy is None:  # from the folder, not from the model: a resumed one is not the pre-trained any more
             options = {**model.options.to_dict(), "lora_name": None, "train": None, "gradient_checkpointing": False}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -11,9 +11,6 @@ if TYPE_CHECKING:
 
     from ullme.models.config import BackboneConfig
     from ullme.models.ullme import ULLME
-
-InitMode = Literal["merge", "continue"]
-INIT_MODES: tuple[str, ...] = get_args(InitMode)
 
 
 def merged_backbone(options: BackboneConfig) -> tuple[PreTrainedModel, nn.Module | None]:

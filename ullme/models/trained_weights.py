@@ -9,18 +9,15 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ullme.utils import atomic_files
-from ullme.models.trained_weights import CONTRACT_FILE, POOLER_FILE, read_adapter_folder
 from ullme.models.config import BackboneConfig
 from ullme.prompts import Prompts
-from ullme.models.trained_weights import trainable_shapes
+from ullme.utils import atomic_files
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
@@ -28,6 +25,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONTRACT_KEY = "ullme"
+# Beside an adapter in a PEFT folder: the contract, and the pooling's own weights.
+CONTRACT_FILE = "ullme.json"
+POOLER_FILE = "pooler.safetensors"
 # The attribute of the LightningModule that holds the model, in front of every name in a Lightning checkpoint.
 STATE_PREFIX = "model."
 
@@ -55,6 +55,12 @@ def _rebuilding_options(options: BackboneConfig) -> dict[str, Any]:
         values["init_from"] = str(Path(options.init_from).resolve()) if merged else None
         values["init_mode"] = "merge"
     return values
+
+
+def trainable_shapes(model: ULLME) -> dict[str, torch.Size]:
+    """Name -> shape of every trained weight as it is in one piece, also once the model is split."""
+    known: dict[str, torch.Size] | None = getattr(model, "_whole_shapes", None)
+    return known or {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
 
 
 def trainable_state(model: ULLME) -> dict[str, Tensor]:
@@ -108,50 +114,51 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     return stored[CONTRACT_KEY], state
 
 
+def read_adapter_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The contract (the defaults where the folder has none) and the weights, by the names they have in the model.
+
+    Raises:
+        ValueError: something is missing, damaged, or not rebuilt here.
+    """
+    from safetensors.torch import load_file
+
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise ValueError(f"checkpoint={str(folder)!r}: adapter_model.safetensors is missing; only safetensors are read")
+    try:
+        peft = json.loads((folder / "adapter_config.json").read_text())
+        own = folder / CONTRACT_FILE
+        found = json.loads(own.read_text()) if own.is_file() else None
+        tensors = load_file(weights)
+        pooler = load_file(folder / POOLER_FILE) if (folder / POOLER_FILE).is_file() else {}
+    except Exception as error:
+        raise ValueError(f"checkpoint={str(folder)!r} is damaged ({type(error).__name__}: {error})") from error
+    special = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save")
+    if odd := [key for key in special if peft.get(key)]:
+        raise ValueError(
+            f"checkpoint={str(folder)!r}: the adapter uses {', '.join(odd)}, which is not rebuilt here; merge it into "
+            "its LLM first and give the merged folder as the model"
+        )
+    if found is None:
+        targets = peft.get("target_modules")
+        backbone = {
+            "model_name_or_path": peft.get("base_model_name_or_path"),
+            "lora_name": "default",
+            "lora_r": peft["r"],
+            "lora_alpha": peft["lora_alpha"],
+            "lora_target_modules": targets,
+        }
+        found = {"backbone": backbone, "prompts": Prompts().to_dict()}
+    name = found["backbone"]["lora_name"]
+    # PEFT leaves the adapter's name out of a folder: ...lora_A.weight is ...lora_A.<name>.weight in the model.
+    state = {f"llm.{k.removesuffix('.weight')}.{name}.weight": v for k, v in tensors.items()}
+    return found, {**state, **{f"pooler.{k}": v for k, v in pooler.items()}}
+
+
 def check_contract(stored: Any, source: str | Path) -> None:
     """Raises: ValueError: the content of a file is no checkpoint of ours."""
     if not isinstance(stored, dict) or CONTRACT_KEY not in stored:
         raise ValueError(f"checkpoint={str(source)!r} was not written by ullme: it holds no {CONTRACT_KEY!r} contract")
-
-
-def load_ullme(checkpoint: str | Path, strict: bool = False, **overrides: Any) -> ULLME:
-    """Rebuild a trained model in eval mode.
-
-    Args:
-        checkpoint: a run folder, a ``.ckpt`` file or a PEFT adapter folder.
-        strict: refuse a backbone with other weights than the training's, in place of a warning.
-        **overrides: backbone options that replace the stored ones, such as ``model_name_or_path`` or ``dtype``.
-
-    Raises:
-        ValueError: unreadable checkpoint, or weights that do not fit.
-    """
-    from ullme.models.ullme import ULLME
-
-    found, state = read_checkpoint(checkpoint)
-    known = {field.name for field in fields(BackboneConfig)}
-    if unknown := sorted(set(found["backbone"]) - known):
-        raise ValueError(f"checkpoint={str(checkpoint)!r} was written by another version: it has the options {unknown}")
-    # Whether code that is not this package's may run is for whoever loads the file to say, never for the file.
-    options = {**found["backbone"], "trust_remote_code": False, "family_code": None, **overrides}
-    if "." in found["backbone"].get("pooling", "mean") and "pooling" not in overrides:
-        raise ValueError(
-            f"checkpoint={str(checkpoint)!r} pools with a function of its own; to run it, say so: "
-            f"pooling={found['backbone']['pooling']!r}"
-        )
-    model = ULLME(**options, prompts=Prompts.from_dict(found["prompts"]))
-    fit_weights(model, found, state, checkpoint, strict)
-    return model.eval()
-
-
-def load_weights(model: ULLME, checkpoint: str | Path) -> None:
-    """Put trained weights, and the prompts they were trained with, into a model that is already built.
-
-    Raises:
-        ValueError: unreadable checkpoint, another backbone, another rank.
-    """
-    found, state = read_checkpoint(checkpoint)
-    model.prompts = Prompts.from_dict(found["prompts"])
-    fit_weights(model, found, state, checkpoint)
 
 
 def fit_weights(
@@ -268,31 +275,3 @@ def _under_the_head(state: dict[str, Tensor], own: Iterable[str]) -> dict[str, T
         if not names & state.keys() and names & moved.keys():
             return moved
     return state
-
-
-def save_adapter(model: ULLME, folder: str | Path) -> Path:
-    """Write the trained adapter as a PEFT folder, with the contract in ``ullme.json``, the tokenizer and, where the
-    pooling has trained weights, these in a file of their own.
-
-    Raises:
-        ValueError: all weights were trained, so there is no adapter.
-    """
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    name = model.options.lora_name
-    if name is None:
-        raise ValueError(
-            f"lora_name=null: {model.options.trained} of the LLM were trained, there is no adapter to save"
-        )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(model.llm, adapter_name=name)
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
-    if model.pooler is not None:
-        pooler = {k: v.detach().cpu().contiguous() for k, v in model.pooler.state_dict().items()}
-        save_file(pooler, folder / POOLER_FILE)
-    model.llm.peft_config[name].save_pretrained(folder)  # type: ignore[union-attr,index]
-    model.tokenizer.save_pretrained(folder)
-    (folder / CONTRACT_FILE).write_text(json.dumps(contract(model), indent=2))
-    return folder

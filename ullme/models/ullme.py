@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ullme.batch import TokenRows
-from ullme.models import attention, loading, encoding, likelihood, stages
+from ullme.models import attention, encoding, likelihood, loading, stages
 from ullme.models.config import BackboneConfig
-from ullme.models.loading import set_attention_dropout
 from ullme.models.encoding import EmbedBlocks
 from ullme.models.latent_attention import make_pooler
+from ullme.models.loading import set_attention_dropout
 from ullme.models.pooling import only_pooled, pool
 from ullme.prompts import Prompts, PromptTokenizer, Role
 

@@ -1,7 +1,7 @@
 """How much of a batch may be in memory at once: ``chunk_tokens: auto`` and ``gradient_checkpointing: auto``.
 
-What a token leaves behind is counted from the model's own graph (:mod:`ullme.planning.memory`), what is free is asked of the
-device. Knows no Lightning.
+The activations of a token are counted from the model's own graph (:mod:`ullme.planning.memory`); free memory is asked
+of the device. No Lightning here.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from ullme.batch import Batch, GenerationRows, TokenRows
-from ullme.planning.devices import free_memory
 from ullme.distributed import alone, any_rank
-from ullme.planning.flops import meta_model
 from ullme.engine.gradcache import chunk_slices, held_pieces, row_pieces
-from ullme.planning.memory import FRAGMENTATION, GIB, Activations, activations
-from ullme.models.attention.layers import token_table
-from ullme.models.likelihood import _BLOCK_LOGITS
 from ullme.engine.objective import Objective
 from ullme.engine.reference import Reference
+from ullme.models.attention.layers import token_table
+from ullme.models.likelihood import _BLOCK_LOGITS
+from ullme.planning.devices import free_memory
+from ullme.planning.flops import meta_model
+from ullme.planning.memory import FRAGMENTATION, GIB, Activations, activations
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME

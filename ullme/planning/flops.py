@@ -20,8 +20,8 @@ from ullme.batch import Batch
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from ullme.models.config import BackboneConfig
     from ullme.engine.objective import Objective
+    from ullme.models.config import BackboneConfig
 
 Count = float | Tensor
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ullme.planning.flops import ModelCost
 from ullme.models.attention import decoder_layers
 from ullme.models.attention.packing import no_mask
+from ullme.planning.flops import ModelCost
 
 GIB = 2**30
 # A CUDA context with its libraries' workspaces.

@@ -1,6 +1,7 @@
 """``ullme plan``: memory and hours of a training run, before it, without weights, data or a device.
 
-FLOPs come from :mod:`ullme.planning.flops` and memory from :mod:`ullme.planning.memory`; both build the LLM without its weights.
+FLOPs come from :mod:`ullme.planning.flops` and memory from :mod:`ullme.planning.memory`; both build the LLM without
+its weights.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ import torch
 from torch import Tensor
 
 from ullme.batch import Batch, GenerationRows, TokenRows
+from ullme.engine.gradcache import chunk_slices
+from ullme.models.likelihood import _BLOCK_LOGITS
 from ullme.planning.devices import Device
 from ullme.planning.flops import ModelCost, Work, count_weights, embedding_work, generation_work, meta_model, step_work
-from ullme.engine.gradcache import chunk_slices
 from ullme.planning.memory import FRAGMENTATION, GIB, Activations, Memory, activations, predict
-from ullme.models.likelihood import _BLOCK_LOGITS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from ullme.models.config import BackboneConfig
     from ullme.engine.objective import Objective
+    from ullme.models.config import BackboneConfig
 
 # The share of a device's memory that may be planned with; the rest is for what no model foresees.
 USABLE = 0.92

@@ -16,9 +16,9 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from ullme.engine import fsdp
 from ullme.batch import Batch
 from ullme.distributed import average_gradients, merge_unit_rows
+from ullme.engine import fsdp
 from ullme.engine.finite import NotFiniteError, check_finite
 from ullme.models.config import BackboneConfig
 from ullme.prompts import Prompts
@@ -229,8 +229,8 @@ class ULLMEModule(L.LightningModule):
         By themselves these two copy the weights before on_load_checkpoint is asked, and number the optimizer's states
         by all weights, not by the trained ones. An adapter, which every rank holds whole, needs nothing of theirs.
         """
-        from ullme.utils import atomic_files
         from ullme.models.trained_weights import STATE_PREFIX, check_fit
+        from ullme.utils import atomic_files
 
         load = strategy.load_checkpoint
 

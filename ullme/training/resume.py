@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from ullme.utils import atomic_files
 from ullme.models.trained_weights import CONTRACT_KEY
+from ullme.utils import atomic_files
 
 FINISHED = "finished"  # in a run's checkpoint folder, once it came to its end
 CONFIG_FILE = "config.yaml"

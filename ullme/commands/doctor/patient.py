@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ullme.batch import Batch, GenerationRows, TokenRows
 from ullme.commands.doctor.settings import Settings
-from ullme.models.config import BackboneConfig
 from ullme.engine.objective import Objective
+from ullme.models.config import BackboneConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

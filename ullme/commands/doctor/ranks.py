@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from ullme.distributed import average_gradients, leave
 from ullme.commands.doctor.checks import NotChecked, Trouble
 from ullme.commands.doctor.correctness import compare, gradients
+from ullme.distributed import average_gradients, leave
 from ullme.engine.gradcache import chunk_slices
 
 if TYPE_CHECKING:

@@ -1,8 +1,7 @@
 """A trained model as a folder that needs no code of this project.
 
-The order of the house: :mod:`~ullme.commands.export.contract` says in the terms of sentence-transformers how texts are put,
-:mod:`~ullme.commands.export.weights` merges what was trained, :mod:`~ullme.commands.export.folder` writes, :mod:`~ullme.commands.export.check`
-loads what was written as anybody would and compares, :mod:`~ullme.commands.export.job` does one after the other.
+``contract`` writes the prompt contract in the terms of sentence-transformers, ``weights`` merges what was trained,
+``folder`` writes the files, ``check`` loads them with sentence-transformers and compares, ``job`` runs these in turn.
 """
 
 from __future__ import annotations

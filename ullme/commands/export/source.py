@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from ullme.utils import atomic_files
 from ullme.models.trained_weights import CONTRACT_KEY, find_checkpoint
 from ullme.training.resume import CONFIG_FILE, redacted
+from ullme.utils import atomic_files
 
 # The copy of a run's configuration in an exported folder.
 CONFIG_COPY = "training_config.yaml"

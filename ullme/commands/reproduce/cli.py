@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
-from ullme.utils.config_files import located
 from ullme.commands.reproduce.cells import Cell, Overrides, parse_options
 from ullme.commands.reproduce.spec import Table, check, chosen, filled
+from ullme.utils.config_files import located
 
 DESCRIPTION = (
     "Train and evaluate every missing cell of a table (LLM x row x seed) and write the table. Stopped, it goes on "

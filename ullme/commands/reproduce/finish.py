@@ -9,12 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ullme.utils import atomic_files
 from ullme.callbacks.throughput import TOTALS_FILE
-from ullme.eval.per_query import read_per_query
-from ullme.eval.table import read_rows
 from ullme.commands.reproduce.cells import Cell
 from ullme.commands.reproduce.scores import CellScores, TaskScore, write_scores
+from ullme.eval.per_query import read_per_query
+from ullme.eval.table import read_rows
+from ullme.utils import atomic_files
 
 SECONDS_FILE = "seconds.json"
 _LIBRARIES = ("ullme", "torch", "transformers", "peft", "lightning", "mteb")

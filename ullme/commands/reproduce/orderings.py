@@ -7,7 +7,19 @@ import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from ullme.commands.reproduce.statistics import AVERAGE, HOLDS, REVERSED, UNCLEAR, UNTESTED, Comparison, Grid, claims, compare_queries, compare_seeds, corrected
+from ullme.commands.reproduce.statistics import (
+    AVERAGE,
+    HOLDS,
+    REVERSED,
+    UNCLEAR,
+    UNTESTED,
+    Comparison,
+    Grid,
+    claims,
+    compare_queries,
+    compare_seeds,
+    corrected,
+)
 from ullme.commands.reproduce.tables import UNKNOWN, markdown, number
 
 METHOD = """\

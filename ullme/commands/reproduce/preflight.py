@@ -9,9 +9,9 @@ from typing import Literal
 
 from jsonargparse import ArgumentError
 
-from ullme.utils.errors import one_line
 from ullme.commands.reproduce.cells import EVALUATE, Cell
 from ullme.commands.reproduce.run import Devices, Runner
+from ullme.utils.errors import one_line
 
 
 def runner(cells: Sequence[Cell], parallel: int | Literal["auto"]) -> Runner:

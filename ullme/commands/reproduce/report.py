@@ -9,7 +9,19 @@ from ullme.commands.reproduce import orderings, plots
 from ullme.commands.reproduce.paper import Paper, aggregate, parts_of_aggregates, read_paper
 from ullme.commands.reproduce.scores import SCORES_FILE, CellScores
 from ullme.commands.reproduce.statistics import Grid
-from ullme.commands.reproduce.tables import AVERAGE, PARTIAL, UNKNOWN, Table, average_columns, by_column, latex, markdown, overview, table_of, tidy_csv
+from ullme.commands.reproduce.tables import (
+    AVERAGE,
+    PARTIAL,
+    UNKNOWN,
+    Table,
+    average_columns,
+    by_column,
+    latex,
+    markdown,
+    overview,
+    table_of,
+    tidy_csv,
+)
 
 
 def write_report(

@@ -18,11 +18,11 @@ from pathlib import Path
 from threading import Condition
 from typing import IO, Any
 
-from ullme.utils import atomic_files
 from ullme.commands.reproduce.cells import Cell
 from ullme.commands.reproduce.finish import add_seconds, finish
 from ullme.commands.reproduce.scores import SCORES_FILE
 from ullme.training.resume import FINISHED
+from ullme.utils import atomic_files
 
 SETTINGS_FILE = "settings.json"
 PATIENCE = 300  # seconds that a training has to save itself in when it is told to stop

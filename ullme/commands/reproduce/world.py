@@ -21,8 +21,8 @@ def data(table: Table) -> str:
 
 def build(table: Table) -> None:
     """Invent the world and pre-train the LLM on its texts, unless an earlier start did; the same bytes every time."""
-    from ullme.demo.world import build_world
     from ullme.demo.language_model import build_backbone
+    from ullme.demo.world import build_world
 
     # Nothing here is on the hub, and asking it costs time where there is no network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ullme.utils.tiny_models import make_tiny
+from ullme.commands.support.page import CHECKS, Support, document, table
 from ullme.models import attention
 from ullme.utils.progress import progress
-from ullme.commands.support.page import CHECKS, Support, document, table
+from ullme.utils.tiny_models import make_tiny
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

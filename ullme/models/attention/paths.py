@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ullme.models.attention.packing import ROWS_KEYWORD, no_mask
 from ullme.models.attention.packed_rows import PackedRows, real_lengths
+from ullme.models.attention.packing import ROWS_KEYWORD, no_mask
 
 
 @dataclass(frozen=True)

@@ -14,26 +14,22 @@ import torch
 from torch import Tensor
 
 from ullme.models.attention import packing
-from ullme.models.attention.layers import LayerCall, LayerInputs, attends, decoder_layers, rounding, short_windows, token_table
-from ullme.models.attention.paths import PATHS, Hidden, quiet, run_flags, run_mask4d, run_packed, run_padded, run_rows, text_decoder
+from ullme.models.attention.layers import (
+    LayerCall,
+    LayerInputs,
+    attends,
+    rounding,
+    short_windows,
+    token_table,
+)
+from ullme.models.attention.paths import (
+    PATHS,
+    quiet,
+    text_decoder,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = [
-    "PATHS",
-    "Hidden",
-    "choose_path",
-    "decoder_layers",
-    "find_path",
-    "packing",
-    "run_flags",
-    "run_mask4d",
-    "run_packed",
-    "run_padded",
-    "run_rows",
-    "text_decoder",
-]
 
 logger = logging.getLogger(__name__)
 
