@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -160,9 +160,9 @@ def _runs_out(
 
 
 class _NoReference(Reference):
-    def prepare(self, model: ULLME, precision: str) -> None: ...
+    def prepare(self, model: ULLME, precision: str, likelihoods: Any = ()) -> None: ...
 
-    def logps(self, model: ULLME, batch: Batch, mask: Tensor, share_prompts: bool) -> Tensor:
+    def logps(self, model: ULLME, batch: Batch, mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return torch.zeros(mask.shape, device=mask.device)
 
 
@@ -177,7 +177,17 @@ def _random_batch(model: ULLME, tokens: int, most: int, passages: int, passage_t
 
     keys = torch.arange(queries * passages).view(queries, passages)
     asked, answers = rows(queries), rows(queries * passages)
-    return Batch(asked, answers, keys, torch.arange(queries), GenerationRows(asked, answers)).to(model.device)
+    given_query, given_passage = GenerationRows(asked, answers), GenerationRows(answers, asked)
+    batch = Batch(
+        asked,
+        answers,
+        keys,
+        torch.arange(queries),
+        given_query,
+        query_generation=given_passage,
+        passage_generation=given_query,
+    )
+    return batch.to(model.device)
 
 
 def _bytes(acts: Activations, checkpointing: bool) -> float:
