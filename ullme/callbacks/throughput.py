@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
@@ -19,6 +19,7 @@ from ullme.planning.flops import model_cost, step_work
 from ullme.utils import atomic_files
 
 if TYPE_CHECKING:
+    from ullme.callbacks.base import LossCallback
     from ullme.engine.objective import Objective
     from ullme.training.module import ULLMEModule
 
@@ -193,12 +194,13 @@ def _peak_memory(device: torch.device) -> float:
 
 def _padded_tokens(module: ULLMEModule, batch: Batch) -> int:
     """Tokens that go through the linear layers in the forwards with gradient of a backbone that cannot be packed."""
-    objective = module.loss.objective
+    loss = cast("LossCallback", module.loss)
+    objective = loss.objective
     total = 0
     if objective.uses_reps:
         lengths = torch.cat([rows.attention_mask.sum(1) for rows in (batch.queries, batch.passages)]).cpu()
-        total += sum(len(piece) * int(lengths[piece].max()) for piece in module.loss.pieces(batch))
-    for part in module.loss.slices(batch):
+        total += sum(len(piece) * int(lengths[piece].max()) for piece in loss.pieces(batch))
+    for part in loss.slices(batch):
         chunk = batch[part]
         if objective.masking is not None:
             widths = chunk.queries.attention_mask.sum(1).tolist()
