@@ -11,7 +11,7 @@ from test_objective import with_generation
 
 from ullme.callbacks import GRL
 from ullme.callbacks.gradcache import GradCache
-from ullme.engine.gradcache import held_pieces
+from ullme.engine.gradcache import count_retained
 from ullme.engine.objective import Objective
 from ullme.losses import DPO, KL, InfoNCE
 from ullme.planning import auto_chunk
@@ -73,12 +73,14 @@ def trial(model, monkeypatch, fits, auto_chunk, passages=3, passage_tokens=10, q
     tried = []
     original = Objective.grad_cache
 
-    def limited(self, model, batch, slices, *args, pieces, held, **kwargs):
+    def limited(self, model, batch, slices, *args, microbatches, num_retained, **kwargs):
         recomputed = model.causal_lm.is_gradient_checkpointing
-        tried.append((batch.num_tokens, len(slices), held, recomputed))
+        tried.append((batch.num_tokens, len(slices), num_retained, recomputed))
         if not fits(*tried[-1]):
             raise torch.OutOfMemoryError("no")
-        return original(self, model, batch, slices, *args, pieces=pieces, held=held, **kwargs)
+        return original(
+            self, model, batch, slices, *args, microbatches=microbatches, num_retained=num_retained, **kwargs
+        )
 
     monkeypatch.setattr(Objective, "grad_cache", limited)
     terms = Objective([InfoNCE(), DPO(), KL()])
@@ -122,9 +124,9 @@ def test_pieces_and_held_graphs_change_no_gradient(make_model, held):
     assert len(pieces) != len(slices)
     loss.objective.full_batch(model, batch)
     expected = gradients(model)
-    count = held_pieces(batch, pieces, held)
+    count = count_retained(batch, pieces, held)
     assert (count == 0) if held == 0 else (count == len(pieces)) if held > 1000 else (0 < count < len(pieces))
-    loss.objective.grad_cache(model, batch, slices, pieces=pieces, held=count)
+    loss.objective.grad_cache(model, batch, slices, microbatches=pieces, num_retained=count)
     assert_same_gradients(gradients(model), expected, 1e-10)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ullme.batch import Batch
 from ullme.callbacks.settle import settle
 from ullme.engine.fsdp import unsynchronised
-from ullme.engine.gradcache import slice_rows
+from ullme.engine.gradcache import chunk_rows
 from ullme.engine.objective import Logs, Objective
 from ullme.engine.reference import AdaptersOff, Cached, FrozenCopy, Reference
 from ullme.losses import InfoNCE, Term
@@ -117,7 +117,7 @@ class LossCallback(L.Callback, ABC):
 
     def pieces(self, batch: Batch) -> list[Tensor]:
         """Rows that are embedded together: places among all queries and then all passages."""
-        return [slice_rows(batch, part) for part in self.slices(batch)]
+        return [chunk_rows(batch, part) for part in self.slices(batch)]
 
     def use(self, chunking: Chunking) -> None:
         """Take what was chosen for what the options leave open."""

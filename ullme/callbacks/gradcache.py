@@ -12,7 +12,7 @@ from ullme.batch import Batch
 from ullme.callbacks.base import LossCallback, ReferenceChoice
 from ullme.distributed import any_rank, world
 from ullme.engine import fsdp
-from ullme.engine.gradcache import RandomState, chunk_slices, held_pieces, row_pieces, slice_rows
+from ullme.engine.gradcache import RandomState, chunk_rows, chunk_slices, count_retained, microbatch_rows
 from ullme.engine.objective import Logs
 from ullme.losses import Term
 from ullme.planning.auto_chunk import Chunking
@@ -126,7 +126,7 @@ class GradCache(LossCallback):
         if not any_rank(len(slices) > 1 or not self._fits(batch), batch.row_ids.device):
             return self.objective.full_batch(module.model, batch, module.manual_backward)
         pieces = self.pieces(batch)
-        held = held_pieces(batch, pieces, self.held_tokens) if fsdp.split_by(module.model) is None else 0
+        held = count_retained(batch, pieces, self.held_tokens) if fsdp.split_by(module.model) is None else 0
         return self.objective.grad_cache(
             module.model, batch, slices, module.manual_backward, self.no_sync(module), pieces, held
         )
@@ -136,8 +136,8 @@ class GradCache(LossCallback):
 
     def pieces(self, batch: Batch) -> list[Tensor]:
         if self.chunk_tokens is None:
-            return [slice_rows(batch, part) for part in self.slices(batch)]
-        return row_pieces(batch, self.chunk_tokens)
+            return [chunk_rows(batch, part) for part in self.slices(batch)]
+        return microbatch_rows(batch, self.chunk_tokens)
 
     def _is_smallest(self, batch: Batch) -> bool:
         """Whether a chunk is one query, or one row where queries need not stay together."""

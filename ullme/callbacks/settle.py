@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
-from ullme.distributed import most
+from ullme.distributed import all_reduce_max
 from ullme.engine import fsdp
 from ullme.planning.auto_chunk import Chunking, choose, try_out
 from ullme.planning.devices import free_memory
@@ -32,7 +32,7 @@ def settle(trainer: L.Trainer, module: ULLMEModule, loss: LossCallback) -> Chunk
     query_tokens = own_tokens + passages * passage_tokens
     least = query_tokens if loss.objective.needs_generation else max(own_tokens, passage_tokens)
     queries = max(1, getattr(data, "batch_size", 512) // trainer.world_size)
-    free = -most(-int(free_memory(model.device)), model.device)
+    free = -all_reduce_max(-int(free_memory(model.device)), model.device)
     half = trainer.precision == "bf16-mixed"
     settled = loss.settled_tokens(query_tokens, queries)
     chunking = choose(model, half, least, settled, free)

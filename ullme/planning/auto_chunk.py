@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ullme.batch import Batch, GenerationRows, TokenRows
-from ullme.distributed import alone, any_rank
-from ullme.engine.gradcache import chunk_slices, held_pieces, row_pieces
+from ullme.distributed import any_rank, no_collectives
+from ullme.engine.gradcache import chunk_slices, count_retained, microbatch_rows
 from ullme.engine.objective import Objective
 from ullme.engine.reference import Reference
 from ullme.models.attention.layers import token_table
@@ -143,11 +143,12 @@ def _runs_out(
     autocast: Callable[[], AbstractContextManager],
 ) -> bool:
     """Whether a step runs out of memory. It asks no other rank: one of them may."""
-    slices, pieces = chunk_slices(batch, None, chunking.chunk_tokens), row_pieces(batch, chunking.chunk_tokens)
-    held = held_pieces(batch, pieces, chunking.held_tokens)
+    chunks = chunk_slices(batch, None, chunking.chunk_tokens)
+    microbatches = microbatch_rows(batch, chunking.chunk_tokens)
+    retained = count_retained(batch, microbatches, chunking.held_tokens)
     try:
-        with autocast(), alone():
-            terms.grad_cache(model, batch, slices, pieces=pieces, held=held)
+        with autocast(), no_collectives():
+            terms.grad_cache(model, batch, chunks, microbatches=microbatches, num_retained=retained)
     except torch.OutOfMemoryError:
         return True
     finally:
