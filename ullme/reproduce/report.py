@@ -167,7 +167,7 @@ def _cost(grid: Grid, models: dict[str, str], paper: Paper) -> str:
             ]
         )
     text = (
-        f"Row {cost.row}. The paper trained on {cost.hardware} and does not say how many devices embed ({cost.source}). "
+        f"Row {cost.row}. The paper trained on {cost.hardware} and names no hardware for embedding ({cost.source}). "
         "Ours is the mean over seeds, without validation; the hardware is listed below."
     )
     return f"{text}\n\n{markdown(lines)}"
