@@ -15,7 +15,7 @@ CHECKS = {
     "alternation": "embedding again after generating gives identical bits",
     "LoRA": "an adapter receives gradients and changes the embedding",
     "checkpointing": "gradient checkpointing gives the same gradients (where transformers supports it for the family)",
-    "packed": "packed rows give the same result as another path, causal and bidirectional (where the family can be packed)",
+    "packed": "packed rows give the same result as another path, in both kinds of attention (where packing is possible)",
 }
 
 
@@ -86,8 +86,8 @@ _PAGE = """# Supported model families
 
 <!-- made by: ullme support --write docs/backbones.md -->
 
-Which causal-LM architectures of transformers can be used as embedders. For each of the {number}, a tiny random model was
-built and run, so the table shows what this code and these versions support, not how good a model is.
+Which causal-LM architectures of transformers can be used as embedders. For each of the {number}, a tiny random model
+was built and run, so the table shows what this code and these versions support, not how good a model is.
 
 Versions: {versions}.
 
@@ -95,25 +95,26 @@ Versions: {versions}.
 
 {checks}
 
-A model is probed again when it is loaded, with its own weights and attention kernels. A path that fails the probe is not
-used, and a model without a working path is refused.
+A model is probed again when it is loaded, with its own weights and attention kernels. A path that fails the probe is
+not used, and a model without a working path is refused.
 
 ## Paths
 
 - **packed**: the real tokens of all rows run as one row, so nothing is spent on padding. The fastest path.
 - **padded**: a padded block and the forward keyword `is_causal`.
-- **flags**: a padded block with `is_causal` set in all configurations, for families that read it only there or build their
-  masks from it (ALiBi in BLOOM and MPT, Falcon, GPT-J, CodeGen). GPT-Neo's own triangular masks are replaced by
+- **flags**: a padded block with `is_causal` set in all configurations, for families that read it only there or build
+  their masks from it (ALiBi in BLOOM and MPT, Falcon, GPT-J, CodeGen). GPT-Neo's own triangular masks are replaced by
   symmetric ones.
 - **mask4d**: a padded block with ready-made 4D masks, one for each kind of layer.
 
-With bidirectional attention, a sliding window of w tokens covers w tokens on either side, and chunked layers (Llama 4) see
-their whole chunk. ALiBi grows with the position of the key, not with its distance from the query; what is common to a row
-cancels in the softmax, so tokens to the right get a larger bias the further away they are. Such a model needs training
-before it embeds well. Layers that select the best k tokens by an index (DeepSeek 3.2 and similar) select among all tokens.
+With bidirectional attention, a sliding window of w tokens covers w tokens on either side, and chunked layers (Llama
+4) see their whole chunk. ALiBi grows with the position of the key, not with its distance from the query; what is
+common to a row cancels in the softmax, so tokens to the right get a larger bias the further away they are. Such a
+model needs training before it embeds well. Layers that select the best k tokens by an index (DeepSeek 3.2 and
+similar) select among all tokens.
 
-In a **hybrid**, recurrent and convolutional layers stay causal, because they have no mask to remove. A warning at load time
-names them.
+In a **hybrid**, recurrent and convolutional layers stay causal, because they have no mask to remove. A warning at
+load time names them.
 
 ## Families
 
