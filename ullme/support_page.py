@@ -15,7 +15,7 @@ CHECKS = {
     "alternation": "embedding again after generating gives identical bits",
     "LoRA": "an adapter receives gradients and changes the embedding",
     "checkpointing": "gradient checkpointing gives the same gradients (where transformers supports it for the family)",
-    "packed": "packed rows give the same result as another path, in both kinds of attention (where packing is possible)",
+    "packed": "packed rows give the same result as another path, with both kinds of attention (if it can be packed)",
 }
 
 
