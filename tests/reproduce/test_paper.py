@@ -6,8 +6,8 @@ import pytest
 import yaml
 from synthetic_cells import cell
 
-from ullme.reproduce import paper
-from ullme.reproduce.paper import aggregate, parts_of_aggregates, read_paper, task_name
+from ullme.commands.reproduce import paper
+from ullme.commands.reproduce.paper import aggregate, parts_of_aggregates, read_paper, task_name
 
 ROOT = Path(__file__).parents[2]
 

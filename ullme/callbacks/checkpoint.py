@@ -8,47 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ullme import storage
-from ullme.callbacks.leaving import Notice
-from ullme.models.checkpoint import check_contract
-from ullme.resume import FINISHED
-
-
-class AtomicCheckpointIO(CheckpointIO):
-    """Checkpoints that are written whole or not at all, checked when read, and never run as code."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Raises: ValueError: it cannot be written; the message names the last good one."""
-        storage.save(checkpoint, path)
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """``weights_only`` is always true. Raises: ValueError: damaged, holding more than plain values, or not ours."""
-        found = storage.read(path, "cpu" if map_location is None else map_location)
-        check_contract(found, path)
-        return found
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        Path(path).unlink(missing_ok=True)
-
-
-def install_atomic_io(trainer: L.Trainer) -> None:
-    """Put it in the place of Lightning's own, also inside a wrapper such as AsyncCheckpointIO."""
-    outer = trainer.strategy.checkpoint_io
-    if isinstance(outer, _WrappingCheckpointIO):
-        while isinstance(outer._checkpoint_io, _WrappingCheckpointIO):
-            outer = outer._checkpoint_io
-        if outer._checkpoint_io is None or type(outer._checkpoint_io) is TorchCheckpointIO:
-            outer._checkpoint_io = AtomicCheckpointIO()
-    elif type(outer) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+from ullme.training.resume import FINISHED
+from ullme.training.signals import Notice
+from ullme.utils import atomic_files
 
 
 class Checkpoint(ModelCheckpoint):
@@ -125,7 +91,7 @@ class Checkpoint(ModelCheckpoint):
             self.filename = f"best-{self.filename}"
         super().setup(trainer, pl_module, stage)
         if trainer.is_global_zero and stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            storage.sweep(str(self.dirpath))
+            atomic_files.sweep(str(self.dirpath))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -184,7 +150,7 @@ class Checkpoint(ModelCheckpoint):
         """Mark the run as finished, so that nobody starts it again by mistake."""
         if self._may_save(trainer) and trainer.is_global_zero:
             note = f"{trainer.global_step} steps\n"
-            storage.write_atomically(Path(str(self.dirpath), FINISHED), lambda file: _write(file, note))
+            atomic_files.write_atomically(Path(str(self.dirpath), FINISHED), lambda file: _write(file, note))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say whether a validation is to be done on resuming, by the mark that Lightning's loop gives one in progress.

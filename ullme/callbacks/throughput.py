@@ -7,20 +7,21 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from ullme import storage
 from ullme.batch import Batch
-from ullme.devices import peak_tflops
-from ullme.flops import model_cost, step_work
+from ullme.planning.devices import peak_tflops
+from ullme.planning.flops import model_cost, step_work
+from ullme.utils import atomic_files
 
 if TYPE_CHECKING:
-    from ullme.module import ULLMEModule
-    from ullme.objective import Objective
+    from ullme.callbacks.base import LossCallback
+    from ullme.engine.objective import Objective
+    from ullme.training.module import ULLMEModule
 
 GIB = 2**30
 # What there is room for in the progress bar.
@@ -110,7 +111,7 @@ class Throughput(L.Callback):
         self._settle(trainer)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             text = json.dumps({name: round(value, 1) for name, value in self.seen.items()})
-            storage.write_atomically(Path(trainer.default_root_dir, TOTALS_FILE), lambda f: f.write(text.encode()))
+            atomic_files.write_atomically(Path(trainer.default_root_dir, TOTALS_FILE), lambda f: f.write(text.encode()))
 
     def _count_afresh(self) -> None:
         self.resumed = time.perf_counter()
@@ -193,12 +194,13 @@ def _peak_memory(device: torch.device) -> float:
 
 def _padded_tokens(module: ULLMEModule, batch: Batch) -> int:
     """Tokens that go through the linear layers in the forwards with gradient of a backbone that cannot be packed."""
-    objective = module.loss.objective
+    loss = cast("LossCallback", module.loss)
+    objective = loss.objective
     total = 0
     if objective.uses_reps:
         lengths = torch.cat([rows.attention_mask.sum(1) for rows in (batch.queries, batch.passages)]).cpu()
-        total += sum(len(piece) * int(lengths[piece].max()) for piece in module.loss.pieces(batch))
-    for part in module.loss.slices(batch):
+        total += sum(len(piece) * int(lengths[piece].max()) for piece in loss.pieces(batch))
+    for part in loss.slices(batch):
         chunk = batch[part]
         if objective.masking is not None:
             widths = chunk.queries.attention_mask.sum(1).tolist()
