@@ -111,7 +111,7 @@ def grl(folder: str, batch_size: int = GRL_BATCH) -> Callable[[], float]:
     """
     model, batch, objective = load_model(folder), make_batch(batch_size), grl_objective()
     chunking = choose(model, half=False, least=LARGEST_QUERY, chunk_tokens=None)
-    assert chunking.held_tokens >= batch.num_tokens, chunking
+    assert chunking.retained_tokens >= batch.num_tokens, chunking
     return lambda: grad_cache(objective, model, batch, chunking.chunk_tokens, hold=True)
 
 
