@@ -122,7 +122,7 @@ def similarities(
     """
     data, model = trainer.datamodule, module.model  # type: ignore[attr-defined]
     assert model is not None
-    candidates = [[record.positives[0], *record.negatives[:negatives]] for record in records]
+    candidates = [[*record.positives[:1], *record.negatives][: 1 + negatives] for record in records]
     flat = [text for own in candidates for text in own]
     with trainer.precision_plugin.forward_context():
         tasks = [record.instruction for record in records]

@@ -38,7 +38,8 @@ class ULLMEDataModule(L.LightningDataModule):
             batch is of one of them, and each says its own split, name, schema and max_rows.
         train_split: which split of the dataset.
         train_name: the dataset's configuration, where it has several.
-        schema: the columns: auto, bge, tevatron, sentence-transformers or ullme; text, one text a row (of a row of
+        schema: the columns: auto, bge, tevatron, sentence-transformers or ullme; candidates, a query and
+            passages that nobody has judged (for losses that need no label); text, one text a row (of a row of
             retrieval its first positive), which is its own positive (SimCSE, arXiv 2104.08821); or the dotted path of
             a function that reads a row.
         on_bad_row: stop at the first bad row with its place and reason, before training; or skip and count them.
@@ -130,6 +131,11 @@ class ULLMEDataModule(L.LightningDataModule):
         if stage in ("fit", None) and self.source is None:
             self.source = self._open_train()
             self._sampler(*self._rank_and_world_size())  # options that do not fit the data fail here, early
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every training row says which text is a positive; known after :meth:`setup`."""
+        return self.source is None or self.source.labelled
 
     def _open_train(self) -> RowSource:
         sources = [self._open(one) for one in self.sets or []]

@@ -79,6 +79,7 @@ class Mixture:
         self.starts = [0, *accumulate(map(len, self.sources))]
         self.num_negatives = np.concatenate([source.num_negatives for source in self.sources])
         self.skipped = [place for source in self.sources for place in source.skipped]
+        self.labelled = all(source.labelled for source in self.sources)
         instructions = [rules.instruction for rules in self.sets] + [s.longest_instruction for s in self.sources]
         self.longest_instruction = max((i for i in instructions if i is not None), key=len, default=None)
 
