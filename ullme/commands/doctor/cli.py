@@ -82,6 +82,7 @@ def run(settings: Settings | None, fast: bool = False, started: float | None = N
 def _all(settings: Settings | None, folder: Path, fast: bool) -> Iterator[tuple[str, Callable[[], str]]]:
     """Names and checks, in the table's order."""
     from ullme.commands.doctor import machine
+    from ullme.commands.doctor.teacher import teacher
 
     yield "versions", machine.versions
     if settings is None:
@@ -101,6 +102,7 @@ def _all(settings: Settings | None, folder: Path, fast: bool) -> Iterator[tuple[
         yield "run folder", settings.run_folder
         yield "training data", settings.train_data
         yield "validation data", settings.val_data
+        yield "teacher", lambda: teacher(settings)
     yield from _correctness(settings, folder, fast)
 
 
