@@ -103,7 +103,7 @@ def test_the_losss_values_by_hand_and_its_gradient():
 def test_a_pooling(fit):
     folder, rows = fit("--model.backbone.pooling=my_pooling.largest")
     assert len(rows) == 4
-    with pytest.raises(ValueError, match=r"to run it, say so: pooling='my_pooling.largest'"):
+    with pytest.raises(ValueError, match=r"to allow it, pass pooling='my_pooling.largest'"):
         load_ullme(folder)
     texts = ["the mill stands here", "oak"]
     trained = load_ullme(folder, pooling="my_pooling.largest")

@@ -243,7 +243,7 @@ def test_another_device_is_probed_again(make_model, monkeypatch):
         raise RuntimeError("this head size is not supported by the kernel")
 
     monkeypatch.setattr(attention.packing, "_grouped", broken)
-    model._probed_on = "elsewhere"
+    model._probed_device_type = "elsewhere"
     after = model.encode(TEXTS)
     assert model.attention_path == "padded"
     np.testing.assert_allclose(after, before, atol=1e-6)

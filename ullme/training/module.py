@@ -227,11 +227,11 @@ class ULLMEModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another backbone, adapter, pooling or prompt, before any weight is copied."""
-        from ullme.models.trained_weights import check_fit
+        from ullme.models.trained_weights import check_can_resume
 
         self.configure_model()
         if "state_dict" in checkpoint:  # else _load_as_others_do has done it
-            check_fit(self.model, checkpoint)
+            check_can_resume(self.model, checkpoint)
 
     def _load_as_others_do(self, strategy: FSDPStrategy | ModelParallelStrategy) -> None:
         """Let a strategy that splits weights load the checkpoints of all strategies.
@@ -239,14 +239,14 @@ class ULLMEModule(L.LightningModule):
         By themselves these two copy the weights before on_load_checkpoint is asked, and number the optimizer's states
         by all weights, not by the trained ones. An adapter, which every rank holds whole, needs nothing of theirs.
         """
-        from ullme.models.trained_weights import STATE_PREFIX, check_fit
+        from ullme.models.trained_weights import STATE_PREFIX, check_can_resume
         from ullme.utils import atomic_files
 
         load = strategy.load_checkpoint
 
         def checked(path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
             stored = atomic_files.checked(path)
-            check_fit(self.model, stored, str(path))
+            check_can_resume(self.model, stored, str(path))
             if not fsdp.whole_parameters(self.model):
                 return load(path, *args, **kwargs)
             state = {name.removeprefix(STATE_PREFIX): value for name, value in stored["state_dict"].items()}
