@@ -106,7 +106,7 @@ class Checkpoint(ModelCheckpoint):
         """Save if it is time; if a validation follows at once, it saves instead."""
         every = self._every_n_train_steps
         self._due = (every > 0 and trainer.global_step % every == 0) or self._time_is_up(trainer)
-        # At max_steps, save now: resumed with more steps from a checkpoint of on_train_epoch_end, a run would skip the rest
+        # At max_steps, save now: resumed with more steps from a checkpoint of on_train_epoch_end, it would skip the rest
         # of the epoch.
         self._due |= trainer.global_step == trainer.max_steps
         leave = self._asked_to_leave(trainer)
