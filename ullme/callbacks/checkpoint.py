@@ -106,8 +106,8 @@ class Checkpoint(ModelCheckpoint):
         """Save if it is time; if a validation follows at once, it saves instead."""
         every = self._every_n_train_steps
         self._due = (every > 0 and trainer.global_step % every == 0) or self._time_is_up(trainer)
-        # At max_steps, save now: resumed with more steps from a checkpoint of on_train_epoch_end, it would skip the rest
-        # of the epoch.
+        # At max_steps, save now: a run that resumes with more steps from a checkpoint of on_train_epoch_end would skip
+        # the rest of the epoch.
         self._due |= trainer.global_step == trainer.max_steps
         leave = self._asked_to_leave(trainer)
         if _validation_follows(trainer):
