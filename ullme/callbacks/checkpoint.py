@@ -18,7 +18,7 @@ from ullme.utils import atomic_files
 
 
 class Checkpoint(ModelCheckpoint):
-    """``last.ckpt`` always, and the best by the validation metric where there is a validation.
+    """Saves ``last.ckpt`` and, with a validation, the best checkpoints by the validation metric.
 
     ``last.ckpt`` is saved at the given interval of steps, epochs or time, before and after each validation, at the end,
     and after the step during which SIGTERM or Ctrl-C came. A run that resumes from any of them continues as if it had
@@ -195,7 +195,7 @@ class Checkpoint(ModelCheckpoint):
         return leave
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Say how to go on, and give the exit status of a process that the signal ended."""
+        """On a signal, print how to resume, and exit with the status of a process that the signal ended."""
         if isinstance(exception, SIGTERMException):
             exception.code = self._notice.status
             if trainer.is_global_zero:

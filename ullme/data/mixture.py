@@ -77,7 +77,7 @@ class Mixture:
         self.sets, self.sources = list(sets), list(sources)
         self.starts = [0, *accumulate(map(len, self.sources))]
         self.num_negatives = np.concatenate([source.num_negatives for source in self.sources])
-        self.skipped = [place for source in self.sources for place in source.skipped]
+        self.skipped = [message for source in self.sources for message in source.skipped]
         instructions = [settings.instruction for settings in self.sets] + [s.longest_instruction for s in self.sources]
         self.longest_instruction = max((i for i in instructions if i is not None), key=len, default=None)
 

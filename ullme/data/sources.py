@@ -138,9 +138,8 @@ class JsonlSource:
         return parse_record(parse_line(handle.readline()), self.schema)
 
     def _handle(self, file: int) -> BinaryIO:
-        if (
-            self._pid != os.getpid()
-        ):  # a forked worker would share the parent's file position, so it opens the files again
+        # a forked worker would share the parent's file position, so it opens the files again
+        if self._pid != os.getpid():
             self._handles, self._pid = {}, os.getpid()
         if file not in self._handles:
             self._handles[file] = self.files[file].open("rb")

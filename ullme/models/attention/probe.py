@@ -151,10 +151,10 @@ def _check_path(model: PreTrainedModel, name: str, causal: bool, plain: Tensor) 
 
     with LayerCallRecorder(decoder) as recorder:
         together = run(decoder, ids, mask, causal).flat
-    alone = torch.cat(
+    separate = torch.cat(
         [run(decoder, ids[:1], mask[:1], causal).flat, run(decoder, ids[1:, :7], mask[1:, :7], causal).flat]
     )
-    if differ(together, alone):
+    if differ(together, separate):
         return ProbeResult("a row's result depends on the other rows or on padding")
     other = ids.clone()
     other[1] = (other[1] + vocab_size // 2) % vocab_size
