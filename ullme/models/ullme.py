@@ -134,9 +134,8 @@ class ULLME(nn.Module):
     def hidden_size(self) -> int:
         """D, the dimension of an embedding."""
         config = self.causal_lm.config.get_text_config()
-        return (
-            getattr(config, "word_embed_proj_dim", None) or config.hidden_size
-        )  # OPT may project the last hidden states
+        # OPT may project the last hidden states
+        return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
 
     @property
     def max_positions(self) -> int:
