@@ -177,7 +177,7 @@ class Objective:
 
     def _total(self, logs: Logs) -> Logs:
         loss = torch.stack([term.weight * logs[term.name].double() for term in self.terms]).sum()
-        weights = {f"weight/{term.name}": torch.tensor(term.weight) for term in self.terms}
+        weights = {f"weight/{term.name}": torch.tensor(term.weight, device=loss.device) for term in self.terms}
         return {"loss": loss, **logs, **weights}
 
     def _representation_loss(
