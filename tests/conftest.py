@@ -1,17 +1,44 @@
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("WANDB_MODE", "offline")
+
+def _forget_who_started_the_tests() -> None:
+    """Before any library is imported: the settings of a user, a terminal or a scheduler decide no verdict.
+
+    Processes that tests start take this environment over.
+    """
+    exact = {"RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "COLUMNS", "LINES"}
+    exact |= {"MASTER_ADDR", "MASTER_PORT", "NO_COLOR", "FORCE_COLOR", "PYTHONWARNINGS", "PYTHONIOENCODING"}
+    prefixes = ("SLURM_", "TORCHELASTIC_", "HF_", "TRANSFORMERS_", "WANDB_", "MTEB_", "JSONARGPARSE_", "PL_", "XDG_")
+    for name in [name for name in os.environ if name in exact or name.startswith(prefixes)]:
+        del os.environ[name]
+    os.umask(0o022)
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # its workers share a home
+        home = tempfile.mkdtemp(prefix="ullme-tests-home-")
+        atexit.register(shutil.rmtree, home, ignore_errors=True)
+        os.environ["HOME"] = home
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline"}
+    os.environ |= {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+
+
+_forget_who_started_the_tests()
 
 import pytest
 import torch
 from tiny import save_llm
 
 torch.set_num_threads(1)  # tiny models lose more to thread start-up than they win
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only ``-m gpu`` sees GPUs: what is tested without them is tested alike on a machine that has some."""
+    if config.option.markexpr.strip() != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from children import PATIENCE
 
 PRELOAD = [
     "ullme.cli",
@@ -29,8 +30,8 @@ def _work(rank: int, world_size: int, folder: str, function: Callable[..., Any],
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     names = {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "TORCHELASTIC_RUN_ID": "test"}
     os.environ.update({name: str(value) for name, value in {**numbers, **names}.items()})
-    # one rank that waits for a forward that another does not do is a failure, soon
-    waits = timedelta(seconds=60)
+    # a rank that waits for a forward that another does not do is a failure
+    waits = timedelta(seconds=PATIENCE)
     dist.init_process_group("gloo", f"file://{folder}/init", timeout=waits, rank=rank, world_size=world_size)
     result = function(*args)
     torch.save(result, f"{folder}/{rank}.pt")
