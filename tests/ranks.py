@@ -14,9 +14,9 @@ import torch.multiprocessing as mp
 from children import PATIENCE
 
 PRELOAD = [
-    "ullme.cli",
+    "ullme.commands.train",
     "ullme.models.ullme",
-    "ullme.models.checkpoint",
+    "ullme.models.trained_weights",
     "peft",
     "transformers.models.auto.modeling_auto",
 ]

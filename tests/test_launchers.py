@@ -13,7 +13,7 @@ import pytest
 from children import PATIENCE, start_process
 from test_training import write_rows
 
-from ullme import cli
+from ullme.commands import train
 
 ROOT = Path(__file__).parents[1]
 TWO = f"--config={ROOT / 'configs' / 'strategy' / 'cpu_2proc.yaml'}"
@@ -89,7 +89,7 @@ def logged(folder: Path) -> list[dict[str, float]]:
 )
 def test_two_processes_log_what_one_does(arguments, tmp_path, launcher):
     processes = start(launcher, arguments("two"))
-    cli.main(arguments("one"))
+    train.main(arguments("one"))
     for process in processes:
         _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, errors

@@ -15,8 +15,8 @@ from children import wait_until
 from interrupted import before_step, start  # noqa: F401 - start is a fixture
 from test_training import arguments, logged  # noqa: F401 - arguments is a fixture
 
-from ullme import storage
-from ullme.data.miniature import build_world
+from ullme.demo.world import build_world
+from ullme.utils import atomic_files
 
 STEPS, KILLS = 2000, (700, 1400)
 WARM_UP = 250  # steps of a start until caches are full
@@ -109,5 +109,5 @@ def test_two_thousand_steps(start, tmp_path, monkeypatch):  # noqa: F811
     wait_until(lambda: not any(in_group(process) for process in processes), "the end of all workers")
     assert open_files() <= files + 1
     left = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
-    assert not [name for name in left if name.startswith(storage.UNFINISHED)]
+    assert not [name for name in left if name.startswith(atomic_files.UNFINISHED)]
     assert len(left) == 3  # last, best, finished

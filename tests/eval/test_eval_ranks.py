@@ -15,7 +15,7 @@ import pytest
 from children import PATIENCE
 from ranks import on_ranks
 
-from ullme.eval.cli import main
+from ullme.commands.evaluate import main
 
 ROOT = Path(__file__).parents[2]
 
