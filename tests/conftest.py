@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 
 def _forget_who_started_the_tests() -> None:
@@ -27,6 +29,7 @@ def _forget_who_started_the_tests() -> None:
 
 
 _forget_who_started_the_tests()
+gc.disable()  # until all is collected: importing the libraries makes millions of objects and no garbage
 
 import pytest
 import torch
@@ -39,6 +42,19 @@ def pytest_configure(config: pytest.Config) -> None:
     """Only ``-m gpu`` sees GPUs: what is tested without them is tested alike on a machine that has some."""
     if config.option.markexpr.strip() != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """All tests of a file run in the same process, so that what a file's tests share is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

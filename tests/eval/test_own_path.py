@@ -21,6 +21,7 @@ from ullme.eval import evaluate_tasks, local_tasks
 from ullme.models.wrapped import WrappedULLME
 
 POINTS = 0.05
+WIDER = {"Classification": 1.0}  # of 600 predictions, a few may lie on the border that logistic regression draws
 QUERY, PASSAGE = "Query: ", "Passage: "
 TYPES = ("Retrieval", "Reranking", "STS", "PairClassification", "Classification", "Clustering", "Summarization")
 
@@ -160,7 +161,7 @@ def test_equal_embeddings_and_scores(weights, kind, evaluated):
     assert len(embeddings) == len(their_embeddings) > 0
     for mine, theirs in zip(embeddings, their_embeddings, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
-    assert found == pytest.approx(expected, abs=POINTS)
+    assert found == pytest.approx(expected, abs=WIDER.get(kind, POINTS))
     if kind == "Clustering":
         assert 50 < found < 99  # the groups are found, and the exchanged labels cost something
 
@@ -173,4 +174,4 @@ def test_the_embeddings_and_scores_tell_models_apart(kind, evaluated):
     for one, other in zip(embeddings, others, strict=True):
         assert (one - other).abs().max() > 1e-2
     if kind not in ("Clustering", "Summarization"):  # groups this tight, and two texts, are scored alike by any model
-        assert abs(plain - adapted) > POINTS
+        assert abs(plain - adapted) > WIDER.get(kind, POINTS)
