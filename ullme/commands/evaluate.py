@@ -130,7 +130,7 @@ def _check(options: Any) -> None:
 def _run(options: Any) -> int:
     """On the first of several processes; the others embed for it."""
     _quiet()
-    from ullme.distributed import leave, world
+    from ullme.distributed import leave_process_group, world
     from ullme.eval import ranks
 
     ranks.join()
@@ -144,7 +144,7 @@ def _run(options: Any) -> int:
             model.model.embed_blocks = ranks.embed_over_ranks
         status = _evaluate(options, tasks, model)
         ranks.let_go()
-    leave()
+    leave_process_group()
     return status
 
 

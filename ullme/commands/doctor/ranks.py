@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ullme.commands.doctor.checks import NotChecked, Trouble
 from ullme.commands.doctor.correctness import compare, gradients
-from ullme.distributed import average_gradients, leave
+from ullme.distributed import average_gradients, leave_process_group
 from ullme.engine.gradcache import chunk_slices
 
 if TYPE_CHECKING:
@@ -85,4 +85,4 @@ def _work(rank: int, patient: Patient, folder: str) -> None:
         averaged = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
         torch.save(own, Path(folder, "own.pt"))
         torch.save(averaged, Path(folder, "averaged.pt"))
-    leave()
+    leave_process_group()
