@@ -336,7 +336,9 @@ def test_what_is_no_mistake_is_computed(world, tmp_path, capfd, monkeypatch, com
     monkeypatch.chdir(tmp_path)
     train.main(["fit", *good_command(world, str(tmp_path / "run"))])
     assert computed == ["training_step"]
-    assert evaluate([part.format(**world) for part in "--model {llm} --corpus {beir} --progress=false".split()]) == 0
+    assert (
+        evaluate([part.format(**world) for part in ["--model", "{llm}", "--corpus", "{beir}", "--progress=false"]]) == 0
+    )
     assert computed[1:] == ["encode", "encode"]  # passages and queries
 
 

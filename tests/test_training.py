@@ -300,7 +300,7 @@ def test_the_config_lies_in_the_runs_own_folder(arguments, tmp_path):
 def test_two_processes_train_and_validate_as_one(arguments, tmp_path):
     """GRL under DDP with GradCache chunks: the same losses, weights and validation scores as a single process."""
     common = ("--trainer.max_steps=3", "--trainer.val_check_interval=3", "--model.backbone.lora_dropout=0")
-    for run, ranks in (("one", ()), ("two", ("--trainer.devices=2", "--trainer.strategy=ddp_spawn"))):
+    for run, ranks in (("one", ()), ("two", ("--trainer.devices=2", "--trainer.strategy=ddp_fork"))):
         dropped = [a for a in arguments(run, *common, *ranks, "--loss=GRL") if "chunk_size" not in a]
         train.main([*dropped, "--loss.chunk_size=1"])
     for column in ("train/loss", "train/dpo", "train/kl", "train/grad_norm", "val/ndcg@10", "val/mrr@10"):
