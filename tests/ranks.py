@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from children import PATIENCE, default_signals
 
+
 def _work(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     from ullme.distributed import leave_process_group
 
