@@ -3,8 +3,10 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import random
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ def _forget_who_started_the_tests() -> None:
 _forget_who_started_the_tests()
 gc.disable()  # until all is collected: importing the libraries makes millions of objects and no garbage
 
+import numpy as np
 import pytest
 import torch
 from tiny import save_llm
@@ -62,6 +65,26 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if config.option.markexpr.strip() != "gpu" or collection_path.suffix != ".py":
         return None
     return True if "pytest.mark.gpu" not in collection_path.read_text(encoding="utf-8") else None
+
+
+@pytest.fixture(autouse=True)
+def _nothing_of_earlier_tests() -> Iterator[None]:
+    """Every test begins with the same random state, and leaves the environment as it found it.
+
+    Lightning keeps the seed of a run in the environment, and a later run under DDP would begin with it.
+    """
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    before = dict(os.environ)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    kept = {"PYTEST_CURRENT_TEST"}  # pytest's own
+    for name in {*before, *os.environ} - kept:
+        if name not in before or name == "PL_GLOBAL_SEED":
+            os.environ.pop(name, None)
+        elif os.environ.get(name) != before[name]:
+            os.environ[name] = before[name]
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ def _work(rank: int, world_size: int, folder: str, function: Callable[..., Any],
 
     default_signals()
     torch.set_num_threads(1)
+    torch.manual_seed(1000 + rank)  # processes of their own draw different numbers
     # as torchrun does, so that Lightning starts no processes of its own
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     names = {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "TORCHELASTIC_RUN_ID": "test"}
