@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ullme.__main__ import main
-from ullme.callbacks.grl import grl_terms
 from ullme.commands import plan
 from ullme.engine.objective import Objective
+from ullme.engine.presets import grl_terms
 from ullme.models.config import BackboneConfig
 from ullme.models.loading import load_config
 from ullme.planning.description import describe

@@ -47,7 +47,7 @@ def versions() -> str:
 
 def _metadata() -> tuple[str, list[str]]:
     """What Python and which libraries the package asks for: as installed, or as its checkout says."""
-    checkout = Path(__file__).parents[2] / "pyproject.toml"
+    checkout = Path(__file__).parents[3] / "pyproject.toml"
     if checkout.is_file():
         project = tomllib.loads(checkout.read_text(encoding="utf-8"))["project"]
         return project["requires-python"], project["dependencies"]
