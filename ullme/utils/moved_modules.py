@@ -45,11 +45,9 @@ MOVED: dict[str, tuple[str, ...]] = {
     "ullme.models.identity": ("ullme.models.wrapped",),
     "ullme.models.adapter_folder": ("ullme.models.trained_weights",),
     "ullme.models.dropout": ("ullme.models.loading",),
-    "ullme.models.identity": ("ullme.models.wrapped",),
     "ullme.models.layers": ("ullme.models.attention.layers",),
     "ullme.models.packing": ("ullme.models.attention.packing",),
     "ullme.models.paths": ("ullme.models.attention.paths",),
-    "ullme.models.quantization": ("ullme.models.loading",),
     "ullme.models.quantization": ("ullme.models.loading",),
     "ullme.models.rows": ("ullme.models.attention.packed_rows",),
 }
