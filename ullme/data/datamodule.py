@@ -38,9 +38,10 @@ class ULLMEDataModule(L.LightningDataModule):
             split, name, schema and max_rows; every batch comes from one of them.
         train_split: split of the dataset.
         train_name: configuration of the dataset, if it has several.
-        schema: the columns: auto, bge, tevatron, sentence-transformers or ullme; text, one text per row (of a retrieval
-            row, the first positive), which is its own positive (SimCSE, arXiv 2104.08821); or the dotted path of a
-            function that parses a row.
+        schema: the columns: auto, bge, tevatron, sentence-transformers or ullme; candidates, a query and passages that
+            nobody has judged (for losses that need no label); text, one text per row (of a retrieval row, the first
+            positive), which is its own positive (SimCSE, arXiv 2104.08821); or the dotted path of a function that
+            parses a row.
         on_bad_row: stop at the first bad row, before training, with its file, line and reason; or skip bad rows and
             count them.
         short_rows: what to do if a row has too few hard negatives: borrow positives of other rows, repeat its
@@ -139,6 +140,11 @@ class ULLMEDataModule(L.LightningDataModule):
         if stage in ("fit", None) and self.source is None:
             self.source = self._open_train()
             self._sampler(*self._rank_and_world_size())  # raises now, if options do not fit the data
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every training row says which text is a positive; known after :meth:`setup`."""
+        return self.source is None or self.source.labelled
 
     def _open_train(self) -> RowSource:
         """Open the training set, or all datasets of the mixture."""
