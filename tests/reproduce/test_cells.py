@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from ullme.commands.evaluate import parser as evaluation_parser
-from ullme.commands.plan import read_configs
 from ullme.commands.reproduce.cells import EVALUATE, Cell, Overrides, parse_options, parsed
 from ullme.commands.reproduce.cli import parser, read_table
 from ullme.commands.reproduce.spec import Row
+from ullme.commands.train import read_configs
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI")
 

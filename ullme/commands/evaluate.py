@@ -30,7 +30,11 @@ MODEL_OPTIONS: dict[str, tuple[type, str]] = {
     "pooling": (str, "mean, weighted_mean, first, last, or module.name of your own function"),
     "family_code": (str, "module of yours that registers a family with transformers"),
     "attention": (str, "bidirectional or causal"),
-    "dtype": (str, "of the weights: auto, float32, bfloat16 or float16"),
+    "dtype": (
+        str,
+        "of the weights: auto (as stored, but float32 on a CPU that is slow in half precision), float32, bfloat16 or "
+        "float16",
+    ),
     "quantization": (str, "nf4, int8 or none; the checkpoint's unless given"),
     "device": (str, "such as cuda:0 or cpu; a GPU if there is one, unless given"),
     "max_length": (int, "in tokens, template included (default: 512)"),
@@ -202,6 +206,8 @@ def _model(options: Any) -> WrappedULLME:
     given = {name: options[name] for name in MODEL_OPTIONS if options[name] is not None}
     if (device := own_device()) is not None:
         given.setdefault("device", device)
+    if (dtype := _dtype(options, given.get("device"))) is not None:
+        given["dtype"] = dtype
     prompts = {field: options[name] for name, (field, *_) in PROMPT_OPTIONS.items() if options[name] is not None}
     if prompts:
         given["prompts"] = prompts
@@ -212,6 +218,23 @@ def _model(options: Any) -> WrappedULLME:
         instructions=options.instructions,
         **given,
     )
+
+
+def _dtype(options: Any, device: str | None) -> str | None:
+    """The dtype to load the weights in. Says so where it is another than asked for, and warns of a slow one."""
+    from ullme.commands.loading_dtype import dtype_to_load
+    from ullme.distributed import world
+    from ullme.models.checkpoint import usable_device
+    from ullme.utils.precision import cpu_rates, slow_choice
+
+    kind = usable_device(device).split(":")[0]
+    dtype = dtype_to_load(options.model, options.checkpoint, options.dtype, kind)
+    said = slow_choice("--dtype", dtype, kind)
+    if dtype != options.dtype:
+        said = f"--dtype: the weights are loaded in float32 (this CPU does {cpu_rates()})"
+    if said and world()[0] == 0:
+        print(f"evaluate: {said}", file=sys.stderr)
+    return dtype
 
 
 def _quiet() -> None:

@@ -111,11 +111,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def plan_from(arguments: argparse.Namespace, overrides: Sequence[str]) -> Plan:
     """The plan that a command line asks for. Raises: ValueError: a mistake in it."""
+    from ullme.commands.train import read_configs
     from ullme.planning.plan import make_plan
 
     if not arguments.config:
         raise ValueError("--config: give at least one configuration of train.py's, or --paper")
-    config = read_configs([*(f"--config={path}" for path in arguments.config), *overrides])
+    config = read_configs([*(f"--config={path}" for path in arguments.config), *overrides], device="cuda")
     strategy = config.trainer.strategy
     named = strategy if isinstance(strategy, str) else strategy.class_path
     fsdp = arguments.strategy == "fsdp" or (
@@ -130,20 +131,6 @@ def _devices_of(trainer: Any) -> int:
     """All processes of a run; where the trainer takes what it finds, one for each node."""
     devices = number_of(trainer.devices)
     return trainer.num_nodes * (devices if isinstance(devices, int) else 1)
-
-
-def read_configs(arguments: Sequence[str]) -> Any:
-    """The configuration that train.py would run with, checked, nothing of it instantiated."""
-    from ullme.commands.train import ULLMECLI, build
-
-    class Reader(ULLMECLI):
-        def before_instantiate_classes(self) -> None:
-            pass
-
-        def instantiate_classes(self) -> None:
-            pass
-
-    return build([*arguments, "--seed_everything=false"], run=False, kind=Reader).config
 
 
 def job_from(config: Any, arguments: argparse.Namespace) -> Job:

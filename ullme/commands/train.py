@@ -7,14 +7,15 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import yaml
 from jsonargparse import ArgumentError
+from lightning.fabric.connector import _PRECISION_INPUT
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from ullme.callbacks import LossCallback, Throughput
@@ -26,10 +27,36 @@ from ullme.training.module import ULLMEModule
 from ullme.training.signals import INTERRUPTED
 from ullme.utils import atomic_files, config_files, errors
 from ullme.utils.dotted_names import look_here
+from ullme.utils.precision import choose_precision, device_type, slow_choice, stored_dtype
 
 DESCRIPTION = """Train an embedder: fit --config configs/base.yaml --config configs/model/phi-1.5.yaml ...
 Configurations stack, and later ones win; every option can be given on the command line too. A run that was interrupted
 (Ctrl-C and SIGTERM save first) goes on with the same command."""
+
+
+class Trainer(L.Trainer):
+    """Lightning's Trainer, whose ``precision`` may also be ``auto`` in a configuration.
+
+    The CLI puts Lightning's own value in its place before it builds the trainer, so that the saved configuration says
+    what was taken.
+    """
+
+    def __init__(self, *args: Any, precision: _PRECISION_INPUT | Literal["auto"] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, precision=precision, **kwargs)  # type: ignore[arg-type]
+
+
+class SamePrecision(L.Callback):
+    """Refuses ranks for which ``precision: auto`` became different things: they would train different models."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Raises: ValueError: the ranks have different precisions."""
+        half = str(trainer.precision).startswith("bf16")
+        decisions = [trainer.strategy.reduce_boolean_decision(half, all=all_ranks) for all_ranks in (True, False)]
+        if decisions[0] != decisions[1]:
+            raise ValueError(
+                "trainer.precision=auto: bfloat16 pays on some ranks' processors and not on others'; set "
+                "trainer.precision=32-true and model.backbone.dtype=float32 for all of them"
+            )
 
 
 class SaveConfig(SaveConfigCallback):
@@ -54,6 +81,7 @@ class ULLMECLI(LightningCLI):
     """LightningCLI with one loss, one checkpoint policy, and everything of a run in one folder."""
 
     start_from: str | None = None
+    precision_was_auto = False
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -84,8 +112,10 @@ class ULLMECLI(LightningCLI):
         if self.subcommand:
             errors.check_accelerator(trainer)
             errors.check_strategy(trainer)
+        folder, root = Path(config.checkpoint.dirpath), Path(trainer.default_root_dir)
+        saved = resume.saved_config(folder, root, config.ckpt_path) if self.subcommand else {}
+        self._choose_precision(config, saved)
         if self.subcommand == "fit" and not trainer.fast_dev_run:
-            folder, root = Path(config.checkpoint.dirpath), Path(trainer.default_root_dir)
             atomic_files.check_writable(root)
             now = plain(self._parser("fit"), config)
             self.start_from = resume.checkpoint_to_continue(folder, root, now, config.ckpt_path)
@@ -94,13 +124,39 @@ class ULLMECLI(LightningCLI):
             if _is_first_rank():
                 resume.name_wandb_run(trainer.logger, root)
 
+    def _choose_precision(self, config: Any, saved: dict[str, Any]) -> None:
+        """Replace ``auto`` and say so; a run that goes on keeps the precision that it was started with."""
+        keep = {
+            option: value
+            for option, value in (
+                ("trainer.precision", (saved.get("trainer") or {}).get("precision")),
+                ("model.backbone.dtype", ((saved.get("model") or {}).get("backbone") or {}).get("dtype")),
+            )
+            if value is not None and config[option] == "auto" and value != "auto"
+        }
+        for option, value in keep.items():
+            config[option] = value
+        self.precision_was_auto = config.trainer.precision == "auto"
+        if keep:
+            taken = ", ".join(f"{option}={value}" for option, value in keep.items())
+            rank_zero_info(f"ullme: auto: {taken}, as the run was started")
+        if reason := resolve_precision(config, download=True):
+            rank_zero_info(f"ullme: auto: {reason}")
+        device = device_type(str(config.trainer.accelerator))
+        for option in ("trainer.precision", "model.backbone.dtype"):
+            if warning := slow_choice(option, config[option], device):
+                rank_zero_warn(warning)
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Raises: ValueError: a device, strategy or precision that is not there."""
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
             config = self.config[self.subcommand] if self.subcommand else self.config
             raise errors.bad_trainer(config.trainer.as_dict(), error) from error
+        if self.precision_was_auto:
+            trainer.callbacks.append(SamePrecision())  # type: ignore[attr-defined]
+        return trainer
 
     def _set_seed(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
@@ -148,6 +204,7 @@ def build(argv: Sequence[str] | None = None, run: bool = True, kind: type[ULLMEC
         ULLMEDataModule,
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
+        trainer_class=Trainer,
         trainer_defaults=defaults,
         auto_configure_optimizers=False,
         parser_kwargs={
@@ -159,6 +216,51 @@ def build(argv: Sequence[str] | None = None, run: bool = True, kind: type[ULLMEC
         args=None if argv is None else config_files.located(argv),
         run=run,
     )
+
+
+def read_configs(arguments: Sequence[str], device: str | None = None) -> Any:
+    """The configuration that train.py would run with, checked, nothing of it instantiated, ``auto`` precision replaced.
+
+    Args:
+        arguments: as train.py takes them, without a subcommand.
+        device: "cpu" or "cuda", for which ``auto`` is replaced; None: where the trainer would run on this machine.
+
+    Raises:
+        ValueError, jsonargparse.ArgumentError: a mistake in it.
+    """
+
+    class Reader(ULLMECLI):
+        def before_instantiate_classes(self) -> None:
+            pass
+
+        def instantiate_classes(self) -> None:
+            pass
+
+    config = build([*arguments, "--seed_everything=false"], run=False, kind=Reader).config
+    resolve_precision(config, device)
+    return config
+
+
+def resolve_precision(config: Any, device: str | None = None, download: bool = False) -> str | None:
+    """Replace ``auto`` in trainer.precision and model.backbone.dtype of a configuration.
+
+    Args:
+        config: as parsed; changed in place.
+        device: "cpu" or "cuda"; None: where the trainer would run on this machine.
+        download: the LLM's config.json from the hub, where it is needed and not on this machine.
+
+    Returns:
+        What was taken and why, in words; None where nothing was left to ``auto``, or nothing changed.
+    """
+    backbone = config.model.backbone
+    chosen = choose_precision(
+        config.trainer.precision,
+        backbone.dtype,
+        device or device_type(str(config.trainer.accelerator)),
+        lambda: stored_dtype(backbone.model_name_or_path, download),
+    )
+    config.trainer.precision, backbone.dtype = chosen.precision, chosen.dtype
+    return chosen.reason
 
 
 def main(argv: Sequence[str] | None = None) -> None:

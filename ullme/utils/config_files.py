@@ -8,7 +8,7 @@ from pathlib import Path
 
 def shipped() -> Path:
     """The folder of this project's configs: of the checkout that is imported, or inside the installed package."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     inside, beside = package / "configs", package.parent / "configs"
     return inside if inside.is_dir() else beside
 

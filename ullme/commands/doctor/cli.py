@@ -86,12 +86,14 @@ def _all(settings: Settings | None, folder: Path, fast: bool) -> Iterator[tuple[
     yield "versions", machine.versions
     if settings is None:
         yield "devices", machine.devices
+        yield "precision", machine.precision
         yield "disk", lambda: machine.free_disk(Path("runs"), _LITTLE_DISK, "checkpoints of a small run")
         yield "hub", machine.hub_login
         yield "W&B", lambda: machine.wandb_login(False)
     else:
         trainer = settings.config.trainer
         yield "devices", lambda: machine.devices(str(trainer.accelerator), str(trainer.devices))
+        yield "precision", settings.precision
         yield "hub", machine.hub_login
         yield "W&B", lambda: machine.wandb_login(settings.logs_to_wandb)
         yield "trainer", settings.trainer

@@ -7,8 +7,10 @@ import os
 import shutil
 import sys
 import tomllib
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from ullme.commands.doctor.checks import NotChecked, Trouble
@@ -47,7 +49,7 @@ def versions() -> str:
 
 def _metadata() -> tuple[str, list[str]]:
     """What Python and which libraries the package asks for: as installed, or as its checkout says."""
-    checkout = Path(__file__).parents[2] / "pyproject.toml"
+    checkout = Path(__file__).parents[3] / "pyproject.toml"
     if checkout.is_file():
         project = tomllib.loads(checkout.read_text(encoding="utf-8"))["project"]
         return project["requires-python"], project["dependencies"]
@@ -97,6 +99,29 @@ def devices(accelerator: str = "auto", count: str = "auto") -> str:
     return (
         f"{listed}; torch for CUDA {torch.version.cuda}, driver for CUDA {driver // 1000}.{driver % 1000 // 10}{half}"
     )
+
+
+def precision(accelerator: str = "auto", chosen: Mapping[str, Any] | None = None) -> str:
+    """How fast the CPU is in bfloat16 and in float32, and what ``auto`` makes of it.
+
+    Args:
+        accelerator: trainer.accelerator.
+        chosen: options of a configuration that say a precision or a dtype, with ``auto`` replaced.
+
+    Raises:
+        NotChecked: the run is on a GPU.
+        Trouble: one of ``chosen`` is many times slower than float32.
+    """
+    from ullme.utils.precision import cpu_rates, device_type, slow_choice
+
+    if (device := device_type(accelerator)) != "cpu":
+        raise NotChecked("bfloat16 on the GPU; the CPU's speed does not matter")
+    for option, value in (chosen or {}).items():
+        if found := slow_choice(option, value, device):
+            raise Trouble(found, f"--{option}={'32-true' if option == 'trainer.precision' else 'float32'}")
+    rates = cpu_rates()
+    taken = "bf16-mixed and bfloat16" if rates.bfloat16_pays else "32-true and float32"
+    return f"this CPU does {rates}; auto takes {taken}"
 
 
 def _check_driver(built_for: str | None) -> None:

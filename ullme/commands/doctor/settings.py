@@ -27,7 +27,7 @@ class Settings:
     """A configuration of train.py's.
 
     Args:
-        config: as read and checked by :func:`ullme.commands.plan.read_configs`.
+        config: as read and checked by :func:`ullme.commands.train.read_configs`.
     """
 
     def __init__(self, config: Any) -> None:
@@ -75,6 +75,13 @@ class Settings:
         check_strategy(trainer)
         strategy = trainer.strategy if isinstance(trainer.strategy, str) else trainer.strategy.class_path
         return f"{trainer.devices} x {trainer.accelerator}, strategy {strategy}, precision {trainer.precision}"
+
+    def precision(self) -> str:
+        """Raises: NotChecked: on a GPU; Trouble: an option that makes this CPU many times slower than float32."""
+        from ullme.commands.doctor.machine import precision
+
+        chosen = {name: self.config[name] for name in ("trainer.precision", "model.backbone.dtype")}
+        return precision(str(self.config.trainer.accelerator), chosen)
 
     def backbone(self) -> str:
         """Raises: ValueError, Trouble: there is no such LLM; NotChecked: it has yet to be downloaded."""
@@ -225,7 +232,7 @@ def _parses(parse: Callable[[], Any], where: str, on_bad_row: str) -> bool:
 
 def read(arguments: argparse.Namespace, overrides: list[str]) -> Settings:
     """The configuration that a command line names. Raises: ValueError, ArgumentError: a mistake in it."""
-    from ullme.commands.plan import read_configs
+    from ullme.commands.train import read_configs
     from ullme.utils.errors import check_config_files
 
     files = [f"--config={path}" for path in arguments.config]

@@ -113,8 +113,10 @@ def _run(options: Any) -> int:
     source = Source() if options.run is None else find_source(options.run)
     title = options.title or options.push_to_hub or Path(options.to).resolve().name
     what = Description(title, source, scores, options.license)
-    model = load_embedder(options.model, source.checkpoint, _model_options(options, source))
-    model.to(usable_device(options.device))
+    device = usable_device(options.device)
+    dtype, loading = _dtypes(options, source, device.split(":")[0])
+    model = load_embedder(options.model, source.checkpoint, {**_model_options(options, source), **loading})
+    model.to(device)
 
     def describe(folder: Path, done: Exported) -> None:
         write_card(folder, model, done, what)
@@ -123,12 +125,22 @@ def _run(options: Any) -> int:
     if options.adapter_only:
         done = export_adapter(model, options.to, **common)
     else:
-        limits = {"dtype": options.dtype, "max_length": options.max_length, "tolerance": options.tolerance}
+        limits = {"dtype": dtype, "max_length": options.max_length, "tolerance": options.tolerance}
         done = export_model(model, options.to, **limits, **common)
     print(_summary(done))
     if options.push_to_hub is not None:
         print(f"uploaded to {hub.push(done.folder, options.push_to_hub, options.private)}")
     return 0
+
+
+def _dtypes(options: Any, source: Source, device: str) -> tuple[str, dict[str, str]]:
+    """The dtype to write, and the option of the dtype to load: float32 where a CPU would be slow in the LLM's own."""
+    from ullme.commands.loading_dtype import dtype_to_load, known_dtype
+
+    if dtype_to_load(options.model, source.checkpoint, None, device) is None:
+        return options.dtype, {}
+    own = known_dtype(options.model, source.checkpoint) or "auto"
+    return own if options.dtype == "auto" else options.dtype, {"dtype": "float32"}
 
 
 def _model_options(options: Any, source: Source) -> dict[str, Any]:

@@ -235,7 +235,7 @@ def parsed(configuration: tuple[str, ...]) -> Any:
     """
     from jsonargparse import ArgumentError
 
-    from ullme.commands.plan import read_configs
+    from ullme.commands.train import read_configs
     from ullme.utils.errors import one_line
 
     if configuration not in _PARSED:
