@@ -12,7 +12,7 @@ from test_training import arguments  # noqa: F401 - a fixture
 
 from ullme.commands import evaluate, train
 from ullme.commands.doctor import machine
-from ullme.commands.doctor.checks import Trouble
+from ullme.commands.doctor.checks import CheckFailed
 from ullme.commands.export.cli import main as export
 from ullme.commands.loading_dtype import dtype_to_load
 from ullme.models import ULLME
@@ -132,7 +132,7 @@ def test_ranks_that_decided_differently_are_refused():
         return SimpleNamespace(precision=ranks[0], strategy=SimpleNamespace(reduce_boolean_decision=decide))
 
     train.SamePrecision().setup(trainer("32-true", "32-true"), None, "fit")
-    with pytest.raises(ValueError, match="trainer.precision=32-true"):
+    with pytest.raises(ValueError, match=r"trainer\.precision=32-true"):
         train.SamePrecision().setup(trainer("32-true", "bf16-mixed"), None, "fit")
 
 
@@ -143,7 +143,14 @@ def config_of(run):
 
 @pytest.mark.parametrize(("first", "second", "taken"), [(SLOW, FAST, F32), (FAST, SLOW, BF16)])
 def test_a_run_goes_on_with_the_precision_that_it_began_with(
-    first, second, taken, arguments, tmp_path, rates, caplog, recwarn  # noqa: F811
+    first,
+    second,
+    taken,
+    arguments,  # noqa: F811
+    tmp_path,
+    rates,
+    caplog,
+    recwarn,
 ):
     auto = ("--trainer.precision=auto", "--model.backbone.dtype=auto", "--checkpoint.every_n_train_steps=1")
     caplog.set_level("INFO")
@@ -218,7 +225,7 @@ def test_the_doctor_shows_both_rates_and_refuses_a_slow_choice(rates):
     found = machine.precision("cpu")
     assert "float32 72 and bfloat16 0.72 GFLOP/s" in found
     assert "32-true" in found
-    with pytest.raises(Trouble, match="100 times slower") as trouble:
+    with pytest.raises(CheckFailed, match="100 times slower") as trouble:
         machine.precision("cpu", {"trainer.precision": "bf16-mixed"})
     assert trouble.value.remedy == "--trainer.precision=32-true"
     rates(FAST)

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ullme.models.trained_weights import check_contract
 from ullme.training.resume import FINISHED
-from ullme.training.signals import Notice
+from ullme.training.signals import ShutdownSignal
 from ullme.utils import atomic_files
 
 
@@ -109,7 +109,7 @@ class Checkpoint(ModelCheckpoint):
         self._every_n_epochs = every_n_epochs or (0 if other else 1)
         self._train_time_interval = train_time_interval
         self._due = self._before_validation = False
-        self._notice = Notice()
+        self._shutdown = ShutdownSignal()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Settle what to rank by. Raises: ValueError: more than one newest checkpoint is asked for."""
@@ -131,8 +131,8 @@ class Checkpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             Path(str(self.dirpath), FINISHED).unlink(missing_ok=True)
-        self._notice = Notice()
-        self._notice.listen(trainer)
+        self._shutdown = ShutdownSignal()
+        self._shutdown.install_handlers(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -220,17 +220,17 @@ class Checkpoint(ModelCheckpoint):
 
     def _asked_to_leave(self, trainer: L.Trainer) -> bool:
         """Whether any rank was; then Lightning makes all of them leave as soon as this step is logged."""
-        leave = self._notice.agreed(trainer)
+        leave = self._shutdown.received_by_any_rank(trainer)
         trainer._signal_connector.received_sigterm |= leave
         return leave
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Say how to go on, and give the exit status of a process that the signal ended."""
         if isinstance(exception, SIGTERMException):
-            exception.code = self._notice.status
+            exception.code = self._shutdown.status
             if trainer.is_global_zero:
                 saved = f"saved {self.last_model_path} after step {self._last_global_step_saved}"
-                self._notice.say_goodbye(saved)
+                self._shutdown.announce(saved)
 
 
 def _validation_follows(trainer: L.Trainer) -> bool:
