@@ -36,7 +36,7 @@ from workload import (
 )
 
 from ullme.batch import Batch
-from ullme.engine.gradcache import chunk_slices, row_pieces
+from ullme.engine.gradcache import chunk_slices, microbatch_rows
 from ullme.engine.objective import Objective
 from ullme.engine.reference import Reference
 from ullme.losses import DPO, KL, InfoNCE
@@ -70,9 +70,9 @@ def grad_cache(
 ) -> float:
     """A step as :class:`ullme.callbacks.GradCache` does it; returns the loss."""
     model.zero_grad()
-    slices, pieces = chunk_slices(batch, None, chunk_tokens), row_pieces(batch, chunk_tokens)
-    held = len(pieces) if hold else 0
-    return objective.grad_cache(model, batch, slices, pieces=pieces, held=held)["loss"].item()
+    chunks, microbatches = chunk_slices(batch, None, chunk_tokens), microbatch_rows(batch, chunk_tokens)
+    retained = len(microbatches) if hold else 0
+    return objective.grad_cache(model, batch, chunks, microbatches=microbatches, num_retained=retained)["loss"].item()
 
 
 def contrastive(folder: str, batch_size: int = CONTRASTIVE_BATCH) -> Callable[[], float]:
@@ -110,7 +110,7 @@ def grl(folder: str, batch_size: int = GRL_BATCH) -> Callable[[], float]:
     """
     model, batch, objective = load_model(folder), make_batch(batch_size), grl_objective()
     chunking = choose(model, half=False, least=LARGEST_QUERY, chunk_tokens=None)
-    assert chunking.held_tokens >= batch.num_tokens, chunking
+    assert chunking.retained_tokens >= batch.num_tokens, chunking
     return lambda: grad_cache(objective, model, batch, chunking.chunk_tokens, hold=True)
 
 

@@ -89,7 +89,7 @@ class Trainer:
         self.model, self.loss = model, loss
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
-        loss.use(chunking)
+        loss.apply_chunking(chunking)
         self.module: Any = SimpleNamespace(
             model=model, manual_backward=torch.Tensor.backward, global_step=0, parameters=model.parameters
         )

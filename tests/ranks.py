@@ -22,7 +22,7 @@ PRELOAD = [
 
 
 def _work(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    from ullme.distributed import leave
+    from ullme.distributed import leave_process_group
 
     torch.set_num_threads(1)
     # as torchrun does, so that Lightning starts no processes of its own
@@ -34,7 +34,7 @@ def _work(rank: int, world_size: int, folder: str, function: Callable[..., Any],
     dist.init_process_group("gloo", f"file://{folder}/init", timeout=waits, rank=rank, world_size=world_size)
     result = function(*args)
     torch.save(result, f"{folder}/{rank}.pt")
-    leave()
+    leave_process_group()
 
 
 def on_ranks(world_size: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:

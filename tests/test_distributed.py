@@ -14,7 +14,7 @@ from test_gradcache import assert_same_gradients, gradients, make_batch
 from test_objective import OBJECTIVES, with_generation
 
 from ullme.batch import Batch
-from ullme.distributed import any_rank, average_gradients, mean_over_ranks, merge_unit_rows, most, world
+from ullme.distributed import all_reduce_max, any_rank, average_gradients, mean_over_ranks, merge_unit_rows, world
 from ullme.engine.finite import NotFiniteError
 from ullme.engine.gradcache import chunk_slices
 from ullme.engine.objective import Objective
@@ -145,7 +145,7 @@ def talk() -> dict:
         "gradients": [p.grad for p in (unused, mine, large, half)],
         "rows": merge_unit_rows(rows),
         "any": any_rank(rank == 1, torch.device("cpu")),
-        "most": most(rank + 4, torch.device("cpu")),
+        "most": all_reduce_max(rank + 4, torch.device("cpu")),
         "mean": mean_over_ranks(torch.arange(float(rank + 1))),
     }
 

@@ -74,7 +74,7 @@ def test_chunks_change_no_gradient_in_true_float64(name, make_model, batch):
     objective = Objective(OBJECTIVES[name]())
     _, expected = by(objective, model, batch)
     for held in (0, 2):
-        objective.grad_cache(model, batch, chunk_slices(batch, 2, None), held=held)
+        objective.grad_cache(model, batch, chunk_slices(batch, 2, None), num_retained=held)
         assert_same_gradients(gradients(model), expected, 1e-10)
 
 

@@ -106,11 +106,11 @@ def test_what_is_left_of_memory_saves_the_first_forward(job):
     assert [plan.job.chunk_tokens for plan in plans] == [2**16] * 3
     assert plans[0].chunks > 1
     tokens = typical_batch(many, 6000).num_tokens
-    assert 0 < plans[0].held_tokens < plans[1].held_tokens < plans[2].held_tokens == tokens
+    assert 0 < plans[0].retained_tokens < plans[1].retained_tokens < plans[2].retained_tokens == tokens
     assert plans[0].seconds > plans[1].seconds > plans[2].seconds
     assert plans[2].hardware_flops == make_plan(with_(many, full_batch=True), SMALL).hardware_flops
     settled = make_plan(with_(many, chunk_tokens=plans[0].job.chunk_tokens), Device("d", 1.0, rooms[0]))
-    assert settled.held_tokens == 0
+    assert settled.retained_tokens == 0
     assert settled.seconds > plans[0].seconds
     assert "are embedded only once" in describe(plans[0])
     assert "are embedded only once" not in describe(settled)

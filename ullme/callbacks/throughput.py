@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ullme.batch import Batch
+from ullme.callbacks.gradcache import GradCache
+from ullme.engine.gradcache import chunk_rows
 from ullme.planning.devices import peak_tflops
 from ullme.planning.flops import model_cost, step_work
 from ullme.utils import atomic_files
@@ -193,13 +195,15 @@ def _peak_memory(device: torch.device) -> float:
 
 def _padded_tokens(module: ULLMEModule, batch: Batch) -> int:
     """Tokens that go through the linear layers in the forwards with gradient of a backbone that cannot be packed."""
-    objective = module.loss.objective
+    loss, whole = module.loss, slice(0, len(batch))
+    chunks = loss.chunks(batch) if isinstance(loss, GradCache) else [whole]
+    microbatches = loss.microbatches(batch) if isinstance(loss, GradCache) else [chunk_rows(batch, whole)]
+    objective = loss.objective
     total = 0
     if objective.uses_reps:
         lengths = torch.cat([rows.attention_mask.sum(1) for rows in (batch.queries, batch.passages)]).cpu()
-        total += sum(len(piece) * int(lengths[piece].max()) for piece in module.loss.pieces(batch))
-    for part in module.loss.slices(batch):
-        chunk = batch[part]
+        total += sum(len(rows) * int(lengths[rows].max()) for rows in microbatches)
+    for chunk in (batch[part] for part in chunks):
         if objective.masking is not None:
             widths = chunk.queries.attention_mask.sum(1).tolist()
             total += len(widths) * max(widths)

@@ -142,7 +142,7 @@ def _check(options: Any) -> None:
 def _run(options: Any) -> int:
     """Evaluate; with several processes on the first, while the others embed for it."""
     _silence_libraries()
-    from ullme.distributed import leave, world
+    from ullme.distributed import leave_process_group, world
     from ullme.eval import ranks
 
     ranks.join()
@@ -156,7 +156,7 @@ def _run(options: Any) -> int:
             model.model.embed_blocks = ranks.embed_over_ranks
         status = _evaluate(options, tasks, model)
         ranks.stop_serving()
-    leave()
+    leave_process_group()
     return status
 
 

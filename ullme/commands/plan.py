@@ -236,13 +236,15 @@ def describe(plan: Plan) -> str:
         "time": f"{plan.seconds:.2f} s a step, {plan.hours:.2f} hours an epoch of {plan.steps} steps, "
         f"at {plan.utilisation:.0%} of the device's peak (model FLOPs utilisation {plan.mfu:.0%})",
     }
-    if plan.held_tokens:
-        lines["held"] = f"free memory keeps the graphs of {plan.held_tokens:,} tokens, which are embedded only once"
+    if plan.retained_tokens:
+        lines["retained"] = (
+            f"the memory left over keeps the graphs of {plan.retained_tokens:,} tokens, which are embedded only once"
+        )
     if not plan.fits:
         lines["try"] = "; ".join(_remedies(plan))
     if plan.utilisation > 0.75:
         lines["note"] = "more than 75% of the peak is not realistic; lower --utilisation"
-    return "\n".join(f"{name:<9}{text}" for name, text in lines.items())
+    return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
 
 
 def _remedies(plan: Plan) -> list[str]:

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from ullme.callbacks import LossCallback, Throughput
 from ullme.callbacks.checkpoint import Checkpoint
 from ullme.data.datamodule import ULLMEDataModule
-from ullme.distributed import leave
+from ullme.distributed import leave_process_group
 from ullme.training import resume
 from ullme.training.module import ULLMEModule
 from ullme.training.signals import INTERRUPTED
@@ -274,9 +274,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         errors.check_config_files(argv)
         build(argv)
-        leave()
+        leave_process_group()
     except SIGTERMException:
-        leave()
+        leave_process_group()
         raise
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):

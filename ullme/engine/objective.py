@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ullme.batch import Batch, Representations, TokenRows
-from ullme.distributed import any_rank, gather_sizes, global_mean_weight, mean_over_ranks, most
-from ullme.engine.finite import Health
-from ullme.engine.gradcache import GradCache, as_recorded, embed_batch, slice_rows
+from ullme.distributed import all_reduce_max, any_rank, gather_sizes, global_mean_weight, mean_over_ranks
+from ullme.engine.finite import FiniteChecks
+from ullme.engine.gradcache import GradCache, backward_outside_autocast, chunk_rows, embed_batch
 from ullme.engine.reference import AdaptersOff, Reference
 from ullme.losses.base import Chunk, ChunkLoss, RepresentationLoss, Term
 from ullme.losses.mntp import MNTP
@@ -81,40 +81,42 @@ class Objective:
     def full_batch(self, model: ULLME, batch: Batch, backward: Backward = Tensor.backward) -> Logs:
         """The gradient in one forward and one backward; returns the loss, every term and the metrics, detached."""
         logs: Logs = {}
-        health = Health()
+        finite = FiniteChecks()
         reps = embed_batch(embedder(model), batch) if self.uses_reps else None
-        parts = [self._representation_loss(batch, logs, health)(reps)] if self.representation_terms and reps else []
+        parts = [self._representation_loss(batch, logs, finite)(reps)] if self.representation_terms and reps else []
         if self.chunk_terms:
-            parts.append(self._chunk_loss(model, batch, logs, health)(batch, reps))
-        as_recorded(backward)(torch.stack(parts).sum())
-        health.speak(batch.row_ids.device)
+            parts.append(self._chunk_loss(model, batch, logs, finite)(batch, reps))
+        backward_outside_autocast(backward)(torch.stack(parts).sum())
+        finite.raise_if_any(batch.row_ids.device)
         return self._total(logs)
 
     def grad_cache(
         self,
         model: ULLME,
         batch: Batch,
-        slices: list[slice],
+        chunks: list[slice],
         backward: Backward = Tensor.backward,
         no_sync: Callable[[], AbstractContextManager] = nullcontext,
-        pieces: list[Tensor] | None = None,
-        held: int = 0,
+        microbatches: list[Tensor] | None = None,
+        num_retained: int = 0,
     ) -> Logs:
-        """As :meth:`full_batch`, in the memory of one chunk; ``slices``, ``pieces`` and ``held``: see
+        """As :meth:`full_batch`, in the memory of one chunk; ``chunks``, ``microbatches`` and ``num_retained``: see
         :meth:`ullme.engine.gradcache.GradCache.step`."""
         logs: Logs = {}
-        health = Health()
+        finite = FiniteChecks()
         engine = GradCache(
             embed=embedder(model) if self.uses_reps else None,
-            loss=self._representation_loss(batch, logs, health) if self.representation_terms else None,
-            chunk_loss=self._chunk_loss(model, batch, logs, health) if self.chunk_terms else None,
+            loss=self._representation_loss(batch, logs, finite) if self.representation_terms else None,
+            chunk_loss=self._chunk_loss(model, batch, logs, finite) if self.chunk_terms else None,
             backward=backward,
             no_sync=no_sync,
         )
-        pieces = [slice_rows(batch, part) for part in slices] if pieces is None else pieces
-        idle, idle_pieces = (most(len(x), batch.row_ids.device) - len(x) for x in (slices, pieces))
-        engine.step(batch, slices, pieces, held, idle=idle, idle_pieces=idle_pieces)
-        health.speak(batch.row_ids.device)
+        microbatches = [chunk_rows(batch, chunk) for chunk in chunks] if microbatches is None else microbatches
+        dummy_chunks, dummy_microbatches = (
+            all_reduce_max(len(parts), batch.row_ids.device) - len(parts) for parts in (chunks, microbatches)
+        )
+        engine.step(batch, chunks, microbatches, num_retained, dummy_chunks, dummy_microbatches)
+        finite.raise_if_any(batch.row_ids.device)
         return self._total(logs)
 
     def _total(self, logs: Logs) -> Logs:
@@ -122,34 +124,36 @@ class Objective:
         weights = {f"weight/{term.name}": torch.tensor(term.weight) for term in self.terms}
         return {"loss": loss, **logs, **weights}
 
-    def _representation_loss(self, batch: Batch, logs: Logs, health: Health) -> Callable[[Representations], Tensor]:
+    def _representation_loss(
+        self, batch: Batch, logs: Logs, finite: FiniteChecks
+    ) -> Callable[[Representations], Tensor]:
         def total(reps: Representations) -> Tensor:
             values = []
             reps = replace(reps, isolated=batch.isolated)
             for term in self.representation_terms:
                 value = term(reps)
-                health.check(term.name, value, batch, reps)
+                finite.check(term.name, value, batch, reps)
                 logs[term.name] = value.detach()
                 values.append(term.weight * value)
             return torch.stack(values).sum()
 
         return total
 
-    def _chunk_loss(self, model: ULLME, batch: Batch, logs: Logs, health: Health) -> Callable[..., Tensor]:
-        """Chunk, representations and 0.0 if it shall not count -> its part of the mean over the global batch."""
+    def _chunk_loss(self, model: ULLME, batch: Batch, logs: Logs, finite: FiniteChecks) -> Callable[..., Tensor]:
+        """(chunk, representations, scale) -> the chunk's part of the mean over the global batch, times ``scale``."""
         sizes = gather_sizes(len(batch), batch.row_ids.device)
         weight = global_mean_weight(sizes) / len(batch)
         statistics = self._statistics(model, batch)
 
-        def total(part: Batch, reps: Representations | None, share: float = 1.0) -> Tensor:
-            scale = weight * share
+        def total(part: Batch, reps: Representations | None, scale: float = 1.0) -> Tensor:
+            scale = weight * scale
             chunk = self._chunk(model, part, reps, statistics)
             values, seen = [], set()
             for term in self.chunk_terms:
                 value = term(chunk)
-                health.check(term.name, value, part)
+                finite.check(term.name, value, part)
                 _add(logs, term.name, value, scale)
-                for name, metric in ({} if health.problems else term.metrics(chunk)).items():
+                for name, metric in ({} if finite.problems else term.metrics(chunk)).items():
                     _add(logs, f"{term.name}/{name}" if name in seen else name, metric, scale)
                     seen.add(name)
                 values.append(term.weight * value)
@@ -187,7 +191,7 @@ class Objective:
         found = {}
         for term in self.chunk_terms:
             values = []
-            rounds = most(-(-len(batch) // STATISTIC_QUERIES), batch.row_ids.device)
+            rounds = all_reduce_max(-(-len(batch) // STATISTIC_QUERIES), batch.row_ids.device)
             for start in range(0, rounds * STATISTIC_QUERIES, STATISTIC_QUERIES):
                 part = batch[start : start + STATISTIC_QUERIES] if start < len(batch) else batch[:1]
                 mask = term.statistic_candidates(part)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ullme.models.config import BackboneConfig
-from ullme.models.trained_weights import CONTRACT_FILE, POOLER_FILE, contract, fit_weights, read_checkpoint
+from ullme.models.trained_weights import CONTRACT_FILE, POOLER_FILE, contract, fit_weights, read_checkpoint, rebuild
 from ullme.models.ullme import ULLME
 from ullme.prompts import Prompts
 
@@ -27,20 +25,7 @@ def load_ullme(checkpoint: str | Path, strict: bool = False, **overrides: Any) -
     Raises:
         ValueError: unreadable checkpoint, or weights that do not fit.
     """
-    found, state = read_checkpoint(checkpoint)
-    known = {field.name for field in fields(BackboneConfig)}
-    if unknown := sorted(set(found["backbone"]) - known):
-        raise ValueError(f"checkpoint={str(checkpoint)!r} was written by another version: it has the options {unknown}")
-    # Whether code that is not this package's may run is for whoever loads the file to say, never for the file.
-    options = {**found["backbone"], "trust_remote_code": False, "family_code": None, **overrides}
-    if "." in found["backbone"].get("pooling", "mean") and "pooling" not in overrides:
-        raise ValueError(
-            f"checkpoint={str(checkpoint)!r} pools with a function of its own; to run it, say so: "
-            f"pooling={found['backbone']['pooling']!r}"
-        )
-    model = ULLME(**options, prompts=Prompts.from_dict(found["prompts"]))
-    fit_weights(model, found, state, checkpoint, strict)
-    return model.eval()
+    return rebuild(ULLME, checkpoint, strict, **overrides)
 
 
 def load_weights(model: ULLME, checkpoint: str | Path) -> None:

@@ -14,9 +14,9 @@ from ullme.prompts import Role
 if TYPE_CHECKING:
     import numpy as np
 
-    from ullme.models.ullme import ULLME
+    from ullme.models.interface import Embedder
 
-EmbedBlocks = Callable[["ULLME", Iterable[TokenRows]], Iterator[Tensor]]
+EmbedBlocks = Callable[["Embedder", Iterable[TokenRows]], Iterator[Tensor]]
 
 # Texts are tokenised and sorted this many at a time, so that a corpus of millions does not have to fit as token ids.
 _WINDOW = 20_000
@@ -40,7 +40,7 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def embed_blocks(model: ULLME, blocks: Iterable[TokenRows]) -> Iterator[Tensor]:
+def embed_blocks(model: Embedder, blocks: Iterable[TokenRows]) -> Iterator[Tensor]:
     """Blocks of R rows -> (R, D) each, in float32 on the CPU."""
     for block in blocks:
         here = block.to(model.device)
@@ -55,7 +55,7 @@ def _budget(batch_size: int | None, lengths: list[int], device: torch.device) ->
 
 
 def encode(
-    model: ULLME,
+    model: Embedder,
     texts: Sequence[str],
     role: Role | None,
     instruction: str | Sequence[str | None] | None,

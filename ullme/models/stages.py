@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from ullme.models.trained_weights import fit_weights, read_checkpoint, rebuild
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ullme.models.config import BackboneConfig
-    from ullme.models.ullme import ULLME
+    from ullme.models.interface import Embedder
 
 
-def merged_backbone(options: BackboneConfig) -> tuple[PreTrainedModel, nn.Module | None]:
+def merged_backbone(model_class: type[Any], options: BackboneConfig) -> tuple[PreTrainedModel, nn.Module | None]:
     """The LLM with what an earlier run trained merged into its weights, and that run's trained pooling, if any.
 
     The earlier run may itself have started from another.
 
+    Args:
+        model_class: :class:`~ullme.models.ULLME`, or a class of its constructor.
+        options: those of the new run; ``init_from`` names the earlier one.
+
     Raises:
         ValueError: no such run, a run on another LLM, or weights that cannot be merged into.
     """
-    from ullme.models.checkpoint import load_ullme
-
     assert options.init_from is not None
     if options.quantization != "none":
         raise ValueError(
@@ -41,21 +45,19 @@ def merged_backbone(options: BackboneConfig) -> tuple[PreTrainedModel, nn.Module
         "quantization": "none",
     }
     try:
-        earlier = load_ullme(options.init_from, strict=True, **loading)
+        earlier = rebuild(model_class, options.init_from, strict=True, **loading)
     except ValueError as error:
         raise _explained(options, error) from error
     adapted = earlier.options.lora_name is not None
-    return (earlier.llm.merge_and_unload() if adapted else earlier.causal_lm), earlier.pooler  # type: ignore[operator]
+    return (earlier.llm.merge_and_unload() if adapted else earlier.causal_lm), earlier.pooler
 
 
-def continue_training(model: ULLME) -> None:
+def continue_training(model: Embedder) -> None:
     """Copy an earlier run's trained weights, which must be of the same kind, to go on training them.
 
     Raises:
         ValueError: no such run, another LLM, or other trained weights than this model's.
     """
-    from ullme.models.trained_weights import fit_weights, read_checkpoint
-
     source = model.options.init_from
     assert source is not None
     try:

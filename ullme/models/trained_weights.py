@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from ullme.prompts import Prompts
 from ullme.utils import atomic_files
 
 if TYPE_CHECKING:
-    from ullme.models.ullme import ULLME
+    from ullme.models.interface import Embedder
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ POOLER_FILE = "pooler.safetensors"
 STATE_PREFIX = "model."
 
 
-def contract(model: ULLME) -> dict[str, Any]:
+def contract(model: Embedder) -> dict[str, Any]:
     """What rebuilds the model around its trained weights: plain values only."""
     config = model.causal_lm.config.get_text_config()
     shape = {
@@ -57,13 +58,13 @@ def _rebuilding_options(options: BackboneConfig) -> dict[str, Any]:
     return values
 
 
-def trainable_shapes(model: ULLME) -> dict[str, torch.Size]:
+def trainable_shapes(model: Embedder) -> dict[str, torch.Size]:
     """Name -> shape of every trained weight as it is in one piece, also once the model is split."""
     known: dict[str, torch.Size] | None = getattr(model, "_whole_shapes", None)
     return known or {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
 
 
-def trainable_state(model: ULLME) -> dict[str, Tensor]:
+def trainable_state(model: Embedder) -> dict[str, Tensor]:
     """Name -> trained weight."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -161,8 +162,36 @@ def check_contract(stored: Any, source: str | Path) -> None:
         raise ValueError(f"checkpoint={str(source)!r} was not written by ullme: it holds no {CONTRACT_KEY!r} contract")
 
 
+def rebuild(model_class: type[Any], checkpoint: str | Path, strict: bool = False, **overrides: Any) -> Any:
+    """A trained model in eval mode, made anew from its contract.
+
+    Args:
+        model_class: :class:`~ullme.models.ULLME`, or a class of its constructor.
+        checkpoint: a run folder, a ``.ckpt`` file or a PEFT adapter folder.
+        strict: refuse a backbone with other weights than the training's, in place of a warning.
+        **overrides: backbone options that replace the stored ones, such as ``model_name_or_path`` or ``dtype``.
+
+    Raises:
+        ValueError: unreadable checkpoint, or weights that do not fit.
+    """
+    found, state = read_checkpoint(checkpoint)
+    known = {field.name for field in fields(BackboneConfig)}
+    if unknown := sorted(set(found["backbone"]) - known):
+        raise ValueError(f"checkpoint={str(checkpoint)!r} was written by another version: it has the options {unknown}")
+    # Whether code that is not this package's may run is for whoever loads the file to say, never for the file.
+    options = {**found["backbone"], "trust_remote_code": False, "family_code": None, **overrides}
+    if "." in found["backbone"].get("pooling", "mean") and "pooling" not in overrides:
+        raise ValueError(
+            f"checkpoint={str(checkpoint)!r} pools with a function of its own; to run it, say so: "
+            f"pooling={found['backbone']['pooling']!r}"
+        )
+    model = model_class(**options, prompts=Prompts.from_dict(found["prompts"]))
+    fit_weights(model, found, state, checkpoint, strict)
+    return model.eval()
+
+
 def fit_weights(
-    model: ULLME, found: dict[str, Any], state: dict[str, Tensor], source: str | Path, strict: bool = False
+    model: Embedder, found: dict[str, Any], state: dict[str, Tensor], source: str | Path, strict: bool = False
 ) -> None:
     """Copy weights by name; every trainable weight must be there with its shape, and nothing else.
 
@@ -188,7 +217,7 @@ def fit_weights(
             parameter.copy_(renamed[name])
 
 
-def check_fit(model: ULLME, checkpoint: dict[str, Any], source: str = "ckpt_path") -> None:
+def check_fit(model: Embedder, checkpoint: dict[str, Any], source: str = "ckpt_path") -> None:
     """Before a run is resumed: the same backbone, the same adapter, the same prompts.
 
     Args:
@@ -218,7 +247,7 @@ def check_fit(model: ULLME, checkpoint: dict[str, Any], source: str = "ckpt_path
         raise ValueError(f"checkpoint={source!r}: {other}")
 
 
-def _other_backbone(model: ULLME, found: dict[str, Any]) -> str | None:
+def _other_backbone(model: Embedder, found: dict[str, Any]) -> str | None:
     """What to say if the adapter was trained on other weights; they can only be compared in the same types."""
     stored = found["backbone"]
     own = model.options
@@ -231,7 +260,7 @@ def _other_backbone(model: ULLME, found: dict[str, Any]) -> str | None:
     return None
 
 
-def _check_fit(model: ULLME, found: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> None:
+def _check_fit(model: Embedder, found: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> None:
     mine = contract(model)
     adapter = mine["backbone"]["lora_name"] is not None
     for part, key in [("shape", key) for key in mine["shape"]] + [

@@ -69,7 +69,7 @@ class ULLME(nn.Module):
         config = loading.load_config(self.options)
         self.tokenizer = loading.load_tokenizer(self.options)
         if self.options.init_from is not None and self.options.init_mode == "merge":
-            model, earlier_pooler = stages.merged_backbone(self.options)
+            model, earlier_pooler = stages.merged_backbone(type(self), self.options)
         else:
             model, earlier_pooler = loading.load_backbone(self.options, config), None
         if self.options.attention_dropout is not None:

@@ -87,7 +87,7 @@ class Plan:
         trained: how many of them are trained.
         chunks: in a step.
         memory: on one device.
-        held_tokens: tokens whose graphs find room beside a chunk, so that they are embedded only once.
+        retained_tokens: tokens whose graphs fit beside a chunk, so that they are embedded only once.
         step_flops: model FLOPs of a step on one device.
         hardware_flops: what the device runs for it: with what is computed twice, and π_ref.
         utilisation: assumed, of the device's peak by all that it runs.
@@ -101,7 +101,7 @@ class Plan:
     trained: int
     chunks: int
     memory: Memory
-    held_tokens: int
+    retained_tokens: int
     step_flops: float
     hardware_flops: float
     utilisation: float
@@ -217,10 +217,10 @@ def _plan(
         quantized=job.options.quantization == "nf4",
     )
     left = USABLE * device.memory_gib * GIB - memory.total
-    held = int(left / (1 + FRAGMENTATION) / acts.saved) if holds and left > 0 and not (checkpointing or fsdp) else 0
+    retained = int(left / (1 + FRAGMENTATION) / acts.saved) if holds and left > 0 and not (checkpointing or fsdp) else 0
     hardware = float(cost.hardware_step(work, False, checkpointing))
     if len(chunks) > 1 and job.objective.uses_reps:
-        hardware += float(cost.forward(work.embed)) * max(0.0, 1 - held / batch.num_tokens)
+        hardware += float(cost.forward(work.embed)) * max(0.0, 1 - retained / batch.num_tokens)
     return Plan(
         job=job,
         device=device,
@@ -230,7 +230,7 @@ def _plan(
         trained=cost.trainable,
         chunks=len(chunks),
         memory=memory,
-        held_tokens=min(held, batch.num_tokens) if len(chunks) > 1 else 0,
+        retained_tokens=min(retained, batch.num_tokens) if len(chunks) > 1 else 0,
         step_flops=float(cost.step(work)),
         hardware_flops=hardware,
         utilisation=utilisation,

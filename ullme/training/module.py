@@ -7,7 +7,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import lightning as L
 import numpy as np
@@ -22,11 +22,12 @@ from ullme.engine import fsdp
 from ullme.engine.finite import NotFiniteError, check_finite
 from ullme.models.config import BackboneConfig
 from ullme.prompts import Prompts
+from ullme.training.atomic_checkpoints import install_atomic_io
 
 if TYPE_CHECKING:
-    from ullme.callbacks.base import LossCallback
     from ullme.data.beir import BeirFolder
     from ullme.data.collator import EvalRows
+    from ullme.engine.objective import Objective
     from ullme.models.ullme import ULLME
 
 
@@ -69,8 +70,19 @@ class OptimizerConfig:
                 raise ValueError(f"model.optimizer.{name}={getattr(self, name)} is out of range: choose {remedy}")
 
 
+class Backward(Protocol):
+    """What the module asks of the callback under ``loss:``; see :class:`ullme.callbacks.LossCallback`."""
+
+    objective: Objective
+
+    def backward(self, module: ULLMEModule, batch: Batch) -> dict[str, Tensor]:
+        """Add the objective's gradient to the parameters' ``.grad``; returns what to log."""
+
+
 class ULLMEModule(L.LightningModule):
-    """Trains an embedder. What the gradient is, the callback under ``loss:`` decides.
+    """Trains an embedder: zero_grad, clipping, the optimizer's step, validation and checkpoints.
+
+    The gradient itself comes from the callback under ``loss:``.
 
     Args:
         backbone: how to build the embedder.
@@ -78,7 +90,7 @@ class ULLMEModule(L.LightningModule):
         optimizer: AdamW and its schedule.
     """
 
-    loss: LossCallback
+    loss: Backward
 
     def __init__(
         self,
@@ -94,9 +106,7 @@ class ULLMEModule(L.LightningModule):
         self.model: ULLME = None  # type: ignore[assignment]  # until configure_model
 
     def setup(self, stage: str) -> None:
-        """Whoever built the trainer, its checkpoints are written whole or not at all."""
-        from ullme.callbacks.checkpoint import install_atomic_io
-
+        """Make checkpoints atomic, also where the trainer was built without the command line."""
         install_atomic_io(self.trainer)
 
     def configure_model(self) -> None:

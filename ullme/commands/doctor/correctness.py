@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ullme.commands.doctor.checks import CheckFailed, NotChecked
-from ullme.distributed import average_gradients, leave
+from ullme.distributed import average_gradients, leave_process_group
 from ullme.engine.gradcache import chunk_slices
 from ullme.models import attention
 
@@ -183,4 +183,4 @@ def _rank_step(rank: int, probe: ProbeModel, folder: str) -> None:
         averaged = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
         torch.save(own, Path(folder, "own.pt"))
         torch.save(averaged, Path(folder, "averaged.pt"))
-    leave()
+    leave_process_group()
