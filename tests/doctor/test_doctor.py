@@ -253,7 +253,7 @@ def test_run_folders(read, tmp_path):
     run = tmp_path / "run" / "checkpoints"
     run.mkdir(parents=True)
     (run / "last.ckpt").write_text("")
-    assert "goes on from" in read().run_folder()
+    assert "resumes from" in read().run_folder()
     (run / "finished").write_text("3 steps")
     assert "finished run" in failed(read().run_folder).found
     file = tmp_path / "train.jsonl"

@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None takes those of the process.
 
     Returns:
-        The exit status: 0; 1 where a task could not be evaluated; 2 for a mistake in the arguments, told in one line;
+        The exit status: 0; 1 where a task could not be evaluated; 2 for a mistake in the arguments, in one line;
         130 after Ctrl-C.
     """
     try:
@@ -237,11 +237,11 @@ def _dtype(options: Any, device: str | None) -> str | None:
 
     kind = usable_device(device).split(":")[0]
     dtype = dtype_to_load(options.model, options.checkpoint, options.dtype, kind)
-    said = slow_choice("--dtype", dtype, kind)
+    message = slow_choice("--dtype", dtype, kind)
     if dtype != options.dtype:
-        said = f"--dtype: the weights are loaded in float32 (this CPU does {cpu_rates()})"
-    if said and world()[0] == 0:
-        print(f"evaluate: {said}", file=sys.stderr)
+        message = f"--dtype: the weights are loaded in float32 (this CPU does {cpu_rates()})"
+    if message and world()[0] == 0:
+        print(f"evaluate: {message}", file=sys.stderr)
     return dtype
 
 

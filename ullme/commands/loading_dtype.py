@@ -1,4 +1,4 @@
-"""In which dtype evaluate and export load a trained model or an LLM, where nobody has said it."""
+"""The dtype in which evaluate and export load a model, where the user gives none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def dtype_to_load(model: str | None, checkpoint: str | Path | None, asked: str |
     Args:
         model: hub name or folder of the LLM, or of an adapter.
         checkpoint: run folder, checkpoint file or adapter folder.
-        asked: what the user asked for; None takes the training's dtype, auto that of the stored weights.
+        asked: of the user; None takes the training's dtype, auto that of the stored weights.
         device: "cpu", or any other.
 
     Returns:

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None takes those of the process.
 
     Returns:
-        The exit status: 0, or 2 for a mistake in the arguments, told in one line.
+        The exit status: 0, or 2 for a mistake in the arguments, printed in one line.
     """
     options, training_options = parser().parse_known_args(argv)
     try:

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-# Sets the rates instead of measuring them, as "float32=72,bfloat16=0.7". Child processes inherit it, so that the ranks
-# that a run starts decide as it does.
+# Replaces the measurement, such as "float32=72,bfloat16=0.7". It is set after a measurement: child processes inherit
+# it, so that the ranks that Lightning starts decide as the first one.
 RATES_VARIABLE = "ULLME_CPU_GFLOPS"
-# An explicit choice that is so many times slower than float32 is warned of.
+# An explicit choice is warned of if it is so many times slower than float32.
 SLOW = 5.0
 _HALF = ("bfloat16", "float16")
 # The product of a (64, 512) with a (512, 512) matrix is large enough for the kernels that training uses.
@@ -53,12 +53,12 @@ class CpuRates:
 
 @dataclass(frozen=True)
 class TrainingPrecision:
-    """What ``auto`` became.
+    """The precision of a training run, with ``auto`` replaced.
 
     Args:
         precision: of the trainer.
         dtype: of the LLM's weights.
-        reason: why, in words; None where nothing was left to ``auto``.
+        reason: what was taken and why; None where nothing was replaced.
     """
 
     precision: str | int | None
@@ -88,7 +88,7 @@ def cpu_rates() -> CpuRates:
 
 
 def _agreed_rates() -> str:
-    """Measured here; torchrun's ranks, which nobody has told anything yet, take what the first of them measured."""
+    """Measure the rates; the ranks of torchrun take those that the first rank measured."""
     environment = os.environ
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or int(environment.get("WORLD_SIZE", "1")) < 2:
         return _measured_rates()
@@ -193,13 +193,13 @@ def stored_dtype(model: str, download: bool = False) -> str | None:
                 file = hf_hub_download(model, "config.json")
         config = json.loads(Path(file).read_text(encoding="utf-8"))
         found = [one.get(key) for one in (config, config.get("text_config") or {}) for key in ("dtype", "torch_dtype")]
-    except Exception:  # no such model, no network, no JSON: whoever loads the LLM explains what is wrong
+    except Exception:  # no such model, no network, no JSON: loading the LLM gives the error
         return None
     return next((str(dtype) for dtype in found if dtype), None)
 
 
 def slow_choice(option: str, value: str | int | None, device: str) -> str | None:
-    """What to warn of where an explicit choice computes in half precision on a CPU that is slow with it.
+    """The warning about an explicit choice of half precision on a CPU that is slow with it; None if it is not slow.
 
     Args:
         option: its name.

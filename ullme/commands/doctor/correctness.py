@@ -33,16 +33,16 @@ _REPORT = "do not train here: try the versions of constraints.txt (pip install -
 def attention_path(model: ULLME, device: torch.device) -> str:
     """The attention path that the load-time probe chose; on a GPU probed again there, in float32 and bfloat16."""
     layers = len(attention.decoder_layers(model.causal_lm.base_model))
-    said = f"{model.options.attention} attention in all {layers} layers, {model.attention_path} rows"
+    chosen = f"{model.options.attention} attention in all {layers} layers, {model.attention_path} rows"
     if device.type == "cpu":
-        return said
+        return chosen
     model.to(device)
     with model.adapters_off() if model.options.lora_name else torch.no_grad():
         causal = model.options.attention == "causal"
         path = attention.choose_path(model.causal_lm, causal, model.options.attention_path)
         with torch.autocast(device.type, torch.bfloat16):
             half, _ = attention.find_path(model.causal_lm, causal, path)
-    return f"{said}; on {device}: {path} in float32 and {half} in bfloat16"
+    return f"{chosen}; on {device}: {path} in float32 and {half} in bfloat16"
 
 
 @torch.no_grad()

@@ -41,8 +41,8 @@ def versions() -> str:
         if not requirement.specifier.contains(version, prereleases=True):
             bad.append((requirement, f"is {version}"))
     if bad:
-        said = ", ".join(f"{one.name} {problem}, {one.specifier} is needed" for one, problem in bad)
-        raise CheckFailed(said, f"pip install -U {' '.join(repr(str(one)) for one, _ in bad)}")
+        problems = ", ".join(f"{one.name} {problem}, {one.specifier} is needed" for one, problem in bad)
+        raise CheckFailed(problems, f"pip install -U {' '.join(repr(str(one)) for one, _ in bad)}")
     shown = ", ".join(f"{name} {installed[name]}" for name in _SHOWN if name in installed)
     return f"python {found}, {shown}; all {len(installed)} libraries are new enough"
 
@@ -162,10 +162,10 @@ def free_disk(folder: Path, needed: float, what: str) -> str:
         CheckFailed: there is less.
     """
     free = shutil.disk_usage(existing(folder)).free
-    said = f"{free / GIB:.1f} GiB free in {existing(folder)}, {what} {'take' if needed else 'are'} {_size(needed)}"
+    space = f"{free / GIB:.1f} GiB free in {existing(folder)}, {what} {'take' if needed else 'are'} {_size(needed)}"
     if free < needed:
-        raise CheckFailed(said, "make room, or name another folder with --trainer.default_root_dir")
-    return said
+        raise CheckFailed(space, "free space, or name another folder with --trainer.default_root_dir")
+    return space
 
 
 def _size(count: float) -> str:

@@ -122,13 +122,13 @@ class Settings:
         """Raises: CheckFailed: the plan does not fit into free memory."""
         plan = self.plan
         need, free = plan.memory.total / GIB, plan.device.memory_gib
-        said = f"{need:.1f} GiB planned, {free:.1f} GiB free on {plan.device.name}"
+        planned = f"{need:.1f} GiB planned, {free:.1f} GiB free on {plan.device.name}"
         if not plan.fits:
             largest = max(vars(plan.memory), key=lambda part: getattr(plan.memory, part))
             raise CheckFailed(
-                f"{said}; the largest part is {largest}", _MEMORY_REMEDIES.get(largest, _MEMORY_REMEDIES["weights"])
+                f"{planned}; the largest part is {largest}", _MEMORY_REMEDIES.get(largest, _MEMORY_REMEDIES["weights"])
             )
-        return said
+        return planned
 
     def disk(self) -> str:
         """Raises: CheckFailed: checkpoints, or an LLM yet to be downloaded, do not fit."""
@@ -137,11 +137,11 @@ class Settings:
         plan = self.plan
         kept = max(2, 2 + self.config.checkpoint.save_top_k)  # last, one that is being written, and the best
         checkpoints = kept * plan.trained * 3 * 4
-        said = [free_disk(self.root, checkpoints, f"{kept} checkpoints")]
+        results = [free_disk(self.root, checkpoints, f"{kept} checkpoints")]
         if not self.is_local:
             weights = plan.weights * 2
-            said.append(free_disk(Path(constants.HF_HUB_CACHE), weights, "the LLM's weights"))
-        return "; ".join(said)
+            results.append(free_disk(Path(constants.HF_HUB_CACHE), weights, "the LLM's weights"))
+        return "; ".join(results)
 
     def run_folder(self) -> str:
         """Raises: ValueError, CheckFailed: it cannot be written, or holds a finished run."""
@@ -159,7 +159,7 @@ class Settings:
                 "name another folder with --trainer.default_root_dir, or go on there with --ckpt_path=last",
             )
         found = newest_first(checkpoints)
-        return f"{self.root} can be written" + (f"; train.py fit goes on from {found[0]}" if found else "")
+        return f"{self.root} can be written" + (f"; train.py fit resumes from {found[0]}" if found else "")
 
     def train_data(self) -> str:
         """Raises: ValueError: no such file, or a bad row; NotChecked: a dataset of the hub."""

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None takes those of the process.
 
     Returns:
-        The exit status: 0; 1 where a cell failed; 2 for a mistake in the arguments, told in one line; 130 if stopped.
+        The exit status: 0; 1 where a cell failed; 2 for a mistake in the arguments; 130 if stopped.
     """
     from ullme.utils.errors import one_line
 

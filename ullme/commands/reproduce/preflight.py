@@ -73,8 +73,8 @@ def visible_gpus() -> list[str]:
     import torch
 
     count = torch.cuda.device_count()
-    told = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return told[:count] if told else [str(n) for n in range(count)]
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return visible[:count] if visible else [str(n) for n in range(count)]
 
 
 def miniature_llm(table: Table) -> str:

@@ -1,4 +1,4 @@
-"""What is written about a table: Markdown, LaTeX, CSV, plots, and which of the claimed orderings hold."""
+"""The report of a table: Markdown, LaTeX, CSV, plots, and which of the claimed orderings hold."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ullme.commands.reproduce.tables import (
     UNKNOWN,
     Table,
     average_columns,
+    build_table,
     by_column,
     latex,
     markdown,
     overview,
-    table_of,
     tidy_csv,
 )
 
@@ -40,7 +40,7 @@ def write_report(
         models: id -> label, in the table's order.
         rows: id -> label, in the table's order.
         order: ids of the rows whose order is claimed, the lowest first.
-        cells: what is there; a missing cell is shown as "not run". Cells of other models or rows are left out.
+        cells: the finished ones; a missing cell is shown as "not run". Cells of other models or rows are left out.
         folder: where the files go.
         paper: "table2" puts the paper's figures beside ours and takes the averages over the 56 tasks of MTEB(eng, v1);
             None takes them over the tasks that any cell has.
@@ -53,8 +53,8 @@ def write_report(
     figures = read_paper(paper) if paper else None
     grid = Grid.of(aggregate(cell for cell in cells if cell.model in models and cell.row in rows))
     types = figures.types if figures else _types(grid)
-    table2 = table_of(models, rows, average_columns(types), grid, figures)
-    table3 = table_of(models, rows, {task: [task] for task in types}, grid, figures)
+    table2 = build_table(models, rows, average_columns(types), grid, figures)
+    table3 = build_table(models, rows, {task: [task] for task in types}, grid, figures)
     folder.mkdir(parents=True, exist_ok=True)
     notes = _notes(grid, types, figures)
     texts = {"table2": _table2(table2), "table3": _table3(table3, types, grid)}
@@ -70,7 +70,7 @@ def write_report(
         *(f"# {title}", notes, "## Averages", texts["table2"], "![averages](table2.png)"),
         *("## Which orderings hold", claimed),
         *("## Single tasks", texts["table3"], "![single tasks](table3.png)"),
-        *("## How the cells were made", _made(grid)),
+        *("## How the cells were made", _provenance(grid)),
     ]
     _write(folder / "report.md", "\n\n".join(section.strip() for section in sections) + "\n")
 
@@ -140,8 +140,8 @@ def _notes(grid: Grid, types: dict[str, str], paper: Paper | None) -> str:
     return "\n".join(f"- {note}" for note in notes) + "\n"
 
 
-def _made(grid: Grid) -> str:
-    """Hardware and versions, as far as the cells note them, and where the commands are."""
+def _provenance(grid: Grid) -> str:
+    """The hardware and versions in the cells' notes, and where the commands are."""
     kinds: Counter[str] = Counter()
     for cell in (cell for seeds in grid.cells.values() for cell in seeds.values()):
         known = {name: value for name, value in cell.notes.items() if isinstance(value, str)}
