@@ -6,13 +6,13 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("WANDB_MODE", "offline")
-os.environ["ULLME_CPU_GFLOPS"] = "float32=50,bfloat16=1"  # no test depends on how fast this processor is
 
 import pytest
 import torch
 from tiny import save_llm
 
 torch.set_num_threads(1)  # tiny models lose more to thread start-up than they win
+os.environ["ULLME_CPU_GFLOPS"] = "float32=50,bfloat16=1"  # no test depends on how fast this processor is
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 def configs_folder() -> Path:
     """The folder of this project's own configs: in the checkout, or inside the installed package."""
-    package = Path(__file__).parents[1]
+    package = Path(__file__).parents[1]  # ullme/
     inside, beside = package / "configs", package.parent / "configs"
     return inside if inside.is_dir() else beside
 
