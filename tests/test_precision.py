@@ -166,6 +166,18 @@ def test_a_run_goes_on_with_the_precision_that_it_began_with(
     assert len(slow) == (0 if taken == F32 else 2)  # precision and dtype
 
 
+def test_a_run_of_bfloat16_weights_as_stored_goes_on_with_them(arguments, bfloat16_llm, tmp_path, rates):  # noqa: F811
+    """A run that was started before ``dtype: auto`` avoided slow weights is no other run now."""
+    llm = (f"--model.backbone.model_name_or_path={bfloat16_llm}", "--trainer.max_epochs=-1")
+    rates(FAST)
+    train.main(arguments("run", *llm, "--trainer.max_steps=2", "--trainer.limit_train_batches=1"))
+    (tmp_path / "run" / "checkpoints" / "finished").unlink()
+    assert config_of(tmp_path / "run")[1] == "auto"
+    rates(SLOW)
+    train.main(arguments("run", *llm, "--trainer.max_steps=2", "--trainer.limit_train_batches=1"))
+    assert config_of(tmp_path / "run")[1] == "auto"
+
+
 def test_a_saved_configuration_says_what_was_taken_on_a_gpu_too(arguments, rates):  # noqa: F811
     rates(SLOW)
     options = [a for a in arguments("run")[1:] if "accelerator" not in a and "seed_everything" not in a]

@@ -81,7 +81,7 @@ class ULLMECLI(LightningCLI):
     """LightningCLI with one loss, one checkpoint callback, and all files of a run in one folder."""
 
     start_from: str | None = None
-    precision_was_auto = False
+    precision_was_measured = False
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -126,24 +126,20 @@ class ULLMECLI(LightningCLI):
 
     def _choose_precision(self, config: Any, saved: dict[str, Any]) -> None:
         """Replace ``auto`` and log it; a resumed run keeps the precision that it was started with."""
-        keep = {
-            option: value
-            for option, value in (
-                ("trainer.precision", (saved.get("trainer") or {}).get("precision")),
-                ("model.backbone.dtype", ((saved.get("model") or {}).get("backbone") or {}).get("dtype")),
-            )
-            if value is not None and config[option] == "auto" and value != "auto"
-        }
-        for option, value in keep.items():
-            config[option] = value
-        self.precision_was_auto = config.trainer.precision == "auto"
-        if keep:
-            taken = ", ".join(f"{option}={value}" for option, value in keep.items())
-            rank_zero_info(f"ullme: auto: {taken}, as the run was started")
-        if reason := resolve_precision(config, download=True):
-            rank_zero_info(f"ullme: auto: {reason}")
         device = device_type(str(config.trainer.accelerator))
-        for option in ("trainer.precision", "model.backbone.dtype"):
+        options = ("trainer.precision", "model.backbone.dtype")
+        trainer, backbone = saved.get("trainer"), (saved.get("model") or {}).get("backbone")
+        if trainer and backbone and "auto" in (asked := [config[option] for option in options]):
+            for option, value in zip(options, (trainer.get("precision"), backbone.get("dtype", "auto")), strict=True):
+                config[option] = value if config[option] == "auto" else config[option]
+            if asked != [config[option] for option in options]:
+                taken = ", ".join(f"{option}={config[option]}" for option in options)
+                rank_zero_info(f"ullme: auto: {taken}, as the run was started")
+        else:
+            self.precision_was_measured = config.trainer.precision == "auto" and device == "cpu"
+            if reason := resolve_precision(config, download=True):
+                rank_zero_info(f"ullme: auto: {reason}")
+        for option in options:
             if warning := slow_choice(option, config[option], device):
                 rank_zero_warn(warning)
 
@@ -154,7 +150,7 @@ class ULLMECLI(LightningCLI):
         except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
             config = self.config[self.subcommand] if self.subcommand else self.config
             raise errors.explain_trainer_error(config.trainer.as_dict(), error) from error
-        if self.precision_was_auto:
+        if self.precision_was_measured:
             trainer.callbacks.append(SamePrecision())  # type: ignore[attr-defined]
         return trainer
 
