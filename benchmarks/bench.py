@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,9 +56,9 @@ class Given(Reference):
     def __init__(self, logps: torch.Tensor) -> None:
         self.values = logps
 
-    def prepare(self, model: ULLME, precision: str) -> None: ...
+    def prepare(self, model: ULLME, precision: str, likelihoods: Any = ()) -> None: ...
 
-    def logps(self, model: ULLME, batch: Batch, mask: torch.Tensor, share_prompts: bool) -> torch.Tensor:
+    def logps(self, model: ULLME, batch: Batch, mask: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.values[batch.row_ids]
 
 

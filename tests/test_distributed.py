@@ -22,7 +22,7 @@ from ullme.losses import DPO, KL, InfoNCE
 from ullme.models import ULLME
 from ullme.planning.auto_chunk import Chunking, try_out
 
-NAMES = ("cl", "cl_unmasked", "isolated", "grl", "kto")
+NAMES = ("cl", "cl_unmasked", "isolated", "grl", "kto", "both_directions", "query_teacher")
 
 
 def make_objective(name: str) -> Objective:

@@ -108,11 +108,25 @@ def test_every_block_is_of_a_known_kind():
     assert {block.page for block in blocks("sh")} >= {"README.md", "docs/data.md", "docs/scaling.md"}
 
 
+def anchors(page: Path) -> set[str]:
+    """The ids that GitHub gives the headings of a page."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
 def test_every_link_leads_somewhere():
     for page in (*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"):
         for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
-            if not target.startswith(("http", "#")):
-                assert (ROOT / page).parent.joinpath(target.split("#")[0]).exists(), f"{page}: {target}"
+            if not target.startswith("http"):
+                file, _, anchor = target.partition("#")
+                linked = (ROOT / page).parent / file if file else ROOT / page
+                assert linked.exists(), f"{page}: {target}"
+                if anchor:
+                    assert anchor in anchors(linked), f"{page}: {target} names no heading of {file or page}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
 
 # --- commands: do their programs, files and options exist?

@@ -30,7 +30,7 @@ def _examples_are_found(monkeypatch):
 @pytest.fixture
 def fit(tmp_path, llm_folder):
     """Train for four steps; returns the run's folder and every step's metrics."""
-    train, _ = write_rows(tmp_path)
+    train_file, _ = write_rows(tmp_path)
 
     def run(*options: str) -> tuple[Path, list[dict[str, str]]]:
         folder = tmp_path / "run"
@@ -54,7 +54,7 @@ def fit(tmp_path, llm_folder):
                 "--model.prompts.query=Q: {text}",
                 "--model.prompts.generation=Q: {text} A:",
                 "--model.optimizer.lr=0.01",
-                f"--data.train={train}",
+                f"--data.train={train_file}",
                 "--data.batch_size=6",
                 "--data.num_hard_negatives=2",
                 "--data.query_max_length=48",

@@ -9,7 +9,8 @@ from test_objective import with_generation
 from tiny import make_llm
 
 from ullme.engine.gradcache import chunk_slices
-from ullme.engine.objective import Objective, score
+from ullme.engine.objective import Objective
+from ullme.engine.scoring import score
 from ullme.losses import DPO, KL, InfoNCE
 from ullme.models import attention, likelihood
 from ullme.models.attention import packing

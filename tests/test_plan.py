@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from ullme.__main__ import main
-from ullme.callbacks.grl import grl_terms
 from ullme.commands import plan
 from ullme.commands.plan import describe
 from ullme.engine.objective import Objective
+from ullme.engine.presets import grl_terms
 from ullme.models.config import BackboneConfig
 from ullme.models.loading import load_config
 from ullme.planning.devices import DEVICES, Device

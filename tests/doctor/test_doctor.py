@@ -162,6 +162,16 @@ def test_old_and_missing_libraries(monkeypatch):
     assert check.remedy.startswith("pip install -U 'peft>=")
 
 
+def test_a_checkout_says_itself_what_it_needs(monkeypatch):
+    def not_installed(name):
+        raise machine.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(machine.metadata, "metadata", not_installed)
+    needed, libraries = machine._metadata()
+    assert needed == ">=3.11"
+    assert any(library.startswith("peft") for library in libraries)
+
+
 def test_old_python(monkeypatch):
     monkeypatch.setattr(machine, "_metadata", lambda: (">=9.9", []))
     assert ">=9.9 is needed" in failed(machine.versions).found

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
@@ -16,7 +16,7 @@ from ullme.batch import Batch
 from ullme.callbacks.choose_chunking import choose_chunking
 from ullme.engine.fsdp import unsynchronised
 from ullme.engine.objective import Logs, Objective
-from ullme.engine.reference import AdaptersOff, Cached, FrozenCopy, Reference
+from ullme.engine.reference import ReferenceChoice, make_reference
 from ullme.losses import InfoNCE, Term
 from ullme.planning.auto_chunk import Chunking
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from ullme.training.module import ULLMEModule
 
 log = logging.getLogger(__name__)
-
-ReferenceChoice = Literal["adapters_off", "frozen_copy", "cached"]
 
 
 class LossCallback(L.Callback, ABC):
@@ -88,7 +86,7 @@ class LossCallback(L.Callback, ABC):
                 ", ".join(half),
             )
         negatives = getattr(data, "num_hard_negatives", 1)
-        self.objective.check(model, negatives, str(trainer.precision))
+        self.objective.check(model, negatives, str(trainer.precision), getattr(data, "labelled", True))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ULLMEModule) -> None:  # type: ignore[override]
         """Decide ``gradient_checkpointing: auto``, for a batch whose activations are in memory all at once."""
@@ -122,15 +120,15 @@ class LossCallback(L.Callback, ABC):
         for name, value in longest.items():
             if value > model.max_positions:
                 raise ValueError(f"data.{name}={value}, but the LLM has {model.max_positions} positions; lower it")
-        if self.objective.needs_generation:
-            own = getattr(getattr(data, "source", None), "longest_instruction", None)
-            rows = model.prompt_tokenizer.prompt_ids(["", ""], max_length=2**31, instruction=[None, own])
-            template = max(map(len, rows))
+        own = getattr(getattr(data, "source", None), "longest_instruction", None)
+        for kind in self.objective.likelihoods:
+            role: Any = "query_generation" if kind == "query_given_passage" else "generation"
+            template = model.prompt_tokenizer.prompt_overhead(role, [None, own])
             if (total := template + sum(longest.values())) > model.max_positions:
                 raise ValueError(
-                    f"generation terms put a query ({longest['query_max_length']} tokens), its template ({template}) "
-                    f"and a passage ({longest['passage_max_length']}) into one row of up to {total} tokens, but the "
-                    f"LLM has {model.max_positions} positions; lower data.passage_max_length"
+                    f"generation terms put a query ({longest['query_max_length']} tokens), its template ({template}: "
+                    f"prompts.{role}) and a passage ({longest['passage_max_length']}) into one row of up to {total} "
+                    f"tokens, but the LLM has {model.max_positions} positions; lower data.passage_max_length"
                 )
 
     @abstractmethod
@@ -145,13 +143,3 @@ class LossCallback(L.Callback, ABC):
     def no_sync(module: ULLMEModule) -> Callable[[], AbstractContextManager]:
         """Backward without synchronising gradients over ranks, where weights are split over them."""
         return partial(unsynchronised, module.model)
-
-
-def make_reference(choice: ReferenceChoice, folder: str | None) -> Reference:
-    """The reference that a config names. Raises: ValueError: ``cached`` without a folder."""
-    if choice == "cached":
-        if folder is None:
-            raise ValueError("loss.reference=cached needs loss.cache_reference, the folder that holds the likelihoods")
-        return Cached(folder, None)
-    source = FrozenCopy() if choice == "frozen_copy" else AdaptersOff()
-    return source if folder is None else Cached(folder, source)

@@ -43,7 +43,7 @@ def choose_chunking(
     passage_tokens = getattr(data, "passage_max_length", 256)
     own_tokens = getattr(data, "query_max_length", 64)
     query_tokens = own_tokens + passages * passage_tokens
-    least = query_tokens if objective.needs_generation else max(own_tokens, passage_tokens)
+    least = query_tokens if objective.runs_generation else max(own_tokens, passage_tokens)
     queries = max(1, getattr(data, "batch_size", 512) // trainer.world_size)
     free = -all_reduce_max(-int(free_memory(model.device)), model.device)
     half = trainer.precision == "bf16-mixed"

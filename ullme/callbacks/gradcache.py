@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ullme.batch import Batch
-from ullme.callbacks.base import LossCallback, ReferenceChoice
+from ullme.callbacks.base import LossCallback
 from ullme.distributed import any_rank, world
 from ullme.engine import fsdp
 from ullme.engine.gradcache import RandomState, chunk_rows, chunk_slices, count_retained, microbatch_rows
 from ullme.engine.objective import Logs
+from ullme.engine.reference import ReferenceChoice
 from ullme.losses import Term
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class GradCache(LossCallback):
 
     def _fits(self, batch: Batch) -> bool:
         """Whether the graphs of embedding and generation fit together, so that no forward has to be done twice."""
-        passes = 2 if self.objective.needs_generation else 1
+        passes = 2 if self.objective.runs_generation else 1
         return self.chunk_tokens is None or passes * batch.num_tokens <= self.chunk_tokens
 
     def backward(self, module: ULLMEModule, batch: Batch) -> Logs:
@@ -120,7 +121,7 @@ class GradCache(LossCallback):
         """Halve the chunk that did not fit. Raises: ValueError: ``on_oom: fail``, or it cannot be halved."""
         name = "chunk_tokens" if self.chunk_size is None else "chunk_size"
         used = self.chunk_size or self.chunk_tokens or 1
-        passes = 2 if self.objective.needs_generation else 1
+        passes = 2 if self.objective.runs_generation else 1
         half = min(used, len(batch) if self.chunk_size else passes * batch.num_tokens) // 2
         if self._is_smallest(batch) or half < 1:
             raise ValueError(
@@ -167,7 +168,7 @@ class GradCache(LossCallback):
 
     def _is_smallest(self, batch: Batch) -> bool:
         """Whether a chunk is one query, or one row where queries need not stay together."""
-        if self.chunk_size or self.objective.needs_generation:
+        if self.chunk_size or self.objective.runs_generation:
             return len(self.chunks(batch)) == len(batch)
         return len(self.microbatches(batch)) == len(batch.queries) + len(batch.passages)
 

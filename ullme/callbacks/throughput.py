@@ -207,11 +207,9 @@ def _padded_tokens(module: ULLMEModule, batch: Batch) -> int:
         if objective.masking is not None:
             widths = chunk.queries.attention_mask.sum(1).tolist()
             total += len(widths) * max(widths)
-        if objective.needs_generation:
-            assert chunk.generation is not None
-            learned = torch.stack([term.candidates(chunk)[1] for term in objective.chunk_terms]).any(0)
-            prompts = chunk.generation.prompts.attention_mask.sum(1)[:, None]
-            bodies = chunk.generation.targets.attention_mask.sum(1).view(learned.shape) - 1
-            widths = (prompts + bodies)[learned].tolist()
+        for kind, scored in objective.scoring(chunk).items():
+            rows = chunk.generation_rows(kind)
+            prompts = rows.prompts.attention_mask.sum(1).view(len(chunk), -1)
+            widths = (prompts + rows.lengths(scored.learned.shape) - 1)[scored.learned].tolist()
             total += len(widths) * max(widths, default=0)
     return total

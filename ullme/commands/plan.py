@@ -163,6 +163,8 @@ def job_from_config(config: Any, arguments: argparse.Namespace) -> Job:
         query_tokens=arguments.query_tokens + _template_tokens(prompts, "query"),
         prompt_tokens=arguments.query_tokens + _template_tokens(prompts, "generation"),
         passage_tokens=arguments.passage_tokens + _template_tokens(prompts, "passage"),
+        bare_query_tokens=arguments.query_tokens,
+        query_template_tokens=_template_tokens(prompts, "query_generation"),
         query_max_length=data.query_max_length,
         passage_max_length=data.passage_max_length,
         chunk_size=getattr(loss, "chunk_size", None),
@@ -266,8 +268,8 @@ def _remedies(plan: Plan) -> list[str]:
 
 def paper_table(utilisation: float) -> str:
     """The paper's runs as a Markdown table: GRL, batch 512, 8 negatives, 279,040 rows, LoRA r 16, bfloat16, DDP."""
-    from ullme.callbacks.grl import grl_terms
     from ullme.engine.objective import Objective
+    from ullme.engine.presets import grl_terms
     from ullme.models.config import BackboneConfig
     from ullme.planning.plan import Job, make_plan
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
+from ullme.batch import LikelihoodKind
 from ullme.data.beir import BeirFolder, read_beir
 from ullme.data.collator import Collator, EvalCollator, EvalDataset, TrainDataset, length_sorted_batches
 from ullme.data.loader import ResumableLoader, defer_worker_signals
@@ -166,7 +167,7 @@ class ULLMEDataModule(L.LightningDataModule):
             self._prompt_tokenizer(),
             *self._rank_and_world_size(),
             position=position,
-            generation=loss is not None and loss.objective.needs_generation,
+            generation=() if loss is None else loss.objective.likelihoods,
         )
 
     def train_dataloader_for(
@@ -177,7 +178,7 @@ class ULLMEDataModule(L.LightningDataModule):
         epoch: int = 0,
         start_batch: int = 0,
         position: Callable[[], int] | None = None,
-        generation: bool = False,
+        generation: bool | Collection[LikelihoodKind] = False,
     ) -> DataLoader[Any]:
         """The training batches without a Trainer; iterating again gives the next epoch.
 
@@ -188,7 +189,8 @@ class ULLMEDataModule(L.LightningDataModule):
             epoch: the first epoch.
             start_batch: where in it to start.
             position: see :class:`~ullme.data.sampler.GlobalBatchSampler`.
-            generation: add the rows that generation losses need.
+            generation: the likelihoods that the loss needs rows for (``objective.likelihoods``); True: log π(passage |
+                query), False: none.
 
         Returns:
             A loader of :class:`~ullme.batch.Batch`; its length is that of a whole epoch.

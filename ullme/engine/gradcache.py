@@ -131,10 +131,10 @@ class GradCache:
     Args:
         embed: R token rows -> (R, D), differentiable; None if nothing in the objective looks at representations.
         loss: representations of the whole batch -> the scalar to minimise.
-        chunk_loss: a chunk, its representations (as leaves, or None) and the keyword ``scale`` -> a scalar that is
-            summed over chunks, such as a generation loss. ``scale=0.0`` comes with a dummy chunk that keeps ranks in
-            step: it adds nothing to the gradient. The loss's own forward happens inside, and its graph is freed
-            before anything is embedded again, so the two never need memory at the same time.
+        chunk_loss: a chunk (which queries), its representations (as leaves, or None) and the keyword ``scale`` -> a
+            scalar that is summed over chunks, such as a generation loss. ``scale=0.0`` comes with a dummy chunk that
+            keeps ranks in step: it adds nothing to the gradient. The loss's own forward happens inside, and its graph
+            is freed before anything is embedded again, so the two never need memory at the same time.
         backward: what to call on a scalar instead of ``Tensor.backward`` (a strategy's, for example).
         no_sync: context under which a backward does not synchronise gradients over ranks; the last backward does.
     """
@@ -173,7 +173,7 @@ class GradCache:
             num_dummy_microbatches: likewise, with one row and a gradient of zero.
         """
         if self.embed is None:
-            self._chunk_losses(batch, chunks, num_dummy_chunks, None, None)
+            self._chunk_losses(chunks, num_dummy_chunks, None, None)
             return
         rows = TokenRows.cat([batch.queries, batch.passages])
         microbatches = [chunk_rows(batch, chunk) for chunk in chunks] if microbatches is None else microbatches
@@ -187,7 +187,7 @@ class GradCache:
         reps[torch.cat(microbatches)] = torch.cat(parts)
         whole = _as_representations(reps, batch)
         gradients = self.cache_gradients(whole)
-        self._chunk_losses(batch, chunks, num_dummy_chunks, whole, gradients)
+        self._chunk_losses(chunks, num_dummy_chunks, whole, gradients)
         after = RandomState()
         cached = torch.cat([gradients.queries, gradients.passages.flatten(0, 1)])
         for _ in range(num_dummy_microbatches):
@@ -224,7 +224,6 @@ class GradCache:
 
     def _chunk_losses(
         self,
-        batch: Batch,
         chunks: list[slice],
         num_dummy_chunks: int,
         reps: Representations | None,
@@ -234,16 +233,16 @@ class GradCache:
         if self.chunk_loss is None:
             return
         for _ in range(num_dummy_chunks):
-            self._chunk_loss(batch[:1], None if reps is None else reps[:1].as_leaves(), last=False, scale=0.0)
+            self._chunk_loss(slice(0, 1), None if reps is None else reps[:1].as_leaves(), last=False, scale=0.0)
         for n, chunk in enumerate(chunks):
             leaves = None if reps is None else reps[chunk].as_leaves()
-            self._chunk_loss(batch[chunk], leaves, last=reps is None and n == len(chunks) - 1)
+            self._chunk_loss(chunk, leaves, last=reps is None and n == len(chunks) - 1)
             if leaves is not None and gradients is not None:
                 for total, leaf in ((gradients.queries, leaves.queries), (gradients.passages, leaves.passages)):
                     if leaf.grad is not None:
                         total[chunk].add_(leaf.grad)
 
-    def _chunk_loss(self, chunk: Batch, leaves: Representations | None, last: bool, scale: float = 1.0) -> None:
+    def _chunk_loss(self, chunk: slice, leaves: Representations | None, last: bool, scale: float = 1.0) -> None:
         assert self.chunk_loss is not None
         with nullcontext() if last else self.no_sync():
             self.backward(self.chunk_loss(chunk, leaves, scale=scale))

@@ -169,9 +169,9 @@ def _runs_out(
 
 
 class _NoReference(Reference):
-    def prepare(self, model: ULLME, precision: str) -> None: ...
+    def prepare(self, model: ULLME, precision: str, likelihoods: Any = ()) -> None: ...
 
-    def logps(self, model: ULLME, batch: Batch, mask: Tensor, share_prompts: bool) -> Tensor:
+    def logps(self, model: ULLME, batch: Batch, mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return torch.zeros(mask.shape, device=mask.device)
 
 
@@ -186,7 +186,17 @@ def _random_batch(model: ULLME, tokens: int, most: int, passages: int, passage_t
 
     keys = torch.arange(queries * passages).view(queries, passages)
     asked, answers = rows(queries), rows(queries * passages)
-    return Batch(asked, answers, keys, torch.arange(queries), GenerationRows(asked, answers)).to(model.device)
+    given_query, given_passage = GenerationRows(asked, answers), GenerationRows(answers, asked)
+    batch = Batch(
+        asked,
+        answers,
+        keys,
+        torch.arange(queries),
+        given_query,
+        query_generation=given_passage,
+        passage_generation=given_query,
+    )
+    return batch.to(model.device)
 
 
 def _bytes(acts: Activations, checkpointing: bool) -> float:

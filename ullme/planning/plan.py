@@ -17,7 +17,7 @@ from ullme.batch import Batch, GenerationRows, TokenRows
 from ullme.engine.gradcache import chunk_slices
 from ullme.models.likelihood import _BLOCK_LOGITS
 from ullme.planning.devices import Device
-from ullme.planning.flops import ModelCost, Work, count_weights, embedding_work, generation_work, meta_model, step_work
+from ullme.planning.flops import ModelCost, count_weights, embedding_work, learned_work, meta_model, step_work
 from ullme.planning.memory import FRAGMENTATION, GIB, Activations, Memory, activations, predict
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class Job:
         query_tokens: of an average query, template included.
         prompt_tokens: of an average query in the generation template.
         passage_tokens: of an average passage.
+        bare_query_tokens: of an average query without a template, as log π(query | passage) scores it.
+        query_template_tokens: of the template in which passages stand there.
         query_max_length: in tokens.
         passage_max_length: in tokens.
         chunk_size: queries in a chunk, or None.
@@ -72,6 +74,8 @@ class Job:
     full_batch: bool = False
     frozen_copy: bool = False
     half: bool = True
+    bare_query_tokens: float = 8
+    query_template_tokens: float = 12
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,7 @@ def _plan(
     whole = [slice(0, len(batch))]
     slices = whole if job.full_batch else chunk_slices(batch, job.chunk_size, job.chunk_tokens)
     chunks = [batch[s] for s in slices]
-    generation = [_generation(chunk, job.objective) for chunk in chunks]
+    generation = [learned_work(chunk, job.objective, job.objective.share_prompts) for chunk in chunks]
     vocabulary = cost.head // job.config.get_text_config().hidden_size
     block = max(64 * vocabulary, _BLOCK_LOGITS["cuda"])
     memory = predict(
@@ -244,13 +248,6 @@ def _weight_dtype(job: Job) -> torch.dtype:
     return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
-def _generation(chunk: Batch, objective: Objective) -> Work:
-    if not objective.chunk_terms:
-        return Work()
-    learned = torch.stack([term.candidates(chunk)[1] for term in objective.chunk_terms]).any(0)
-    return generation_work(chunk, learned, objective.share_prompts)
-
-
 def _similarities(job: Job, queries: int, count: int) -> float:
     """Numbers in representations, their gradients, and the similarities of own queries with all passages."""
     passages = job.batch_size * job.candidates
@@ -265,12 +262,17 @@ def typical_batch(job: Job, queries: int) -> Batch:
     passages = _whole(job.passage_tokens * spread, job.passage_max_length)
     own = _whole(np.full(queries, job.query_tokens), job.query_max_length)
     prompts = _whole(np.full(queries, job.prompt_tokens), 2**31)
+    targets = _rows((passages + 1).clamp(max=job.passage_max_length))
+    in_template = _rows(passages + round(job.query_template_tokens))
+    bare_queries = _rows(_whole(np.full(queries, job.bare_query_tokens + 1), job.query_max_length))
     return Batch(
         _rows(own),
         _rows(passages),
         torch.arange(queries * job.candidates).view(queries, -1),
         torch.arange(queries),
-        GenerationRows(_rows(prompts), _rows((passages + 1).clamp(max=job.passage_max_length))),
+        GenerationRows(_rows(prompts), targets),
+        query_generation=GenerationRows(in_template, bare_queries),
+        passage_generation=GenerationRows(_rows(prompts), targets),
     )
 
 

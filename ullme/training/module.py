@@ -125,7 +125,7 @@ class ULLMEModule(L.LightningModule):
         if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
             self._load_as_others_do(strategy)
         if isinstance(strategy, FSDPStrategy):
-            return fsdp.shard_fsdp1(model, strategy.root_device)
+            return fsdp.shard_fsdp1(model, strategy.root_device, strategy.mixed_precision_config)
         if isinstance(strategy, ModelParallelStrategy):
             if (size := strategy.device_mesh["tensor_parallel"].size()) > 1:
                 raise ValueError(

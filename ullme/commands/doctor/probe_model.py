@@ -89,8 +89,8 @@ def select_model(settings: Settings | None, folder: Path) -> ProbeModel:
     Raises:
         ValueError: the configuration's LLM cannot be loaded, or there is no tiny model of its family.
     """
-    from ullme.callbacks.base import make_reference
-    from ullme.callbacks.grl import grl_terms
+    from ullme.engine.presets import grl_terms
+    from ullme.engine.reference import make_reference
 
     if settings is None:
         options, objective, family, candidates = (
@@ -163,4 +163,13 @@ def _batch(vocabulary: int, candidates: int) -> Batch:
 
     queries, passages = rows(_QUERIES, 4, 9), rows(_QUERIES * candidates, 3, 14)
     keys: Tensor = torch.arange(_QUERIES * candidates).view(_QUERIES, candidates)
-    return Batch(queries, passages, keys, torch.arange(_QUERIES), GenerationRows(queries, passages))
+    given_query, given_passage = GenerationRows(queries, passages), GenerationRows(passages, queries)
+    return Batch(
+        queries,
+        passages,
+        keys,
+        torch.arange(_QUERIES),
+        given_query,
+        query_generation=given_passage,
+        passage_generation=given_query,
+    )

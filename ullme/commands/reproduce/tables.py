@@ -70,7 +70,7 @@ class Table:
         return Table({model: self.models[model]}, self.rows, self.columns, self.entries, self.paper)
 
 
-def build_table(
+def table_of(
     models: dict[str, str], rows: dict[str, str], columns: Mapping[str, Sequence[str]], grid: Grid, paper: Paper | None
 ) -> Table:
     """Build the table from the grid."""
