@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from ullme.batch import LikelihoodKind
 from ullme.data.beir import BeirFolder, read_beir
 from ullme.data.collator import Collator, EvalCollator, EvalDataset, TrainDataset, length_sorted_batches
-from ullme.data.loader import ResumableLoader, outlast_signals
+from ullme.data.loader import ResumableLoader, defer_worker_signals
 from ullme.data.mixture import Mixture, MixtureSampler, TrainSet
 from ullme.data.records import Schema, check_schema
 from ullme.data.sampler import GlobalBatchSampler, ShortRows, settle_short_rows
@@ -248,7 +248,7 @@ class ULLMEDataModule(L.LightningDataModule):
         return {
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
-            "worker_init_fn": outlast_signals,
+            "worker_init_fn": defer_worker_signals,
             "pin_memory": torch.cuda.is_available(),
             # else a dataloader draws from the global generator in each epoch, which would change dropout on resuming
             "generator": torch.Generator().manual_seed(self.seed),
