@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ullme.models.identity import adapter_folder
 from ullme.models.trained_weights import CONTRACT_FILE, CONTRACT_KEY, find_checkpoint
 from ullme.utils import atomic_files
 from ullme.utils.precision import loading_dtype, stored_dtype
@@ -38,6 +37,8 @@ def known_dtype(model: str | None, checkpoint: str | Path | None, asked: str | N
         checkpoint: as for :func:`dtype_to_load`.
         asked: auto leaves the training's dtype out of it.
     """
+    from ullme.models.wrapped import adapter_folder  # which imports mteb
+
     if checkpoint is None and model is not None and (adapter := adapter_folder(model)) is not None:
         model, checkpoint = None, adapter
     trained: dict[str, Any] = {} if checkpoint is None else _backbone(checkpoint)
