@@ -26,14 +26,14 @@ STEPS = 4
 def world(tmp_path_factory, llm_folder):
     """Name of a recipe -> folder of its run, made once, those it starts from before it."""
     root = tmp_path_factory.mktemp("recipes")
-    train, beir = write_rows(root)
+    rows, beir = write_rows(root)
     texts = root / "texts.jsonl"
-    queries = [json.loads(line)["query"] for line in Path(train).read_text().splitlines()]
+    queries = [json.loads(line)["query"] for line in Path(rows).read_text().splitlines()]
     texts.write_text("\n".join(json.dumps({"text": text}) for text in queries))
     unlabelled = root / "unlabelled.jsonl"
-    rows = [json.loads(line) for line in Path(train).read_text().splitlines()]
+    read = [json.loads(line) for line in Path(rows).read_text().splitlines()]
     unlabelled.write_text(
-        "\n".join(json.dumps({"query": row["query"], "candidates": [*row["neg"], *row["pos"]]}) for row in rows)
+        "\n".join(json.dumps({"query": row["query"], "candidates": [*row["neg"], *row["pos"]]}) for row in read)
     )
 
     def run(name: str) -> Path:
@@ -78,10 +78,10 @@ def world(tmp_path_factory, llm_folder):
         if recipe.get("data", {}).get("num_hard_negatives", 8):
             here["data"]["num_hard_negatives"] = 2
         if "datasets" in recipe.get("data", {}):
-            here["data"]["datasets"] = [{**one, "train": train} for one in recipe["data"]["datasets"]]
+            here["data"]["datasets"] = [{**one, "train": rows} for one in recipe["data"]["datasets"]]
         else:
             here["data"].update(
-                train=str(texts) if recipe.get("data", {}).get("schema") == "text" else train, train_name=None
+                train=str(texts) if recipe.get("data", {}).get("schema") == "text" else rows, train_name=None
             )
         if recipe.get("data", {}).get("schema") == "candidates":
             here["data"]["train"] = str(unlabelled)

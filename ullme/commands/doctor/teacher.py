@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ullme.commands.doctor.checks import NotChecked, Trouble
+from ullme.commands.doctor.checks import CheckFailed, NotChecked
 
 if TYPE_CHECKING:
     from ullme.commands.doctor.settings import Settings
@@ -17,7 +17,7 @@ def teacher(settings: Settings) -> str:
     """Measure it.
 
     Raises:
-        Trouble: the teacher is at chance.
+        CheckFailed: the teacher is at chance.
         NotChecked: there is no KL, no label, or the LLM is not here or too large.
     """
     import torch
@@ -54,5 +54,5 @@ def teacher(settings: Settings) -> str:
     if quality is None:
         raise NotChecked("data.num_hard_negatives=0 leaves the teacher nothing to rank")
     if quality.at_chance:
-        raise Trouble(str(quality), quality.remedy)
+        raise CheckFailed(str(quality), quality.remedy)
     return str(quality)
