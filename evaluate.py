@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ullme.eval.cli import main
+from ullme.commands.evaluate import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -36,12 +36,12 @@ from workload import (
 )
 
 from ullme.batch import Batch
-from ullme.chunking import choose
-from ullme.gradcache import chunk_slices, row_pieces
+from ullme.engine.gradcache import chunk_slices, row_pieces
+from ullme.engine.objective import Objective
+from ullme.engine.reference import Reference
 from ullme.losses import DPO, KL, InfoNCE
 from ullme.models import ULLME
-from ullme.objective import Objective
-from ullme.reference import Reference
+from ullme.planning.auto_chunk import choose
 
 CHUNK_TOKENS = 512  # what chunk_tokens: auto takes on a CPU; the peer's 8 passages have about 600, padded to 1,000
 CONTRASTIVE_BATCH, GRL_BATCH, PASSAGES = 32, 16, 2000

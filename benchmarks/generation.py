@@ -17,10 +17,10 @@ import torch
 from machine import machine
 from workload import HIDDEN, INTERMEDIATE, LAYERS, make_batch, make_model, peak_resident, reset_peak, resident
 
-from ullme.gradcache import chunk_slices, embed_batch
+from ullme.engine.gradcache import chunk_slices, embed_batch
+from ullme.engine.objective import Objective, embedder, score
 from ullme.losses import DPO, KL, InfoNCE
 from ullme.models import likelihood
-from ullme.objective import Objective, embedder, score
 
 VOCABULARIES = (8192, 32_000, 128_256)
 

@@ -40,10 +40,10 @@ from workload import make_batch, make_passages
 
 from ullme.batch import Batch
 from ullme.callbacks import GRL, GradCache
-from ullme.chunking import Chunking, choose, try_out
-from ullme.flops import model_cost, step_work
-from ullme.memory import GIB
 from ullme.models import ULLME
+from ullme.planning.auto_chunk import Chunking, choose, try_out
+from ullme.planning.flops import model_cost, step_work
+from ullme.planning.memory import GIB
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 PARTS = ("train", "encode", "memory", "profile", "compile")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ullme.batch import Batch, GenerationRows
-from ullme.objective import Objective, embedder, score
+from ullme.engine.objective import Objective, embedder, score
 
 if TYPE_CHECKING:
     from ullme.losses import Term

@@ -32,11 +32,11 @@ from torch import Tensor
 from ullme.batch import Batch
 from ullme.data.beir import read_beir
 from ullme.data.datamodule import ULLMEDataModule
+from ullme.engine.objective import Objective
+from ullme.engine.reference import AdaptersOff, Cached
 from ullme.losses import DPO, KL, SFT, InfoNCE, Term
 from ullme.models import ULLME
-from ullme.objective import Objective
 from ullme.prompts import Prompts
-from ullme.reference import AdaptersOff, Cached
 
 HELD_OUT = 256
 

@@ -22,12 +22,12 @@ from machine import machine
 from transformers import AutoTokenizer, logging
 
 from ullme.callbacks.grl import grl_terms
+from ullme.commands.plan import PAPER_DAYS, _llm_config
 from ullme.data.datamodule import ULLMEDataModule
-from ullme.devices import DEVICES
-from ullme.models.backbone import BackboneConfig
-from ullme.objective import Objective
-from ullme.plan import Job, make_plan
-from ullme.plan_cli import PAPER_DAYS, _llm_config
+from ullme.engine.objective import Objective
+from ullme.models.config import BackboneConfig
+from ullme.planning.devices import DEVICES
+from ullme.planning.plan import Job, make_plan
 from ullme.prompts import Prompts, PromptTokenizer
 
 

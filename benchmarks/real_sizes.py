@@ -10,9 +10,9 @@ import torch
 from workload import save_tokenizer
 
 from ullme.batch import Batch
-from ullme.models import ULLME, backbone
-from ullme.plan_cli import SHAPES
-from ullme.reference import Reference
+from ullme.commands.plan import SHAPES
+from ullme.engine.reference import Reference
+from ullme.models import ULLME, loading
 
 MODELS = {
     "phi-1.5": "microsoft/phi-1_5",
@@ -61,8 +61,8 @@ def build(name: str, device: torch.device, sizes: Sizes, **options: Any) -> ULLM
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(backbone, "load_config", lambda _: config),
-        patch.object(backbone, "load_backbone", random_weights),
+        patch.object(loading, "load_config", lambda _: config),
+        patch.object(loading, "load_backbone", random_weights),
     ):
         save_tokenizer(folder, config.vocab_size)
         settings = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.2, "dtype": "bfloat16"}

@@ -25,9 +25,9 @@ from machine import machine
 from workload import load_model, make_batch, peak_allocated, save_backbone
 
 from ullme.batch import Batch
+from ullme.engine.objective import Objective
 from ullme.losses import DPO, KL, InfoNCE
 from ullme.models import ULLME
-from ullme.objective import Objective
 
 RESULTS = Path(__file__).parent / "results"
 AXES: dict[str, tuple[int, ...]] = {

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from ullme import storage
-from ullme.models.checkpoint import CONTRACT_KEY, STATE_PREFIX, contract, trainable_state
+from ullme.models.trained_weights import CONTRACT_KEY, STATE_PREFIX, contract, trainable_state
 from ullme.prompts import Prompts
+from ullme.utils import atomic_files
 
 # Other texts than those on which an export compares by itself.
 SEEN = [
@@ -55,5 +55,5 @@ def write_run(model, folder: Path, **config) -> Path:
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
     state = {STATE_PREFIX + name: value for name, value in trainable_state(model).items()}
     content = {CONTRACT_KEY: contract(model), "global_step": 12, "state_dict": state}
-    storage.save(content, folder / "checkpoints" / "last.ckpt")
+    atomic_files.save(content, folder / "checkpoints" / "last.ckpt")
     return folder

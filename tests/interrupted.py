@@ -20,8 +20,9 @@ import pytest
 import torch
 from test_training import arguments, logged  # noqa: F401 - arguments is a fixture
 
-from ullme import cli, storage
-from ullme.module import ULLMEModule
+from ullme.commands import train
+from ullme.training.module import ULLMEModule
+from ullme.utils import atomic_files
 
 # Validation in the middle and at the end of each of two epochs of 6 steps, a checkpoint at other steps; dropout is on.
 RUN = ("--trainer.max_epochs=2", "--checkpoint.every_n_train_steps=2", "--trainer.val_check_interval=3")
@@ -66,7 +67,7 @@ def play(argv: list[str], out: Path, then: Callable[[], None]) -> None:
             os.dup2(os.open(f"{out}{target}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), handle)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         then()
-        cli.main(argv)
+        train.main(argv)
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)
@@ -201,7 +202,7 @@ def before_naming(number: int) -> None:
             kill_me()
         inner(old, new)
 
-    storage.os.replace = replace
+    atomic_files.os.replace = replace
 
 
 def after(seconds: float) -> None:

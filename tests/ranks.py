@@ -13,9 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 PRELOAD = [
-    "ullme.cli",
+    "ullme.commands.train",
     "ullme.models.ullme",
-    "ullme.models.checkpoint",
+    "ullme.models.trained_weights",
     "peft",
     "transformers.models.auto.modeling_auto",
 ]

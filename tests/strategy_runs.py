@@ -16,14 +16,13 @@ from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel
 
 from ullme.callbacks import GRL, GradCache
 from ullme.data.datamodule import ULLMEDataModule
-from ullme.eval import retrieval
-from ullme.eval.retrieval import retrieval_metrics
-from ullme.gradcache import GradCache as Engine
+from ullme.engine.fsdp import split_by
+from ullme.engine.gradcache import GradCache as Engine
 from ullme.losses import InfoNCE
-from ullme.models.backbone import BackboneConfig
-from ullme.module import OptimizerConfig, ULLMEModule
+from ullme.models.config import BackboneConfig
 from ullme.prompts import Prompts
-from ullme.sharding import split_by
+from ullme.training.module import OptimizerConfig, ULLMEModule
+from ullme.training.retrieval_metrics import retrieval_metrics
 
 STEPS = 5
 INTERRUPTED = 3
@@ -201,7 +200,7 @@ def validate(folder: str, strategy: str, ranks: int) -> tuple[dict[str, float], 
         return retrieval_metrics(queries, corpus, relevant)
 
     trainer = make_trainer(folder, strategy, ranks, [])
-    with mock.patch.object(retrieval, "retrieval_metrics", recorded):
+    with mock.patch("ullme.training.retrieval_metrics.retrieval_metrics", recorded):
         (scores,) = {tuple(found.items()) for found in trainer.validate(make_module(folder, True), make_data(folder))}
     return dict(scores), seen[0]
 

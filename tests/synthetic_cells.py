@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from ullme.reproduce.scores import CellScores, TaskScore
+from ullme.commands.reproduce.scores import CellScores, TaskScore
 
 TASKS = {"dev": ("Retrieval", "ndcg_at_10"), "news": ("Retrieval", "ndcg_at_10"), "sts": ("STS", "cosine_spearman")}
 

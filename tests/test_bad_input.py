@@ -14,8 +14,8 @@ from pathlib import Path
 import bad_world
 import pytest
 
-from ullme import cli
-from ullme.eval.cli import main as evaluate
+from ullme.commands import train
+from ullme.commands.evaluate import main as evaluate
 
 # name: (arguments that are added to a good command or replace its own, what the message must hold)
 # {names} are folders and files of bad_world.
@@ -242,7 +242,7 @@ EVALUATE: dict[str, tuple[str, list[str]]] = {
 def world(tmp_path_factory) -> dict[str, str]:
     found = bad_world.build(tmp_path_factory.mktemp("bad") / "world")
     found["good_run"] = str(Path(found["root"], "good_run"))
-    cli.main(["fit", *good_command(found, found["good_run"])])
+    train.main(["fit", *good_command(found, found["good_run"])])
     return found
 
 
@@ -300,7 +300,7 @@ def test_training_refuses(case, world, tmp_path, capfd, monkeypatch):
     before, begin = contents(world["root"]), seconds()
     edits = [e for e in edits if not e.startswith("SUBCOMMAND=")]
     with pytest.raises(SystemExit) as stop:
-        cli.main([subcommand, *good_command(world, str(tmp_path / "run")), *edits])
+        train.main([subcommand, *good_command(world, str(tmp_path / "run")), *edits])
     check(stop.value.code, capfd.readouterr().err, words, world, seconds() - begin)
     assert contents(world["root"]) == before
     assert not list(tmp_path.rglob("*.ckpt"))

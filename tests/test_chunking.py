@@ -9,15 +9,15 @@ import torch
 from test_gradcache import assert_same_gradients, gradients, make_batch
 from test_objective import with_generation
 
-from ullme import chunking
 from ullme.callbacks import GRL
 from ullme.callbacks.gradcache import GradCache
-from ullme.chunking import Chunking, choose, try_out
-from ullme.flops import meta_model
-from ullme.gradcache import held_pieces
+from ullme.engine.gradcache import held_pieces
+from ullme.engine.objective import Objective
 from ullme.losses import DPO, KL, InfoNCE
-from ullme.memory import activations
-from ullme.objective import Objective
+from ullme.planning import auto_chunk
+from ullme.planning.auto_chunk import Chunking, choose, try_out
+from ullme.planning.flops import meta_model
+from ullme.planning.memory import activations
 
 GIB = 2**30
 QUERY = 300  # tokens of the largest query with its passages
@@ -34,18 +34,18 @@ def bytes_of(model, checkpointing: bool) -> float:
 
 
 def test_more_memory_gives_larger_chunks_then_held_graphs_and_never_needless_checkpointing(model):
-    fixed = chunking._fixed(model, "cpu")
+    fixed = auto_chunk._fixed(model, "cpu")
     each = bytes_of(model, False)
     small = choose(model, False, QUERY, None, free=2 * (fixed + 1.2 * 350 * each))
     large = choose(model, False, QUERY, None, free=2 * (fixed + 1.2 * 9000 * each))
     assert QUERY <= small.chunk_tokens <= 1.2 * 350
-    assert small.held_tokens < small.chunk_tokens < large.chunk_tokens == chunking._MOST["cpu"] < large.held_tokens
+    assert small.held_tokens < small.chunk_tokens < large.chunk_tokens == auto_chunk._MOST["cpu"] < large.held_tokens
     assert not small.checkpointing
     assert not large.checkpointing
 
 
 def test_checkpointing_where_the_smallest_chunk_would_not_fit(model):
-    fixed = chunking._fixed(model, "cpu")
+    fixed = auto_chunk._fixed(model, "cpu")
     free = 2 * (fixed + 1.1 * 0.9 * QUERY * bytes_of(model, False))
     found = choose(model, False, QUERY, None, free=free)
     assert found.checkpointing
@@ -68,7 +68,7 @@ def test_nothing_fits(model):
         choose(model, False, 10**6, None, free=0.1 * GIB)
 
 
-def trial(model, monkeypatch, fits, chunking, passages=3, passage_tokens=10, queries=10**6):
+def trial(model, monkeypatch, fits, auto_chunk, passages=3, passage_tokens=10, queries=10**6):
     """What is tried, and what is found on a device where ``fits(tokens, held pieces, recomputed)``."""
     tried = []
     original = Objective.grad_cache
@@ -82,7 +82,7 @@ def trial(model, monkeypatch, fits, chunking, passages=3, passage_tokens=10, que
 
     monkeypatch.setattr(Objective, "grad_cache", limited)
     terms = Objective([InfoNCE(), DPO(), KL()])
-    return try_out(model, terms, chunking, passages, passage_tokens, nullcontext, queries), tried
+    return try_out(model, terms, auto_chunk, passages, passage_tokens, nullcontext, queries), tried
 
 
 def test_the_trial_gives_up_held_graphs_then_activations_then_halves_the_chunk(model, monkeypatch):

@@ -9,8 +9,8 @@ import yaml
 from lightning.pytorch import strategies
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
-from ullme import cli
 from ullme.callbacks import LossCallback
+from ullme.commands import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EVERY = sorted(CONFIGS.rglob("*.yaml"))
@@ -39,7 +39,7 @@ def no_gpu_needed(monkeypatch):
 def test_instantiates(path, tmp_path, monkeypatch, no_gpu_needed):
     monkeypatch.chdir(tmp_path)
     here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger=false"]
-    app = cli.build([*arguments(path), *here], run=False)
+    app = train.build([*arguments(path), *here], run=False)
     assert sum(isinstance(c, LossCallback) for c in app.trainer.callbacks) == 1
     assert app.model.backbone.model_name_or_path
     assert app.datamodule.batch_size > 0
@@ -52,9 +52,9 @@ def test_the_tables_are_those_there_are():
 @pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
 @pytest.mark.filterwarnings("ignore:LightningCLI")
 def test_every_stage_of_a_table_instantiates(path, tmp_path, monkeypatch, no_gpu_needed):
-    from ullme.reproduce.cells import Cell
-    from ullme.reproduce.cli import parser, read_table
-    from ullme.reproduce.spec import check, chosen, filled
+    from ullme.commands.reproduce.cells import Cell
+    from ullme.commands.reproduce.cli import parser, read_table
+    from ullme.commands.reproduce.spec import check, chosen, filled
 
     monkeypatch.chdir(tmp_path)
     table = filled(read_table(parser().parse_args([f"--config={path}", "--seeds=[3]"])), "an-llm", "data")
@@ -64,7 +64,7 @@ def test_every_stage_of_a_table_instantiates(path, tmp_path, monkeypatch, no_gpu
     for cell in [Cell(table, *one) for one in some]:
         assert len(cell.parsed) == len(cell.row.stages)
         for stage in cell.row.stages if path.stem == "miniature" else []:  # the others differ in what is parsed above
-            app = cli.build([*cell.configuration(stage), *here], run=False)
+            app = train.build([*cell.configuration(stage), *here], run=False)
             assert app.model.backbone.attention == ("causal" if cell.row_id in CAUSAL else "bidirectional")
     assert len(some) == 8
 
@@ -87,7 +87,7 @@ def test_each_row_of_the_paper_is_what_its_name_says(name, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     files = ["base.yaml", "model/phi-1.5.yaml", f"paper/{name}.yaml", "strategy/fsdp_4xa100.yaml"]
     here = ["--trainer.accelerator=cpu", "--trainer.logger=false"]
-    app = cli.build([*(f"--config={CONFIGS / f}" for f in files), *here], run=False)
+    app = train.build([*(f"--config={CONFIGS / f}" for f in files), *here], run=False)
     (loss,) = (c for c in app.trainer.callbacks if isinstance(c, LossCallback))
     assert {term.name: term.weight for term in loss.objective.terms} == PAPER_TERMS[name]
     assert app.model.backbone.attention == ("causal" if name in CAUSAL else "bidirectional")
@@ -118,7 +118,7 @@ def test_each_loss_config_is_what_its_name_says(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # the strategy and the size of the run come last here: they must not put another loss in its place
     files = ["base.yaml", "model/phi-1.5.yaml", f"loss/{name}.yaml", "strategy/cpu.yaml", "small.yaml"]
-    app = cli.build([f"--config={CONFIGS / f}" for f in files], run=False)
+    app = train.build([f"--config={CONFIGS / f}" for f in files], run=False)
     (loss,) = (c for c in app.trainer.callbacks if isinstance(c, LossCallback))
     assert {term.name: term.weight for term in loss.objective.terms} == TERMS[name]
     assert app.model.backbone.attention == ("causal" if name == "causal" else "bidirectional")
@@ -148,7 +148,7 @@ def test_each_strategy_config_is_what_its_name_says(name, tmp_path, monkeypatch,
     here = ["--trainer.accelerator=cpu", "--trainer.logger=false"]
     content = yaml.safe_load((CONFIGS / f"strategy/{name}.yaml").read_text())["trainer"]
     devices = [] if isinstance(content["devices"], int) else ["--trainer.devices=2"]  # as many as there are: GPUs
-    app = cli.build([*(f"--config={CONFIGS / f}" for f in files), *here, *devices], run=False)
+    app = train.build([*(f"--config={CONFIGS / f}" for f in files), *here, *devices], run=False)
     assert type(app.trainer.strategy) is STRATEGIES[name]
     assert app.trainer.world_size == {"single": 1, "cpu": 1, **FOUR, "fsdp_multinode": 8}.get(name, 2)
 
@@ -164,7 +164,7 @@ def test_there_are_configs():
 def test_stacking_merges_deeply(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = ["base.yaml", "model/mistral-7b.yaml", "strategy/cpu.yaml"]
-    app = cli.build([*(f"--config={CONFIGS / f}" for f in files), "--model.optimizer.lr=0.5"], run=False)
+    app = train.build([*(f"--config={CONFIGS / f}" for f in files), "--model.optimizer.lr=0.5"], run=False)
     assert app.model.backbone.model_backbone_type == "mistral"
     assert app.model.backbone.lora_alpha == 32  # from the base
     assert app.model.backbone.dtype == "float32"  # from the strategy

@@ -14,13 +14,13 @@ from test_gradcache import assert_same_gradients, gradients, make_batch
 from test_objective import OBJECTIVES, with_generation
 
 from ullme.batch import Batch
-from ullme.chunking import Chunking, try_out
 from ullme.distributed import any_rank, average_gradients, mean_over_ranks, merge_unit_rows, most, world
-from ullme.gradcache import chunk_slices
-from ullme.health import NotFiniteError
+from ullme.engine.finite import NotFiniteError
+from ullme.engine.gradcache import chunk_slices
+from ullme.engine.objective import Objective
 from ullme.losses import DPO, KL, InfoNCE
 from ullme.models import ULLME
-from ullme.objective import Objective
+from ullme.planning.auto_chunk import Chunking, try_out
 
 NAMES = ("cl", "cl_unmasked", "isolated", "grl", "kto")
 

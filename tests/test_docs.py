@@ -26,11 +26,11 @@ import pytest
 import yaml
 from test_training import write_rows
 
-from ullme import cli
 from ullme.__main__ import COMMANDS
-from ullme.config_files import locate, located
+from ullme.commands import train as train_command
+from ullme.commands.evaluate import parser as evaluate_parser
 from ullme.data.records import parse_record
-from ullme.eval.cli import parser as evaluate_parser
+from ullme.utils.config_files import locate, located
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
@@ -122,12 +122,12 @@ def test_every_link_leads_somewhere():
 def train_parser():
     """train.py's own parser of fit's options, made once."""
 
-    class Reader(cli.ULLMECLI):
+    class Reader(train_command.ULLMECLI):
         def instantiate_classes(self) -> None:
             """Nothing is built."""
 
     least = ["--config=configs/base.yaml", "--model.backbone.model_name_or_path=x"]
-    return cli.build(least, run=False, kind=Reader).parser
+    return train_command.build(least, run=False, kind=Reader).parser
 
 
 def check(words: list[str], train_parser) -> None:
@@ -239,7 +239,7 @@ def train(words: list[str], llm: str) -> None:
     here = [*HERE, f"--model.backbone.model_name_or_path={llm}"]
     if not any(word.startswith("--data.train") for word in words):
         here.append("--data.train=train.jsonl")
-    cli.main([*words, *here])
+    train_command.main([*words, *here])
 
 
 def run(words: list[str], llm: str) -> None:
@@ -251,11 +251,11 @@ def run(words: list[str], llm: str) -> None:
     if program in ("train.py", "train"):
         if rest == ["fit", "--help"]:
             with pytest.raises(SystemExit):
-                cli.main(rest)
+                train_command.main(rest)
             return
         train(rest, llm)
     elif program in ("evaluate.py", "evaluate"):
-        from ullme.eval.cli import main
+        from ullme.commands.evaluate import main
 
         if not Path("runs/ullme").exists() and "--checkpoint" in rest:
             train(["fit", "--config=configs/base.yaml", "--data.val=my/beir_folder"], llm)

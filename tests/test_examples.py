@@ -11,8 +11,8 @@ import torch
 from test_training import write_rows
 from tiny import make_tokenizer
 
-from ullme import cli
 from ullme.batch import Representations
+from ullme.commands import train
 from ullme.data.records import BadRow, Record, parse_record
 from ullme.data.sources import open_source
 from ullme.losses.base import Chunk
@@ -34,7 +34,7 @@ def fit(tmp_path, llm_folder):
 
     def run(*options: str) -> tuple[Path, list[dict[str, str]]]:
         folder = tmp_path / "run"
-        cli.main(
+        train.main(
             [
                 "fit",
                 "--seed_everything=1",
@@ -188,7 +188,9 @@ def test_a_datasets_bad_rows(row, reason, tmp_path):
 
 def test_a_dataset_that_is_none(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        cli.main(["fit", "--model.backbone.model_name_or_path=x", "--data.train=x", "--data.schema=my_dataset.nothing"])
+        train.main(
+            ["fit", "--model.backbone.model_name_or_path=x", "--data.train=x", "--data.schema=my_dataset.nothing"]
+        )
     assert end.value.code == 2
     assert "data.schema='my_dataset.nothing' cannot be imported" in capsys.readouterr().err
 

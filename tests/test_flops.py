@@ -11,18 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ullme.batch import Batch, GenerationRows
 from ullme.callbacks.grl import grl_terms
-from ullme.flops import (
-    ModelCost,
-    StepWork,
-    Work,
-    embedding_work,
-    generation_work,
-    model_cost,
-    step_work,
-)
+from ullme.engine.objective import Objective
 from ullme.losses import KTO
-from ullme.models.backbone import BackboneConfig, load_config
-from ullme.objective import Objective
+from ullme.models.config import BackboneConfig
+from ullme.models.loading import load_config
+from ullme.planning.flops import ModelCost, StepWork, Work, embedding_work, generation_work, model_cost, step_work
 from ullme.prompts import pad_rows
 
 COST = ModelCost(

@@ -8,10 +8,11 @@ from test_gradcache import assert_same_gradients, gradients, make_batch
 from test_objective import with_generation
 from tiny import make_llm
 
-from ullme.gradcache import chunk_slices
+from ullme.engine.gradcache import chunk_slices
+from ullme.engine.objective import Objective, score
 from ullme.losses import DPO, KL, InfoNCE
-from ullme.models import attention, likelihood, packing
-from ullme.objective import Objective, score
+from ullme.models import attention, likelihood
+from ullme.models.attention import packing
 from ullme.prompts import pad_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -12,9 +12,9 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from strategy_runs import Recorder, make_data, write_data
 
 from ullme.callbacks import GRL
-from ullme.models.backbone import BackboneConfig
-from ullme.module import OptimizerConfig, ULLMEModule
+from ullme.models.config import BackboneConfig
 from ullme.prompts import Prompts
+from ullme.training.module import OptimizerConfig, ULLMEModule
 
 DEVICE = "gpu"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

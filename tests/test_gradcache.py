@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ullme.batch import Batch, TokenRows
-from ullme.gradcache import GradCache, as_recorded, chunk_slices, embed_batch, row_pieces
+from ullme.engine.gradcache import GradCache, as_recorded, chunk_slices, embed_batch, row_pieces
 from ullme.losses import InfoNCE
 from ullme.prompts import pad_rows
 

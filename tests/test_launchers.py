@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_training import write_rows
 
-from ullme import cli
+from ullme.commands import train
 
 ROOT = Path(__file__).parents[1]
 TWO = f"--config={ROOT / 'configs' / 'strategy' / 'cpu_2proc.yaml'}"
@@ -82,7 +82,7 @@ def logged(folder: Path) -> list[dict[str, float]]:
 )
 def test_two_processes_log_what_one_does(arguments, tmp_path, launcher):
     processes = start(launcher, arguments("two"))
-    cli.main(arguments("one"))
+    train.main(arguments("one"))
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors

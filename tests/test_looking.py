@@ -9,8 +9,8 @@ import pytest
 from test_training import arguments, write_rows  # noqa: F401 - arguments is a fixture
 from wandb_file import Run
 
-from ullme import cli
-from ullme.eval.cli import main as evaluate
+from ullme.commands import train
+from ullme.commands.evaluate import main as evaluate
 from ullme.eval.table import Row
 from ullme.eval.wandb import training_run, wandb_run
 
@@ -38,7 +38,7 @@ def test_a_training_run_in_wandb(arguments, tmp_path, offline, monkeypatch):
         "--throughput.peak_tflops=2",
         f"--trainer.callbacks={maps}",
     ]
-    cli.main(argv)
+    train.main(argv)
     import wandb
 
     wandb.finish()

@@ -9,14 +9,14 @@ import pytest
 import yaml
 from test_training import arguments  # noqa: F401 - a fixture
 
-from ullme import plan_cli, quickstart, start
 from ullme.__main__ import COMMANDS, main
-from ullme.doctor import cli as doctor
-from ullme.eval import cli as evaluation
+from ullme.commands import evaluate as evaluation
+from ullme.commands import plan, quickstart
+from ullme.commands.doctor import cli as doctor
 
 PARSERS = {
     "evaluate": evaluation.parser,
-    "plan": plan_cli._parser,
+    "plan": plan._parser,
     "doctor": doctor.parser,
     "quickstart": quickstart.parser,
 }
@@ -38,9 +38,8 @@ def test_help_says_what_a_command_is_for(name, capsys):
     assert len(out.split("options:")[0].split("\n\n", 1)[1].split()) >= 8  # a sentence
 
 
-def test_help_of_training(capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(start.sys, "argv", ["ullme"])
+def test_help_of_training(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ullme"])
     status, out, _ = run(capsys, "train", "--help")
     assert status == 0
     assert "usage: ullme train" in out

@@ -9,9 +9,9 @@ import torch
 from tiny import save_llm
 from torch.profiler import ProfilerActivity, profile
 
-from ullme.flops import ModelCost, meta_model
-from ullme.memory import Activations, activations, predict
 from ullme.models import ULLME
+from ullme.planning.flops import ModelCost, meta_model
+from ullme.planning.memory import Activations, activations, predict
 
 TOKENS = 1024
 
@@ -49,7 +49,8 @@ def test_activations_are_what_a_step_allocates(tmp_path, family, dropout, checkp
 
 def test_weights_are_not_activations(llm_folder):
     """Twice the tokens are twice the bytes, and mixed precision keeps half-size activations."""
-    from ullme.models.backbone import BackboneConfig, load_config
+    from ullme.models.config import BackboneConfig
+    from ullme.models.loading import load_config
 
     options = BackboneConfig(llm_folder("llama"), lora_dropout=0.0)
     full = activations(meta_model(load_config(options), options), torch.float32)

@@ -9,7 +9,7 @@ import matplotlib
 import pytest
 from synthetic_cells import table
 
-from ullme.reproduce.scores import cell_folder, write_scores
+from ullme.commands.reproduce.scores import cell_folder, write_scores
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 

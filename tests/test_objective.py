@@ -10,12 +10,12 @@ import torch
 from test_gradcache import assert_same_gradients, gradients, make_batch
 
 from ullme.batch import Batch, GenerationRows, TokenRows
-from ullme.gradcache import chunk_slices
-from ullme.health import NotFiniteError
+from ullme.engine.finite import NotFiniteError
+from ullme.engine.gradcache import chunk_slices
+from ullme.engine.objective import Objective
+from ullme.engine.reference import AdaptersOff, Cached, FrozenCopy
 from ullme.losses import CPO, DPO, IPO, KL, KTO, SFT, Hinge, InfoNCE, SimPO
-from ullme.objective import Objective
 from ullme.prompts import pad_rows
-from ullme.reference import AdaptersOff, Cached, FrozenCopy
 
 OBJECTIVES = {
     "grl": lambda: [InfoNCE(), DPO(weight=0.5), KL()],

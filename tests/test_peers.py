@@ -7,8 +7,8 @@ import torch
 from tiny import TEXTS
 
 from ullme.batch import Batch
+from ullme.engine.objective import Objective
 from ullme.losses import InfoNCE
-from ullme.objective import Objective
 from ullme.prompts import Prompts
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -90,8 +90,8 @@ def test_simcse_with_dropout_on_the_same_embeddings(make_model):
     torch.manual_seed(3)
     loss = Objective([InfoNCE(0.05)]).full_batch(model, batch)["info_nce"].item()
     torch.manual_seed(3)
-    from ullme.gradcache import embed_batch
-    from ullme.objective import embedder
+    from ullme.engine.gradcache import embed_batch
+    from ullme.engine.objective import embedder
 
     with torch.no_grad():
         reps = embed_batch(embedder(model), batch)

@@ -8,16 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ullme import plan_cli
 from ullme.__main__ import main
 from ullme.callbacks.grl import grl_terms
-from ullme.devices import DEVICES, Device
-from ullme.flops import model_cost, step_work
-from ullme.memory import GIB
-from ullme.models.backbone import BackboneConfig, load_config
-from ullme.objective import Objective
-from ullme.plan import Job, make_plan, typical_batch
-from ullme.plan_text import describe
+from ullme.commands import plan
+from ullme.engine.objective import Objective
+from ullme.models.config import BackboneConfig
+from ullme.models.loading import load_config
+from ullme.planning.description import describe
+from ullme.planning.devices import DEVICES, Device
+from ullme.planning.flops import model_cost, step_work
+from ullme.planning.memory import GIB
+from ullme.planning.plan import Job, make_plan, typical_batch
 
 SMALL = Device("small", tflops=1.0, memory_gib=1.2)
 
@@ -159,8 +160,8 @@ def config(tmp_path, llm_folder):
 
 
 def parse(*argv: str):
-    arguments, overrides = plan_cli._parser().parse_known_args(argv)
-    return plan_cli.plan_from(arguments, overrides)
+    arguments, overrides = plan._parser().parse_known_args(argv)
+    return plan.plan_from(arguments, overrides)
 
 
 def test_a_plan_reads_the_stacked_configurations_of_train(config, tmp_path, monkeypatch):
@@ -203,19 +204,19 @@ def test_the_command(config, capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", list(plan_cli.SHAPES))
+@pytest.mark.parametrize("name", list(plan.SHAPES))
 def test_published_shapes(name):
     """Weights as their publishers count them."""
     billions = {"microsoft/phi-1_5": 1.418, "mistralai/Mistral-7B-Instruct-v0.2": 7.242}
     billions["meta-llama/Meta-Llama-3-8B-Instruct"] = 8.030
     options = BackboneConfig(name, lora_name=None)
-    cost = model_cost(plan_cli._llm_config(options, name), options)
+    cost = model_cost(plan._llm_config(options, name), options)
     assert cost.parameters / 1e9 == pytest.approx(billions[name], abs=1e-3)
 
 
 @pytest.mark.slow
 def test_the_papers_table():
-    table = plan_cli.paper_table(0.6)
+    table = plan.paper_table(0.6)
     rows = [line.split(" | ") for line in table.splitlines() if "days" in line]
     assert len(rows) == 3
     for cells in rows:

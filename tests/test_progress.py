@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from ullme import progress as module
 from ullme.data.sources import open_source
-from ullme.progress import progress
+from ullme.utils import progress as module
+from ullme.utils.progress import progress
 
 ROW = {"query": "q", "pos": ["p"], "neg": ["n"]}
 

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from ullme import quickstart
-from ullme.data.miniature import build_world
-from ullme.quickstart import Scores, bm25_scores, main, table, training_terms
+from ullme.commands import quickstart
+from ullme.commands.quickstart import Scores, bm25_scores, main, table, training_terms
+from ullme.demo.world import build_world
 
 SMALL = ["--entities=150", "--pretrain_steps=50", "--hidden_size=64", "--num_layers=1"]
 SHORT = ["--trainer.max_steps=60", "--data.batch_size=16", "--data.num_workers=0", "--model.optimizer.lr=1e-2"]

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from test_training import write_rows
 
-from ullme import cli
 from ullme.callbacks import LossCallback
+from ullme.commands import train
 from ullme.models.checkpoint import load_ullme
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -82,7 +82,7 @@ def world(tmp_path_factory, llm_folder):
             here["model"]["backbone"]["init_from"] = str(run(EARLIER[name]))
         (root / f"{name}.yaml").write_text(yaml.safe_dump(here))
         stack = [CONFIGS / "base.yaml", CONFIGS / "recipes" / f"{name}.yaml", root / f"{name}.yaml"]
-        cli.main(["fit", *(f"--config={path}" for path in stack)])
+        train.main(["fit", *(f"--config={path}" for path in stack)])
         return folder
 
     return run
@@ -154,7 +154,7 @@ PROMPTS = {
 def test_it_is_what_its_name_says(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = ["base.yaml", f"recipes/{name}.yaml", "strategy/cpu.yaml"]
-    app = cli.build([f"--config={CONFIGS / f}" for f in files], run=False)
+    app = train.build([f"--config={CONFIGS / f}" for f in files], run=False)
     for option, value in BACKBONE[name].items():
         assert getattr(app.model.backbone, option) == value, option
     (loss,) = (c for c in app.trainer.callbacks if isinstance(c, LossCallback))
@@ -205,7 +205,7 @@ def test_masked_tokens_count_where_a_backbone_cannot_be_packed(world, tmp_path):
     stack = [CONFIGS / "base.yaml", CONFIGS / "recipes" / "llm2vec_mntp.yaml", first.parent / "llm2vec_mntp.yaml"]
     options = [f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
     padded = ["--model.backbone.attention_path=padded", "--trainer.max_steps=1"]
-    cli.main(["fit", *(f"--config={path}" for path in stack), *options, *padded])
+    train.main(["fit", *(f"--config={path}" for path in stack), *options, *padded])
     (row,) = logged(tmp_path)
     assert 0 < float(row["padding"]) < 1
     assert float(logged(first)[0]["padding"]) == 0

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ullme.refusals import check_accelerator
+from ullme.utils.errors import check_accelerator
 
 
 @pytest.mark.parametrize(

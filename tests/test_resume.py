@@ -34,9 +34,10 @@ from interrupted import (  # start, ended and end_of_whole_run are fixtures
 )
 from test_training import arguments, logged  # noqa: F401 - arguments is a fixture
 
-from ullme import cli, storage
+from ullme.commands import train
 from ullme.models.checkpoint import load_ullme
-from ullme.resume import name_wandb_run
+from ullme.training.resume import name_wandb_run
+from ullme.utils import atomic_files
 
 QUICK = ("before step 5", "in the validation in mid-epoch", "in the sixth save")
 KILLS = {
@@ -140,8 +141,8 @@ def test_every_strategy_goes_on_from_every_other(start, tmp_path):
         assert code == 0, (tmp_path / f"log{n}.err").read_text()
         found = logged(tmp_path / f"log{n}", "train/loss")
         assert found == {step: pytest.approx(expected[step], rel=1e-4) for step in range(3 * n, 3 * n + 3)}
-    stored = storage.read(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
-    whole = storage.read(tmp_path / "whole" / "checkpoints" / "last.ckpt")["state_dict"]
+    stored = atomic_files.read(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+    whole = atomic_files.read(tmp_path / "whole" / "checkpoints" / "last.ckpt")["state_dict"]
     assert stored.keys() == whole.keys()
     for name, weight in whole.items():
         torch.testing.assert_close(stored[name], weight, rtol=1e-3, atol=1e-4)
@@ -208,8 +209,8 @@ def test_a_signal_that_reaches_the_workers_too(told, status, says, tmp_path, arg
         "run", *RUN, "--data.num_workers=2", f"--trainer.logger.save_dir={tmp_path / 'first'}", "--trainer.max_epochs=2"
     )
     # steps of this run are over in no time: it is told as soon as the first checkpoint is there
-    code = "import time, ullme.module as m; f = m.ULLMEModule.training_step\n"
-    code += "m.ULLMEModule.training_step = lambda *a: (time.sleep(0.5), f(*a))[1]\nfrom ullme.start import main; main()"
+    code = "import time, ullme.training.module as m; f = m.ULLMEModule.training_step\n"
+    code += "m.ULLMEModule.training_step = lambda *a: (time.sleep(0.5), f(*a))[1]\nfrom ullme.commands.train import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *argv],
         cwd=Path(__file__).parents[1],
@@ -244,9 +245,9 @@ def test_ctrl_c_before_the_first_step_is_one_line(lightnings, monkeypatch, capsy
                 sys.exit(1)  # what its trainer does
             raise
 
-    monkeypatch.setattr(cli, "build", build)
+    monkeypatch.setattr(train, "build", build)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["fit"])
+        train.main(["fit"])
     assert stop.value.code == 130
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("Ctrl-C: ")
@@ -254,9 +255,9 @@ def test_ctrl_c_before_the_first_step_is_one_line(lightnings, monkeypatch, capsy
 
 
 def test_other_exits_keep_their_status(monkeypatch):
-    monkeypatch.setattr(cli, "build", lambda argv: sys.exit(3))
+    monkeypatch.setattr(train, "build", lambda argv: sys.exit(3))
     with pytest.raises(SystemExit) as stop:
-        cli.main(["fit"])
+        train.main(["fit"])
     assert stop.value.code == 3
 
 
@@ -288,7 +289,7 @@ def test_slurms_warning_saves_and_asks_for_another_turn(works, start, end_of_who
 def refused(capsys, argv: list[str]) -> str:
     """What a refused command says, in one line."""
     with pytest.raises(SystemExit) as stop:
-        cli.main(argv)
+        train.main(argv)
     assert stop.value.code == 2
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     return said
@@ -296,7 +297,7 @@ def refused(capsys, argv: list[str]) -> str:
 
 def test_a_used_folder_is_neither_continued_nor_written_over_by_mistake(arguments, tmp_path, capsys):
     common = ("--trainer.max_steps=2", "--trainer.val_check_interval=2")
-    cli.main(arguments("run", *common))
+    train.main(arguments("run", *common))
     folder = tmp_path / "run" / "checkpoints"
     before = {p: p.read_bytes() for p in (*folder.iterdir(), tmp_path / "run" / "config.yaml")}
     said = refused(capsys, arguments("run", *common))
@@ -323,9 +324,9 @@ def test_a_used_folder_is_neither_continued_nor_written_over_by_mistake(argument
 
 
 def test_a_checkpoint_holds_the_adapter_and_its_moments_and_little_else(arguments, tmp_path):
-    cli.main(arguments("run", "--trainer.max_steps=1", "--model.backbone.lora_r=64"))
+    train.main(arguments("run", "--trainer.max_steps=1", "--model.backbone.lora_r=64"))
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    stored = storage.read(path)
+    stored = atomic_files.read(path)
     adapter = sum(t.numel() * t.element_size() for t in stored["state_dict"].values())
     assert adapter > 200_000
     assert 3 * adapter < path.stat().st_size < 3.1 * adapter + 30_000
@@ -339,18 +340,18 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line(arguments, tmp_path, caps
             raise OSError(errno.ENOSPC, "No space left on device")
         inner(handle)
 
-    monkeypatch.setattr(storage.os, "fsync", fsync)
+    monkeypatch.setattr(atomic_files.os, "fsync", fsync)
     said = refused(capsys, arguments("run", "--checkpoint.every_n_train_steps=1"))
     last = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert f"{last!r} cannot be written (No space left on device); make room" in said
     assert f"the last good checkpoint is {last!r}" in said
     monkeypatch.undo()
-    cli.main(arguments("run", "--checkpoint.every_n_train_steps=1"))  # room was made
+    train.main(arguments("run", "--checkpoint.every_n_train_steps=1"))  # room was made
 
 
 def test_what_was_logged_before_is_kept(arguments, tmp_path):
-    cli.main(arguments("run", "--trainer.max_steps=2"))
-    cli.main(arguments("run", "--trainer.max_steps=4", "--ckpt_path=last"))
+    train.main(arguments("run", "--trainer.max_steps=2"))
+    train.main(arguments("run", "--trainer.max_steps=4", "--ckpt_path=last"))
     assert sorted(logged(tmp_path / "run", "train/loss")) == [2, 3]
     (tmp_path / "run" / "metrics-1.csv").rename(tmp_path / "run" / "metrics.csv")
     assert sorted(logged(tmp_path / "run", "train/loss")) == [0, 1]

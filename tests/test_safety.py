@@ -7,33 +7,34 @@ import torch
 from bad_world import Payload
 from test_training import arguments  # noqa: F401 - a fixture
 
-from ullme import cli, storage
+from ullme.commands import train
 from ullme.models.checkpoint import load_ullme
-from ullme.resume import redacted
+from ullme.training.resume import redacted
+from ullme.utils import atomic_files
 
 
 def test_a_checkpoint_cannot_ask_for_the_models_own_code(arguments, tmp_path, monkeypatch):  # noqa: F811
     """The options in a checkpoint rebuild its model, except the one that would run what a stranger wrote."""
-    cli.main(arguments("run", "--trainer.max_steps=1"))
+    train.main(arguments("run", "--trainer.max_steps=1"))
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    stored = storage.read(path)
+    stored = atomic_files.read(path)
     stored["ullme"]["backbone"]["trust_remote_code"] = True
-    storage.save(stored, path)
+    atomic_files.save(stored, path)
     assert load_ullme(path).options.trust_remote_code is False
     assert load_ullme(path, trust_remote_code=True).options.trust_remote_code is True
     stored["ullme"]["backbone"]["hook"] = "os.system"
-    storage.save(stored, path)
+    atomic_files.save(stored, path)
     with pytest.raises(ValueError, match=r"another version: it has the options \['hook'\]"):
         load_ullme(path)
 
 
 def test_resuming_from_a_payload_does_not_run_it(arguments, tmp_path, capsys):  # noqa: F811
-    cli.main(arguments("run", "--trainer.max_steps=2", "--checkpoint.every_n_train_steps=1"))
+    train.main(arguments("run", "--trainer.max_steps=2", "--checkpoint.every_n_train_steps=1"))
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    torch.save({**storage.read(last), "optimizer_states": Payload(tmp_path / "flag")}, last)
+    torch.save({**atomic_files.read(last), "optimizer_states": Payload(tmp_path / "flag")}, last)
     for extra in ("--ckpt_path=last", f"--ckpt_path={last}"):
         with pytest.raises(SystemExit):
-            cli.main(arguments("run", "--trainer.max_steps=3", extra))
+            train.main(arguments("run", "--trainer.max_steps=3", extra))
         assert "refused because loading them would run code" in capsys.readouterr().err
     assert not (tmp_path / "flag").exists()
 
@@ -48,7 +49,7 @@ def test_secrets_reach_no_file_and_no_output(arguments, tmp_path, monkeypatch, c
         monkeypatch.setenv(name, value)
     dropped = [a for a in arguments("run", "--trainer.max_steps=1") if "logger" not in a]
     logger = ["--trainer.logger=WandbLogger", "--trainer.logger.offline=true", f"--trainer.logger.save_dir={tmp_path}"]
-    cli.main([*dropped, *logger, "--trainer.logger.notes=swordfish123"])
+    train.main([*dropped, *logger, "--trainer.logger.notes=swordfish123"])
     said = "".join(capfd.readouterr())
     import wandb
 

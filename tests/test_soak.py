@@ -15,8 +15,8 @@ import pytest
 from interrupted import before_step, start  # noqa: F401 - start is a fixture
 from test_training import arguments, logged  # noqa: F401 - arguments is a fixture
 
-from ullme import storage
-from ullme.data.miniature import build_world
+from ullme.demo.world import build_world
+from ullme.utils import atomic_files
 
 STEPS, KILLS = 2000, (700, 1400)
 WARM_UP = 250  # steps of a start until caches are full
@@ -116,5 +116,5 @@ def test_two_thousand_steps(start, tmp_path, monkeypatch):  # noqa: F811
     assert not [line for process in processes for line in in_group(process)]
     assert open_files() <= files + 1
     left = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
-    assert not [name for name in left if name.startswith(storage.UNFINISHED)]
+    assert not [name for name in left if name.startswith(atomic_files.UNFINISHED)]
     assert len(left) == 3  # last, best, finished

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ullme import storage
-from ullme.storage import StorageError
+from ullme.utils import atomic_files
+from ullme.utils.atomic_files import StorageError
 
 CONTENT = {"weights": torch.arange(5000.0), "name": "a" * 50, "step": 7, "more": {"x": torch.ones(3, 4).bfloat16()}}
 
@@ -27,12 +27,12 @@ def same(a, b) -> bool:
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    storage.save(CONTENT, tmp_path / "last.ckpt")
+    atomic_files.save(CONTENT, tmp_path / "last.ckpt")
     return tmp_path / "last.ckpt"
 
 
 def test_what_goes_in_comes_out(saved):
-    assert same(storage.read(saved), CONTENT)
+    assert same(atomic_files.read(saved), CONTENT)
     assert [p.name for p in saved.parent.iterdir()] == ["last.ckpt"]
 
 
@@ -47,7 +47,7 @@ def test_every_flipped_bit_that_matters_is_found(saved):
         damaged[place] ^= 1 << draw.randrange(8)
         saved.write_bytes(damaged)
         try:
-            found = storage.read(saved)
+            found = atomic_files.read(saved)
         except StorageError:
             refused += 1
         else:
@@ -60,17 +60,17 @@ def test_every_cut_is_found(saved):
     for length in [0, 1, 10, *range(100, len(whole), len(whole) // 40), len(whole) - 1]:
         saved.write_bytes(whole[:length])
         with pytest.raises(StorageError, match="cannot be read"):
-            storage.read(saved)
+            atomic_files.read(saved)
 
 
 def test_the_last_good_one_is_named(saved):
-    storage.save(CONTENT, saved.with_name("older.ckpt"))
+    atomic_files.save(CONTENT, saved.with_name("older.ckpt"))
     os.utime(saved.with_name("older.ckpt"), (1, 1))
-    storage.save(CONTENT, saved.with_name("bad.ckpt"))
+    atomic_files.save(CONTENT, saved.with_name("bad.ckpt"))
     saved.with_name("bad.ckpt").write_bytes(b"PK nothing")
     saved.write_bytes(saved.read_bytes()[:-100])
     with pytest.raises(StorageError, match=r"the last good checkpoint is '.*older.ckpt'"):
-        storage.read(saved)
+        atomic_files.read(saved)
 
 
 class FullDisk:
@@ -100,20 +100,20 @@ def test_a_full_disk_leaves_the_checkpoint_that_was_there(saved, monkeypatch, ro
     inner = Path.open
     monkeypatch.setattr(Path, "open", lambda self, mode="r", **kw: FullDisk(inner(self, mode, **kw), room))
     with pytest.raises(StorageError, match=r"No space left.*make room.*the last good checkpoint is '.*last.ckpt'"):
-        storage.save({**CONTENT, "step": 8}, saved)
+        atomic_files.save({**CONTENT, "step": 8}, saved)
     monkeypatch.undo()
-    assert storage.read(saved)["step"] == 7
+    assert atomic_files.read(saved)["step"] == 7
     assert [p.name for p in saved.parent.iterdir()] == ["last.ckpt"]
 
 
 def test_a_folder_that_cannot_be_made_or_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"trainer.default_root_dir"):
-        storage.check_writable(tmp_path / "file" / "run")
+        atomic_files.check_writable(tmp_path / "file" / "run")
     if os.geteuid():  # root may write anywhere
         (tmp_path / "closed").mkdir(mode=0o500)
         with pytest.raises(StorageError, match="Permission denied"):
-            storage.check_writable(tmp_path / "closed")
+            atomic_files.check_writable(tmp_path / "closed")
 
 
 def test_only_what_dead_processes_left_is_swept(saved):
@@ -121,11 +121,11 @@ def test_only_what_dead_processes_left_is_swept(saved):
     if not child:
         os._exit(0)
     os.waitpid(child, 0)
-    dead, alive = (saved.with_name(f"{storage.UNFINISHED}{pid}.last.ckpt") for pid in (child, os.getppid()))
+    dead, alive = (saved.with_name(f"{atomic_files.UNFINISHED}{pid}.last.ckpt") for pid in (child, os.getppid()))
     dead.write_bytes(b"half")
     alive.write_bytes(b"half")
-    assert storage.newest_first(saved.parent) == [saved]
-    storage.sweep(saved.parent)
+    assert atomic_files.newest_first(saved.parent) == [saved]
+    atomic_files.sweep(saved.parent)
     assert alive.exists()
     assert not dead.exists()
     assert saved.exists()
@@ -147,7 +147,7 @@ def test_a_payload_does_not_run(tmp_path, how):
     else:
         torch.save({"state_dict": Payload(flag)}, path, _use_new_zipfile_serialization=how == "torch")
     with pytest.raises(StorageError, match=r"refused because loading them would run code"):
-        storage.read(path)
+        atomic_files.read(path)
     assert not flag.exists()
     pickle.loads(pickle.dumps(Payload(flag)))  # it does work
     assert flag.exists()

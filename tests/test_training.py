@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from ullme import cli
-from ullme.models.checkpoint import find_checkpoint, load_ullme
+from ullme.commands import train
+from ullme.models.checkpoint import load_ullme
+from ullme.models.trained_weights import find_checkpoint
 
 NOUNS = [
     "river",
@@ -93,11 +94,11 @@ def logged(folder: Path, column: str) -> dict[int, float]:
 
 
 def test_fast_dev_run(arguments):
-    cli.main(arguments("run", "--trainer.fast_dev_run=2"))
+    train.main(arguments("run", "--trainer.fast_dev_run=2"))
 
 
 def test_a_run_learns_validates_and_saves_only_what_it_trained(arguments, tmp_path):
-    cli.main(arguments("run", "--trainer.max_epochs=4", "--trainer.max_steps=24"))
+    train.main(arguments("run", "--trainer.max_epochs=4", "--trainer.max_steps=24"))
     losses = logged(tmp_path / "run", "train/loss")
     assert len(losses) == 24
     assert np.mean(list(losses.values())[-4:]) < 0.8 * np.mean(list(losses.values())[:4])
@@ -125,11 +126,11 @@ def test_a_run_learns_validates_and_saves_only_what_it_trained(arguments, tmp_pa
 def test_resume_gives_the_same_losses(arguments, tmp_path, interrupted_at):
     """With dropout on, mid-epoch (3, 8) and between epochs (6 steps each)."""
     common = ("--trainer.max_epochs=2", "--checkpoint.every_n_train_steps=1", "--checkpoint.save_top_k=-1")
-    cli.main(arguments("whole", *common))
+    train.main(arguments("whole", *common))
     whole = logged(tmp_path / "whole", "train/loss")
     assert len(whole) == 12
     start = tmp_path / "whole" / "checkpoints" / f"step{interrupted_at}.ckpt"
-    cli.main(arguments("resumed", *common, f"--ckpt_path={start}"))
+    train.main(arguments("resumed", *common, f"--ckpt_path={start}"))
     resumed = logged(tmp_path / "resumed", "train/loss")
     assert sorted(resumed) == list(range(interrupted_at, 12))
     assert resumed == {step: whole[step] for step in resumed}
@@ -139,8 +140,8 @@ def test_resume_gives_the_same_losses(arguments, tmp_path, interrupted_at):
 
 
 def test_ckpt_path_last_goes_on(arguments, tmp_path):
-    cli.main(arguments("run", "--trainer.max_epochs=1"))
-    cli.main(arguments("run", "--trainer.max_epochs=2", "--ckpt_path=last"))
+    train.main(arguments("run", "--trainer.max_epochs=1"))
+    train.main(arguments("run", "--trainer.max_epochs=2", "--ckpt_path=last"))
     stored = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert stored["global_step"] == 12
 
@@ -155,7 +156,7 @@ def test_the_loss_and_its_chunks_do_not_change_the_run(arguments, tmp_path):
     losses = {}
     for name, extra in runs.items():
         dropped = [a for a in arguments(name) if "chunk_size" not in a]
-        cli.main([*dropped, "--trainer.max_steps=4", "--model.backbone.lora_dropout=0", *extra])
+        train.main([*dropped, "--trainer.max_steps=4", "--model.backbone.lora_dropout=0", *extra])
         losses[name] = list(logged(tmp_path / name, "train/loss").values())
     assert len(losses["full"]) == 4
     assert losses["full"][0] != losses["full"][3]
@@ -164,14 +165,14 @@ def test_the_loss_and_its_chunks_do_not_change_the_run(arguments, tmp_path):
 
 
 def test_bfloat16_mixed_precision_trains(arguments, tmp_path):
-    cli.main(arguments("run", "--trainer.precision=bf16-mixed", "--trainer.max_epochs=3"))
+    train.main(arguments("run", "--trainer.precision=bf16-mixed", "--trainer.max_epochs=3"))
     losses = list(logged(tmp_path / "run", "train/loss").values())
     assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
 
 
 @pytest.mark.parametrize("lora_name", ["a", "null"])
 def test_trained_weights_in_bfloat16_are_warned_of(arguments, caplog, lora_name):
-    cli.main(
+    train.main(
         arguments(
             "run", f"--model.backbone.lora_name={lora_name}", "--model.backbone.dtype=bfloat16", "--trainer.max_steps=1"
         )
@@ -180,7 +181,7 @@ def test_trained_weights_in_bfloat16_are_warned_of(arguments, caplog, lora_name)
 
 
 def test_full_fine_tuning_saves_all_weights(arguments, tmp_path):
-    cli.main(arguments("run", "--model.backbone.lora_name=null", "--trainer.max_steps=2"))
+    train.main(arguments("run", "--model.backbone.lora_name=null", "--trainer.max_steps=2"))
     model = load_ullme(tmp_path / "run")
     stored = torch.load(find_checkpoint(tmp_path / "run"), weights_only=True)
     assert {n.removeprefix("model.") for n in stored["state_dict"]} == {n for n, _ in model.named_parameters()}
@@ -189,7 +190,7 @@ def test_full_fine_tuning_saves_all_weights(arguments, tmp_path):
 def test_wandb_offline(arguments, tmp_path):
     dropped = [a for a in arguments("run", "--trainer.max_steps=2") if "logger" not in a]
     logger = ["--trainer.logger=WandbLogger", "--trainer.logger.offline=true", f"--trainer.logger.save_dir={tmp_path}"]
-    cli.main([*dropped, *logger])
+    train.main([*dropped, *logger])
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
@@ -216,7 +217,7 @@ def test_wandb_offline(arguments, tmp_path):
 )
 def test_mistakes_end_with_one_message_and_status_2(arguments, tmp_path, capsys, extra, message):
     with pytest.raises(SystemExit) as stop:
-        cli.main(arguments("run", *extra))
+        train.main(arguments("run", *extra))
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error
@@ -224,7 +225,7 @@ def test_mistakes_end_with_one_message_and_status_2(arguments, tmp_path, capsys,
 
 
 def test_a_checkpoint_of_another_rank_backbone_or_prompt_is_refused(arguments, tmp_path, llm_folder, capsys):
-    cli.main(arguments("run", "--trainer.max_steps=1"))
+    train.main(arguments("run", "--trainer.max_steps=1"))
     last = f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"
     for extra, message in (
         ("--model.backbone.lora_r=8", "trained with lora_r=4, but this model has lora_r=8"),
@@ -236,7 +237,7 @@ def test_a_checkpoint_of_another_rank_backbone_or_prompt_is_refused(arguments, t
         (f"--model.backbone.model_name_or_path={llm_folder('llama', initializer_range=0.1)}", "holds other weights"),
     ):
         with pytest.raises(SystemExit):
-            cli.main(arguments("again", last, extra))
+            train.main(arguments("again", last, extra))
         assert message in capsys.readouterr().err
 
 
@@ -245,14 +246,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_rows(arguments, monkey
 
     monkeypatch.setattr(InfoNCE, "forward", lambda self, reps: reps.queries.sum() * float("nan"))
     with pytest.raises(SystemExit):
-        cli.main(arguments("run"))
+        train.main(arguments("run"))
     assert "step 0: info_nce is nan (training rows [" in capsys.readouterr().err
 
 
 def test_grl_logs_every_term_its_weight_and_its_metrics_at_every_step(arguments, tmp_path):
     given = arguments("run", "--loss=GRL", "--trainer.max_steps=2")
     dropped = [a for a in given if "chunk_size" not in a and "log_every_n_steps" not in a]
-    cli.main([*dropped, "--loss.chunk_size=3", f"--loss.cache_reference={tmp_path / 'cache'}"])
+    train.main([*dropped, "--loss.chunk_size=3", f"--loss.cache_reference={tmp_path / 'cache'}"])
     for name in ("info_nce", "dpo", "kl", "reward_margin", "reward_accuracy", "rank_agreement", "grad_norm"):
         assert len(logged(tmp_path / "run", f"train/{name}")) == 2, name
     assert set(logged(tmp_path / "run", "train/weight/dpo").values()) == {0.5}
@@ -264,7 +265,7 @@ def test_grl_logs_every_term_its_weight_and_its_metrics_at_every_step(arguments,
 def test_a_part_of_a_validation_gives_no_score(arguments, tmp_path, part):
     """Texts that were not embedded would rank by a similarity of 0."""
     with pytest.warns(UserWarning, match="only a part of data.val was embedded"):
-        cli.main(
+        train.main(
             arguments(
                 "run",
                 "--trainer.max_steps=1",
@@ -281,7 +282,7 @@ def test_generation_terms_learn_alone(arguments, tmp_path):
     """SFT without any embedding loss: the likelihood of the positives rises."""
     dropped = [a for a in arguments("run", "--trainer.max_epochs=4", "--trainer.max_steps=24") if "chunk" not in a]
     terms = '[{"class_path": "ullme.losses.SFT"}]'
-    cli.main([*dropped, "--loss=GradCache", "--loss.chunk_size=3", f"--loss.terms={terms}"])
+    train.main([*dropped, "--loss=GradCache", "--loss.chunk_size=3", f"--loss.terms={terms}"])
     losses = list(logged(tmp_path / "run", "train/sft").values())
     assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.5
 
@@ -290,7 +291,7 @@ def test_the_config_lies_in_the_runs_own_folder(arguments, tmp_path):
     import yaml
 
     for run in ("a", "b"):
-        cli.main([*arguments(run, "--trainer.max_steps=1"), f"--trainer.logger.save_dir={tmp_path}"])
+        train.main([*arguments(run, "--trainer.max_steps=1"), f"--trainer.logger.save_dir={tmp_path}"])
         saved = yaml.safe_load((tmp_path / run / "config.yaml").read_text())
         assert saved["trainer"]["default_root_dir"] == str(tmp_path / run)
 
@@ -301,7 +302,7 @@ def test_two_processes_train_and_validate_as_one(arguments, tmp_path):
     common = ("--trainer.max_steps=3", "--trainer.val_check_interval=3", "--model.backbone.lora_dropout=0")
     for run, ranks in (("one", ()), ("two", ("--trainer.devices=2", "--trainer.strategy=ddp_spawn"))):
         dropped = [a for a in arguments(run, *common, *ranks, "--loss=GRL") if "chunk_size" not in a]
-        cli.main([*dropped, "--loss.chunk_size=1"])
+        train.main([*dropped, "--loss.chunk_size=1"])
     for column in ("train/loss", "train/dpo", "train/kl", "train/grad_norm", "val/ndcg@10", "val/mrr@10"):
         one, two = (logged(tmp_path / run, column) for run in ("one", "two"))
         assert one, column

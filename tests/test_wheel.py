@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ullme import config_files
+from ullme.utils import config_files
 
 ROOT = Path(__file__).parents[1]
 

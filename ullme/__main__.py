@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import ullme
-from ullme.named import look_here
+from ullme.utils.dotted_names import look_here
 
 # name -> (module with a main(argv), what it does). A module is imported only when its command runs.
 COMMANDS = {
-    "train": ("ullme.start", "train an embedder (train.py)"),
-    "evaluate": ("ullme.eval.cli", "evaluate an embedder on MTEB or local data (evaluate.py)"),
-    "export": ("ullme.export.cli", "a trained model as a folder for sentence-transformers"),
-    "plan": ("ullme.plan_cli", "memory and hours of a run, before it"),
-    "doctor": ("ullme.doctor.cli", "whether this machine, installation and configuration are in order"),
-    "support": ("ullme.support", "which decoder families of transformers work, tried on tiny models"),
-    "reproduce": ("ullme.reproduce.cli", "a table of the paper: train and evaluate every missing cell"),
-    "quickstart": ("ullme.quickstart", "the whole job in miniature, offline, in a few minutes"),
+    "train": ("ullme.commands.train", "train an embedder (train.py)"),
+    "evaluate": ("ullme.commands.evaluate", "evaluate an embedder on MTEB or local data (evaluate.py)"),
+    "export": ("ullme.commands.export.cli", "a trained model as a folder for sentence-transformers"),
+    "plan": ("ullme.commands.plan", "memory and hours of a run, before it"),
+    "doctor": ("ullme.commands.doctor.cli", "whether this machine, installation and configuration are in order"),
+    "support": ("ullme.commands.support.survey", "which decoder families of transformers work, tried on tiny models"),
+    "reproduce": ("ullme.commands.reproduce.cli", "a table of the paper: train and evaluate every missing cell"),
+    "quickstart": ("ullme.commands.quickstart", "the whole job in miniature, offline, in a few minutes"),
 }
 MANNERS = """ullme COMMAND --help explains a command; with --print_config, train fit and evaluate show all options.
 Exit status: 0 done, 1 failed (or: no), 2 a mistake in what was asked, 130 Ctrl-C, 143 SIGTERM."""

@@ -12,11 +12,11 @@ from ullme.batch import Batch
 from ullme.callbacks.base import ReferenceChoice, make_reference
 from ullme.callbacks.grl import Generation, grl_terms
 from ullme.distributed import average_gradients, broadcast, mean_over_ranks, world
-from ullme.gradcache import chunk_slices
-from ullme.health import NotFiniteError, check_finite
+from ullme.engine.finite import NotFiniteError, check_finite
+from ullme.engine.gradcache import chunk_slices
+from ullme.engine.objective import Objective
 from ullme.losses import InfoNCE
 from ullme.models.ullme import ULLME
-from ullme.objective import Objective
 
 
 class GradCacheTrainer:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_training import arguments, logged  # noqa: F401 - arguments is a fixture
 
-from ullme import cli
+from ullme.commands import train
 from ullme.models import ULLME
 
 
@@ -39,7 +39,7 @@ def room(monkeypatch):
 def test_it_goes_on_with_half_the_chunk_and_the_same_losses(loss, device, arguments, tmp_path, room, caplog):  # noqa: F811
     def run(name: str, chunk: int, *extra: str) -> dict[int, float]:
         dropped = [a for a in arguments(name, loss, "--trainer.max_steps=3") if "chunk_size" not in a]
-        cli.main([*dropped, f"--loss.chunk_size={chunk}", *extra])
+        train.main([*dropped, f"--loss.chunk_size={chunk}", *extra])
         return logged(tmp_path / name, "train/loss")
 
     expected = run("whole", 1)
@@ -67,6 +67,6 @@ def test_it_says_what_to_try(chunk, rows, message, arguments, room, capsys):  # 
     room(rows)
     dropped = [a for a in arguments("run", "--loss=GradCache") if "chunk_size" not in a]
     with pytest.raises(SystemExit) as stop:
-        cli.main([*dropped, f"--loss.{chunk}"])
+        train.main([*dropped, f"--loss.{chunk}"])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err

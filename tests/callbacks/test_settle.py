@@ -9,8 +9,9 @@ import pytest
 import torch
 from test_training import arguments, logged  # noqa: F401 - arguments is a fixture
 
-from ullme import chunking, cli
 from ullme.callbacks import settle
+from ullme.commands import train
+from ullme.planning import auto_chunk
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 AUTO = ["--loss.chunk_tokens=auto", "--trainer.max_steps=2", "--trainer.limit_val_batches=0"]
@@ -40,9 +41,9 @@ def given(arguments, run: str, *extra: str) -> list[str]:  # noqa: F811
 @pytest.mark.parametrize("loss", ["GradCache", "GRL"])
 def test_where_memory_suffices_every_row_is_embedded_once(loss, arguments, forwards, caplog, monkeypatch, tmp_path):  # noqa: F811
     """Chunks are small all the same on a CPU, so their graphs are held."""
-    monkeypatch.setitem(chunking._MOST, "cpu", 1)  # as small as they may be
+    monkeypatch.setitem(auto_chunk._MOST, "cpu", 1)  # as small as they may be
     with caplog.at_level(logging.INFO):
-        cli.main(given(arguments, "run", f"--loss={loss}", *AUTO))
+        train.main(given(arguments, "run", f"--loss={loss}", *AUTO))
     said = re.search(
         r"auto: [\d.]+ GiB are free on cpu, so chunks have (\d+) tokens, the graphs of (\d+) more are held, and layers "
         "keep their activations",
@@ -57,12 +58,12 @@ def test_where_memory_suffices_every_row_is_embedded_once(loss, arguments, forwa
 
 
 def test_where_it_does_not_chunks_are_embedded_twice(arguments, forwards, monkeypatch, tmp_path):  # noqa: F811
-    monkeypatch.setitem(chunking._MOST, "cpu", 1)
+    monkeypatch.setitem(auto_chunk._MOST, "cpu", 1)
     found = settle.choose
-    monkeypatch.setattr(settle, "choose", lambda *a, **k: chunking.replace(found(*a, **k), held_tokens=0))
-    cli.main(given(arguments, "run", *AUTO))
+    monkeypatch.setattr(settle, "choose", lambda *a, **k: auto_chunk.replace(found(*a, **k), held_tokens=0))
+    train.main(given(arguments, "run", *AUTO))
     assert [sum(rows for rows, grad in forwards if grad is wanted) for wanted in (False, True)] == [2 * 4 * 4] * 2
-    cli.main(given(arguments, "whole", *AUTO[1:], "--loss=FullBatch"))
+    train.main(given(arguments, "whole", *AUTO[1:], "--loss=FullBatch"))
     one, other = (logged(tmp_path / run, "train/loss") for run in ("run", "whole"))
     assert one == pytest.approx(other, rel=1e-4)
     assert len(one) == 2
@@ -70,9 +71,9 @@ def test_where_it_does_not_chunks_are_embedded_twice(arguments, forwards, monkey
 
 def test_a_settled_chunk_that_runs_out_of_memory_is_said(arguments, monkeypatch, capsys):  # noqa: F811
     found = settle.choose
-    monkeypatch.setattr(settle, "choose", lambda *a, **k: chunking.replace(found(*a, **k), chunk_tokens=100))
+    monkeypatch.setattr(settle, "choose", lambda *a, **k: auto_chunk.replace(found(*a, **k), chunk_tokens=100))
     with pytest.raises(SystemExit) as end:
-        cli.main(
+        train.main(
             given(
                 arguments, "run", "--loss.chunk_tokens=300", "--model.backbone.gradient_checkpointing=auto", *AUTO[1:]
             )

@@ -10,9 +10,9 @@ import pytest
 import torch
 from test_training import arguments, logged  # noqa: F401
 
-from ullme import cli
 from ullme.callbacks import SimilarityMap, similarity_map
 from ullme.callbacks.similarity_map import _log_image, heat_map, margin
+from ullme.commands import train
 from ullme.models.checkpoint import load_ullme
 
 
@@ -42,8 +42,8 @@ def drawn(monkeypatch):
 def test_training_goes_on_as_without_it(arguments, tmp_path, drawn):
     # dropout is on, and validation comes in the middle
     common = ("--trainer.max_steps=4", "--trainer.val_check_interval=2", "--model.backbone.lora_dropout=0.2")
-    cli.main(arguments("without", *common))
-    cli.main(arguments("with", *common, with_map(validations=True)))
+    train.main(arguments("without", *common))
+    train.main(arguments("with", *common, with_map(validations=True)))
     assert [when for when, *_ in drawn] == ["before training", "after 2 steps", "after 4 steps", "after training"]
     assert logged(tmp_path / "with", "train/loss") == logged(tmp_path / "without", "train/loss")
     a, b = weights(tmp_path / "with"), weights(tmp_path / "without")
@@ -54,7 +54,7 @@ def test_training_goes_on_as_without_it(arguments, tmp_path, drawn):
 
 
 def test_what_is_drawn_are_the_rows_under_the_models_own_prompts(arguments, tmp_path, drawn):
-    cli.main(arguments("run", "--trainer.max_steps=3", with_map()))
+    train.main(arguments("run", "--trainer.max_steps=3", with_map()))
     (_, before, sizes, queries), (_, after, _, _) = drawn
     rows = [json.loads(text) for text in (tmp_path / "train.jsonl").read_text().splitlines()[:4]]
     assert queries == [row["query"] for row in rows]
@@ -68,10 +68,10 @@ def test_what_is_drawn_are_the_rows_under_the_models_own_prompts(arguments, tmp_
 
 @pytest.mark.slow
 def test_a_run_that_goes_on_keeps_the_first_map(arguments, tmp_path, drawn):
-    cli.main(arguments("run", "--trainer.max_steps=2", with_map()))
+    train.main(arguments("run", "--trainer.max_steps=2", with_map()))
     folder = tmp_path / "run" / "similarity"
     before, after = ((folder / f"{name}.png").read_bytes() for name in ("before", "after"))
-    cli.main(arguments("run", "--trainer.max_steps=4", "--ckpt_path=last", with_map()))
+    train.main(arguments("run", "--trainer.max_steps=4", "--ckpt_path=last", with_map()))
     assert (folder / "before.png").read_bytes() == before
     assert (folder / "after.png").read_bytes() != after
     assert [when for when, *_ in drawn] == ["before training", "after training", "after training"]
@@ -81,7 +81,7 @@ def test_a_run_that_goes_on_keeps_the_first_map(arguments, tmp_path, drawn):
 def test_rows_of_a_file(arguments, tmp_path, drawn):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps({"query": f"q{n}", "pos": ["p"], "neg": ["n"] * n}) for n in range(3)))
-    cli.main(arguments("run", "--trainer.max_steps=1", with_map(file=str(file))))
+    train.main(arguments("run", "--trainer.max_steps=1", with_map(file=str(file))))
     assert drawn[0][3] == ["q0", "q1", "q2"]
     assert drawn[0][2] == [1, 2, 2]
 
@@ -94,7 +94,7 @@ def test_a_bad_file_stops_the_run(text, message, arguments, tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text(text)
     with pytest.raises(SystemExit) as end:
-        cli.main(arguments("run", with_map(file=str(file))))
+        train.main(arguments("run", with_map(file=str(file))))
     assert end.value.code == 2
     assert message in capsys.readouterr().err
 

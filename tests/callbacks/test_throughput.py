@@ -10,12 +10,12 @@ import pytest
 import torch
 from test_training import arguments, logged  # noqa: F401
 
-from ullme import cli
 from ullme.callbacks import Throughput, throughput
+from ullme.commands import train
 from ullme.data.datamodule import ResumableLoader
-from ullme.devices import peak_tflops
-from ullme.flops import model_cost, step_work
-from ullme.objective import Objective
+from ullme.engine.objective import Objective
+from ullme.planning.devices import peak_tflops
+from ullme.planning.flops import model_cost, step_work
 
 SEEN: list = []
 
@@ -35,7 +35,7 @@ def run(arguments, tmp_path):  # noqa: F811
 
     def make(*extra: str) -> dict[str, dict[int, float]]:
         spy = json.dumps([{"class_path": f"{__name__}.Spy"}])
-        cli.main(
+        train.main(
             arguments(
                 "run", "--trainer.max_steps=3", f"--trainer.callbacks={spy}", "--throughput.peak_tflops=2", *extra
             )
@@ -108,14 +108,14 @@ def test_padding_counts_what_the_backbone_was_given(arguments, tmp_path, monkeyp
 
     monkeypatch.setattr(ULLME, "__init__", watch)
     dropped = [a for a in arguments("run", "--loss=GRL", "--trainer.max_steps=1") if "chunk_size" not in a]
-    cli.main([*dropped, "--loss.chunk_size=3", "--model.backbone.attention_path=padded"])
+    train.main([*dropped, "--loss.chunk_size=3", "--model.backbone.attention_path=padded"])
     real, computed = map(sum, zip(*given, strict=True))
     assert logged(tmp_path / "run", "padding")[0] == pytest.approx(1 - real / computed, abs=1e-5)
 
 
 def test_packed_rows_reach_the_layers_without_padding(arguments, tmp_path, monkeypatch):  # noqa: F811
     """GRL: what is counted as real is what comes into the first layer, token for token."""
-    from ullme.models.layers import decoder_layers
+    from ullme.models.attention.layers import decoder_layers
     from ullme.models.ullme import ULLME
 
     given, counted = [], []
@@ -132,14 +132,14 @@ def test_packed_rows_reach_the_layers_without_padding(arguments, tmp_path, monke
 
     monkeypatch.setattr(ULLME, "__init__", watch)
     monkeypatch.setattr(Throughput, "_count", lambda *a: counted.append(count(*a)) or counted[-1])
-    cli.main(arguments("run", "--loss=GRL", "--loss.chunk_size=3", "--trainer.max_steps=1"))
+    train.main(arguments("run", "--loss=GRL", "--loss.chunk_size=3", "--trainer.max_steps=1"))
     _, tokens, real, computed, _ = counted[0].tolist()
     assert sum(given) == real == computed > tokens
     assert logged(tmp_path / "run", "padding") == {0: 0}
 
 
 def test_no_utilisation_where_the_peak_is_not_known(arguments, tmp_path):  # noqa: F811
-    cli.main(arguments("run", "--trainer.max_steps=1"))
+    train.main(arguments("run", "--trainer.max_steps=1"))
     assert logged(tmp_path / "run", "tokens/s")
     assert not logged(tmp_path / "run", "mfu")
 

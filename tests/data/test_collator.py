@@ -7,13 +7,7 @@ from itertools import chain
 import pytest
 import torch
 
-from ullme.data.collator import (
-    Collator,
-    EvalCollator,
-    TrainDataset,
-    length_sorted_batches,
-    passage_key,
-)
+from ullme.data.collator import Collator, EvalCollator, TrainDataset, length_sorted_batches, passage_key
 from ullme.data.sampler import Draw
 from ullme.data.sources import open_source
 from ullme.prompts import Prompts, PromptTokenizer

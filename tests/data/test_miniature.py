@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from ullme.data.miniature import NUM_NEGATIVES, Group, HardNegatives, build_world
-from ullme.data.miniature_facts import FILLERS, KINDS, MENTIONS, RELATIONS, WORDS
-from ullme.data.miniature_lm import build_backbone, new_llama, pack, pretrain, train_tokenizer
+from ullme.demo.facts import FILLERS, KINDS, MENTIONS, RELATIONS, WORDS
+from ullme.demo.language_model import build_backbone, new_llama, pack, pretrain, train_tokenizer
+from ullme.demo.world import NUM_NEGATIVES, Group, HardNegatives, build_world
 
 SMALL = {"train_entities": 40, "val_entities": 12, "dev_entities": 20, "distractors": 30}
 FUNCTION_WORDS = re.compile(

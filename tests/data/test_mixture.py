@@ -140,7 +140,7 @@ def test_all_isolated_is_in_batch_negatives_off():
 
 
 def test_the_objective_hands_the_batchs_flag_to_the_loss(make_model, tmp_path):
-    from ullme.objective import Objective
+    from ullme.engine.objective import Objective
 
     model = make_model().eval()
     sets = [TrainSet(write(tmp_path, "a", 6), in_batch_negatives=False)]

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from ullme.__main__ import main as command
-from ullme.doctor import cli, correctness, machine, ranks, settings
-from ullme.doctor.checks import Check, NotChecked, Trouble, examine, line, summary
-from ullme.doctor.patient import admit
-from ullme.doctor.settings import Settings
+from ullme.commands.doctor import cli, correctness, machine, ranks, settings
+from ullme.commands.doctor.checks import Check, NotChecked, Trouble, examine, line, summary
+from ullme.commands.doctor.patient import admit
+from ullme.commands.doctor.settings import Settings
 from ullme.models import attention
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
@@ -223,7 +223,7 @@ def test_logins(monkeypatch, tmp_path):
 
 
 def test_too_little_memory(read, monkeypatch):
-    monkeypatch.setattr("ullme.devices.free_memory", lambda device: 2.0**20)
+    monkeypatch.setattr("ullme.planning.devices.free_memory", lambda device: 2.0**20)
     check = trouble(read().memory)
     assert "GiB planned, 0.0 GiB free" in check.found
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from eval_helpers import write_jsonl
 
-from ullme.eval.cli import main
+from ullme.commands.evaluate import main
 from ullme.eval.per_query import pytrec_key, read_per_query
 from ullme.eval.table import read_rows
 
@@ -21,7 +21,7 @@ def base(tiny_llm, tmp_path) -> list[str]:
 
 def test_help_needs_no_heavy_import():
     code = (
-        "import sys; from ullme.eval.cli import parser; parser().format_help();"
+        "import sys; from ullme.commands.evaluate import parser; parser().format_help();"
         "print([name for name in ('torch', 'transformers', 'mteb', 'datasets') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

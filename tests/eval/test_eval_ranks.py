@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 from ranks import on_ranks
 
-from ullme.eval.cli import main
+from ullme.commands.evaluate import main
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from eval_helpers import save_tiny_llm, write_jsonl
 
-from ullme.data.miniature import build_world
+from ullme.demo.world import build_world
 from ullme.eval import evaluate_tasks, local_tasks
 from ullme.models.wrapped import WrappedULLME
 

@@ -9,9 +9,9 @@ import pytest
 from export_helpers import SEEN, embed, embed_elsewhere
 from tiny import TEXTS, make_tokenizer
 
-from ullme.export import contract, export_model
-from ullme.export.texts import TEXTS as TRIED
-from ullme.export.texts import too_long
+from ullme.commands.export import contract, export_model
+from ullme.commands.export.texts import TEXTS as TRIED
+from ullme.commands.export.texts import too_long
 from ullme.prompts import Prompts, PromptTokenizer
 
 

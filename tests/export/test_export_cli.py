@@ -9,10 +9,11 @@ import torch
 import yaml
 from export_helpers import PROMPTS, embed, embed_elsewhere, write_run
 
-from ullme import storage
 from ullme.__main__ import main as ullme
-from ullme.export.cli import main
-from ullme.models.checkpoint import CONTRACT_KEY, load_ullme
+from ullme.commands.export.cli import main
+from ullme.models.checkpoint import load_ullme
+from ullme.models.trained_weights import CONTRACT_KEY
+from ullme.utils import atomic_files
 
 pytest.importorskip("sentence_transformers")
 
@@ -91,9 +92,9 @@ def test_an_llm_without_a_run(llm_folder, tmp_path):
 
 def test_a_quantised_run(run, tmp_path, capsys):
     file = run / "checkpoints" / "last.ckpt"
-    content = storage.read(file)
+    content = atomic_files.read(file)
     content[CONTRACT_KEY]["backbone"]["quantization"] = "nf4"
-    storage.save(content, file)
+    atomic_files.save(content, file)
     arguments = [str(run), "--to", str(tmp_path / "out"), "--progress", "false"]
     assert main(arguments) == 2
     assert "--quantization none" in capsys.readouterr().err
@@ -101,7 +102,7 @@ def test_a_quantised_run(run, tmp_path, capsys):
 
 
 def test_pushing(run, tmp_path, monkeypatch, capsys):
-    from ullme.export import hub
+    from ullme.commands.export import hub
 
     pushed = []
     monkeypatch.setattr(hub, "check_push", lambda name: None)

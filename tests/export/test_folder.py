@@ -7,8 +7,8 @@ import os
 import pytest
 from safetensors import SafetensorError
 
-from ullme.export.folder import UNFINISHED, check_target, whole_or_not_at_all
-from ullme.export.texts import TEXTS, too_long, try_out
+from ullme.commands.export.folder import UNFINISHED, check_target, whole_or_not_at_all
+from ullme.commands.export.texts import TEXTS, too_long, try_out
 
 
 def test_it_gets_its_name_at_the_end(tmp_path):

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 
-from ullme.export import hub
+from ullme.commands.export import hub
 
 
 class Hub:

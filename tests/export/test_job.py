@@ -11,11 +11,11 @@ import torch
 from export_helpers import PROMPTS, SEEN, embed, embed_elsewhere
 from tiny import FAMILIES, make_tokenizer
 
-from ullme.export import check, export_adapter, export_model, weights
-from ullme.miniatures import make_tiny
+from ullme.commands.export import check, export_adapter, export_model, weights
 from ullme.models import ULLME
 from ullme.models.checkpoint import load_ullme, save_adapter
 from ullme.prompts import Prompts
+from ullme.utils.tiny_models import make_tiny
 
 pytest.importorskip("sentence_transformers")
 

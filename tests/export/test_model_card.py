@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ullme.export.model_card import _objective, _shown, is_hub_name
+from ullme.commands.export.model_card import _objective, _shown, is_hub_name
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ullme.export.scores import read_scores
+from ullme.commands.export.scores import read_scores
 
 
 def write(folder, task, *scores):

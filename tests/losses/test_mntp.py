@@ -7,8 +7,8 @@ import torch
 from tiny import TEXTS, make_tokenizer
 
 from ullme.batch import Batch
+from ullme.engine.objective import Objective
 from ullme.losses import MNTP, InfoNCE
-from ullme.objective import Objective
 from ullme.prompts import Prompts, PromptTokenizer, pad_rows
 
 PROMPTS = Prompts(query="{text}", append_eos=True)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from tiny import FAMILIES, make_llm
 
-from ullme.miniatures import make_tiny
-from ullme.models import attention, packing
-from ullme.models.rows import PackedRows
+from ullme.models import attention
+from ullme.models.attention import packing
+from ullme.models.attention.packed_rows import PackedRows
+from ullme.utils.tiny_models import make_tiny
 
 IDS = torch.tensor([[5, 9, 13, 21, 34, 55], [7, 8, 11, 12, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
@@ -152,7 +153,7 @@ def test_hybrid_warns_about_its_recurrent_layers(caplog):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_packed_forward_that_ignores_borders_is_found_in_any_dtype(dtype, monkeypatch):
-    from ullme.models.rows import PackedRows
+    from ullme.models.attention.packed_rows import PackedRows
 
     honest = attention.packing._grouped
 

@@ -7,9 +7,9 @@ import torch
 from test_gradcache import assert_same_gradients, gradients, make_batch
 from test_objective import with_generation
 
-from ullme.gradcache import GradCache, chunk_slices
+from ullme.engine.gradcache import GradCache, chunk_slices
+from ullme.engine.objective import Objective, embedder
 from ullme.losses import DPO, KL, InfoNCE
-from ullme.objective import Objective, embedder
 
 pytestmark = pytest.mark.slow  # a minute of compilation
 

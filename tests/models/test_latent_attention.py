@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from ullme.models.checkpoint import CONTRACT_KEY, STATE_PREFIX, contract, load_ullme, save_adapter, trainable_state
+from ullme.models.checkpoint import load_ullme, save_adapter
 from ullme.models.latent_attention import LatentAttention
 from ullme.models.pooling import pool
+from ullme.models.trained_weights import CONTRACT_KEY, STATE_PREFIX, contract, trainable_state
 
 OPTIONS = {"pooling": "latent_attention", "latents": 6, "latent_heads": 2}
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ullme.models.checkpoint import save_adapter
-from ullme.models.loading import load_embedder, usable_device
+from ullme.models.checkpoint import load_embedder, save_adapter, usable_device
 from ullme.prompts import Prompts
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ullme.models import ULLME, quantization
-from ullme.models.backbone import BackboneConfig
+from ullme.models.config import BackboneConfig
 
 
 @pytest.fixture
@@ -68,8 +68,8 @@ def test_trains_an_adapter_on_few_bits(make_model, few, share):
     pytest.importorskip("bitsandbytes")
     from test_gradcache import gradients, make_batch
 
+    from ullme.engine.objective import Objective
     from ullme.losses import InfoNCE
-    from ullme.objective import Objective
 
     sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "initializer_range": 0.05}
     found = {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ullme.models.checkpoint import CONTRACT_KEY, STATE_PREFIX, contract, load_ullme, save_adapter, trainable_state
+from ullme.models.checkpoint import load_ullme, save_adapter
+from ullme.models.trained_weights import CONTRACT_KEY, STATE_PREFIX, contract, trainable_state
 
 TEXTS = ["the mill by the river", "a market"]
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny import make_tokenizer
 
-from ullme import support, support_page
 from ullme.batch import TokenRows
-from ullme.miniatures import make_tiny
+from ullme.commands.support import page, survey
 from ullme.models import ULLME, attention
-from ullme.models.paths import _flags, run_flags
+from ullme.models.attention.paths import _flags, run_flags
+from ullme.utils.tiny_models import make_tiny
 
 PAGE = Path(__file__).parents[2] / "docs" / "backbones.md"
 
@@ -33,7 +33,7 @@ FALLBACKS = (
 
 @pytest.mark.parametrize("family", FALLBACKS)
 def test_fallbacks_are_verified(family):
-    (row,) = support.survey([family])
+    (row,) = survey.survey([family])
     assert row.verdict == "verified", row
     assert set(row.checks) >= {"causal", "padding", "alternation", "LoRA"}
 
@@ -52,27 +52,27 @@ def test_variants_of_a_family(family, variant):
     model = make_tiny(family, **variant)
     path, _ = attention.find_path(model, causal=False)
     assert path == "flags"
-    for name, check in support._CHECKS.items():
+    for name, check in survey._CHECKS.items():
         assert check(model, path) is not False, name
 
 
 def test_a_family_without_attention_is_refused_with_the_reason():
-    (row,) = support.survey(["mamba2"])
+    (row,) = survey.survey(["mamba2"])
     assert (row.verdict, row.path) == ("refused", "")
     assert "no layer has attention" in row.reason
 
 
 def test_a_hybrid_names_what_stays_causal():
-    (row,) = support.survey(["jamba"])
+    (row,) = survey.survey(["jamba"])
     assert (row.verdict, row.blind, row.layers) == ("hybrid", (0,), 2)
-    assert "layers [0] of 2" in support_page.table([row])
+    assert "layers [0] of 2" in page.table([row])
 
 
 def test_a_failed_check_shows(monkeypatch):
-    monkeypatch.setitem(support._CHECKS, "padding", lambda model, path: False)
-    (row,) = support.survey(["llama"])
+    monkeypatch.setitem(survey._CHECKS, "padding", lambda model, path: False)
+    (row,) = survey.survey(["llama"])
     assert (row.verdict, row.reason) == ("limited", "padding")
-    assert "| llama | limited | packed | yes | **no** |" in support_page.table([row])
+    assert "| llama | limited | packed | yes | **no** |" in page.table([row])
 
 
 def test_an_encoder_set_up_as_one_is_no_decoder():
@@ -157,23 +157,23 @@ def test_a_window_and_a_chunk_bound_both_sides():
 
 
 def test_command(capsys):
-    assert support.main(["--family", "mamba2"]) == 1
-    assert support.main(["--family", "llama", "--family", "gpt2"]) == 0
+    assert survey.main(["--family", "mamba2"]) == 1
+    assert survey.main(["--family", "llama", "--family", "gpt2"]) == 0
     assert "| gpt2 | verified | packed |" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        support.main(["--family", "no_such_family"])
+        survey.main(["--family", "no_such_family"])
     assert "no causal language model of this type" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
 def everything():
-    return support.survey()
+    return survey.survey()
 
 
 @pytest.mark.slow
 def test_every_architecture_of_transformers_has_a_verdict(everything):
     verdicts = {row.family: row.verdict for row in everything}
-    assert sorted(verdicts) == support.families()
+    assert sorted(verdicts) == survey.families()
     assert sum(verdict == "verified" for verdict in verdicts.values()) >= 104
     assert {verdicts[family] for family in FALLBACKS} == {"verified"}
     for row in everything:
@@ -197,4 +197,4 @@ def test_the_page_is_what_the_code_finds(everything):
 
     if transformers.__version__ not in PAGE.read_text():
         pytest.skip(f"the page is about another transformers than {transformers.__version__}")
-    assert without_versions(PAGE.read_text()) == without_versions(support.document(everything))
+    assert without_versions(PAGE.read_text()) == without_versions(survey.document(everything))

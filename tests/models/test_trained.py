@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ullme.models.backbone import BackboneConfig
-from ullme.models.checkpoint import contract, load_weights, trainable_state
-from ullme.sharding import whole_parameters
+from ullme.engine.fsdp import whole_parameters
+from ullme.models.checkpoint import load_weights
+from ullme.models.config import BackboneConfig
+from ullme.models.trained_weights import contract, trainable_state
 
 
 def test_biases_alone_are_trained_and_change_the_embedding(make_model):
@@ -28,7 +29,8 @@ def test_biases_alone_are_trained_and_change_the_embedding(make_model):
 
 
 def test_biases_are_a_checkpoint(make_model, tmp_path):
-    from ullme.models.checkpoint import CONTRACT_KEY, STATE_PREFIX, load_ullme
+    from ullme.models.checkpoint import load_ullme
+    from ullme.models.trained_weights import CONTRACT_KEY, STATE_PREFIX
 
     model = make_model("gpt2", lora_name=None, train="biases").eval()
     with torch.no_grad():

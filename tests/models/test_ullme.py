@@ -298,8 +298,8 @@ def test_a_row_with_nothing_to_pool_is_refused(make_model):
 def test_spans_go_through_gradcache(make_model):
     """Chunks of a batch whose queries are pooled from their text on, against the whole batch at once."""
     from ullme.batch import Batch
+    from ullme.engine.objective import Objective
     from ullme.losses import InfoNCE
-    from ullme.objective import Objective
 
     gradients, losses = [], []
     for pooled, chunked in (("text", False), ("text", True), ("all", False)):

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from ullme.eval.cli import parser as evaluation_parser
-from ullme.plan_cli import read_configs
-from ullme.reproduce.cells import EVALUATE, Cell, Overrides, parse_options, parsed
-from ullme.reproduce.cli import parser, read_table
-from ullme.reproduce.spec import Row
+from ullme.commands.evaluate import parser as evaluation_parser
+from ullme.commands.plan import read_configs
+from ullme.commands.reproduce.cells import EVALUATE, Cell, Overrides, parse_options, parsed
+from ullme.commands.reproduce.cli import parser, read_table
+from ullme.commands.reproduce.spec import Row
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI")
 

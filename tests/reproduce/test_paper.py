@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from synthetic_cells import cell
 
-from ullme.reproduce import paper
-from ullme.reproduce.paper import aggregate, parts_of_aggregates, read_paper, task_name
+from ullme.commands.reproduce import paper
+from ullme.commands.reproduce.paper import aggregate, parts_of_aggregates, read_paper, task_name
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import io
 import pytest
 from synthetic_cells import cell, table
 
-from ullme.reproduce import paper
-from ullme.reproduce.paper import parts_of_aggregates, read_paper
-from ullme.reproduce.report import write_report
-from ullme.reproduce.tables import escape_latex, markdown
+from ullme.commands.reproduce import paper
+from ullme.commands.reproduce.paper import parts_of_aggregates, read_paper
+from ullme.commands.reproduce.report import write_report
+from ullme.commands.reproduce.tables import escape_latex, markdown
 
 OTHER = 'Other | "model", 2'
 MODELS = {"m": "Model_1", "n": OTHER}
@@ -134,7 +134,7 @@ def full(row, score, seed=0):
 
 
 def type_of(name, kind, score):
-    from ullme.reproduce.scores import TaskScore
+    from ullme.commands.reproduce.scores import TaskScore
 
     return TaskScore(name, kind, {"Retrieval": "ndcg_at_10"}.get(kind, "main"), score)
 

@@ -16,12 +16,12 @@ import yaml
 from test_notebooks import run as run_notebook
 from tiny import save_llm
 
-from ullme.data.miniature import build_world
-from ullme.reproduce import finish, preflight, run
-from ullme.reproduce.cells import Cell
-from ullme.reproduce.cli import main, parser, read_table
-from ullme.reproduce.run import Devices, Runner
-from ullme.reproduce.scores import read_scores
+from ullme.commands.reproduce import finish, preflight, run
+from ullme.commands.reproduce.cells import Cell
+from ullme.commands.reproduce.cli import main, parser, read_table
+from ullme.commands.reproduce.run import Devices, Runner
+from ullme.commands.reproduce.scores import read_scores
+from ullme.demo.world import build_world
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ROWS = [{"task": "facts-0123abcd", "type": "Retrieval", "main_score": "ndcg_at_10", "score": 50.0, "error": None}]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ullme.reproduce.cli import main, parser, read_table
-from ullme.reproduce.spec import check, chosen, filled
+from ullme.commands.reproduce.cli import main, parser, read_table
+from ullme.commands.reproduce.spec import check, chosen, filled
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper"
 ROWS = ["base", "causal_cl", "bi_cl", "bi_cl_sft", "grl_sft", "grl", "echo", "llm2vec"]

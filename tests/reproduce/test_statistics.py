@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from synthetic_cells import cell, table
 
-from ullme.reproduce.statistics import (
+from ullme.commands.reproduce.statistics import (
     HOLDS,
     REVERSED,
     UNCLEAR,

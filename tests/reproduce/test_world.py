@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from ullme.data import miniature_lm
-from ullme.reproduce import world
-from ullme.reproduce.spec import Model, Table
+from ullme.commands.reproduce import world
+from ullme.commands.reproduce.spec import Model, Table
+from ullme.demo import language_model
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_a_world_that_was_not_finished_is_made_again_and_a_finished_one_is_kept(
             raise KeyboardInterrupt
         Path(folder, "config.json").write_text("{}")
 
-    monkeypatch.setattr(miniature_lm, "build_backbone", build_backbone)
+    monkeypatch.setattr(language_model, "build_backbone", build_backbone)
     with pytest.raises(KeyboardInterrupt):
         world.build(table)
     assert not Path(world.llm(table)).exists()

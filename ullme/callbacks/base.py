@@ -15,15 +15,15 @@ from torch import Tensor
 
 from ullme.batch import Batch
 from ullme.callbacks.settle import settle
-from ullme.chunking import Chunking
-from ullme.gradcache import slice_rows
+from ullme.engine.fsdp import unsynchronised
+from ullme.engine.gradcache import slice_rows
+from ullme.engine.objective import Logs, Objective
+from ullme.engine.reference import AdaptersOff, Cached, FrozenCopy, Reference
 from ullme.losses import InfoNCE, Term
-from ullme.objective import Logs, Objective
-from ullme.reference import AdaptersOff, Cached, FrozenCopy, Reference
-from ullme.sharding import unsynchronised
+from ullme.planning.auto_chunk import Chunking
 
 if TYPE_CHECKING:
-    from ullme.module import ULLMEModule
+    from ullme.training.module import ULLMEModule
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ullme import storage
-from ullme.callbacks.leaving import Notice
-from ullme.models.checkpoint import check_contract
-from ullme.resume import FINISHED
+from ullme.models.trained_weights import check_contract
+from ullme.training.resume import FINISHED
+from ullme.training.signals import Notice
+from ullme.utils import atomic_files
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -25,13 +25,13 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Raises: ValueError: it cannot be written; the message names the last good one."""
-        storage.save(checkpoint, path)
+        atomic_files.save(checkpoint, path)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
         """``weights_only`` is always true. Raises: ValueError: damaged, holding more than plain values, or not ours."""
-        found = storage.read(path, "cpu" if map_location is None else map_location)
+        found = atomic_files.read(path, "cpu" if map_location is None else map_location)
         check_contract(found, path)
         return found
 
@@ -125,7 +125,7 @@ class Checkpoint(ModelCheckpoint):
             self.filename = f"best-{self.filename}"
         super().setup(trainer, pl_module, stage)
         if trainer.is_global_zero and stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            storage.sweep(str(self.dirpath))
+            atomic_files.sweep(str(self.dirpath))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -184,7 +184,7 @@ class Checkpoint(ModelCheckpoint):
         """Mark the run as finished, so that nobody starts it again by mistake."""
         if self._may_save(trainer) and trainer.is_global_zero:
             note = f"{trainer.global_step} steps\n"
-            storage.write_atomically(Path(str(self.dirpath), FINISHED), lambda file: _write(file, note))
+            atomic_files.write_atomically(Path(str(self.dirpath), FINISHED), lambda file: _write(file, note))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say whether a validation is to be done on resuming, by the mark that Lightning's loop gives one in progress.

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from ullme.batch import Batch
 from ullme.callbacks.base import LossCallback
-from ullme.objective import Logs
+from ullme.engine.objective import Logs
 
 if TYPE_CHECKING:
-    from ullme.module import ULLMEModule
+    from ullme.training.module import ULLMEModule
 
 
 class FullBatch(LossCallback):

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ullme import sharding
 from ullme.batch import Batch
 from ullme.callbacks.base import LossCallback, ReferenceChoice
-from ullme.chunking import Chunking
 from ullme.distributed import any_rank, world
-from ullme.gradcache import RandomState, chunk_slices, held_pieces, row_pieces, slice_rows
+from ullme.engine import fsdp
+from ullme.engine.gradcache import RandomState, chunk_slices, held_pieces, row_pieces, slice_rows
+from ullme.engine.objective import Logs
 from ullme.losses import Term
-from ullme.objective import Logs
+from ullme.planning.auto_chunk import Chunking
 
 if TYPE_CHECKING:
-    from ullme.module import ULLMEModule
+    from ullme.training.module import ULLMEModule
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class GradCache(LossCallback):
         if not any_rank(len(slices) > 1 or not self._fits(batch), batch.row_ids.device):
             return self.objective.full_batch(module.model, batch, module.manual_backward)
         pieces = self.pieces(batch)
-        held = held_pieces(batch, pieces, self.held_tokens) if sharding.split_by(module.model) is None else 0
+        held = held_pieces(batch, pieces, self.held_tokens) if fsdp.split_by(module.model) is None else 0
         return self.objective.grad_cache(
             module.model, batch, slices, module.manual_backward, self.no_sync(module), pieces, held
         )

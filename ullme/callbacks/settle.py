@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
-from ullme import sharding
-from ullme.chunking import Chunking, choose, try_out
-from ullme.devices import free_memory
 from ullme.distributed import most
-from ullme.memory import GIB
+from ullme.engine import fsdp
+from ullme.planning.auto_chunk import Chunking, choose, try_out
+from ullme.planning.devices import free_memory
+from ullme.planning.memory import GIB
 
 if TYPE_CHECKING:
     from ullme.callbacks.base import LossCallback
-    from ullme.module import ULLMEModule
+    from ullme.training.module import ULLMEModule
 
 
 def settle(trainer: L.Trainer, module: ULLMEModule, loss: LossCallback) -> Chunking:
@@ -36,7 +36,7 @@ def settle(trainer: L.Trainer, module: ULLMEModule, loss: LossCallback) -> Chunk
     half = trainer.precision == "bf16-mixed"
     settled = loss.settled_tokens(query_tokens, queries)
     chunking = choose(model, half, least, settled, free)
-    if model.device.type == "cuda" and sharding.split_by(model) is None:
+    if model.device.type == "cuda" and fsdp.split_by(model) is None:
         context = trainer.precision_plugin.forward_context
         chunking = try_out(model, loss.objective, chunking, passages, passage_tokens, context, queries)
     if settled is not None and chunking.chunk_tokens < settled:

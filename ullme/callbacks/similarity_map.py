@@ -13,15 +13,15 @@ import numpy as np
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from ullme import storage
 from ullme.data.jsonl import iter_lines, parse_line
 from ullme.data.records import BadRow, Record, parse_record
-from ullme.gradcache import RandomState
+from ullme.engine.gradcache import RandomState
+from ullme.utils import atomic_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ullme.module import ULLMEModule
+    from ullme.training.module import ULLMEModule
 
 # Characters of a query beside its line.
 _LABEL = 40
@@ -88,7 +88,7 @@ class SimilarityMap(L.Callback):
         path = self._path(trainer, name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # letters that no font here has
-            storage.write_atomically(path, lambda stream: figure.savefig(stream, format="png", dpi=100))
+            atomic_files.write_atomically(path, lambda stream: figure.savefig(stream, format="png", dpi=100))
         key = name if name in ("before", "after") else "validation"
         _log_image(trainer.loggers, f"similarity/{key}", path, trainer.global_step)
 

@@ -13,14 +13,14 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ullme import storage
 from ullme.batch import Batch
-from ullme.devices import peak_tflops
-from ullme.flops import model_cost, step_work
+from ullme.planning.devices import peak_tflops
+from ullme.planning.flops import model_cost, step_work
+from ullme.utils import atomic_files
 
 if TYPE_CHECKING:
-    from ullme.module import ULLMEModule
-    from ullme.objective import Objective
+    from ullme.engine.objective import Objective
+    from ullme.training.module import ULLMEModule
 
 GIB = 2**30
 # What there is room for in the progress bar.
@@ -110,7 +110,7 @@ class Throughput(L.Callback):
         self._settle(trainer)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             text = json.dumps({name: round(value, 1) for name, value in self.seen.items()})
-            storage.write_atomically(Path(trainer.default_root_dir, TOTALS_FILE), lambda f: f.write(text.encode()))
+            atomic_files.write_atomically(Path(trainer.default_root_dir, TOTALS_FILE), lambda f: f.write(text.encode()))
 
     def _count_afresh(self) -> None:
         self.resumed = time.perf_counter()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ullme.data.records import BadRow
-from ullme.progress import progress
+from ullme.utils.progress import progress
 
 
 def iter_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ullme.named import named
+from ullme.utils.dotted_names import named
 
 # auto, or a key of _PARSERS, or the dotted path of a user's own parser
 Schema = str

@@ -19,7 +19,7 @@ import numpy as np
 
 from ullme.data.jsonl import iter_lines, parse_line
 from ullme.data.records import BadRow, Record, Schema, parse_record
-from ullme.progress import progress
+from ullme.utils.progress import progress
 
 if TYPE_CHECKING:
     from datasets import Dataset

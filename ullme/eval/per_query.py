@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ullme import storage
+from ullme.utils import atomic_files
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -56,7 +56,7 @@ def _catch(task: Any, key: str, folder: Path) -> None:
         kept.update({f"{place}{query}": values[key] for query, values in scores.items() if key in values})
         if kept:
             text = json.dumps(kept)
-            storage.write_atomically(folder / f"{task.metadata.name}.json", lambda file: file.write(text.encode()))
+            atomic_files.write_atomically(folder / f"{task.metadata.name}.json", lambda file: file.write(text.encode()))
         return own(scores, *rest, hf_split=hf_split, hf_subset=hf_subset)
 
     task.task_specific_scores = caught

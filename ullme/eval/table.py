@@ -41,10 +41,10 @@ def write_rows(rows: Sequence[Row], file: str | Path) -> None:
     Raises:
         ValueError: the file cannot be written.
     """
-    from ullme import storage  # which imports torch
+    from ullme.utils import atomic_files  # which imports torch
 
     text = json.dumps([asdict(row) for row in rows], indent=1)
-    storage.write_atomically(file, lambda stream: stream.write(text.encode()))
+    atomic_files.write_atomically(file, lambda stream: stream.write(text.encode()))
 
 
 def read_rows(file: str | Path) -> list[Row]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ullme.eval.table import HEADER, Row, mean_score
-from ullme.resume import WANDB_FILE, redacted
+from ullme.training.resume import WANDB_FILE, redacted
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 if TYPE_CHECKING:
-    from ullme.models.backbone import BackboneConfig
+    from ullme.models.config import BackboneConfig
 
 
 class LatentAttention(nn.Module):

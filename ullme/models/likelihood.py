@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ullme.batch import TokenRows
 from ullme.models import attention
-from ullme.models.layers import rounding, token_table
-from ullme.models.rows import PackedRows, real_lengths
+from ullme.models.attention.layers import rounding, token_table
+from ullme.models.attention.packed_rows import PackedRows, real_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ullme.named import named
+from ullme.utils.dotted_names import named
 
 POOLING_METHODS = ("mean", "weighted_mean", "first", "last")
 # (T, D) hidden states and (R,) lengths -> (R, D); see pool

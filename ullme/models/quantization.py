@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ullme.models.backbone import BackboneConfig
+    from ullme.models.config import BackboneConfig
 
 
 def check_quantization(options: BackboneConfig) -> None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ullme.models.backbone import BackboneConfig
+    from ullme.models.config import BackboneConfig
     from ullme.models.ullme import ULLME
-
-InitMode = Literal["merge", "continue"]
-INIT_MODES: tuple[str, ...] = get_args(InitMode)
 
 
 def merged_backbone(options: BackboneConfig) -> tuple[PreTrainedModel, nn.Module | None]:
@@ -57,7 +54,7 @@ def continue_training(model: ULLME) -> None:
     Raises:
         ValueError: no such run, another LLM, or other trained weights than this model's.
     """
-    from ullme.models.checkpoint import fit_weights, read_checkpoint
+    from ullme.models.trained_weights import fit_weights, read_checkpoint
 
     source = model.options.init_from
     assert source is not None

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ullme.batch import TokenRows
-from ullme.models import attention, backbone, encoding, likelihood, stages
-from ullme.models.backbone import BackboneConfig
-from ullme.models.dropout import set_attention_dropout
+from ullme.models import attention, encoding, likelihood, loading, stages
+from ullme.models.config import BackboneConfig
 from ullme.models.encoding import EmbedBlocks
 from ullme.models.latent_attention import make_pooler
+from ullme.models.loading import set_attention_dropout
 from ullme.models.pooling import only_pooled, pool
 from ullme.prompts import Prompts, PromptTokenizer, Role
 
@@ -37,7 +37,7 @@ class ULLME(nn.Module):
         model_backbone_type: transformers' model_type; checked against the config if given.
         lora_name: name of the adapter; None trains all weights.
         prompts: the prompt contract; None takes the default one.
-        **options: every other field of :class:`~ullme.models.backbone.BackboneConfig`.
+        **options: every other field of :class:`~ullme.models.config.BackboneConfig`.
 
     Attributes:
         tokenizer: with a pad token.
@@ -66,20 +66,20 @@ class ULLME(nn.Module):
         super().__init__()
         self.options = BackboneConfig(model_name_or_path, model_backbone_type, lora_name, **options)
         self.prompts = prompts or Prompts()
-        config = backbone.load_config(self.options)
-        self.tokenizer = backbone.load_tokenizer(self.options)
+        config = loading.load_config(self.options)
+        self.tokenizer = loading.load_tokenizer(self.options)
         if self.options.init_from is not None and self.options.init_mode == "merge":
             model, earlier_pooler = stages.merged_backbone(self.options)
         else:
-            model, earlier_pooler = backbone.load_backbone(self.options, config), None
+            model, earlier_pooler = loading.load_backbone(self.options, config), None
         if self.options.attention_dropout is not None:
             set_attention_dropout(model, self.options.attention_dropout)
-        backbone.check_vocabulary(self.tokenizer, model, model_name_or_path)
+        loading.check_vocabulary(self.tokenizer, model, model_name_or_path)
         self.attention_path = self._attention_path(model)
         self._probed_on = model.device.type
         self._head_checked = self._compiled = False
-        self.fingerprint = backbone.fingerprint(model)
-        self.llm = backbone.add_adapter(model, self.options)
+        self.fingerprint = loading.fingerprint(model)
+        self.llm = loading.add_adapter(model, self.options)
         self.pooler = make_pooler(self.options, self.hidden_size, earlier_pooler)
         if self.options.init_from is not None and self.options.init_mode == "continue":
             stages.continue_training(self)

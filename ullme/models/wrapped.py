@@ -15,8 +15,8 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
+from ullme.models.checkpoint import load_embedder, usable_device
 from ullme.models.identity import adapter_folder, is_sentence_transformer, result_name, weights_digest
-from ullme.models.loading import load_embedder, usable_device
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,0 +1,1 @@
+"""The command lines; each is imported only when it is called."""

@@ -1,0 +1,227 @@
+"""The command line of evaluation: ``evaluate.py`` and ``ullme evaluate``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+from ullme.utils.errors import complain
+
+if TYPE_CHECKING:
+    from mteb.abstasks import AbsTask
+
+    from ullme.models import WrappedULLME
+
+DESCRIPTION = "Evaluate an LLM, a trained checkpoint or a sentence-transformers model on MTEB tasks and local files."
+# Options of WrappedULLME that are handed on when given, and their types.
+MODEL_OPTIONS: dict[str, tuple[type, str]] = {
+    "model_backbone_type": (str, "transformers' model_type; checked if given"),
+    "lora_name": (str, "name of the adapter; the checkpoint's unless given"),
+    "lora_r": (int, "rank of LoRA; the checkpoint's unless given"),
+    "lora_alpha": (float, "scale of LoRA; the checkpoint's unless given"),
+    "pooling": (str, "mean, weighted_mean, first, last, or module.name of your own function"),
+    "family_code": (str, "module of yours that registers a family with transformers"),
+    "attention": (str, "bidirectional or causal"),
+    "dtype": (str, "of the weights: auto, float32, bfloat16 or float16"),
+    "quantization": (str, "nf4, int8 or none; the checkpoint's unless given"),
+    "device": (str, "such as cuda:0 or cpu; a GPU if there is one, unless given"),
+    "max_length": (int, "in tokens, template included (default: 512)"),
+}
+PROMPT_OPTIONS: dict[str, tuple[str, type, str]] = {
+    "query_prompt": ("query", str, "template of a query, with {text} and {instruction}"),
+    "passage_prompt": ("passage", str, "template of a passage, with {text}"),
+    "instruction": ("instruction", str, "the task, where an mteb task brings none of its own"),
+    "pooled": ("pooled", str, "which tokens become the embedding: all, or text (its last copy, and what follows)"),
+    "append_eos": ("append_eos", bool, "end every text with the end token"),
+}
+LOCAL_OPTIONS = {
+    "corpus": ("FOLDER", "BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv"),
+    "reranking": ("FILE", "JSON lines of query, pos, neg"),
+    "sts": ("FILE", "tab-separated sentence1, sentence2, score"),
+    "pair_classification": ("FILE", "JSON lines of sentence1, sentence2, label 0 or 1"),
+    "classification": ("FOLDER", "train.jsonl and test.jsonl of text, label"),
+    "clustering": ("FILE", "JSON lines of text, label"),
+}
+
+
+def parser() -> ArgumentParser:
+    """The options; every one may also stand in a YAML file given with --config."""
+    options = ArgumentParser(prog="ullme evaluate", description=DESCRIPTION, exit_on_error=False)
+    options.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options")
+    model = options.add_argument_group("Model")
+    model.add_argument("--model", type=str, help="hub name or folder: LLM, LoRA adapter, sentence-transformers")
+    model.add_argument("--checkpoint", type=str, help="run folder, Lightning checkpoint or adapter folder")
+    for name, (type_, text) in MODEL_OPTIONS.items():
+        model.add_argument(f"--{name}", type=type_ | None, help=text)
+    for name, (_, type_, text) in PROMPT_OPTIONS.items():
+        model.add_argument(f"--{name}", type=type_ | None, help=f"{text}; the checkpoint's unless given")
+    model.add_argument(
+        "--use_task_instructions", type=bool, default=True, help="false: the prompt contract's instruction everywhere"
+    )
+    model.add_argument("--instructions", type=dict[str, str], default={}, help="instruction by mteb task name or type")
+    tasks = options.add_argument_group("Tasks")
+    tasks.add_argument("--tasks", nargs="+", type=str, default=[], help='mteb tasks or benchmarks ("MTEB(eng, v1)")')
+    tasks.add_argument("--langs", nargs="+", type=str, default=[], help="ISO 639-3 codes to keep of --tasks; else all")
+    for name, (metavar, text) in LOCAL_OPTIONS.items():
+        tasks.add_argument(f"--{name}", nargs="+", type=str, default=[], metavar=metavar, help=text)
+    output = options.add_argument_group("Output")
+    output.add_argument("--output", type=str, default="results", help="folder of mteb's result files")
+    output.add_argument("--overwrite", action="store_true", help="compute again what is there")
+    output.add_argument("--scores", type=str | None, metavar="FILE", help="write the table as JSON too")
+    output.add_argument(
+        "--per_query", type=str | None, metavar="FOLDER", help="write TASK.json with each query's score (retrieval)"
+    )
+    output.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    output.add_argument("--wandb", type=str | None, metavar="PROJECT", help="log scores and table to this W&B project")
+    output.add_argument("--batch_size", type=int | None, help="texts a forward; what suits the device unless given")
+    output.add_argument("--progress", type=bool, default=True, help="progress bars")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate and print a table.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+
+    Returns:
+        The exit status: 0; 1 where a task could not be evaluated; 2 for a mistake of the user, explained in one line;
+        130 after Ctrl-C.
+    """
+    try:
+        options = parser().parse_args(argv)
+        _check(options)
+        return _run(options)
+    except (ArgumentError, ValueError) as error:
+        if os.environ.get("RANK", "0") == "0":  # torchrun's other processes found the same
+            return complain(error)
+        return 2
+    except KeyboardInterrupt:
+        done = f"what was finished is in {options.output}, and the same command goes on behind it"
+        print(f"\nCtrl-C: {done}", file=sys.stderr)
+        return 130
+
+
+def _check(options: Any) -> None:
+    """Refuse what can be refused before the slow imports."""
+    if options.model is None and options.checkpoint is None:
+        raise ValueError("nothing to evaluate: give --model NAME_OR_FOLDER, --checkpoint RUN, or both")
+    if not options.tasks and not any(options[name] for name in LOCAL_OPTIONS):
+        local = ", ".join(f"--{name} {metavar}" for name, (metavar, _) in LOCAL_OPTIONS.items())
+        raise ValueError(f"nothing to evaluate on: give --tasks NAME ..., or local data with {local}")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise ValueError(f"--batch_size {options.batch_size} must be at least 1")
+    if options.checkpoint is not None and not Path(options.checkpoint).exists():
+        raise ValueError(f"--checkpoint {options.checkpoint} does not exist; give a run folder or a checkpoint file")
+    try:
+        Path(options.output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {options.output} cannot be made ({error.strerror}); name another folder") from None
+
+
+def _run(options: Any) -> int:
+    """On the first of several processes; the others embed for it."""
+    _quiet()
+    from ullme.distributed import leave, world
+    from ullme.eval import ranks
+
+    ranks.join()
+    with redirect_stdout(sys.stderr):  # what libraries print is no part of the table
+        tasks, model = ranks.on_every_rank(lambda: (_tasks(options), _model(options)))
+    if world()[0] > 0:
+        ranks.serve(model.model)
+        status = 0
+    else:
+        if world()[1] > 1:
+            model.model.embed_blocks = ranks.embed_over_ranks
+        status = _evaluate(options, tasks, model)
+        ranks.let_go()
+    leave()
+    return status
+
+
+def _evaluate(options: Any, tasks: list[AbsTask], model: WrappedULLME) -> int:
+    from ullme.eval.mteb import evaluate_tasks
+    from ullme.eval.per_query import keep_per_query
+    from ullme.eval.table import markdown_table, text_table, write_rows
+    from ullme.eval.wandb import wandb_run
+
+    meta = model.mteb_model_meta
+    print(f"{meta.name}, revision {meta.revision}", file=sys.stderr)
+    if options.per_query is not None:
+        keep_per_query(tasks, options.per_query)
+    given = {name: value for name, value in options.as_dict().items() if value not in (None, [], {})}
+    kept = {**given, "config": None, "revision": meta.revision}
+    with redirect_stdout(sys.stderr), wandb_run(options.wandb, options.checkpoint, kept, options.output) as log:
+        rows = evaluate_tasks(
+            model,
+            tasks,
+            output=options.output,
+            overwrite=options.overwrite,
+            batch_size=options.batch_size,
+            show_progress_bar=options.progress,
+        )
+        log(rows)
+    print(markdown_table(rows) if options.markdown else text_table(rows))
+    if options.scores is not None:
+        write_rows(rows, options.scores)
+    failed = [row for row in rows if row.error is not None]
+    for row in failed:
+        print(f"evaluate: {row.error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _tasks(options: Any) -> list[AbsTask]:
+    from ullme.eval import local_tasks
+    from ullme.eval.mteb import find_tasks
+
+    make: dict[str, Callable[[str], AbsTask]] = {
+        "corpus": local_tasks.retrieval_task,
+        "reranking": local_tasks.reranking_task,
+        "sts": local_tasks.sts_task,
+        "pair_classification": local_tasks.pair_classification_task,
+        "classification": local_tasks.classification_task,
+        "clustering": local_tasks.clustering_task,
+    }
+    local = [make[name](path) for name in LOCAL_OPTIONS for path in options[name]]
+    return [*find_tasks(options.tasks, options.langs), *local]
+
+
+def _model(options: Any) -> WrappedULLME:
+    from ullme.eval.ranks import own_device
+    from ullme.models import WrappedULLME
+
+    given = {name: options[name] for name in MODEL_OPTIONS if options[name] is not None}
+    if (device := own_device()) is not None:
+        given.setdefault("device", device)
+    prompts = {field: options[name] for name, (field, *_) in PROMPT_OPTIONS.items() if options[name] is not None}
+    if prompts:
+        given["prompts"] = prompts
+    return WrappedULLME(
+        options.model,
+        model_checkpoint=options.checkpoint,
+        use_task_instructions=options.use_task_instructions,
+        instructions=options.instructions,
+        **given,
+    )
+
+
+def _quiet() -> None:
+    """Leave mteb's progress bars, and drop the warnings and the bars of the libraries below it."""
+    warnings.filterwarnings("ignore")
+    for library in ("mteb", "transformers", "sentence_transformers", "datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    from datasets import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    disable_progress_bars()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

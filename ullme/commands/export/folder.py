@@ -1,0 +1,124 @@
+"""The folder: weights and tokenizer as save_pretrained writes them, and the few files of sentence-transformers.
+
+The module files are written in the form that every version of sentence-transformers reads, and vLLM and
+text-embeddings-inference too: those do not all know the shorter form that sentence-transformers itself writes since
+5.4 (vLLM issue 45995).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from ullme.commands.export.contract import POOLINGS, Layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Before the name of a folder that is being written; behind it stand the process and the folder's name.
+UNFINISHED = ".exporting"
+_PLACE = "sentence_transformers.models"
+
+
+@contextmanager
+def whole_or_not_at_all(target: str | Path) -> Iterator[Path]:
+    """A new folder next to ``target``, which gets the target's name when all went well, and else is removed.
+
+    Raises:
+        ValueError: the target holds something, or cannot be written.
+    """
+    target = Path(target)
+    check_target(target)
+    own = target.with_name(f"{UNFINISHED}.{os.getpid()}.{target.name}")
+    try:
+        try:
+            _sweep(target)
+            own.mkdir(parents=True)
+            yield own
+            if target.is_dir():
+                target.rmdir()
+            own.replace(target)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(
+                f"--to {target} cannot be written ({reason}); make room or mend the permissions, or name another folder"
+            ) from error
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def check_target(target: Path) -> None:
+    """Raises: ValueError: the target holds something, or is a file, or nothing can be written there."""
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"--to {target} is a file; name a new folder")
+    if target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"--to {target} is not empty, and nothing is written over; name a new folder or remove it")
+    parent = next(folder for folder in target.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"--to {target} cannot be written: {parent} allows no new folder; name another one")
+
+
+def _sweep(target: Path) -> None:
+    """Remove what exports to the same folder left that were killed."""
+    for left in target.parent.glob(f"{UNFINISHED}.*.{target.name}"):
+        process = left.name.removeprefix(f"{UNFINISHED}.").split(".")[0]
+        if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc").is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def write_model(
+    folder: Path, decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Layout, max_length: int
+) -> None:
+    """Everything that ``SentenceTransformer(folder)`` and ``AutoModel.from_pretrained(folder)`` need.
+
+    Args:
+        folder: an empty one.
+        decoder: in the dtype to be written.
+        tokenizer: the fitted one.
+        plan: pooling and prompts.
+        max_length: in tokens, prompt included.
+    """
+    decoder.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    width = _width(decoder)
+    key = dict(POOLINGS.values())[plan.pooling]
+    pooling: dict[str, Any] = {name: name == key for name in (*(k for _, k in POOLINGS.values()), *_OTHER_POOLINGS)}
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    write_json(
+        folder / "modules.json",
+        [
+            {"idx": n, "name": str(n), "path": path, "type": f"{_PLACE}.{kind}"}
+            for n, (path, kind) in enumerate(modules)
+        ],
+    )
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
+    write_json(
+        folder / "1_Pooling" / "config.json",
+        {"word_embedding_dimension": width, **pooling, "include_prompt": plan.include_prompt},
+    )
+    (folder / "2_Normalize").mkdir()
+    write_json(
+        folder / "config_sentence_transformers.json",
+        {"prompts": plan.prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
+    )
+
+
+_OTHER_POOLINGS = ("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens")
+
+
+def _width(decoder: PreTrainedModel) -> int:
+    config = decoder.config.get_text_config()
+    return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Indented, with a newline at the end; the folder is made."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,183 @@
+"""The command line of ``ullme reproduce``: a table of the paper, or one of your own, with one command."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+
+from ullme.commands.reproduce.cells import Cell, Overrides, parse_options
+from ullme.commands.reproduce.spec import Table, check, chosen, filled
+from ullme.utils.config_files import located
+
+DESCRIPTION = (
+    "Train and evaluate every missing cell of a table (LLM x row x seed) and write the table. Stopped, it goes on "
+    "with the same command."
+)
+
+
+def parser() -> ArgumentParser:
+    """The options: the table's own, from --config, and how it is run."""
+    options = ArgumentParser(prog="ullme reproduce", description=DESCRIPTION, exit_on_error=False)
+    options.add_argument("--config", action=ActionConfigFile, help="the table's YAML file; several are stacked")
+    run = options.add_argument_group("Run")
+    run.add_argument("--llm", type=str | None, help="hub name or folder that stands for {llm} in the table")
+    run.add_argument("--data", type=str | None, help="folder that stands for {data} in the table")
+    run.add_argument(
+        "--parallel",
+        type=int | Literal["auto"],
+        default="auto",
+        help="cells at a time; auto: on GPUs as many as trainer.devices fits, on a CPU one for two cores",
+    )
+    run.add_argument(
+        "--only", nargs="+", type=str, default=[], help="cells: model, model/row or model/row/seed; * is any"
+    )
+    run.add_argument(
+        "--set", nargs="+", type=str, default=[], metavar="NAME=VALUE", help="an option of train.py, for every cell"
+    )
+    run.add_argument(
+        "--set_evaluate", nargs="+", type=str, default=[], metavar="NAME=VALUE", help="one of evaluate.py, likewise"
+    )
+    run.add_argument("--dry_run", action="store_true", help="print the commands of the missing cells")
+    run.add_argument("--report_only", action="store_true", help="write the table from the cells that are done")
+    options.add_class_arguments(Table)
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the cells and write the table.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+
+    Returns:
+        The exit status: 0; 1 where a cell failed; 2 for a mistake of the user, explained in one line; 130 if stopped.
+    """
+    from ullme.utils.errors import one_line
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # the rest of the command line is not for it
+    try:
+        options = parser().parse_args(located(sys.argv[1:] if argv is None else argv))
+        return run(options)
+    except (ArgumentError, ValueError) as error:
+        print(f"reproduce: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def run(options: Any) -> int:
+    """All of it. Raises: ValueError: a mistake in the table or in an option."""
+    from ullme.commands.reproduce import world
+    from ullme.commands.reproduce.run import done
+
+    overrides = Overrides(parse_options(options.set, "--set"), parse_options(options.set_evaluate, "--set_evaluate"))
+    parallel = options.parallel
+    if parallel != "auto" and parallel < 1:
+        raise ValueError(f"--parallel {parallel} must be at least 1, or auto")
+    table = read_table(options)
+    check(table)
+    llm, data = (world.llm(table), world.data(table)) if table.world else (options.llm, options.data)
+    table = filled(table, llm, data)
+    if options.report_only:
+        return report(table)
+    overrides = Overrides(_fill(overrides.train, llm, data), _fill(overrides.evaluate, llm, data))
+    # of all cells: what --only leaves out stands in the same table, and must have been made with the same settings
+    finished = {cell.name: done(cell) for cell in (Cell(table, *cell, overrides) for cell in chosen(table, []))}
+    cells = [Cell(table, *cell, overrides) for cell in chosen(table, options.only)]
+    missing = [cell for cell in cells if not finished[cell.name]]
+    if options.dry_run:
+        print(commands(missing))
+        return 0
+    print(f"{table.title}: {len(cells) - len(missing)} of {len(cells)} cells are done", flush=True)
+    failed: dict[str, str] = {}
+    if missing:
+        from ullme.commands.reproduce.preflight import runner
+
+        do = runner(missing, parallel)
+        if table.world:
+            world.build(table)
+        failed = do.run()
+    status = report(table)
+    for name, reason in failed.items():
+        print(f"reproduce: failed: {name}: {reason}", file=sys.stderr)
+    return 1 if failed else status
+
+
+def read_table(options: Any) -> Table:
+    """The table among the options, as dataclasses."""
+    namespace = options.clone()
+    own = {field.name for field in fields(Table)}
+    for name in [name for name in namespace.as_dict() if name not in own]:
+        namespace.pop(name)
+    bare = ArgumentParser(exit_on_error=False)
+    bare.add_class_arguments(Table, "table")
+    return bare.instantiate(Namespace(table=namespace)).table
+
+
+def commands(cells: Sequence[Cell]) -> str:
+    """What would be run, as shell lines."""
+    from ullme.commands.reproduce.run import shell
+
+    lines = []
+    for cell in cells:
+        lines.append(f"# {cell.name}")
+        lines += [
+            shell(command) for command in (*(cell.train_command(s) for s, _ in cell.stages), cell.evaluate_command())
+        ]
+    return "\n".join(lines) or "# every cell is done"
+
+
+def check_alike(table: Table) -> None:
+    """Raises: ValueError: seeds of one row that were made with different settings, whose mean would mean nothing."""
+    from ullme.commands.reproduce.run import SETTINGS_FILE, differing
+
+    first: dict[tuple[str, str], tuple[Cell, dict[str, Any]]] = {}
+    for model, row, seed in chosen(table, []):
+        cell = Cell(table, model, row, seed)
+        file = cell.folder / SETTINGS_FILE
+        if not file.is_file():
+            continue
+        settings = json.loads(file.read_text())
+        other, known = first.setdefault((model, row), (cell, settings))
+        if changed := differing(known, settings):
+            key = changed[0]
+            raise ValueError(
+                f"{cell.folder} and {other.folder} were made with different settings: {key}={settings[key]!r:.200} and "
+                f"{known[key]!r:.200}; delete one of the folders"
+            )
+
+
+def report(table: Table) -> int:
+    """Write the table from every cell that is done; 1 if there is none. Raises: ValueError: seeds do not fit."""
+    from ullme.commands.reproduce.scores import read_scores
+
+    check_alike(table)
+    folder = Path(table.output)
+    known = set(chosen(table, []))  # with their seeds: a folder may have more
+    cells = [cell for cell in read_scores(folder) if (cell.model, cell.row, cell.seed) in known]
+    if not cells:
+        print(f"reproduce: no cell below {folder} is done, so there is no table", file=sys.stderr)
+        return 1
+    from ullme.commands.reproduce.report import write_report
+
+    models = {name: model.label for name, model in table.models.items()}
+    rows = {name: row.label for name, row in table.rows.items()}
+    write_report(table.title, models, rows, table.order, cells, folder, table.paper)
+    print(f"the table lies in {folder}{os.sep}")
+    return 0
+
+
+def _fill(options: dict[str, Any], llm: str | None, data: str | None) -> dict[str, Any]:
+    from ullme.commands.reproduce.spec import fill
+
+    return {name: fill(value, llm, data) for name, value in options.items()}

@@ -1,0 +1,81 @@
+"""What is known of a cell of a table: one LLM, one row of the table, one seed. Lies as JSON in the cell's folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ullme.utils import atomic_files
+
+SCORES_FILE = "scores.json"
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """The main score of one task.
+
+    Args:
+        name: mteb's name of the task.
+        type: mteb's type, such as Retrieval or STS.
+        metric: mteb's name of the main score.
+        score: from 0 to 1 (correlations: -1 to 1).
+    """
+
+    name: str
+    type: str
+    metric: str
+    score: float
+
+
+@dataclass(frozen=True)
+class CellScores:
+    """The scores of one cell.
+
+    Args:
+        model: id of the LLM in the table's configuration.
+        row: id of the row.
+        seed: of the training.
+        tasks: in the order of evaluation.
+        queries: retrieval task -> query id -> the task's metric for that query alone, where it is known.
+        commands: what was run for this cell, in order, as shell lines.
+        notes: hardware, versions, seconds of training and of evaluation, tokens seen; plain values.
+    """
+
+    model: str
+    row: str
+    seed: int
+    tasks: list[TaskScore]
+    queries: dict[str, dict[str, float]] = field(default_factory=dict)
+    commands: list[str] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def cell_folder(root: Path, model: str, row: str, seed: int) -> Path:
+    """Where a cell lies below the table's folder."""
+    return root / model / row / f"seed{seed}"
+
+
+def write_scores(folder: Path, scores: CellScores) -> None:
+    """Whole or not at all: a cell with this file is done."""
+    text = json.dumps(asdict(scores), indent=1)
+    atomic_files.write_atomically(folder / SCORES_FILE, lambda file: file.write(text.encode()))
+
+
+def read_scores(root: Path) -> list[CellScores]:
+    """Every finished cell below a table's folder, ordered by path.
+
+    Raises:
+        ValueError: a file that is no such scores.
+    """
+    found = []
+    for path in sorted(root.glob(f"*/*/seed*/{SCORES_FILE}")):
+        try:
+            values = json.loads(path.read_text())
+            found.append(CellScores(**{**values, "tasks": [TaskScore(**task) for task in values["tasks"]]}))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} holds no scores of a cell ({error}); delete it, and the cell is done again"
+            ) from error
+    return found

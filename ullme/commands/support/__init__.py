@@ -1,0 +1,1 @@
+"""``ullme support``: which decoder families of transformers work, tried on tiny models."""

@@ -1,0 +1,1 @@
+"""A small synthetic world and a tiny language model, for demonstrations and tests without a network."""

@@ -1,0 +1,1 @@
+"""The training step: GradCache, the objective, likelihood scoring, references. PyTorch only."""

@@ -1,0 +1,167 @@
+"""The LLM split over ranks (FSDP), decoder layer by decoder layer; an adapter stays whole on every rank.
+
+LoRA weights are a few per cent of the LLM, in float32 beside a bfloat16 LLM. Split, they would need a group of their
+own in every layer (a group has one type) and many small collectives; whole, they are trained as under DDP: their
+gradients are averaged once a step (:func:`ullme.distributed.average_gradients`), their optimizer state is whole, and
+a checkpoint is the same under every strategy. What is split is what takes the memory. Without an adapter all weights
+are split, and so are their gradients and optimizer states.
+
+Both kinds of FSDP wrap the :class:`~ullme.models.ULLME`, whose forward is the only way into the LLM, and not the
+LightningModule around it, whose ``training_step`` holds many forwards and backwards.
+
+Knows PyTorch and ULLME: no Lightning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ullme.distributed import broadcast
+from ullme.models.attention import decoder_layers
+from ullme.models.trained_weights import trainable_shapes
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from ullme.models.ullme import ULLME
+
+
+def split_modules(model: ULLME) -> list[tuple[nn.Module, str, nn.Module]]:
+    """The decoder layers, as (parent, name in the parent, layer).
+
+    A layer is what transformers says may not be split over devices (``_no_split_modules``), those inside another left
+    out; where a family says nothing, a member of the longest list of modules.
+    """
+    llm = model.causal_lm
+    kinds = set(getattr(llm, "_no_split_modules", None) or ())
+    members = set(decoder_layers(llm.base_model))
+    found: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def walk(parent: nn.Module) -> None:
+        for name, child in parent.named_children():
+            if type(child).__name__ in kinds and any(True for _ in child.parameters()):
+                found.append((parent, name, child))
+            else:
+                walk(child)
+
+    walk(llm)
+    if not found:
+        found = [(p, name, child) for p in llm.modules() for name, child in p.named_children() if child in members]
+    return found
+
+
+def _prepare(model: Any, device: torch.device, kind: str) -> set[nn.Parameter]:
+    """Move the weights that stay whole, which FSDP leaves alone, and start them from rank 0's random numbers."""
+    if model.options.quantization != "none":
+        raise ValueError(
+            f"quantization={model.options.quantization!r}: quantised weights are not split over ranks; set "
+            "trainer.strategy=ddp (a copy on each GPU, which is small), or quantization=none"
+        )
+    whole = [] if model.options.trained == "all" else [p for p in model.parameters() if p.requires_grad]
+    for parameter in whole:
+        parameter.data = parameter.data.to(device)
+    broadcast(whole)
+    model._whole_shapes = trainable_shapes(model)
+    model._split_by = kind
+    return set(whole)
+
+
+def shard_fsdp2(model: Any, mesh: DeviceMesh, device: torch.device) -> ULLME:
+    """Split with ``torch.distributed.fsdp.fully_shard``, in place.
+
+    Args:
+        model: whole; its LLM is the same on every rank.
+        mesh: one-dimensional.
+        device: of this rank.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    whole = _prepare(model, device, "fsdp2")
+    model._split_alike = partial(shard_fsdp2, mesh=mesh, device=device)
+    for _, _, layer in split_modules(model):
+        fully_shard(layer, mesh=mesh, ignored_params=whole)
+    return fully_shard(model, mesh=mesh, ignored_params=whole)
+
+
+def split_alike(model: ULLME, other: ULLME) -> ULLME:
+    """Split another model in the same way; FSDP1 leaves it whole on every rank."""
+    split = getattr(model, "_split_alike", None)
+    return other if split is None else split(other)
+
+
+def shard_fsdp1(model: ULLME, device: torch.device) -> ULLME:
+    """Wrap with FullyShardedDataParallel, inside ``torch.distributed.fsdp.wrap.enable_wrap``.
+
+    Args:
+        model: whole; its LLM is the same on every rank.
+        device: of this rank.
+    """
+    from torch.distributed.fsdp.wrap import wrap
+
+    whole = _prepare(model, device, "fsdp1")
+
+    def split(module: nn.Module) -> nn.Module:
+        return wrap(module, device_id=device, ignored_states=[p for p in module.parameters() if p in whole])
+
+    for parent, name, layer in split_modules(model):
+        setattr(parent, name, split(layer))
+    return split(model)  # type: ignore[return-value]
+
+
+def split_by(model: ULLME) -> Literal["fsdp1", "fsdp2"] | None:
+    """What split the model, if anything."""
+    return getattr(model, "_split_by", None)
+
+
+def whole_parameters(model: ULLME) -> list[nn.Parameter]:
+    """Trained weights that this rank holds whole; nobody averages their gradients by itself."""
+    if model.options.trained == "all" and split_by(model):
+        return []
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def copy_whole(model: ULLME, state: dict[str, Tensor]) -> None:
+    """Put stored values, by the names of :func:`trainable_shapes`, into the weights that this rank holds whole."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(state[name.replace("_fsdp_wrapped_module.", "")])
+
+
+@contextmanager
+def unsynchronised(model: Any) -> Iterator[None]:
+    """A backward whose gradients stay on this rank for now, where the weights themselves are split."""
+    if whole_parameters(model):
+        yield
+    elif split_by(model) == "fsdp1":
+        with model.no_sync():
+            yield
+    else:
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+
+
+def clip_gradients(model: Any, largest: float | None) -> Tensor:
+    """Clip the gradients of all ranks' parts together, in place.
+
+    Args:
+        model: split or whole.
+        largest: the norm to clip to; None does not clip.
+
+    Returns:
+        The norm before, the same number on every rank.
+    """
+    largest = float("inf") if largest is None else largest
+    if split_by(model) == "fsdp1" and not whole_parameters(model):
+        return model.clip_grad_norm_(largest)
+    norm: Any = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], largest)
+    return norm if whole_parameters(model) else norm.full_tensor()

@@ -1,0 +1,253 @@
+"""The packed forward: the real tokens of all rows go through the LLM as one row, and only attention sees the borders.
+
+Norms, projections and MLPs act on each token alone, so a row of T concatenated tokens costs them exactly T tokens:
+no multiplication is spent on padding. Attention is told the row lengths through a forward keyword
+(:data:`ROWS_KEYWORD`) and runs within each row: on CUDA with ``torch.nn.attention.varlen``, elsewhere in groups of
+rows of similar length. Position ids restart in every row.
+
+An attention function registered with transformers under ``ullme_<base>`` does this when the keyword is there and is
+the ``<base>`` function when it is not. The choice travels with the call, never with the module's state, so gradient
+checkpointing recomputes what was computed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from ullme.models.attention.packed_rows import Group, PackedRows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ROWS_KEYWORD = "ullme_rows"
+PREFIX = "ullme_"
+
+
+@torch.compiler.disable
+def packed_attention(
+    base: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """An attention function for transformers: within rows if :data:`ROWS_KEYWORD` is given, else the ``base`` one.
+
+    Args:
+        query: (1, H, T, head_dim) packed; key and value (1, H_kv, T, head_dim).
+
+    Returns:
+        (1, T, H, head_dim) and None.
+    """
+    rows: PackedRows | None = kwargs.pop(ROWS_KEYWORD, None)
+    if rows is None:
+        function = _base_function(base, module)
+        return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if unsupported := [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]:
+        raise NotImplementedError(f"packed attention does not know {unsupported}")
+    causal = bool(kwargs["is_causal"])
+    window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+    if window is not None and window >= rows.max_keys:
+        window = None
+    if query.is_cuda and not dropout and softcap is None:
+        query, key, value = _autocast(query, key, value)
+        if query.dtype in (torch.float16, torch.bfloat16):
+            return _varlen(query, key, value, rows, scaling, causal, window), None
+    return _grouped(query, key, value, rows, scaling, causal, window, softcap, dropout), None
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast a norm on queries or keys leaves them in float32; attention wants all three in one half type."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, rows: PackedRows, scale: float | None, causal: bool, window: int | None
+) -> Tensor:
+    """(1, T, H, head_dim) with the flash kernel for rows of different lengths; half precision on CUDA."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    left, right = (-1, 0) if causal else (-1, -1)
+    if window is not None:  # transformers: causal sees `window` tokens with itself, bidirectional |i - j| <= window
+        left, right = (window - 1, 0) if causal else (window, window)
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    extra: dict[str, Any] = {}
+    if k.shape[1] != q.shape[1]:
+        if _knows("enable_gqa"):
+            extra["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if _knows("window_size"):
+        extra["window_size"] = (left, right)
+    elif (left, right) in ((-1, 0), (-1, -1)):
+        extra["is_causal"] = causal
+    else:
+        raise NotImplementedError("this torch's varlen_attn has no sliding window; install a newer torch")
+    index, key_borders = rows.keys
+    if index is not None:  # causal attention is aligned at the end, so a row's first query sees its parent and itself
+        k, v = k.index_select(0, index), v.index_select(0, index)
+    attend: Callable[..., Any] = varlen_attn  # its signature differs between torch's versions
+    return attend(q, k, v, rows.borders, key_borders, rows.max_length, rows.max_keys, scale=scale, **extra)[None]
+
+
+@cache
+def _knows(parameter: str) -> bool:
+    """varlen_attn gained parameters over torch's versions."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return parameter in inspect.signature(varlen_attn).parameters
+
+
+def _grouped(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: PackedRows,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    """(1, T, H, head_dim), one padded attention call for each group of rows of similar length."""
+    repeats = q.shape[1] // k.shape[1]
+    attend = partial(_softcapped, softcap=softcap) if softcap is not None else scaled_dot_product_attention
+    # One gather for all groups: one for each would cost its own zeros of T tokens, and a sum over them, in backward.
+    indices = [group.index for group in rows.groups]
+    key_indices = [group.index if group.keys is None else group.keys for group in rows.groups]
+    grouped = zip(
+        rows.groups,
+        _take(q, rows.grouped, indices),
+        *(_take(x, rows.grouped_keys, key_indices) for x in (k, v)),
+        strict=True,
+    )
+    outputs = []
+    for n, (group, qg, *keys_values) in enumerate(grouped):
+        kg, vg = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in keys_values)
+        # Padding stands on the right, so causal rows never see it and need no mask of their own.
+        plain_causal = causal and window is None and softcap is None and group.keys is None
+        mask = None if plain_causal else _kept_mask(rows, n, causal, window, None if softcap else q.dtype)
+        out = attend(qg, kg, vg, attn_mask=mask, dropout_p=dropout, is_causal=plain_causal, scale=scale)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, rows.ungroup)[None]
+
+
+def _take(x: Tensor, places: Tensor, indices: list[Tensor]) -> list[Tensor]:
+    """(1, H, T, head_dim) -> (n, H, l, head_dim) for each index (n, l); a token's heads lie together in memory.
+
+    Args:
+        places: all indices behind one another.
+    """
+    parts = x[0].transpose(0, 1).index_select(0, places).split([index.numel() for index in indices])
+    return [part.unflatten(0, index.shape).transpose(1, 2) for part, index in zip(parts, indices, strict=True)]
+
+
+def _kept_mask(rows: PackedRows, n: int, causal: bool, window: int | None, dtype: torch.dtype | None) -> Tensor | None:
+    """:func:`_mask` of the n-th group, made once for all layers.
+
+    Args:
+        dtype: zeros and minus infinities of it instead of bool, as each call of attention would make them anew.
+    """
+    key = (n, causal, window, dtype)
+    if key not in rows.masks:
+        mask = _mask(rows.groups[n], causal, window)
+        if mask is not None and dtype is not None:
+            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+        rows.masks[key] = mask
+    return rows.masks[key]
+
+
+def _mask(group: Group, causal: bool, window: int | None) -> Tensor | None:
+    """(n or 1, 1, l, k) bool, True where a query may look, or None if everywhere."""
+    key_mask = group.mask if group.keys is None else group.key_mask
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    if causal or window is not None:
+        device, length = group.index.device, group.index.shape[1]
+        keys = torch.arange(length if group.keys is None else group.keys.shape[1], device=device)
+        query = torch.arange(length, device=device)
+        distance = (
+            query[:, None] - keys if group.offset is None else group.offset[:, None, None] + query[:, None] - keys
+        )
+        distance = distance.view(-1, 1, length, len(keys))
+        near = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+        if window is not None:
+            near = near & (distance < window if causal else distance.abs() <= window)
+        mask = near if mask is None else mask & near
+        if group.mask is not None and window is not None:
+            # A padded query whose window holds padding alone would be a row of NaN; its output is dropped anyway.
+            mask = mask | ~group.mask[:, None, :, None]
+    return mask
+
+
+def _softcapped(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softcap: float,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """Attention with tanh-capped scores (Gemma 2, arXiv 2408.00118, section 2), softmax in float32."""
+    assert not is_causal
+    scores = (q @ k.transpose(2, 3)) * (scale if scale is not None else q.shape[-1] ** -0.5)
+    scores = softcap * torch.tanh(scores / softcap)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    return nn.functional.dropout(weights, p=dropout_p) @ v
+
+
+def _base_function(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """transformers' own attention function; the eager one lives in each family's modelling file."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if base != "eager":
+        return ALL_ATTENTION_FUNCTIONS[base]
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+def install(model: PreTrainedModel) -> None:
+    """Let a transformers model take :data:`ROWS_KEYWORD`; calls without the keyword run as before.
+
+    Raises:
+        NotImplementedError: the model's attention implementation has no mask function (paged or custom kernels).
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    base = model.config._attn_implementation
+    if base.startswith(PREFIX):
+        return
+    if base not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise NotImplementedError(f"attn_implementation={base!r} cannot be packed")
+    AttentionInterface.register(PREFIX + base, partial(packed_attention, base))
+    AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    model.config._attn_implementation = PREFIX + base
+
+
+def uninstall(model: PreTrainedModel) -> None:
+    """Undo :func:`install`."""
+    model.config._attn_implementation = model.config._attn_implementation.removeprefix(PREFIX)
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """A 4D attention mask without elements: masking_utils hands a 4D mask on as it is, so no (T, T) mask is built."""
+    return torch.empty((1, 1, 0, 0), device=device)

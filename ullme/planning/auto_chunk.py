@@ -1,0 +1,190 @@
+"""How much of a batch may be in memory at once: ``chunk_tokens: auto`` and ``gradient_checkpointing: auto``.
+
+The activations of a token are counted from the model's own graph (:mod:`ullme.planning.memory`); free memory is asked
+of the device. No Lightning here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ullme.batch import Batch, GenerationRows, TokenRows
+from ullme.distributed import alone, any_rank
+from ullme.engine.gradcache import chunk_slices, held_pieces, row_pieces
+from ullme.engine.objective import Objective
+from ullme.engine.reference import Reference
+from ullme.models.attention.layers import token_table
+from ullme.models.likelihood import _BLOCK_LOGITS
+from ullme.planning.devices import free_memory
+from ullme.planning.flops import meta_model
+from ullme.planning.memory import FRAGMENTATION, GIB, Activations, activations
+
+if TYPE_CHECKING:
+    from ullme.models.ullme import ULLME
+
+# The share of what is free that is planned with: an accelerator is ours alone, a CPU's memory is everybody's.
+_USABLE = {"cpu": 0.5, "cuda": 0.9}
+# Chunks beyond this are no faster: a CPU leaves its cache, a GPU has been full for long.
+_MOST = {"cpu": 512, "cuda": 65536}
+# Chunks below this leave a GPU idle; where they would not fit, layers are recomputed instead.
+_LEAST = {"cpu": 256, "cuda": 4096}
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """What was chosen.
+
+    Args:
+        chunk_tokens: real tokens in a chunk.
+        held_tokens: tokens whose graphs may be held besides a chunk's, so that they are embedded only once.
+        checkpointing: recompute the layers in backward.
+    """
+
+    chunk_tokens: int
+    held_tokens: int
+    checkpointing: bool
+
+
+def choose(model: ULLME, half: bool, least: int, chunk_tokens: int | None, free: float | None = None) -> Chunking:
+    """The largest chunk that fits, and whether it has to be recomputed layer by layer.
+
+    Args:
+        model: on the device that trains it.
+        half: whether products are computed in bfloat16 by autocast.
+        least: the most tokens that the smallest possible chunk may have.
+        chunk_tokens: a chunk that is settled; None asks for one.
+        free: bytes; None asks the device.
+
+    Raises:
+        ValueError: not even the smallest chunk fits.
+    """
+    kind = "cpu" if model.device.type == "cpu" else "cuda"
+    dtype = next(model.causal_lm.parameters()).dtype
+    acts = activations(meta_model(model.causal_lm.config, model.options, dtype), torch.bfloat16 if half else dtype)
+    room = _USABLE[kind] * (free_memory(model.device) if free is None else free)
+    room = (room - _fixed(model, kind)) / (1 + FRAGMENTATION) * (1 if model.attention_path == "packed" else 0.5)
+    wanted = model.options.gradient_checkpointing
+    enough = max(least, chunk_tokens or _LEAST[kind])
+    checkpointing = _bytes(acts, False) * enough > room if wanted == "auto" else bool(wanted)
+    each = _bytes(acts, checkpointing)
+    if chunk_tokens is None:
+        chunk_tokens = int(min(room // each, max(_MOST[kind], least)))
+        if chunk_tokens < least:
+            raise ValueError(
+                f"loss.chunk_tokens=auto: {max(room, 0) / GIB:.1f} GiB can be planned with, and the smallest chunk "
+                f"({least} tokens) takes {least * each / GIB:.2f} GiB; lower "
+                "data.passage_max_length or data.num_hard_negatives, or take a device with more memory"
+            )
+    held = 0 if checkpointing else int(max(0, room - each * chunk_tokens) // acts.saved)
+    return Chunking(chunk_tokens, held, checkpointing)
+
+
+def try_out(
+    model: ULLME,
+    objective: Objective,
+    chunking: Chunking,
+    passages: int,
+    passage_tokens: int,
+    autocast: Callable[[], AbstractContextManager],
+    queries: int = 2**31,
+) -> Chunking:
+    """A step on random tokens, with less and less in memory as long as that does not suffice; nothing is learned.
+
+    First fewer graphs are held, then layers are recomputed if that is ``auto``, then chunks are halved. All ranks end
+    with the same choice.
+
+    Args:
+        model: on the device that trains it. Its layers are recomputed from here on where that was chosen.
+        objective: of the run; π_ref is left out.
+        chunking: what to try.
+        passages: candidates of a query.
+        passage_tokens: of each.
+        autocast: what a step runs under.
+        queries: the most that a batch of this rank has.
+
+    Raises:
+        ValueError: not even one query fits.
+    """
+    terms = Objective(objective.terms, _NoReference(), objective.share_prompts)
+    auto = model.options.gradient_checkpointing == "auto"
+    while True:
+        if chunking.checkpointing and auto:
+            model.recompute_layers()
+        tokens = chunking.chunk_tokens + chunking.held_tokens
+        batch = _random_batch(model, tokens, queries, passages, passage_tokens)
+        if not any_rank(_runs_out(model, terms, batch, chunking, autocast), model.device):
+            return chunking
+        if chunking.held_tokens > chunking.chunk_tokens:
+            chunking = replace(chunking, held_tokens=chunking.held_tokens // 2)
+        elif chunking.held_tokens:
+            chunking = replace(chunking, held_tokens=0)
+        elif auto and not chunking.checkpointing:
+            chunking = replace(chunking, checkpointing=True)
+        elif len(batch) > 1:
+            chunking = replace(chunking, chunk_tokens=min(chunking.chunk_tokens, batch.num_tokens) // 2)
+        else:
+            raise ValueError(
+                f"out of memory on {model.device} with one query of {batch.num_tokens} tokens in a chunk; lower "
+                "data.passage_max_length or data.num_hard_negatives, or take a device with more memory"
+            )
+
+
+def _runs_out(
+    model: ULLME,
+    terms: Objective,
+    batch: Batch,
+    chunking: Chunking,
+    autocast: Callable[[], AbstractContextManager],
+) -> bool:
+    """Whether a step runs out of memory. It asks no other rank: one of them may."""
+    slices, pieces = chunk_slices(batch, None, chunking.chunk_tokens), row_pieces(batch, chunking.chunk_tokens)
+    held = held_pieces(batch, pieces, chunking.held_tokens)
+    try:
+        with autocast(), alone():
+            terms.grad_cache(model, batch, slices, pieces=pieces, held=held)
+    except torch.OutOfMemoryError:
+        return True
+    finally:
+        for parameter in model.parameters():
+            parameter.grad = None
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return False
+
+
+class _NoReference(Reference):
+    def prepare(self, model: ULLME, precision: str) -> None: ...
+
+    def logps(self, model: ULLME, batch: Batch, mask: Tensor, share_prompts: bool) -> Tensor:
+        return torch.zeros(mask.shape, device=mask.device)
+
+
+def _random_batch(model: ULLME, tokens: int, most: int, passages: int, passage_tokens: int) -> Batch:
+    """Queries as long as their passages, so many that ``tokens`` holds them, or ``most``."""
+    queries = max(1, min(most, tokens // ((1 + passages) * passage_tokens)))
+    vocabulary = len(token_table(model.causal_lm))
+
+    def rows(n: int) -> TokenRows:
+        ids = torch.randint(vocabulary, (n, passage_tokens))
+        return TokenRows(ids, torch.ones_like(ids))
+
+    keys = torch.arange(queries * passages).view(queries, passages)
+    asked, answers = rows(queries), rows(queries * passages)
+    return Batch(asked, answers, keys, torch.arange(queries), GenerationRows(asked, answers)).to(model.device)
+
+
+def _bytes(acts: Activations, checkpointing: bool) -> float:
+    """Of one token at the height of forward and backward."""
+    return acts.peak(1, checkpointing)
+
+
+def _fixed(model: ULLME, kind: str) -> float:
+    """Bytes that training takes whatever the chunk: gradients, AdamW's moments, a block of logits."""
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return 3 * trained + 12 * _BLOCK_LOGITS[kind]

@@ -1,0 +1,252 @@
+"""The LightningModule: builds the model, steps the optimizer, validates, and decides what a checkpoint holds."""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from ullme.batch import Batch
+from ullme.distributed import average_gradients, merge_unit_rows
+from ullme.engine import fsdp
+from ullme.engine.finite import NotFiniteError, check_finite
+from ullme.models.config import BackboneConfig
+from ullme.prompts import Prompts
+
+if TYPE_CHECKING:
+    from ullme.callbacks.base import LossCallback
+    from ullme.data.beir import BeirFolder
+    from ullme.data.collator import EvalRows
+    from ullme.models.ullme import ULLME
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101), its schedule and gradient clipping.
+
+    Args:
+        lr: peak learning rate; the paper's is 2e-4.
+        weight_decay: of AdamW.
+        betas: of AdamW.
+        schedule: how the rate goes down after warm-up.
+        warmup: steps if 1 or more, else a share of all steps.
+        gradient_clip_val: largest norm of all gradients together; null does not clip.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    lr: float = 2e-4
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = 0.03
+    gradient_clip_val: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        for name, ok, remedy in (
+            ("lr", 0 < self.lr < math.inf, "a positive number"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or a positive number"),
+            ("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1"),
+            ("warmup", 0 <= self.warmup < math.inf, "a share from 0 to below 1, or a number of steps"),
+            (
+                "gradient_clip_val",
+                self.gradient_clip_val is None or self.gradient_clip_val > 0,
+                "a positive number, or null not to clip",
+            ),
+        ):
+            if not ok:
+                raise ValueError(f"model.optimizer.{name}={getattr(self, name)} is out of range: choose {remedy}")
+
+
+class ULLMEModule(L.LightningModule):
+    """Trains an embedder. What the gradient is, the callback under ``loss:`` decides.
+
+    Args:
+        backbone: how to build the embedder.
+        prompts: the prompt contract.
+        optimizer: AdamW and its schedule.
+    """
+
+    loss: LossCallback
+
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        prompts: Prompts = Prompts(),  # noqa: B008 - frozen
+        optimizer: OptimizerConfig = OptimizerConfig(),
+    ) -> None:
+        super().__init__()
+        self.backbone, self.prompts, self.optimizer_config = backbone, prompts, optimizer
+        self.automatic_optimization = False
+        # Checkpoints hold what was trained only; on_load_checkpoint checks that this is all there.
+        self.strict_loading = False
+        self.model: ULLME = None  # type: ignore[assignment]  # until configure_model
+
+    def setup(self, stage: str) -> None:
+        """Whoever built the trainer, its checkpoints are written whole or not at all."""
+        from ullme.callbacks.checkpoint import install_atomic_io
+
+        install_atomic_io(self.trainer)
+
+    def configure_model(self) -> None:
+        """Build the model on the process that will train it; Lightning may call this more than once."""
+        from ullme.models import ULLME
+
+        if self.model is None:
+            self.model = self._shard(ULLME(**self.backbone.to_dict(), prompts=self.prompts).train())
+            if self._trainer is not None:
+                # Batches hold whole numbers only, and Lightning's conversion of their type refuses frozen dataclasses.
+                self.trainer.precision_plugin.convert_input = _unchanged
+
+    def _shard(self, model: ULLME) -> ULLME:
+        """Split the LLM over ranks, where the strategy is one that does."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
+            self._load_as_others_do(strategy)
+        if isinstance(strategy, FSDPStrategy):
+            return fsdp.shard_fsdp1(model, strategy.root_device)
+        if isinstance(strategy, ModelParallelStrategy):
+            if (size := strategy.device_mesh["tensor_parallel"].size()) > 1:
+                raise ValueError(
+                    f"trainer.strategy.tensor_parallel_size={size}: ranks share the data, not the layers; set it to 1 "
+                    f"and data_parallel_size to the number of processes ({strategy.world_size})"
+                )
+            return fsdp.shard_fsdp2(model, strategy.device_mesh["data_parallel"], strategy.root_device)
+        return model
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """One optimizer step on one global batch."""
+        self._seed_step()
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        try:
+            with self._no_hooks():
+                logs = self.loss.backward(self, batch)
+            average_gradients(fsdp.whole_parameters(self.model))
+            norm = fsdp.clip_gradients(self.model, self.optimizer_config.gradient_clip_val)
+            check_finite("the gradient norm", norm, batch)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"step {self.global_step}: {error}") from error
+        optimizer.step()
+        self.log("lr", optimizer.param_groups[0]["lr"])
+        schedule: Any = self.lr_schedulers()
+        schedule.step()
+        self.log("train/loss", logs["loss"], prog_bar=True, batch_size=len(batch), sync_dist=True)
+        terms = {f"train/{name}": value for name, value in logs.items() if name != "loss"}
+        self.log_dict({**terms, "train/grad_norm": norm}, batch_size=len(batch), sync_dist=True)
+        return logs
+
+    def _seed_step(self) -> None:
+        """Dropout is a function of (seed, step, rank), so that a resumed run draws what an uninterrupted one does."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        entropy = np.random.SeedSequence([seed, self.global_step, self.global_rank])
+        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+
+    def _no_hooks(self) -> AbstractContextManager[Any]:
+        """DDP would average in every backward, and miss weights that the last one does not use; the step does it."""
+        return getattr(self.trainer.strategy.model, "no_sync", nullcontext)()
+
+    def configure_optimizers(self) -> Any:
+        from transformers import get_scheduler
+
+        options = self.optimizer_config
+        optimizer = torch.optim.AdamW(
+            [p for p in self.parameters() if p.requires_grad],
+            lr=options.lr,
+            betas=options.betas,
+            weight_decay=options.weight_decay,
+        )
+        if math.isinf(self.trainer.estimated_stepping_batches):
+            raise ValueError(
+                "trainer.max_epochs=-1 without trainer.max_steps: the schedule needs an end; give trainer.max_steps"
+            )
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = int(options.warmup if options.warmup >= 1 else options.warmup * total)
+        name = "constant_with_warmup" if options.schedule == "constant" else options.schedule
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_validation_epoch_start(self) -> None:
+        beir = self._beir()
+        self._corpus = torch.zeros(len(beir.corpus), self.model.hidden_size, device=self.device)
+        self._queries = torch.zeros(len(beir.queries), self.model.hidden_size, device=self.device)
+
+    def validation_step(self, batch: EvalRows, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Embed texts of the corpus (loader 0) or its queries (loader 1) into their places."""
+        rep = self.model(batch.rows.input_ids, batch.rows.attention_mask, pool_mask=batch.rows.pool_mask)["rep"]
+        (self._corpus if dataloader_idx == 0 else self._queries)[batch.indices] = rep.float()
+
+    def on_validation_epoch_end(self) -> None:
+        from ullme.training.retrieval_metrics import retrieval_metrics
+
+        beir = self._beir()
+        place = {name: n for n, name in enumerate(beir.corpus)}
+        relevant = [{place[p]: grade for p, grade in beir.qrels[query].items()} for query in beir.queries]
+        queries, corpus = merge_unit_rows(self._queries), merge_unit_rows(self._corpus)
+        del self._corpus, self._queries
+        if not (queries.any(dim=1).all() and corpus.any(dim=1).all()):
+            rank_zero_warn(
+                "validation: only a part of data.val was embedded (trainer.limit_val_batches, overfit_batches or "
+                "fast_dev_run), and a ranking of a part means nothing; its metrics are left out"
+            )
+            return
+        scores = retrieval_metrics(queries, corpus, relevant)
+        self.log_dict({f"val/{name}": value for name, value in scores.items()}, prog_bar=True, rank_zero_only=True)
+
+    def _beir(self) -> BeirFolder:
+        return self.trainer.datamodule.beir  # type: ignore[attr-defined]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trained weights and add the contract that rebuilds the model around them."""
+        from ullme.models.trained_weights import CONTRACT_KEY, STATE_PREFIX, contract
+
+        trained = {STATE_PREFIX + name for name in fsdp.trainable_shapes(self.model)}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint[CONTRACT_KEY] = contract(self.model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another backbone, adapter, pooling or prompt, before any weight is copied."""
+        from ullme.models.trained_weights import check_fit
+
+        self.configure_model()
+        if "state_dict" in checkpoint:  # else _load_as_others_do has done it
+            check_fit(self.model, checkpoint)
+
+    def _load_as_others_do(self, strategy: FSDPStrategy | ModelParallelStrategy) -> None:
+        """Let a strategy that splits weights load the checkpoints of all strategies.
+
+        By themselves these two copy the weights before on_load_checkpoint is asked, and number the optimizer's states
+        by all weights, not by the trained ones. An adapter, which every rank holds whole, needs nothing of theirs.
+        """
+        from ullme.models.trained_weights import STATE_PREFIX, check_fit
+        from ullme.utils import atomic_files
+
+        load = strategy.load_checkpoint
+
+        def checked(path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            stored = atomic_files.checked(path)
+            check_fit(self.model, stored, str(path))
+            if not fsdp.whole_parameters(self.model):
+                return load(path, *args, **kwargs)
+            state = {name.removeprefix(STATE_PREFIX): value for name, value in stored["state_dict"].items()}
+            fsdp.copy_whole(self.model, state)
+            for optimizer, value in zip(strategy.optimizers, stored["optimizer_states"], strict=False):
+                optimizer.load_state_dict(value)
+            return stored
+
+        strategy.load_checkpoint = checked  # type: ignore[assignment,method-assign]
+
+
+def _unchanged(data: Any) -> Any:
+    return data
