@@ -15,7 +15,7 @@ from ullme.engine.objective import Objective
 from ullme.models.config import BackboneConfig
 from ullme.models.loading import load_config
 from ullme.planning.description import describe
-from ullme.planning.devices import DEVICES, Device
+from ullme.planning.devices import DEVICES, Device, product_tflops, this_cpu
 from ullme.planning.flops import model_cost, step_work
 from ullme.planning.memory import GIB
 from ullme.planning.plan import Job, make_plan, typical_batch
@@ -222,3 +222,27 @@ def test_the_papers_table():
     for cells in rows:
         assert float(cells[2].split()[0]) < 24 * float(cells[1].split()[0])
         assert "does not fit" not in " ".join(cells)
+
+
+def test_a_cpu_is_planned_as_auto_runs_there(job, monkeypatch):
+    """Small chunks, half of what is free, no CUDA context, and the time that measured products take."""
+    monkeypatch.setattr("ullme.planning.devices.product_tflops", lambda dtype: 0.05)
+    monkeypatch.setattr("ullme.planning.devices.free_memory", lambda device: 2 * GIB)
+    device = this_cpu(torch.float32)
+    many = with_(job, batch_size=100)
+    plan = make_plan(many, device)
+    assert plan.job.chunk_tokens == 512
+    assert plan.usable == GIB
+    assert plan.held_tokens == typical_batch(many, 100).num_tokens  # all of them
+    assert plan.memory.total + plan.held_memory < GIB
+    assert plan.seconds == pytest.approx(plan.hardware_flops / (0.75 * 0.05e12))
+    gpu = make_plan(many, replace(device, kind="cuda"))
+    assert gpu.job.chunk_tokens > 512
+    assert gpu.memory.overhead > plan.memory.overhead + 0.7 * GIB
+    text = describe(plan)
+    assert "float32" in text
+    assert "50 GFLOP/s, measured" in text
+
+
+def test_the_speed_of_products_is_measured():
+    assert 1e-6 < product_tflops(torch.float32) < 1e3

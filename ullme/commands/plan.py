@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ullme.planning.devices import DEVICES, number_of
+from ullme.planning.devices import DEVICES, number_of, this_cpu
 from ullme.utils.errors import complain
 
 if TYPE_CHECKING:
@@ -75,14 +75,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config", action="append", default=[], help="a file of train.py's; several are stacked")
-    add("--device", choices=sorted(DEVICES), default="a100-80gb", help="to plan for (default: a100-80gb)")
+    add(
+        "--device",
+        choices=["cpu", *sorted(DEVICES)],
+        default="a100-80gb",
+        help="to plan for (default: a100-80gb); cpu: this machine's, whose speed is measured",
+    )
     add("--num_devices", "--num-devices", type=int, help="how many of them (default: what the trainer says, or 1)")
     add("--strategy", choices=("ddp", "fsdp"), help="default: what trainer.strategy says")
     add(
         "--utilisation",
         type=float,
-        default=0.6,
-        help="share of the device's peak to assume, by all that it runs, what is computed twice too (default: 0.6)",
+        help="share of the device's peak to assume, by all that it runs, what is computed twice too (default: 0.6, and "
+        "0.75 on a CPU)",
     )
     add("--rows", type=int, help="queries in an epoch (default: data.max_rows, or the lines of local files)")
     add(
@@ -111,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def plan_from(arguments: argparse.Namespace, overrides: Sequence[str]) -> Plan:
     """The plan that a command line asks for. Raises: ValueError: a mistake in it."""
-    from ullme.planning.plan import make_plan
+    from ullme.planning.plan import compute_dtype, make_plan
 
     if not arguments.config:
         raise ValueError("--config: give at least one configuration of train.py's, or --paper")
@@ -123,7 +128,8 @@ def plan_from(arguments: argparse.Namespace, overrides: Sequence[str]) -> Plan:
     )
     job = job_from(config, arguments)
     count = _devices_of(config.trainer) if arguments.num_devices is None else arguments.num_devices
-    return make_plan(job, DEVICES[arguments.device], count, fsdp, arguments.utilisation)
+    device = this_cpu(compute_dtype(job)) if arguments.device == "cpu" else DEVICES[arguments.device]
+    return make_plan(job, device, count, fsdp, arguments.utilisation)
 
 
 def _devices_of(trainer: Any) -> int:
@@ -224,7 +230,7 @@ def _llm_config(options: BackboneConfig, given: str | None) -> PretrainedConfig:
     return AutoConfig.for_model(kind, **sizes)
 
 
-def paper_table(utilisation: float) -> str:
+def paper_table(utilisation: float | None = None) -> str:
     """The paper's runs as a Markdown table: GRL, batch 512, 8 negatives, 279,040 rows, LoRA r 16, bfloat16, DDP."""
     from ullme.callbacks.grl import grl_terms
     from ullme.engine.objective import Objective
@@ -244,9 +250,10 @@ def paper_table(utilisation: float) -> str:
             plan = make_plan(job, DEVICES[device], count, utilisation=utilisation)
             cells += [_hours(plan), _memory(plan)]
             reached.append(plan.mfu)
+            assumed = plan.utilisation
         lines.append(f"| {name.split('/')[-1]} | {days} days | {' | '.join(cells)} |")
     note = (
-        f"If {utilisation:.0%} of the devices' peak are used, which is {min(reached):.0%} to {max(reached):.0%} model "
+        f"If {assumed:.0%} of the devices' peak are used, which is {min(reached):.0%} to {max(reached):.0%} model "
         "FLOPs utilisation, and what they tell each other costs nothing."
     )
     return "\n".join([*lines, "", note])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ullme.planning.memory import GIB
-from ullme.planning.plan import USABLE, Plan
+from ullme.planning.plan import Plan
 
 
 def describe(plan: Plan) -> str:
@@ -11,7 +11,7 @@ def describe(plan: Plan) -> str:
     job, memory = plan.job, plan.memory
     room = plan.device.memory_gib
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in vars(memory).items() if size >= 0.05 * GIB)
-    verdict = "fits" if plan.fits else f"does NOT fit ({USABLE:.0%} of {room:.1f} GiB may be planned with)"
+    verdict = "fits" if plan.fits else f"does NOT fit ({plan.usable / GIB:.1f} of {room:.1f} GiB may be planned with)"
     strategy = ("fsdp" if plan.fsdp else "ddp") if plan.count > 1 else "one device"
     chunk = (
         f"{job.chunk_size} queries" if job.chunk_size else f"{job.chunk_tokens:,} tokens" if job.chunk_tokens else "all"
@@ -30,10 +30,15 @@ def describe(plan: Plan) -> str:
         f"if {plan.utilisation:.0%} of the peak are used (model FLOPs utilisation {plan.mfu:.0%})",
     }
     if plan.held_tokens:
-        lines["held"] = f"what is left holds the graphs of {plan.held_tokens:,} tokens, which are embedded only once"
+        lines["held"] = (
+            f"what is left holds the graphs of {plan.held_tokens:,} tokens ({plan.held_memory / GIB:.1f} GiB), "
+            "which are embedded only once"
+        )
     if not plan.fits:
         lines["try"] = "; ".join(_remedies(plan))
-    if plan.utilisation > 0.75:
+    if plan.device.kind == "cpu":
+        lines["peak"] = f"{1000 * plan.device.tflops:.0f} GFLOP/s, measured on matrix products"
+    elif plan.utilisation > 0.75:
         lines["note"] = "beyond 75% of the peak is out of reach: lower --utilisation"
     return "\n".join(f"{name:<9}{text}" for name, text in lines.items())
 

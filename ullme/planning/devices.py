@@ -1,8 +1,9 @@
-"""What accelerators can do at most, and hold."""
+"""What accelerators can do at most, and hold; what this machine's processor does and holds."""
 
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,17 +45,19 @@ def peak_tflops(device_name: str) -> float | None:
 
 @dataclass(frozen=True)
 class Device:
-    """An accelerator to plan for.
+    """A device to plan for.
 
     Args:
         name: as a reader knows it.
-        tflops: dense bfloat16 TFLOP/s.
+        tflops: dense TFLOP/s: an accelerator's in bfloat16 as its maker says, a CPU's as measured.
         memory_gib: what a process can have.
+        kind: ``cuda`` or ``cpu``.
     """
 
     name: str
     tflops: float
     memory_gib: float
+    kind: str = "cuda"
 
 
 DEVICES = {
@@ -70,6 +73,30 @@ DEVICES = {
     "rtx-4090": Device("RTX 4090", 165, 23.5),
     "rtx-3090": Device("RTX 3090", 71, 23.5),
 }
+
+
+def this_cpu(dtype: torch.dtype) -> Device:
+    """The processor that this process runs on, with as many threads as torch uses: the speed of its products in
+    ``dtype`` is measured, which takes a second at most, and its memory is what is free now."""
+    threads = torch.get_num_threads()
+    return Device(
+        f"this CPU, {threads} thread{'s' if threads > 1 else ''}, {str(dtype).removeprefix('torch.')}",
+        product_tflops(dtype),
+        free_memory(torch.device("cpu")) / 2**30,
+        kind="cpu",
+    )
+
+
+def product_tflops(dtype: torch.dtype) -> float:
+    """TFLOP/s of matrix products in ``dtype`` on the CPU: the fastest of a few, as others may use the machine too."""
+    size = 512
+    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    times, started = [], time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - started < 0.2:
+        begin = time.perf_counter()
+        left @ right
+        times.append(time.perf_counter() - begin)
+    return 2 * size**3 / min(times) / 1e12
 
 
 def free_memory(device: torch.device) -> float:

@@ -26,11 +26,14 @@ if TYPE_CHECKING:
     from ullme.engine.objective import Objective
     from ullme.models.config import BackboneConfig
 
-# The share of a device's memory that may be planned with; the rest is for what no model foresees.
-USABLE = 0.92
+# The share of a device's memory that may be planned with; the rest is for what no model foresees, and a CPU's memory is
+# shared with everybody.
+USABLE = {"cuda": 0.92, "cpu": 0.5}
 # Chunks that are tried where the configuration leaves the size open; smaller ones only where nothing else helps.
-_CHUNKS = [2**n for n in range(16, 9, -1)]
-_LEAST = 2**12
+_CHUNKS = {"cuda": [2**n for n in range(16, 9, -1)], "cpu": [512, 256]}
+_LEAST = {"cuda": 2**12, "cpu": 256}
+# The share of the peak that is assumed where nothing is said; a CPU's peak is measured.
+UTILISATION = {"cuda": 0.6, "cpu": 0.75}
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Plan:
         chunks: in a step.
         memory: on one device.
         held_tokens: tokens whose graphs find room beside a chunk, so that they are embedded only once.
+        held_memory: bytes that these graphs take.
         step_flops: model FLOPs of a step on one device.
         hardware_flops: what the device runs for it: with what is computed twice, and π_ref.
         utilisation: assumed, of the device's peak by all that it runs.
@@ -102,13 +106,19 @@ class Plan:
     chunks: int
     memory: Memory
     held_tokens: int
+    held_memory: float
     step_flops: float
     hardware_flops: float
     utilisation: float
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= USABLE * self.device.memory_gib * GIB
+        return self.memory.total <= self.usable
+
+    @property
+    def usable(self) -> float:
+        """Bytes of the device that may be planned with."""
+        return USABLE[self.device.kind] * self.device.memory_gib * GIB
 
     @property
     def seconds(self) -> float:
@@ -131,7 +141,7 @@ class Plan:
         return self.utilisation * self.step_flops / self.hardware_flops
 
 
-def make_plan(job: Job, device: Device, count: int = 1, fsdp: bool = False, utilisation: float = 0.6) -> Plan:
+def make_plan(job: Job, device: Device, count: int = 1, fsdp: bool = False, utilisation: float | None = None) -> Plan:
     """Predict.
 
     Args:
@@ -139,21 +149,22 @@ def make_plan(job: Job, device: Device, count: int = 1, fsdp: bool = False, util
         device: on what.
         count: how many devices; the batch is spread over them.
         fsdp: they share the LLM's weights.
-        utilisation: that is assumed, of the device's peak by all that it runs.
+        utilisation: that is assumed, of the device's peak by all that it runs; None for what is usual (UTILISATION).
 
     Raises:
         ValueError: the batch does not divide by the devices, or a utilisation that cannot be.
     """
+    if utilisation is None:
+        utilisation = UTILISATION[device.kind]
     if not 0 < utilisation <= 1:
         raise ValueError(f"--utilisation={utilisation}: a share of the peak, above 0 and at most 1")
     if count < 1 or job.batch_size % count:
         raise ValueError(f"--num_devices={count}: data.batch_size={job.batch_size} must be a multiple of it")
     batch = typical_batch(job, job.batch_size // count)
-    weight_dtype = _weight_dtype(job)
-    model = meta_model(job.config, job.options, weight_dtype)
+    model = meta_model(job.config, job.options, _weight_dtype(job))
     cost = count_weights(model, job.options)
-    acts = activations(model, torch.bfloat16 if job.half else weight_dtype)
-    for choice in _choices(job):
+    acts = activations(model, compute_dtype(job))
+    for choice in _choices(job, device.kind):
         plan = _plan(choice, batch, cost, acts, device, count, fsdp, utilisation, _is_open(job))
         if plan.fits:
             break
@@ -165,14 +176,14 @@ def _is_open(job: Job) -> bool:
     return job.chunk_tokens is None and job.chunk_size is None and not job.full_batch
 
 
-def _choices(job: Job) -> list[Job]:
+def _choices(job: Job, kind: str) -> list[Job]:
     """What may be tried for what is left open, the fastest first. Without checkpointing, small chunks do not pay."""
     wanted = job.options.gradient_checkpointing
     choices = []
     for checkpointing in (False, True) if wanted == "auto" else (bool(wanted),):
         options = replace(job.options, gradient_checkpointing=checkpointing)
-        least = _LEAST if wanted == "auto" and not checkpointing else 0
-        sizes = [size for size in _CHUNKS if size >= least] if _is_open(job) else [job.chunk_tokens]
+        least = _LEAST[kind] if wanted == "auto" and not checkpointing else 0
+        sizes = [size for size in _CHUNKS[kind] if size >= least] if _is_open(job) else [job.chunk_tokens]
         choices += [replace(job, options=options, chunk_tokens=size) for size in sizes]
     return choices
 
@@ -189,8 +200,7 @@ def _plan(
     holds: bool,
 ) -> Plan:
     """With the chunks of ``job``, which are not open; ``holds``: what is left of memory may be filled with graphs."""
-    weight_dtype = _weight_dtype(job)
-    compute = torch.bfloat16 if job.half else weight_dtype
+    weight_dtype, compute = _weight_dtype(job), compute_dtype(job)
     checkpointing = bool(job.options.gradient_checkpointing)
     causal = job.options.attention == "causal"
     work = step_work(batch, job.objective, causal, job.objective.share_prompts)
@@ -199,7 +209,7 @@ def _plan(
     chunks = [batch[s] for s in slices]
     generation = [_generation(chunk, job.objective) for chunk in chunks]
     vocabulary = cost.head // job.config.get_text_config().hidden_size
-    block = max(64 * vocabulary, _BLOCK_LOGITS["cuda"])
+    block = max(64 * vocabulary, _BLOCK_LOGITS[device.kind])
     memory = predict(
         cost,
         acts,
@@ -215,12 +225,15 @@ def _plan(
         head_logits=min(block, max(float(w.targets) for w in generation) * vocabulary),
         similarities=_similarities(job, len(batch), count),
         quantized=job.options.quantization == "nf4",
+        cuda=device.kind == "cuda",
     )
-    left = USABLE * device.memory_gib * GIB - memory.total
-    held = int(left / (1 + FRAGMENTATION) / acts.saved) if holds and left > 0 and not (checkpointing or fsdp) else 0
+    left = USABLE[device.kind] * device.memory_gib * GIB - memory.total
+    each = (1 + FRAGMENTATION) * acts.saved
+    room = int(left / each) if holds and left > 0 and len(chunks) > 1 and not (checkpointing or fsdp) else 0
+    held = min(room, batch.num_tokens)
     hardware = float(cost.hardware_step(work, False, checkpointing))
     if len(chunks) > 1 and job.objective.uses_reps:
-        hardware += float(cost.forward(work.embed)) * max(0.0, 1 - held / batch.num_tokens)
+        hardware += float(cost.forward(work.embed)) * (1 - held / batch.num_tokens)
     return Plan(
         job=job,
         device=device,
@@ -230,11 +243,17 @@ def _plan(
         trained=cost.trainable,
         chunks=len(chunks),
         memory=memory,
-        held_tokens=min(held, batch.num_tokens) if len(chunks) > 1 else 0,
+        held_tokens=held,
+        held_memory=held * each,
         step_flops=float(cost.step(work)),
         hardware_flops=hardware,
         utilisation=utilisation,
     )
+
+
+def compute_dtype(job: Job) -> torch.dtype:
+    """Of matrix products."""
+    return torch.bfloat16 if job.half else _weight_dtype(job)
 
 
 def _weight_dtype(job: Job) -> torch.dtype:
