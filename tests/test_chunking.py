@@ -36,8 +36,8 @@ def bytes_of(model, checkpointing: bool) -> float:
 def test_more_memory_gives_larger_chunks_then_held_graphs_and_never_needless_checkpointing(model):
     fixed = auto_chunk._fixed(model, "cpu")
     each = bytes_of(model, False)
-    small = choose(model, False, QUERY, None, free=2 * (fixed + 1.2 * 350 * each))
-    large = choose(model, False, QUERY, None, free=2 * (fixed + 1.2 * 9000 * each))
+    small = choose(model, False, QUERY, None, free=2 * (fixed + 1.6 * 350 * each))
+    large = choose(model, False, QUERY, None, free=2 * (fixed + 1.6 * 9000 * each))
     assert QUERY <= small.chunk_tokens <= 1.2 * 350
     assert small.held_tokens < small.chunk_tokens < large.chunk_tokens == auto_chunk._MOST["cpu"] < large.held_tokens
     assert not small.checkpointing

@@ -234,11 +234,11 @@ def test_a_cpu_is_planned_as_auto_runs_there(job, monkeypatch):
     assert plan.job.chunk_tokens == 512
     assert plan.usable == GIB
     assert plan.held_tokens == typical_batch(many, 100).num_tokens  # all of them
-    assert plan.memory.total + plan.held_memory < GIB
+    assert plan.memory.total + plan.held_memory <= GIB
     assert plan.seconds == pytest.approx(plan.hardware_flops / (0.75 * 0.05e12))
     gpu = make_plan(many, replace(device, kind="cuda"))
     assert gpu.job.chunk_tokens > 512
-    assert gpu.memory.overhead > plan.memory.overhead + 0.7 * GIB
+    assert gpu.memory.overhead > plan.memory.overhead + 0.3 * GIB
     text = describe(plan)
     assert "float32" in text
     assert "50 GFLOP/s, measured" in text

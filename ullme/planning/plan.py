@@ -225,10 +225,10 @@ def _plan(
         head_logits=min(block, max(float(w.targets) for w in generation) * vocabulary),
         similarities=_similarities(job, len(batch), count),
         quantized=job.options.quantization == "nf4",
-        cuda=device.kind == "cuda",
+        kind=device.kind,
     )
     left = USABLE[device.kind] * device.memory_gib * GIB - memory.total
-    each = (1 + FRAGMENTATION) * acts.saved
+    each = (1 + FRAGMENTATION[device.kind]) * acts.saved
     room = int(left / each) if holds and left > 0 and len(chunks) > 1 and not (checkpointing or fsdp) else 0
     held = min(room, batch.num_tokens)
     hardware = float(cost.hardware_step(work, False, checkpointing))
