@@ -20,8 +20,8 @@ from ullme.planning.flops import ModelCost
 GIB = 2**30
 # A CUDA context with its libraries' workspaces; a process that has imported all that training needs.
 CONTEXT = {"cuda": 0.8 * GIB, "cpu": 0.4 * GIB}
-# What an allocator leaves unused, as a share of what is allocated for a step. CUDA's caches blocks; the C library's keeps
-# what was freed between tensors that live on: SmolLM2-135M in float32 took 1.84 MB a token where 1.20 MB were counted.
+# What an allocator leaves unused, as a share of what is allocated for a step. CUDA's caches blocks; the C library's
+# keeps what was freed between tensors that live on: SmolLM2-135M in float32 took 1.84 MB a token, counted 1.20 MB.
 FRAGMENTATION = {"cuda": 0.08, "cpu": 0.5}
 # A weight in NF4: half a byte, and float32 scales of blocks of 64 in a second quantization (arXiv 2305.14314).
 _NF4_BYTES = 0.516
