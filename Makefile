@@ -8,7 +8,7 @@ help:
 	@echo "make quickstart  install into $(VENV) and run the whole job in miniature"
 	@echo "make test        install into $(VENV) and run the tests (under 5 minutes)"
 	@echo "make test-slow   the slow tests;  make test-gpu  those that need CUDA"
-	@echo "make lint        ruff and mypy;   make format    ruff mends what it can"
+	@echo "make lint        ruff and mypy;   make format    ruff fixes what it can"
 	@echo "make bench       speed and memory beside sentence-transformers, one table (under 10 minutes)"
 
 $(VENV)/installed: pyproject.toml constraints.txt

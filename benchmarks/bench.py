@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,12 +37,12 @@ from workload import (
 )
 
 from ullme.batch import Batch
-from ullme.engine.gradcache import chunk_slices, row_pieces
+from ullme.engine.gradcache import chunk_slices, microbatch_rows
 from ullme.engine.objective import Objective
 from ullme.engine.reference import Reference
 from ullme.losses import DPO, KL, InfoNCE
 from ullme.models import ULLME
-from ullme.planning.auto_chunk import choose
+from ullme.planning.auto_chunk import largest_chunk
 
 CHUNK_TOKENS = 512  # what chunk_tokens: auto takes on a CPU; the peer's 8 passages have about 600, padded to 1,000
 CONTRASTIVE_BATCH, GRL_BATCH, PASSAGES = 32, 16, 2000
@@ -55,9 +56,9 @@ class Given(Reference):
     def __init__(self, logps: torch.Tensor) -> None:
         self.values = logps
 
-    def prepare(self, model: ULLME, precision: str) -> None: ...
+    def prepare(self, model: ULLME, precision: str, likelihoods: Any = ()) -> None: ...
 
-    def logps(self, model: ULLME, batch: Batch, mask: torch.Tensor, share_prompts: bool) -> torch.Tensor:
+    def logps(self, model: ULLME, batch: Batch, mask: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.values[batch.row_ids]
 
 
@@ -70,9 +71,9 @@ def grad_cache(
 ) -> float:
     """A step as :class:`ullme.callbacks.GradCache` does it; returns the loss."""
     model.zero_grad()
-    slices, pieces = chunk_slices(batch, None, chunk_tokens), row_pieces(batch, chunk_tokens)
-    held = len(pieces) if hold else 0
-    return objective.grad_cache(model, batch, slices, pieces=pieces, held=held)["loss"].item()
+    chunks, microbatches = chunk_slices(batch, None, chunk_tokens), microbatch_rows(batch, chunk_tokens)
+    retained = len(microbatches) if hold else 0
+    return objective.grad_cache(model, batch, chunks, microbatches=microbatches, num_retained=retained)["loss"].item()
 
 
 def contrastive(folder: str, batch_size: int = CONTRASTIVE_BATCH) -> Callable[[], float]:
@@ -109,8 +110,8 @@ def grl(folder: str, batch_size: int = GRL_BATCH) -> Callable[[], float]:
         AssertionError: this machine has too little memory to hold the graphs of this small batch.
     """
     model, batch, objective = load_model(folder), make_batch(batch_size), grl_objective()
-    chunking = choose(model, half=False, least=LARGEST_QUERY, chunk_tokens=None)
-    assert chunking.held_tokens >= batch.num_tokens, chunking
+    chunking = largest_chunk(model, half=False, least=LARGEST_QUERY, chunk_tokens=None)
+    assert chunking.retained_tokens >= batch.num_tokens, chunking
     return lambda: grad_cache(objective, model, batch, chunking.chunk_tokens, hold=True)
 
 

@@ -18,7 +18,8 @@ from machine import machine
 from workload import HIDDEN, INTERMEDIATE, LAYERS, make_batch, make_model, peak_resident, reset_peak, resident
 
 from ullme.engine.gradcache import chunk_slices, embed_batch
-from ullme.engine.objective import Objective, embedder, score
+from ullme.engine.objective import Objective
+from ullme.engine.scoring import embedder, score
 from ullme.losses import DPO, KL, InfoNCE
 from ullme.models import likelihood
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ullme.batch import Batch, GenerationRows
-from ullme.engine.objective import Objective, embedder, score
+from ullme.engine.objective import Objective
+from ullme.engine.scoring import embedder, score
 
 if TYPE_CHECKING:
     from ullme.losses import Term

@@ -21,10 +21,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from machine import machine
 from transformers import AutoTokenizer, logging
 
-from ullme.callbacks.grl import grl_terms
 from ullme.commands.plan import PAPER_DAYS, _llm_config
 from ullme.data.datamodule import ULLMEDataModule
 from ullme.engine.objective import Objective
+from ullme.engine.presets import grl_terms
 from ullme.models.config import BackboneConfig
 from ullme.planning.devices import DEVICES
 from ullme.planning.plan import Job, make_plan

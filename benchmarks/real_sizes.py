@@ -41,9 +41,9 @@ class Sizes:
 class Given(Reference):
     """log π_ref that is known beforehand."""
 
-    def prepare(self, model: ULLME, precision: str) -> None: ...
+    def prepare(self, model: ULLME, precision: str, likelihoods: Any = ()) -> None: ...
 
-    def logps(self, model: ULLME, batch: Batch, mask: torch.Tensor, share_prompts: bool) -> torch.Tensor:
+    def logps(self, model: ULLME, batch: Batch, mask: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.full(mask.shape, -600.0, device=mask.device)
 
 

@@ -167,10 +167,10 @@ def train(folder: str, case: Case, ranks: int, resume: str | None = None) -> dic
     double = lora or strategy != "fsdp1"  # torch's clipping of FSDP1's shards knows no float64
     module, step = make_module(folder, lora, double), Engine.step
 
-    def recorded(engine: Engine, *args: Any, idle: int, idle_pieces: int) -> None:
-        recorder.idle += idle + idle_pieces
+    def recorded(engine: Engine, *args: Any) -> None:
+        recorder.idle += sum(args[-2:])  # dummy chunks and dummy microbatches
         assert not getattr(trainer.strategy.model, "require_backward_grad_sync", False)  # DDP's own averaging
-        step(engine, *args, idle=idle, idle_pieces=idle_pieces)
+        step(engine, *args)
 
     with mock.patch.object(Engine, "step", recorded):
         trainer.fit(module, make_data(folder), ckpt_path=resume)

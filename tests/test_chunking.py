@@ -8,14 +8,15 @@ import pytest
 import torch
 from test_gradcache import assert_same_gradients, gradients, make_batch
 from test_objective import with_generation
+from tiny import recomputes_layers
 
 from ullme.callbacks import GRL
 from ullme.callbacks.gradcache import GradCache
-from ullme.engine.gradcache import held_pieces
+from ullme.engine.gradcache import count_retained
 from ullme.engine.objective import Objective
 from ullme.losses import DPO, KL, InfoNCE
 from ullme.planning import auto_chunk
-from ullme.planning.auto_chunk import Chunking, choose, try_out
+from ullme.planning.auto_chunk import Chunking, largest_chunk, shrink_until_it_fits
 from ullme.planning.flops import meta_model
 from ullme.planning.memory import activations
 
@@ -36,10 +37,16 @@ def bytes_of(model, checkpointing: bool) -> float:
 def test_more_memory_gives_larger_chunks_then_held_graphs_and_never_needless_checkpointing(model):
     fixed = auto_chunk._fixed(model, "cpu")
     each = bytes_of(model, False)
-    small = choose(model, False, QUERY, None, free=2 * (fixed + 1.6 * 350 * each))
-    large = choose(model, False, QUERY, None, free=2 * (fixed + 1.6 * 9000 * each))
+    small = largest_chunk(model, False, QUERY, None, free=2 * (fixed + 1.6 * 350 * each))
+    large = largest_chunk(model, False, QUERY, None, free=2 * (fixed + 1.6 * 9000 * each))
     assert QUERY <= small.chunk_tokens <= 1.2 * 350
-    assert small.held_tokens < small.chunk_tokens < large.chunk_tokens == auto_chunk._MOST["cpu"] < large.held_tokens
+    assert (
+        small.retained_tokens
+        < small.chunk_tokens
+        < large.chunk_tokens
+        == auto_chunk._MOST["cpu"]
+        < large.retained_tokens
+    )
     assert not small.checkpointing
     assert not large.checkpointing
 
@@ -47,12 +54,12 @@ def test_more_memory_gives_larger_chunks_then_held_graphs_and_never_needless_che
 def test_checkpointing_where_the_smallest_chunk_would_not_fit(model):
     fixed = auto_chunk._fixed(model, "cpu")
     free = 2 * (fixed + 1.1 * 0.9 * QUERY * bytes_of(model, False))
-    found = choose(model, False, QUERY, None, free=free)
+    found = largest_chunk(model, False, QUERY, None, free=free)
     assert found.checkpointing
     assert found.chunk_tokens >= QUERY
-    assert found.held_tokens == 0
+    assert found.retained_tokens == 0
     free = 2 * (fixed + 1.1 * 9 * QUERY * bytes_of(model, False))
-    fixed_choice = choose(model, False, QUERY, 10 * QUERY, free=free)  # chunks that the config gives
+    fixed_choice = largest_chunk(model, False, QUERY, 10 * QUERY, free=free)  # chunks that the config gives
     assert fixed_choice.checkpointing
     assert fixed_choice.chunk_tokens == 10 * QUERY
 
@@ -60,12 +67,12 @@ def test_checkpointing_where_the_smallest_chunk_would_not_fit(model):
 def test_explicit_checkpointing_stays(make_model):
     for wanted in (True, False):
         model = make_model(gradient_checkpointing=wanted)
-        assert choose(model, False, QUERY, None, free=10 * GIB).checkpointing is wanted
+        assert largest_chunk(model, False, QUERY, None, free=10 * GIB).checkpointing is wanted
 
 
 def test_nothing_fits(model):
     with pytest.raises(ValueError, match=r"chunk_tokens=auto.*smallest chunk.*data\.passage_max_length"):
-        choose(model, False, 10**6, None, free=0.1 * GIB)
+        largest_chunk(model, False, 10**6, None, free=0.1 * GIB)
 
 
 def trial(model, monkeypatch, fits, auto_chunk, passages=3, passage_tokens=10, queries=10**6):
@@ -73,16 +80,18 @@ def trial(model, monkeypatch, fits, auto_chunk, passages=3, passage_tokens=10, q
     tried = []
     original = Objective.grad_cache
 
-    def limited(self, model, batch, slices, *args, pieces, held, **kwargs):
-        recomputed = model.causal_lm.is_gradient_checkpointing
-        tried.append((batch.num_tokens, len(slices), held, recomputed))
+    def limited(self, model, batch, slices, *args, microbatches, num_retained, **kwargs):
+        recomputed = recomputes_layers(model)
+        tried.append((batch.num_tokens, len(slices), num_retained, recomputed))
         if not fits(*tried[-1]):
             raise torch.OutOfMemoryError("no")
-        return original(self, model, batch, slices, *args, pieces=pieces, held=held, **kwargs)
+        return original(
+            self, model, batch, slices, *args, microbatches=microbatches, num_retained=num_retained, **kwargs
+        )
 
     monkeypatch.setattr(Objective, "grad_cache", limited)
     terms = Objective([InfoNCE(), DPO(), KL()])
-    return try_out(model, terms, auto_chunk, passages, passage_tokens, nullcontext, queries), tried
+    return shrink_until_it_fits(model, terms, auto_chunk, passages, passage_tokens, nullcontext, queries), tried
 
 
 def test_the_trial_gives_up_held_graphs_then_activations_then_halves_the_chunk(model, monkeypatch):
@@ -118,13 +127,13 @@ def test_a_query_that_fits_nowhere_is_said(model, monkeypatch):
 def test_pieces_and_held_graphs_change_no_gradient(make_model, held):
     model = make_model("gpt2", lora_dropout=0.0).double().train()
     batch, loss = with_generation(make_batch()), GRL(chunk_tokens=40)
-    slices, pieces = loss.slices(batch), loss.pieces(batch)
+    slices, pieces = loss.chunks(batch), loss.microbatches(batch)
     assert len(pieces) != len(slices)
     loss.objective.full_batch(model, batch)
     expected = gradients(model)
-    count = held_pieces(batch, pieces, held)
+    count = count_retained(batch, pieces, held)
     assert (count == 0) if held == 0 else (count == len(pieces)) if held > 1000 else (0 < count < len(pieces))
-    loss.objective.grad_cache(model, batch, slices, pieces=pieces, held=count)
+    loss.objective.grad_cache(model, batch, slices, microbatches=pieces, num_retained=count)
     assert_same_gradients(gradients(model), expected, 1e-10)
 
 
@@ -133,8 +142,8 @@ def test_a_checkpoint_brings_the_choice():
     assert loss.state_dict() == {}
     loss.chunking = Chunking(123, 45, False)
     resumed.load_state_dict(loss.state_dict())
-    resumed.use(resumed.chunking)
-    assert (resumed.chunk_tokens, resumed.held_tokens) == (123, 45)
+    resumed.apply_chunking(resumed.chunking)
+    assert (resumed.chunk_tokens, resumed.retained_tokens) == (123, 45)
     explicit = GradCache(chunk_tokens=77)
-    explicit.use(Chunking(123, 45, False))
-    assert (explicit.chunk_tokens, explicit.held_tokens) == (77, 0)
+    explicit.apply_chunking(Chunking(123, 45, False))
+    assert (explicit.chunk_tokens, explicit.retained_tokens) == (77, 0)

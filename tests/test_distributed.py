@@ -14,15 +14,15 @@ from test_gradcache import assert_same_gradients, gradients, make_batch
 from test_objective import OBJECTIVES, with_generation
 
 from ullme.batch import Batch
-from ullme.distributed import any_rank, average_gradients, mean_over_ranks, merge_unit_rows, most, world
+from ullme.distributed import all_reduce_max, any_rank, average_gradients, mean_over_ranks, merge_unit_rows, world
 from ullme.engine.finite import NotFiniteError
 from ullme.engine.gradcache import chunk_slices
 from ullme.engine.objective import Objective
 from ullme.losses import DPO, KL, InfoNCE
 from ullme.models import ULLME
-from ullme.planning.auto_chunk import Chunking, try_out
+from ullme.planning.auto_chunk import Chunking, shrink_until_it_fits
 
-NAMES = ("cl", "cl_unmasked", "isolated", "grl", "kto")
+NAMES = ("cl", "cl_unmasked", "isolated", "grl", "kto", "both_directions", "query_teacher", "pseudo_labels")
 
 
 def make_objective(name: str) -> Objective:
@@ -115,7 +115,7 @@ def short_of_memory(folder: str, state: dict) -> tuple[int, int]:
         return forward(self, reps)
 
     with mock.patch.object(InfoNCE, "forward", limited):
-        found = try_out(model, Objective([InfoNCE(), DPO()]), Chunking(400, 0, False), 3, 10, nullcontext)
+        found = shrink_until_it_fits(model, Objective([InfoNCE(), DPO()]), Chunking(400, 0, False), 3, 10, nullcontext)
     dist.barrier()  # all of them are still here
     return found.chunk_tokens, len(tried)
 
@@ -145,7 +145,7 @@ def talk() -> dict:
         "gradients": [p.grad for p in (unused, mine, large, half)],
         "rows": merge_unit_rows(rows),
         "any": any_rank(rank == 1, torch.device("cpu")),
-        "most": most(rank + 4, torch.device("cpu")),
+        "most": all_reduce_max(rank + 4, torch.device("cpu")),
         "mean": mean_over_ranks(torch.arange(float(rank + 1))),
     }
 

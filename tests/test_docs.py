@@ -30,7 +30,7 @@ from ullme.__main__ import COMMANDS
 from ullme.commands import train as train_command
 from ullme.commands.evaluate import parser as evaluate_parser
 from ullme.data.records import parse_record
-from ullme.utils.config_files import locate, located
+from ullme.utils.config_files import locate, locate_in_arguments
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
@@ -108,11 +108,25 @@ def test_every_block_is_of_a_known_kind():
     assert {block.page for block in blocks("sh")} >= {"README.md", "docs/data.md", "docs/scaling.md"}
 
 
+def anchors(page: Path) -> set[str]:
+    """The ids that GitHub gives the headings of a page."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
 def test_every_link_leads_somewhere():
     for page in (*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"):
         for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
-            if not target.startswith(("http", "#")):
-                assert (ROOT / page).parent.joinpath(target.split("#")[0]).exists(), f"{page}: {target}"
+            if not target.startswith("http"):
+                file, _, anchor = target.partition("#")
+                linked = (ROOT / page).parent / file if file else ROOT / page
+                assert linked.exists(), f"{page}: {target}"
+                if anchor:
+                    assert anchor in anchors(linked), f"{page}: {target} names no heading of {file or page}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
 
 # --- commands: do their programs, files and options exist?
@@ -156,7 +170,7 @@ def check(words: list[str], train_parser) -> None:
             place = words.index("--ckpt_path")
             words = words[:place] + words[place + 2 :]
         if words != ["--help"]:
-            train_parser.parse_args(located(words))
+            train_parser.parse_args(locate_in_arguments(words))
     elif program == "evaluate.py" or (program == "ullme" and words[0] == "evaluate"):
         evaluate_parser().parse_args(words[1:] if words[0] == "evaluate" else words)
     elif program == "ullme":
@@ -166,7 +180,7 @@ def check(words: list[str], train_parser) -> None:
         if make is not None:
             made = make()
             known = made.parse_args if isinstance(made, jsonargparse.ArgumentParser) else made.parse_known_args
-            known(located(words[1:]))  # what it does not know goes to train.py
+            known(locate_in_arguments(words[1:]))  # what it does not know goes to train.py
     elif program.startswith("benchmarks/"):
         sources = [p.read_text() for p in (ROOT / "benchmarks").glob("*.py")]  # they share their options
         for option in (word for word in words if word.startswith("--")):

@@ -30,7 +30,7 @@ def _examples_are_found(monkeypatch):
 @pytest.fixture
 def fit(tmp_path, llm_folder):
     """Train for four steps; returns the run's folder and every step's metrics."""
-    train, _ = write_rows(tmp_path)
+    train_file, _ = write_rows(tmp_path)
 
     def run(*options: str) -> tuple[Path, list[dict[str, str]]]:
         folder = tmp_path / "run"
@@ -54,7 +54,7 @@ def fit(tmp_path, llm_folder):
                 "--model.prompts.query=Q: {text}",
                 "--model.prompts.generation=Q: {text} A:",
                 "--model.optimizer.lr=0.01",
-                f"--data.train={train}",
+                f"--data.train={train_file}",
                 "--data.batch_size=6",
                 "--data.num_hard_negatives=2",
                 "--data.query_max_length=48",
@@ -103,7 +103,7 @@ def test_the_losss_values_by_hand_and_its_gradient():
 def test_a_pooling(fit):
     folder, rows = fit("--model.backbone.pooling=my_pooling.largest")
     assert len(rows) == 4
-    with pytest.raises(ValueError, match=r"to run it, say so: pooling='my_pooling.largest'"):
+    with pytest.raises(ValueError, match=r"to allow it, pass pooling='my_pooling.largest'"):
         load_ullme(folder)
     texts = ["the mill stands here", "oak"]
     trained = load_ullme(folder, pooling="my_pooling.largest")
@@ -133,7 +133,7 @@ def test_a_pooling_is_the_largest_value(llm_folder):
         ("my_pooling.smallest", r"pooling='my_pooling.smallest' cannot be imported \(AttributeError"),
         ("no_such_file.largest", r"pooling='no_such_file.largest' cannot be imported \(ModuleNotFoundError"),
         ("my_pooling.__name__", r"is a str; name a function"),
-        ("test_examples.one_row", r"returned \(1, 32\) for 2 rows of 32"),
+        ("test_examples.one_row", r"returned \(1, 32\); it must return a tensor of shape \(2, 32\)"),
     ],
 )
 def test_a_pooling_that_is_none(pooling, message, llm_folder):

@@ -10,8 +10,8 @@ from peft.tuners.lora import Linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from ullme.batch import Batch, GenerationRows
-from ullme.callbacks.grl import grl_terms
 from ullme.engine.objective import Objective
+from ullme.engine.presets import grl_terms
 from ullme.losses import KTO
 from ullme.models.config import BackboneConfig
 from ullme.models.loading import load_config

@@ -6,10 +6,11 @@ import pytest
 import torch
 from test_gradcache import assert_same_gradients, gradients, make_batch
 from test_objective import with_generation
-from tiny import make_llm
+from tiny import make_llm, recomputes_layers
 
 from ullme.engine.gradcache import chunk_slices
-from ullme.engine.objective import Objective, score
+from ullme.engine.objective import Objective
+from ullme.engine.scoring import score
 from ullme.losses import DPO, KL, InfoNCE
 from ullme.models import attention, likelihood
 from ullme.models.attention import packing
@@ -46,8 +47,8 @@ def test_the_packed_kernel_equals_the_padded_forward_in_bfloat16(family, causal,
 
 def test_the_varlen_kernel_is_what_runs(monkeypatch):
     calls = []
-    kernel = packing._varlen
-    monkeypatch.setattr(packing, "_varlen", lambda *a: calls.append(1) or kernel(*a))
+    kernel = packing._varlen_attention
+    monkeypatch.setattr(packing, "_varlen_attention", lambda *a: calls.append(1) or kernel(*a))
     model = make_llm("llama", head_dim=16, hidden_size=64).cuda().bfloat16()
     packing.install(model)
     with torch.no_grad():
@@ -116,7 +117,7 @@ def test_recomputed_layers_change_no_gradient(make_model, dropout):
     found = {}
     for checkpointing in (False, True):
         model = make_model(sizes=sizes, lora_dropout=dropout, gradient_checkpointing=checkpointing).cuda().train()
-        assert model.causal_lm.is_gradient_checkpointing is checkpointing
+        assert recomputes_layers(model) is checkpointing
         torch.manual_seed(0)
         Objective([InfoNCE(), DPO(), KL()]).grad_cache(model, batch, chunk_slices(batch, 2, None))
         found[checkpointing] = gradients(model)

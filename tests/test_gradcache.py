@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ullme.batch import Batch, TokenRows
-from ullme.engine.gradcache import GradCache, as_recorded, chunk_slices, embed_batch, row_pieces
+from ullme.engine.gradcache import GradCache, backward_outside_autocast, chunk_slices, embed_batch, microbatch_rows
 from ullme.losses import InfoNCE
 from ullme.prompts import pad_rows
 
@@ -102,7 +102,7 @@ def test_held_graphs_change_nothing_and_are_not_embedded_again(make_model, held)
 
     for count in (0, held):
         torch.manual_seed(1)
-        GradCache(embed, InfoNCE()).step(batch, chunk_slices(batch, 2, None), held=count)
+        GradCache(embed, InfoNCE()).step(batch, chunk_slices(batch, 2, None), num_retained=count)
         found.append(gradients(model))
     assert calls == [False] * 3 + [True] * 3 + [True] * held + [False] * (3 - held) + [True] * (3 - held)
     assert_same_gradients(found[1], found[0], 1e-10)
@@ -166,7 +166,7 @@ def test_the_gradient_of_the_similarities_stays_in_float32_under_autocast(cached
             rows = iter([table, table])  # embedded twice
             GradCache(lambda _: next(rows), loss).step(batch, chunk_slices(batch, None, None))
         else:
-            as_recorded(torch.Tensor.backward)(loss(embed_batch(lambda _: table, batch)))
+            backward_outside_autocast(torch.Tensor.backward)(loss(embed_batch(lambda _: table, batch)))
         return table.grad.clone()
 
     expected = step()
@@ -258,14 +258,14 @@ def test_batch_slices_keep_candidates_with_their_query():
 def test_row_pieces():
     batch = make_batch()
     lengths = torch.cat([batch.queries.attention_mask.sum(1), batch.passages.attention_mask.sum(1)])
-    pieces = row_pieces(batch, 40)
+    pieces = microbatch_rows(batch, 40)
     order = torch.cat(pieces)
     assert sorted(order.tolist()) == list(range(B + B * C))
     assert (lengths[order].diff() <= 0).all()  # the longest first
     sums = [int(lengths[piece].sum()) for piece in pieces]
     assert max(sums) <= 40
     assert all(total + int(lengths[after[0]]) > 40 for total, after in zip(sums, pieces[1:], strict=False))
-    assert [len(piece) for piece in row_pieces(batch, 1)] == [1] * (B + B * C)
+    assert [len(piece) for piece in microbatch_rows(batch, 1)] == [1] * (B + B * C)
 
 
 @pytest.mark.parametrize("tokens", [1, 25, 60])
@@ -274,5 +274,5 @@ def test_pieces_of_rows_give_the_full_batchs_gradient(model, tokens):
     batch, loss = make_batch(), InfoNCE(0.05)
     loss(embed_batch(embedder(model), batch)).backward()
     expected = gradients(model)
-    GradCache(embedder(model), loss).step(batch, [slice(0, B)], row_pieces(batch, tokens))
+    GradCache(embedder(model), loss).step(batch, [slice(0, B)], microbatch_rows(batch, tokens))
     assert_same_gradients(gradients(model), expected, 1e-10)

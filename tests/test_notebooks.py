@@ -9,7 +9,8 @@ import matplotlib
 import pytest
 from synthetic_cells import table
 
-from ullme.commands.reproduce.scores import cell_folder, write_scores
+from ullme.commands.reproduce.paper import read_paper
+from ullme.commands.reproduce.scores import CellScores, TaskScore, cell_folder, write_scores
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -86,3 +87,13 @@ def test_all_are_covered_and_carry_no_output():
     for path in NOTEBOOKS.glob("*.ipynb"):
         for cell in json.loads(path.read_text())["cells"]:
             assert not cell.get("outputs")
+
+
+def test_results_beside_the_papers_figures(tmp_path, monkeypatch, capsys):
+    cell = CellScores(
+        "phi-1.5", "grl", 0, [TaskScore(n, k, "main", 0.5) for n, k in read_paper("table2").types.items()]
+    )
+    write_scores(cell_folder(tmp_path, cell.model, cell.row, cell.seed), cell)
+    monkeypatch.setenv("ULLME_RESULTS", str(tmp_path))
+    run("results.ipynb")
+    assert "| 50.00   | 1     | 55.76 | −5.76 " in capsys.readouterr().out

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +14,13 @@ from test_gradcache import assert_same_gradients, gradients, make_batch
 from ullme.batch import Batch, GenerationRows, TokenRows
 from ullme.engine.finite import NotFiniteError
 from ullme.engine.gradcache import chunk_slices
-from ullme.engine.objective import Objective
+from ullme.engine.objective import Objective, score
 from ullme.engine.reference import AdaptersOff, Cached, FrozenCopy
-from ullme.losses import CPO, DPO, IPO, KL, KTO, SFT, Hinge, InfoNCE, SimPO
+from ullme.losses import CPO, DPO, IPO, KL, KTO, SFT, Hinge, InfoNCE, PseudoLabelInfoNCE, SimPO, Term
 from ullme.prompts import pad_rows
 
-OBJECTIVES = {
+QUERY: Any = "query_given_passage"
+OBJECTIVES: dict[str, Callable[[], list[Term]]] = {
     "grl": lambda: [InfoNCE(), DPO(weight=0.5), KL()],
     "grl_sft": lambda: [InfoNCE(), SFT(0.5), KL()],
     "cl_sft": lambda: [InfoNCE(), SFT()],
@@ -26,9 +29,16 @@ OBJECTIVES = {
     "dpo_first_detached_kl": lambda: [InfoNCE(), DPO(negatives="first"), KL(detach_generation=True)],
     "dpo_random": lambda: [DPO(negatives="random")],
     "kto": lambda: [InfoNCE(), KTO(weight=2.0), KL()],
-    "cpo": lambda: [CPO(), KL("generation_to_retrieval", 0.1, 2.0)],
+    "cpo": lambda: [CPO(), KL("passage_given_query", 0.1, 2.0, divergence="generation_to_retrieval")],
     "others": lambda: [IPO(0.01), Hinge(), SimPO()],
     "kl": lambda: [KL()],
+    "query_grl": lambda: [InfoNCE(), DPO(direction=QUERY), KL(QUERY)],
+    "query_sft_kto": lambda: [SFT(direction=QUERY), KTO(direction=QUERY), KL(QUERY, detach_generation=True)],
+    "query_others": lambda: [IPO(0.01, direction=QUERY), Hinge(direction=QUERY), SimPO(direction=QUERY)],
+    "both_directions": lambda: [DPO(negatives="first"), CPO(direction=QUERY), KL("gain")],
+    "query_teacher": lambda: [InfoNCE(), KL(QUERY, 0.1, 0.5, teacher="reference")],
+    "gain_teacher": lambda: [KL("gain", teacher="reference", divergence="generation_to_retrieval"), SFT()],
+    "pseudo_labels": lambda: [PseudoLabelInfoNCE(margin=0.05), KL(QUERY, teacher="reference")],
 }
 
 
@@ -39,8 +49,20 @@ def with_generation(batch: Batch) -> Batch:
         lengths = torch.randint(low, high, (n,), generator=generator).tolist()
         return pad_rows([torch.randint(3, 300, (k,), generator=generator).tolist() for k in lengths], 0)
 
-    b = len(batch)
-    return replace(batch, generation=GenerationRows(rows(b, 3, 6), rows(b * batch.num_candidates, 1, 9)))
+    b, bc = len(batch), batch.passage_keys.numel()
+    given_query = GenerationRows(rows(b, 3, 6), rows(bc, 1, 9))
+    return replace(
+        batch,
+        generation=given_query,
+        query_generation=GenerationRows(rows(bc, 3, 9), rows(b, 1, 6)),
+        passage_generation=GenerationRows(rows(b, 2, 3), given_query.targets),
+    )
+
+
+class SFT2(SFT):
+    """A second SFT in one objective needs a name of its own."""
+
+    name = "sft2"
 
 
 @pytest.fixture
@@ -68,28 +90,32 @@ def test_chunks_change_no_gradient(name, model, batch):
         assert_same_gradients(found, expected, 1e-6)  # Llama's norms round to float32
 
 
-@pytest.mark.parametrize("name", ["grl", "kto", "dpo_random"])
+@pytest.mark.parametrize("name", ["grl", "kto", "dpo_random", "query_sft_kto", "both_directions", "gain_teacher"])
 def test_chunks_change_no_gradient_in_true_float64(name, make_model, batch):
     model = make_model("gpt2").double().train()
     objective = Objective(OBJECTIVES[name]())
     _, expected = by(objective, model, batch)
     for held in (0, 2):
-        objective.grad_cache(model, batch, chunk_slices(batch, 2, None), held=held)
+        objective.grad_cache(model, batch, chunk_slices(batch, 2, None), num_retained=held)
         assert_same_gradients(gradients(model), expected, 1e-10)
 
 
-@pytest.mark.parametrize("name", ["grl", "kto", "dpo_random"])
+@pytest.mark.parametrize("name", ["grl", "kto", "dpo_random", "both_directions", "query_teacher"])
 def test_order_of_queries_changes_nothing(name, model, batch):
     objective = Objective(OBJECTIVES[name]())
     parts = [batch[n : n + 1] for n in (3, 0, 4, 2, 1)]
+    fields = {
+        field: GenerationRows(
+            *(TokenRows.cat([getattr(getattr(p, field), side) for p in parts]) for side in ("prompts", "targets"))
+        )
+        for field in ("generation", "query_generation", "passage_generation")
+    }
     shuffled = Batch(
         TokenRows.cat([p.queries for p in parts]),
         TokenRows.cat([p.passages for p in parts]),
         torch.cat([p.passage_keys for p in parts]),
         torch.cat([p.row_ids for p in parts]),
-        GenerationRows(
-            TokenRows.cat([p.generation.prompts for p in parts]), TokenRows.cat([p.generation.targets for p in parts])
-        ),
+        **fields,
     )
     logs, expected = by(objective, model, batch, chunk_slices(batch, 2, None))
     other, found = by(objective, model, shuffled, chunk_slices(shuffled, 2, None))
@@ -97,7 +123,7 @@ def test_order_of_queries_changes_nothing(name, model, batch):
     assert_same_gradients(found, expected, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["grl", "dpo_first_detached_kl", "kto"])
+@pytest.mark.parametrize("name", ["grl", "dpo_first_detached_kl", "kto", "both_directions"])
 def test_shared_prompts_change_nothing(name, model, batch):
     _, shared = by(Objective(OBJECTIVES[name](), share_prompts=True), model, batch, chunk_slices(batch, 2, None))
     _, apart = by(Objective(OBJECTIVES[name](), share_prompts=False), model, batch, chunk_slices(batch, 2, None))
@@ -128,8 +154,28 @@ def test_dpo_starts_at_ln_2_and_the_reference_is_the_pretrained_llm(make_model, 
     assert abs(moved["dpo"] - math.log(2)) > 1e-3
 
 
+@pytest.mark.parametrize("kind", [AdaptersOff, Cached, FrozenCopy])
+def test_the_reference_has_no_dropout_while_the_policy_trains(kind, make_model, batch, tmp_path):
+    """GPT-2 with its own dropout of 0.1: the policy's likelihoods differ from call to call, the reference's do not."""
+    model = make_model("gpt2", sizes={"resid_pdrop": 0.1}).train()
+    mask = torch.ones(len(batch), batch.num_candidates, dtype=torch.bool)
+    with torch.no_grad():
+        first, second = (score(model, batch, mask, True)[0] for _ in range(2))
+    assert (first - second).abs().max() > 0.1  # nats
+    found = []
+    for n in range(2):
+        reference = Cached(tmp_path / str(n), AdaptersOff()) if kind is Cached else kind()
+        reference.prepare(model, "32-true")
+        found.append(reference.logps(model, batch, mask, True))
+        assert model.training
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+    with torch.no_grad(), model.adapters_off():
+        expected = score(model.eval(), batch, mask, True)[0]
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-5)
+
+
 def test_one_generation_forward_serves_all_terms(model, batch):
-    """Policy once with gradient, reference once without: two forwards a chunk, whatever the terms."""
+    """Policy once with gradient, reference once without: two forwards, whatever the terms."""
     calls = []
     forward = model.forward
 
@@ -140,6 +186,42 @@ def test_one_generation_forward_serves_all_terms(model, batch):
     model.forward = counted
     Objective([SFT(), DPO(), CPO(), KL()]).full_batch(model, batch)
     assert sorted(calls) == [(False, True), (True, False), (True, True)]
+
+
+def test_each_likelihood_is_computed_once_for_all_terms(model, batch):
+    """SFT learns from five positives, DPO and KL from all 15: one forward with gradient for each direction."""
+    calls = []
+    forward = model.forward
+
+    def counted(*args, **kwargs):
+        if kwargs.get("is_generate"):
+            calls.append((len(args[0]), len(kwargs["targets"]), torch.is_grad_enabled()))
+        return forward(*args, **kwargs)
+
+    model.forward = counted
+    Objective([SFT(), SFT2(direction=QUERY), DPO(direction=QUERY), KL("gain")]).full_batch(model, batch)
+    queries, passages = 5, 15
+    # (prompts, targets, gradient): log pi_ref(q|p); then log pi(q|p), log pi(p|q) and log pi(p)
+    assert sorted(calls) == sorted(
+        [(passages, passages, False), (passages, passages, True), (queries, passages, True), (queries, passages, True)]
+    )
+
+
+def test_a_reference_teacher_runs_no_policy(model, batch):
+    """And one whose likelihoods are known runs nothing but the embedding."""
+    calls = []
+    forward = model.forward
+
+    def counted(*args, **kwargs):
+        calls.append((kwargs.get("is_generate", False), torch.is_grad_enabled()))
+        return forward(*args, **kwargs)
+
+    model.forward = counted
+    objective = Objective([InfoNCE(), KL(QUERY, teacher="reference")])
+    objective.full_batch(model, batch)
+    assert [call[:2] for call in calls] == [(True, False), (False, True)]
+    assert objective.policy_likelihoods == ()
+    assert objective.likelihoods == objective.reference_likelihoods == (QUERY,)
 
 
 def test_only_candidates_that_teach_go_through_backward(model, batch):
@@ -221,7 +303,7 @@ def test_cached_reference_is_the_computed_one_and_is_not_computed_again(make_mod
         objective.check(model, 2)
         for epoch in range(2):
             logs, found = by(objective, model, batch, chunk_slices(batch, 2, None))
-            assert source.calls == (3 if run == 0 else 0), (run, epoch)
+            assert source.calls == (1 if run == 0 else 0), (run, epoch)
             assert logs["dpo"] == pytest.approx(plain["dpo"], rel=1e-5)
             assert_same_gradients(found, expected, 1e-3)  # chunks round differently in float32
     only = Objective([DPO()], Cached(tmp_path / "cache", None))

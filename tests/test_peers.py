@@ -91,7 +91,7 @@ def test_simcse_with_dropout_on_the_same_embeddings(make_model):
     loss = Objective([InfoNCE(0.05)]).full_batch(model, batch)["info_nce"].item()
     torch.manual_seed(3)
     from ullme.engine.gradcache import embed_batch
-    from ullme.engine.objective import embedder
+    from ullme.engine.scoring import embedder
 
     with torch.no_grad():
         reps = embed_batch(embedder(model), batch)

@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from ullme.__main__ import main
-from ullme.callbacks.grl import grl_terms
 from ullme.commands import plan
+from ullme.commands.plan import describe
 from ullme.engine.objective import Objective
+from ullme.engine.presets import grl_terms
 from ullme.models.config import BackboneConfig
 from ullme.models.loading import load_config
-from ullme.planning.description import describe
-from ullme.planning.devices import DEVICES, Device, product_tflops, this_cpu
+from ullme.planning.devices import DEVICES, Device, this_cpu
 from ullme.planning.flops import model_cost, step_work
 from ullme.planning.memory import GIB
 from ullme.planning.plan import Job, make_plan, typical_batch
+from ullme.utils.precision import cpu_rates
 
 SMALL = Device("small", tflops=1.0, memory_gib=1.2)
 
@@ -57,7 +58,7 @@ def test_hours_follow_from_the_flops(job):
     assert plan.hours == pytest.approx(12 * plan.seconds / 3600)
     assert plan.mfu == pytest.approx(0.5 * flops / run)
     assert plan.mfu < 0.45
-    spread = make_plan(job, SMALL, count=4, utilisation=0.5)
+    spread = make_plan(job, SMALL, num_devices=4, utilisation=0.5)
     assert spread.step_flops == pytest.approx(flops / 4, rel=0.15)  # other random lengths
 
 
@@ -106,11 +107,11 @@ def test_what_is_left_of_memory_saves_the_first_forward(job):
     assert [plan.job.chunk_tokens for plan in plans] == [2**16] * 3
     assert plans[0].chunks > 1
     tokens = typical_batch(many, 6000).num_tokens
-    assert 0 < plans[0].held_tokens < plans[1].held_tokens < plans[2].held_tokens == tokens
+    assert 0 < plans[0].retained_tokens < plans[1].retained_tokens < plans[2].retained_tokens == tokens
     assert plans[0].seconds > plans[1].seconds > plans[2].seconds
     assert plans[2].hardware_flops == make_plan(with_(many, full_batch=True), SMALL).hardware_flops
     settled = make_plan(with_(many, chunk_tokens=plans[0].job.chunk_tokens), Device("d", 1.0, rooms[0]))
-    assert settled.held_tokens == 0
+    assert settled.retained_tokens == 0
     assert settled.seconds > plans[0].seconds
     assert "are embedded only once" in describe(plans[0])
     assert "are embedded only once" not in describe(settled)
@@ -125,7 +126,7 @@ def test_a_plan_that_does_not_fit_says_what_to_change(job):
         plan = make_plan(with_(job, **changes), tiny)
         assert not plan.fits
         assert all(remedy in describe(plan) for remedy in [*remedies, "data.passage_max_length"])
-    assert "configs/strategy/fsdp.yaml" in describe(make_plan(job, tiny, count=2))
+    assert "configs/strategy/fsdp.yaml" in describe(make_plan(job, tiny, num_devices=2))
     assert "fsdp" not in describe(make_plan(job, tiny))
 
 
@@ -160,7 +161,7 @@ def config(tmp_path, llm_folder):
 
 
 def parse(*argv: str):
-    arguments, overrides = plan._parser().parse_known_args(argv)
+    arguments, overrides = plan.parser().parse_known_args(argv)
     return plan.plan_from(arguments, overrides)
 
 
@@ -171,17 +172,17 @@ def test_a_plan_reads_the_stacked_configurations_of_train(config, tmp_path, monk
     assert (job.batch_size, job.candidates, job.rows, job.chunk_size) == (8, 5, 64, 4)
     assert [t.name for t in job.objective.terms] == ["info_nce", "dpo", "kl"]
     assert job.half
-    assert (plan.device, plan.count, plan.fsdp) == (DEVICES["h200"], 2, False)
+    assert (plan.device, plan.num_devices, plan.fsdp) == (DEVICES["h200"], 2, False)
     assert plan.steps == 8
     assert not (tmp_path / "nowhere").exists()  # nothing of the run is made
     assert parse(*config, "--num-devices=2", "--trainer.strategy=fsdp").fsdp
     assert parse(*config, "--strategy=fsdp").fsdp
     assert parse(*config, "--rows=80").steps == 10
-    assert parse(*config).count == 1
-    assert parse(*config, "--trainer.devices=2", "--trainer.num_nodes=2").count == 4
-    assert parse(*config, "--trainer.devices=[0,3]", "--trainer.strategy=fsdp").count == 2
-    assert parse(*config, "--trainer.devices=0,3", "--num-devices=4").count == 4
-    assert parse(*config, "--trainer.devices=0,3").count == 2
+    assert parse(*config).num_devices == 1
+    assert parse(*config, "--trainer.devices=2", "--trainer.num_nodes=2").num_devices == 4
+    assert parse(*config, "--trainer.devices=[0,3]", "--trainer.strategy=fsdp").num_devices == 2
+    assert parse(*config, "--trainer.devices=0,3", "--num-devices=4").num_devices == 4
+    assert parse(*config, "--trainer.devices=0,3").num_devices == 2
 
 
 def test_the_command(config, capsys):
@@ -224,25 +225,29 @@ def test_the_papers_table():
         assert "does not fit" not in " ".join(cells)
 
 
-def test_a_cpu_is_planned_as_auto_runs_there(job, monkeypatch):
-    """Small chunks, half of what is free, no CUDA context, and the time that measured products take."""
-    monkeypatch.setattr("ullme.planning.devices.product_tflops", lambda dtype: 0.05)
+@pytest.fixture
+def a_cpu_of_50_gflops(monkeypatch):
+    monkeypatch.setenv("ULLME_CPU_GFLOPS", "float32=50,bfloat16=1")
     monkeypatch.setattr("ullme.planning.devices.free_memory", lambda device: 2 * GIB)
-    device = this_cpu(torch.float32)
+    cpu_rates.cache_clear()
+    yield
+    cpu_rates.cache_clear()
+
+
+@pytest.mark.usefixtures("a_cpu_of_50_gflops")
+def test_a_cpu_is_planned_as_auto_runs_there(job):
+    """Small chunks, half of the free memory, no CUDA context, and the measured speed of all threads."""
+    device = this_cpu(bfloat16=False)
+    assert device.tflops == pytest.approx(0.05 * torch.get_num_threads())
+    assert this_cpu(bfloat16=True).tflops == pytest.approx(0.001 * torch.get_num_threads())
     many = with_(job, batch_size=100)
     plan = make_plan(many, device)
     assert plan.job.chunk_tokens == 512
-    assert plan.usable == GIB
-    assert plan.held_tokens == typical_batch(many, 100).num_tokens  # all of them
-    assert plan.memory.total + plan.held_memory <= GIB
-    assert plan.seconds == pytest.approx(plan.hardware_flops / (0.75 * 0.05e12))
+    assert plan.usable_memory == GIB
+    assert plan.retained_tokens == typical_batch(many, 100).num_tokens  # all of them
+    assert 0 < plan.retained_memory <= GIB - plan.memory.total
+    assert plan.seconds == pytest.approx(plan.hardware_flops / (0.75 * device.tflops * 1e12))
     gpu = make_plan(many, replace(device, kind="cuda"))
     assert gpu.job.chunk_tokens > 512
     assert gpu.memory.overhead > plan.memory.overhead + 0.3 * GIB
-    text = describe(plan)
-    assert "float32" in text
-    assert "50 GFLOP/s, measured" in text
-
-
-def test_the_speed_of_products_is_measured():
-    assert 1e-6 < product_tflops(torch.float32) < 1e3
+    assert "50 GFLOP/s a core in float32" in describe(plan)

@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from hashlib import blake2b
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,23 +71,94 @@ class TokenRows:
         )
 
 
+# Which log-likelihood of a candidate p of a query q the LLM is asked for: log π(p|q), log π(q|p), or log π(p), the
+# passage after the same prompt as in log π(p|q) with an empty query.
+LikelihoodKind = Literal["passage_given_query", "query_given_passage", "passage"]
+
+# What a term scores a candidate by: a likelihood, or gain, log π(p|q) − log π(p).
+Direction = Literal["passage_given_query", "query_given_passage", "gain"]
+
+# Direction -> the likelihoods that it is a sum of, with their signs.
+PARTS: dict[Direction, dict[LikelihoodKind, int]] = {
+    "passage_given_query": {"passage_given_query": 1},
+    "query_given_passage": {"query_given_passage": 1},
+    "gain": {"passage_given_query": 1, "passage": -1},
+}
+
+
 @dataclass(frozen=True)
 class GenerationRows:
-    """What the likelihood of a passage given its query is computed from: prompt and passage tokenised apart.
+    """What one kind of log-likelihood of B * C candidates is computed from: prompts and targets, tokenised apart.
+
+    Prompts and targets each have B rows, one for all candidates of a query, or B * C rows, one for each candidate.
+    log π(p|q) has B prompts (the queries in the generation template) and B * C targets (the passages); log π(q|p) has
+    B * C prompts (the passages in their template) and B targets (the queries).
 
     Args:
-        prompts: B rows, the queries in the generation template.
-        targets: B * C rows, the candidates' own tokens and their end token; every one of these is scored.
+        prompts: the texts in front.
+        targets: the texts that are scored, without any special token but their end token; every token counts.
+        keys: (B * C, 2) int64 hashes of each candidate's prompt and target ids, which caches use; None: not computed
+            yet. They stay on the CPU.
     """
 
     prompts: TokenRows
     targets: TokenRows
+    keys: Tensor | None = None
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the candidates of a query have a prompt in common."""
+        return len(self.prompts) < len(self.targets)
+
+    def lengths(self, shape: torch.Size) -> Tensor:
+        """(B, C) tokens of each candidate's target.
+
+        Args:
+            shape: (B, C).
+        """
+        return self.targets.attention_mask.sum(1).view(shape[0], -1).expand(shape)
+
+    def of_queries(self, start: int, stop: int, num_queries: int) -> GenerationRows:
+        """The rows of consecutive queries, out of ``num_queries``."""
+
+        def cut(rows: Any) -> Any:
+            each = len(rows) // num_queries
+            return rows[start * each : stop * each]
+
+        return GenerationRows(cut(self.prompts), cut(self.targets), None if self.keys is None else cut(self.keys))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> GenerationRows:
-        return GenerationRows(self.prompts.to(device, non_blocking), self.targets.to(device, non_blocking))
+        prompts, targets = (rows.to(device, non_blocking) for rows in (self.prompts, self.targets))
+        return GenerationRows(prompts, targets, self.keys)
 
     def pin_memory(self) -> GenerationRows:
-        return GenerationRows(self.prompts.pin_memory(), self.targets.pin_memory())
+        return GenerationRows(self.prompts.pin_memory(), self.targets.pin_memory(), self.keys)
+
+
+def likelihood_keys(prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], candidates: int) -> np.ndarray:
+    """(candidates, 2) int64 hashes of the token ids of each candidate's prompt and target.
+
+    Args:
+        prompts: token ids; as many as candidates, or one for several in a row.
+        targets: likewise.
+        candidates: B * C.
+    """
+    heads = [blake2b(np.asarray(row, dtype=np.int64).tobytes(), digest_size=16) for row in prompts]
+    tails = [b"|" + np.asarray(row, dtype=np.int64).tobytes() for row in targets]
+    digests = []
+    for n in range(candidates):
+        digest = heads[n * len(heads) // candidates].copy()
+        digest.update(tails[n * len(tails) // candidates])
+        digests.append(digest.digest())
+    return np.frombuffer(b"".join(digests), dtype=np.int64).reshape(candidates, 2).copy()
+
+
+# Kind of likelihood -> the field of a batch that it is computed from.
+GENERATION_FIELDS: dict[LikelihoodKind, str] = {
+    "passage_given_query": "generation",
+    "query_given_passage": "query_generation",
+    "passage": "passage_generation",
+}
 
 
 @dataclass(frozen=True)
@@ -94,11 +167,15 @@ class Batch:
 
     Args:
         queries: B rows.
-        passages: B * C rows, query-major, the positive of each query first.
+        passages: B * C rows, query-major; where positives are known, the positive of each query first.
         passage_keys: (B, C) int64 hash of each passage's text; equal keys mean equal texts.
         row_ids: (B,) int64, the row of the training set that each query came from.
-        generation: the same queries and passages for the generation terms, or None where there are none.
+        generation: what log π(passage | query) is computed from, or None where no term needs it.
         isolated: (B,) bool, True for a query whose only negatives are its own candidates; None: for no query.
+        query_generation: what log π(query | passage) is computed from, or None.
+        passage_generation: what log π(passage) is computed from, or None.
+        labelled: whether each query's first candidate is known to be a positive. False: the candidates are in no
+            order, and any of them or none may answer the query.
     """
 
     queries: TokenRows
@@ -107,6 +184,9 @@ class Batch:
     row_ids: Tensor
     generation: GenerationRows | None = None
     isolated: Tensor | None = None
+    query_generation: GenerationRows | None = None
+    passage_generation: GenerationRows | None = None
+    labelled: bool = True
 
     def __post_init__(self) -> None:
         if len(self.passages) != self.passage_keys.numel() or len(self.queries) != len(self.passage_keys):
@@ -120,7 +200,7 @@ class Batch:
 
     @property
     def num_candidates(self) -> int:
-        """C, the positive and its hard negatives."""
+        """C, of every query."""
         return self.passage_keys.shape[1]
 
     @property
@@ -133,12 +213,14 @@ class Batch:
         start, stop, step = rows.indices(len(self))
         assert step == 1
         c = self.num_candidates
-        generation = self.generation and GenerationRows(
-            self.generation.prompts[start:stop], self.generation.targets[start * c : stop * c]
-        )
+        generation = {
+            field: rows and rows.of_queries(start, stop, len(self))
+            for field in GENERATION_FIELDS.values()
+            for rows in [getattr(self, field)]
+        }
         return replace(
             self,
-            generation=generation,
+            **generation,
             queries=self.queries[start:stop],
             passages=self.passages[start * c : stop * c],
             passage_keys=self.passage_keys[start:stop],
@@ -154,7 +236,18 @@ class Batch:
 
     def _map(self, move: Callable[[Any], Any]) -> Batch:
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: move(part) for name, part in parts.items() if part is not None})
+        return replace(self, **{name: move(part) for name, part in parts.items() if not isinstance(part, bool | None)})
+
+    def generation_rows(self, kind: LikelihoodKind) -> GenerationRows:
+        """What a kind of likelihood is computed from. Raises: ValueError: the batch does not carry it."""
+        rows: GenerationRows | None = getattr(self, GENERATION_FIELDS[kind])
+        if rows is None:
+            wanted = "True" if kind == "passage_given_query" else "objective.likelihoods"
+            raise ValueError(
+                f"the loss needs the likelihood {kind}, but the batches carry no generation rows for it; "
+                f"make the loader with train_dataloader_for(..., generation={wanted})"
+            )
+        return rows
 
 
 @dataclass(frozen=True)
@@ -166,12 +259,17 @@ class Representations:
         passages: (B, C, D), the positive first.
         passage_keys: (B, C), as in :class:`Batch`.
         isolated: (B,), likewise; only what a representation loss is given has it.
+        labelled: likewise.
+        teacher: (B, C) log-likelihoods of the candidates under the pre-trained LLM, in nats a token, without gradient;
+            only for a representation loss that asks for them (``teacher_direction``).
     """
 
     queries: Tensor
     passages: Tensor
     passage_keys: Tensor
     isolated: Tensor | None = None
+    labelled: bool = True
+    teacher: Tensor | None = None
 
     def __len__(self) -> int:
         return self.queries.shape[0]
@@ -181,9 +279,10 @@ class Representations:
 
     @classmethod
     def cat(cls, parts: list[Representations]) -> Representations:
-        """One behind the other."""
+        """All parts, concatenated."""
         names = ("queries", "passages", "passage_keys")
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        queries, passages, keys = (torch.cat([getattr(part, name) for part in parts]) for name in names)
+        return cls(queries, passages, keys)
 
     def as_leaves(self) -> Representations:
         """The same values, detached and collecting gradients."""

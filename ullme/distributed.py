@@ -1,4 +1,4 @@
-"""What ranks tell each other. Everything here is the identity in a single process."""
+"""Collectives over the ranks of a run; no-ops (the identity) in a single process."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Gradients that travel together: 128 MiB in float32, enough to use a network fully, little beside a model.
+# Gradients in one all-reduce: 128 MiB in float32, enough to use a network fully, little beside a model.
 BUCKET_ELEMENTS = 2**25
 
 
-_alone = ContextVar("alone", default=False)
+_collectives_off = ContextVar("collectives_off", default=False)
 
 
 def world() -> tuple[int, int]:
-    """(rank, W)."""
-    if not _alone.get() and dist.is_available() and dist.is_initialized():
+    """(rank, W): this process's number and how many processes there are."""
+    if not _collectives_off.get() and dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Meanwhile this rank asks no other and waits for none: for what may fail on one rank only."""
-    token = _alone.set(True)
+def no_collectives() -> Iterator[None]:
+    """Inside, every collective is a no-op, as in a single process: for code that may fail on one rank only."""
+    token = _collectives_off.set(True)
     try:
         yield
     finally:
-        _alone.reset(token)
+        _collectives_off.reset(token)
 
 
-def leave() -> None:
-    """Wait for the other ranks, then leave the process group.
+def leave_process_group() -> None:
+    """Wait for the other ranks, then destroy the process group.
 
-    Gloo's threads let go of the last collective's tensors a moment after it returns. A process that ends in that moment
+    Gloo's threads release the last collective's tensors a moment after it returns. A process that ends in that moment
     is aborted, since a thread may not enter a Python that shuts down; the barrier's own collective holds no tensor.
     """
     if dist.is_available() and dist.is_initialized():
@@ -46,8 +46,8 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def most(value: int, device: torch.device) -> int:
-    """The largest of the ranks' values."""
+def all_reduce_max(value: int, device: torch.device) -> int:
+    """The maximum of ``value`` over ranks."""
     if world()[1] == 1:
         return value
     found = torch.tensor(value, device=device)
@@ -56,21 +56,21 @@ def most(value: int, device: torch.device) -> int:
 
 
 def any_rank(value: bool, device: torch.device) -> bool:
-    """Whether it is so on any rank. A sharded model needs this: its ranks do every forward together, or hang."""
-    return bool(most(int(value), device))
+    """Whether ``value`` is true on any rank. Ranks of a sharded model must agree on every forward, or they hang."""
+    return bool(all_reduce_max(int(value), device))
 
 
-def told_by_any_rank(message: str | None, device: torch.device) -> dict[int, str]:
-    """Rank -> what it has to say, on every rank; those with nothing to say are left out."""
+def gather_messages(message: str | None, device: torch.device) -> dict[int, str]:
+    """Rank -> its message, the same on every rank; ranks whose message is None are left out."""
     if world()[1] == 1 or not any_rank(message is not None, device):
         return {} if message is None else {0: message}
-    said: list[str | None] = [None] * world()[1]
-    dist.all_gather_object(said, message)
-    return {rank: text for rank, text in enumerate(said) if text is not None}
+    messages: list[str | None] = [None] * world()[1]
+    dist.all_gather_object(messages, message)
+    return {rank: text for rank, text in enumerate(messages) if text is not None}
 
 
 def gather_sizes(size: int, device: torch.device) -> list[int]:
-    """The number of rows on each rank."""
+    """The number of rows on each rank, in the order of ranks."""
     if world()[1] == 1:
         return [size]
     mine = torch.tensor([size], device=device)
@@ -80,7 +80,7 @@ def gather_sizes(size: int, device: torch.device) -> list[int]:
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenate every rank's rows; backward sums what all ranks' losses say about this rank's rows."""
+    """Concatenate every rank's rows; backward sums all ranks' gradients of this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: list[int]) -> Tensor:
@@ -100,7 +100,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x: Tensor, sizes: list[int] | None = None) -> Tensor:
-    """All ranks' rows behind one another, rank 0 first, with gradient.
+    """All ranks' rows concatenated, rank 0 first, with gradient.
 
     With gradients averaged over ranks afterwards (DDP, FSDP), a loss that is the mean over the rank's own queries
     gives exactly the gradient of the mean over the global batch when every rank holds equally many queries;
@@ -120,7 +120,7 @@ def gather(x: Tensor, sizes: list[int] | None = None) -> Tensor:
 
 
 def global_mean_weight(sizes: list[int]) -> float:
-    """What a rank's own mean is to be multiplied with, so that the mean over ranks is the mean over all queries."""
+    """The factor of a rank's own mean with which the mean over ranks is the mean over all queries."""
     rank, ranks = world()
     return sizes[rank] * ranks / sum(sizes)
 

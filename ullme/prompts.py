@@ -7,7 +7,7 @@ checkpoint, so that a model never meets another format at inference than it saw 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -20,7 +20,7 @@ from ullme.batch import TokenRows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Role = Literal["query", "passage", "generation"]
+Role = Literal["query", "passage", "generation", "query_generation"]
 Pooled = Literal["all", "text"]
 
 
@@ -32,8 +32,10 @@ class Prompts:
         query: template of a query; ``{text}`` stands for the query and ``{instruction}`` for the task. A query or
             passage template may hold {text} twice, as in echo embeddings (arXiv 2402.15449).
         passage: template of a passage.
-        generation: template of the query in front of a passage whose likelihood is asked for; the passage's own tokens
-            follow it.
+        generation: template of the query in front of a passage whose likelihood log π(passage | query) is asked for;
+            the passage's own tokens follow it.
+        query_generation: template for the likelihood log π(query | passage): ``{passage}`` stands for the passage and
+            ``{query}``, at the end, for the query, whose own tokens are scored (arXiv 2204.07496).
         instruction: the task description that training uses, and evaluation where a task brings none of its own.
         append_eos: end every text with the tokenizer's end token (what last-token pooling usually wants).
         pooled: which tokens become the embedding. ``all``; or ``text``: the text, its last copy where there are two,
@@ -41,8 +43,9 @@ class Prompts:
             embedding (GritLM, arXiv 2402.09906; LLM2Vec, arXiv 2404.05961).
 
     Raises:
-        ValueError: a template does not hold ``{text}`` (generation: exactly once), or holds another field than
-            {instruction} beside it; or an unknown ``pooled``.
+        ValueError: a template does not hold ``{text}`` (generation: exactly once; query_generation: ``{passage}`` once,
+            and ``{query}`` once at its end), or holds another field than {instruction} beside it; or an unknown
+            ``pooled``.
     """
 
     query: str = "Instruct: {instruction}\nQuery: {text}"
@@ -51,6 +54,7 @@ class Prompts:
     instruction: str = "Given a web search query, retrieve relevant passages that answer the query"
     append_eos: bool = False
     pooled: Pooled = "all"
+    query_generation: str = "Passage: {passage}\nA search query that this passage answers: {query}"
 
     def __post_init__(self) -> None:
         if self.pooled not in get_args(Pooled):
@@ -62,11 +66,14 @@ class Prompts:
                 raise ValueError(
                     f"prompts.{name}={template!r} must hold {{text}} {allowed[1]}; write for example '{name}: {{text}}'"
                 )
-            if unknown := set(re.findall(r"\{(\w+)\}", template)) - {"text", "instruction"}:
-                raise ValueError(
-                    f"prompts.{name}={template!r} holds {{{min(unknown)}}}, which nothing is put in for; "
-                    "a template knows {text} and {instruction}"
-                )
+            _check_placeholders(name, template, "text")
+        template = self.query_generation
+        if template.count("{passage}") != 1 or template.count("{query}") != 1 or not template.endswith("{query}"):
+            raise ValueError(
+                f"prompts.query_generation={template!r} must hold {{passage}} once and end with {{query}}, the text "
+                "that is scored; write for example 'Passage: {passage}\\nQuery: {query}'"
+            )
+        _check_placeholders("query_generation", template, "passage", "query")
 
     def around(self, role: Role | None, instruction: str | None = None) -> tuple[str, ...]:
         """What stands before, after and, where it comes twice, between the text.
@@ -77,7 +84,9 @@ class Prompts:
             return "", ""
         template: str = getattr(self, role)
         filled = self.instruction if instruction is None else instruction
-        return tuple(piece.replace("{instruction}", filled) for piece in template.split("{text}"))
+        text = "{passage}" if role == "query_generation" else "{text}"
+        parts = template.removesuffix("{query}").split(text)
+        return tuple(part.replace("{instruction}", filled) for part in parts)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -89,6 +98,15 @@ class Prompts:
         if unknown := sorted(set(values) - known):
             raise ValueError(f"prompts: unknown fields {unknown}; this version knows {sorted(known)}")
         return cls(**values)
+
+
+def _check_placeholders(name: str, template: str, *known: str) -> None:
+    """Raises: ValueError: a template holds another placeholder than ``known`` and the instruction."""
+    if unknown := set(re.findall(r"\{(\w+)\}", template)) - {*known, "instruction"}:
+        options = ", ".join(f"{{{field}}}" for field in known)
+        raise ValueError(
+            f"prompts.{name}={template!r}: unknown placeholder {{{min(unknown)}}}; use {options} or {{instruction}}"
+        )
 
 
 class PromptTokenizer:
@@ -214,18 +232,39 @@ class PromptTokenizer:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def prompt_ids(
-        self, queries: Sequence[str], *, max_length: int, instruction: str | Sequence[str | None] | None = None
+        self,
+        texts: Sequence[str],
+        *,
+        max_length: int,
+        instruction: str | Sequence[str | None] | None = None,
+        role: Literal["generation", "query_generation"] = "generation",
     ) -> list[list[int]]:
-        """Token ids of each query in the generation template, open for a passage to follow: without an end token."""
-        rows = self.ids(queries, "generation", max_length=max_length, instruction=instruction)
+        """Token ids of each text in a template of generation, open for what is scored to follow: without an end token.
+
+        Args:
+            texts: R queries, for ``role="generation"``, or R passages, for ``role="query_generation"``.
+            max_length: in tokens, template included; a text that is too long loses its own end.
+            instruction: as for :meth:`rows`.
+            role: which template.
+        """
         end = self.tokenizer.eos_token_id
+        ended = self.prompts.append_eos or self.tokenizer("")["input_ids"][-1:] == [end]
+        # the end token is taken off again, so it takes no room from the text
+        rows = self.ids(texts, role, max_length=max_length + ended, instruction=instruction)
         return [row[:-1] if len(row) > 1 and row[-1] == end else row for row in rows]
 
-    def target_ids(self, passages: Sequence[str], *, max_length: int) -> list[list[int]]:
-        """Token ids of each passage alone, and its end token unless the passage was cut at ``max_length`` tokens."""
-        if not passages:
+    def prompt_overhead(
+        self, role: Literal["generation", "query_generation"], instructions: Collection[str | None] = (None,)
+    ) -> int:
+        """Tokens of a template of generation without its text, with the longest of the instructions."""
+        own = list(set(instructions))
+        return max(map(len, self.prompt_ids([""] * len(own), max_length=2**31, instruction=own, role=role)))
+
+    def target_ids(self, texts: Sequence[str], *, max_length: int) -> list[list[int]]:
+        """Token ids of each text alone, and its end token unless the text was cut at ``max_length`` tokens."""
+        if not texts:
             return []
-        rows: list[list[int]] = self.tokenizer(list(passages), add_special_tokens=False, return_attention_mask=False)[
+        rows: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)[
             "input_ids"
         ]
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]

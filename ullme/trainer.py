@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from ullme.batch import Batch
-from ullme.callbacks.base import ReferenceChoice, make_reference
-from ullme.callbacks.grl import Generation, grl_terms
 from ullme.distributed import average_gradients, broadcast, mean_over_ranks, world
 from ullme.engine.finite import NotFiniteError, check_finite
 from ullme.engine.gradcache import chunk_slices
 from ullme.engine.objective import Objective
-from ullme.losses import InfoNCE
-from ullme.models.ullme import ULLME
+from ullme.engine.presets import Generation, grl_terms
+from ullme.engine.reference import ReferenceChoice, make_reference
+from ullme.losses.base import Direction
+from ullme.losses.kl import Teacher
+
+if TYPE_CHECKING:
+    from ullme.models.ullme import ULLME
 
 
 class GradCacheTrainer:
@@ -43,6 +46,9 @@ class GradCacheTrainer:
         gradient_clip_val: largest gradient norm; None does not clip.
         reference: adapters_off, frozen_copy or cached, as under ``loss:`` in a config.
         cache_reference: folder that keeps reference likelihoods.
+        direction: what the generation loss and the KL generate: passage_given_query, as the paper, query_given_passage,
+            or (the KL alone) gain.
+        teacher: whose likelihoods the KL compares with: the policy's, as the paper, or the reference's.
         precision: bf16-mixed computes in bfloat16 under autocast; 32-true computes in the weights' dtype.
         show_progress_bar: a bar with the loss.
 
@@ -66,6 +72,8 @@ class GradCacheTrainer:
         gradient_clip_val: float | None = 1.0,
         reference: ReferenceChoice = "adapters_off",
         cache_reference: str | None = None,
+        direction: Direction = "passage_given_query",
+        teacher: Teacher = "policy",
         precision: Literal["bf16-mixed", "32-true"] = "32-true",
         show_progress_bar: bool = True,
     ) -> None:
@@ -75,8 +83,17 @@ class GradCacheTrainer:
             raise ValueError(f"precision={precision!r}: choose bf16-mixed or 32-true")
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size}: must be at least 1")
-        terms = grl_terms(gen_loss_type, use_kl_loss, temperature, beta, con_weight, gen_weight, kl_weight)
-        assert isinstance(terms[0], InfoNCE)
+        terms = grl_terms(
+            gen_loss_type,
+            use_kl_loss,
+            temperature=temperature,
+            beta=beta,
+            contrastive_weight=con_weight,
+            generation_weight=gen_weight,
+            kl_weight=kl_weight,
+            direction=direction,
+            teacher=teacher,
+        )
         self.objective = Objective(terms, make_reference(reference, cache_reference))
         self.lr, self.chunk_size, self.gradient_clip_val = lr, chunk_size, gradient_clip_val
         self.precision, self.show_progress_bar = precision, show_progress_bar
@@ -90,7 +107,8 @@ class GradCacheTrainer:
 
         Args:
             model: the embedder, on the device to train on.
-            train_loader: yields :class:`~ullme.batch.Batch`, with generation rows if a loss needs them.
+            train_loader: yields :class:`~ullme.batch.Batch`, with generation rows if a loss needs them:
+                ``train_dataloader_for(..., generation=trainer.objective.likelihoods)``.
 
         Returns:
             For each step the loss, every term and the metrics, of the global batch; ``grad_norm`` before clipping,
@@ -113,7 +131,7 @@ class GradCacheTrainer:
         bar = tqdm(train_loader, desc="train", unit="step", disable=not self.show_progress_bar)
         for batch in bar:
             if not history:
-                self.objective.check(model, batch.num_candidates - 1, self.precision)
+                self.objective.check(model, batch.num_candidates - 1, self.precision, batch.labelled)
             try:
                 history.append(self._step(model, batch.to(model.device), parameters))
             except NotFiniteError as error:

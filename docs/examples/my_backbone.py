@@ -1,4 +1,4 @@
-r"""A backbone of your own: a Llama whose layers each have a gain, a number that is learned.
+r"""A model family of your own: a Llama whose layers each have a gain, a learned number.
 
 python train.py fit --config configs/base.yaml --model.backbone.family_code my_backbone \
   --model.backbone.model_name_or_path FOLDER
@@ -17,13 +17,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 
 class GainConfig(LlamaConfig):
-    """A family needs a model_type that no other has."""
+    """A family needs a model_type of its own."""
 
     model_type = "gain_llama"
 
 
 class GainLayer(LlamaDecoderLayer):
-    """What a Llama layer adds to the stream, times a gain."""
+    """A Llama layer whose contribution to the residual stream is multiplied by a gain."""
 
     def __init__(self, config: GainConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)

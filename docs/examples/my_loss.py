@@ -17,17 +17,17 @@ def margin_loss(queries: Tensor, passages: Tensor, margin: float) -> Tensor:
     Args:
         queries: (b, D) of unit length.
         passages: (b, C, D) of unit length, the positive first.
-        margin: how much nearer the positive must be.
+        margin: by how much the positive's cosine must exceed a negative's.
 
     Returns:
-        (b,) one number a query.
+        (b,), one number per query.
     """
     cosines = torch.einsum("bd,bcd->bc", queries, passages).float()
     return (margin - cosines[:, :1] + cosines[:, 1:]).clamp(min=0).mean(dim=1)
 
 
 class Margin(ChunkLoss):
-    """A term that each query has by itself, so it may be computed a chunk at a time.
+    """A term that each query has by itself, so it can be computed chunk by chunk.
 
     A term that compares queries with each other is a ``RepresentationLoss``: see ullme/losses/info_nce.py.
 

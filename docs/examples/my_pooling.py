@@ -13,13 +13,13 @@ from torch import Tensor
 def largest(hidden: Tensor, lengths: Tensor) -> Tensor:
     """Max pooling.
 
-    There is no padding here: the real tokens of all texts lie behind one another.
+    There is no padding: the real tokens of all texts are concatenated.
 
     Args:
         hidden: (T, D) last hidden states, text after text.
         lengths: (R,) tokens of each text, summing to T.
 
     Returns:
-        (R, D), one vector a text; it is brought to unit length afterwards.
+        (R, D), one vector per text; it is L2-normalised afterwards.
     """
     return torch.segment_reduce(hidden.float(), "max", lengths=lengths)

@@ -8,7 +8,8 @@ from test_gradcache import assert_same_gradients, gradients, make_batch
 from test_objective import with_generation
 
 from ullme.engine.gradcache import GradCache, chunk_slices
-from ullme.engine.objective import Objective, embedder
+from ullme.engine.objective import Objective
+from ullme.engine.scoring import embedder
 from ullme.losses import DPO, KL, InfoNCE
 
 pytestmark = pytest.mark.slow  # a minute of compilation

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 
 import pytest
 from synthetic_cells import cell, table
@@ -142,7 +143,7 @@ def type_of(name, kind, score):
 def test_the_papers_figures_stand_beside_ours(tmp_path, monkeypatch):
     source = "https://example.org/table"
     known = [("Average", 48.5), ("STS", 40.0), ("ArguAna", 51.0), ("CQADupstackRetrieval", 50.25)]
-    figures = [{"model": "m", "row": "cl", "column": c, "value": v, "source": source} for c, v in known]
+    figures = [{"model": "m", "row": "cl", "source": source, "values": dict(known)}]
     content = {**paper._content(), "figures": figures}
     monkeypatch.setattr(paper, "_content", lambda: content)
     cells = [full("cl", 0.49, 0), full("cl", 0.51, 1), cell("m", "grl", 0, ArguAna=0.9)]
@@ -163,14 +164,29 @@ def test_the_papers_figures_stand_beside_ours(tmp_path, monkeypatch):
     assert (part["status"], part["tasks_found"], part["difference"]) == ("partial", "1", "")
 
 
-def test_what_is_not_known_of_the_paper_is_a_dash_with_its_reason(tmp_path):
+def test_what_the_paper_does_not_print_is_a_dash(tmp_path):
     write_report("Invented", MODELS, ROWS, [], [full("cl", 0.5)], tmp_path, "table2")
-    found = read_paper("table2")
     text = (tmp_path / "table2.md").read_text()
-    assert found.why_absent in text
-    unknown = ("m", "base", "Average") not in found.figures
-    assert ("| —" in text) == unknown
+    assert all(remark in text for remark in read_paper("table2").remarks)
+    assert "| Base        | not run | 0     | —     | —" in text  # the paper has no model named "m"
     assert "No order is claimed." in (tmp_path / "report.md").read_text()
+
+
+def test_every_table_has_the_papers_column_and_the_difference(tmp_path):
+    cells = [full("grl", 0.5)]
+    cells[0].notes["training_seconds"] = 0.25 * 24 * 3600
+    cells = [replace(one, model="phi-1.5") for one in cells]
+    write_report("Invented", {"phi-1.5": "Phi-1.5"}, {"base": "Base", "grl": "GRL"}, [], cells, tmp_path, "table2")
+    averages = (tmp_path / "table2.md").read_text()
+    assert "| GRL  | 50.00   | 1     | 55.76 | −5.76 " in averages
+    assert "| Base | not run | 0     | 31.15 | — " in averages
+    assert "50.00 (paper 79.01, −29.01)" in averages  # (92.78 + 59.19 + 85.06) / 3, pair classification
+    single = (tmp_path / "table3.md").read_text()
+    assert single.count("(paper ") == 56
+    report = (tmp_path / "report.md").read_text()
+    assert "| Phi-1.5 | 1.50                 | 0.25                | −1.25      | 16,000 " in report
+    lines = [line for line in lines_of(tmp_path, "table3.csv") if line["row"] == "GRL"]
+    assert all(float(line["difference"]) == pytest.approx(50 - float(line["paper"])) for line in lines)
 
 
 def test_no_cells_at_all(tmp_path):

@@ -1,4 +1,4 @@
-"""A loss callback owns *backward*: the module asks it for gradients and keeps zero_grad, clipping and the step."""
+"""Base of the callbacks under ``loss:``, which compute the gradient; the module clips it and steps the optimizer."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
-from torch import Tensor
 
 from ullme.batch import Batch
-from ullme.callbacks.settle import settle
+from ullme.callbacks.choose_chunking import choose_chunking
 from ullme.engine.fsdp import unsynchronised
-from ullme.engine.gradcache import slice_rows
 from ullme.engine.objective import Logs, Objective
-from ullme.engine.reference import AdaptersOff, Cached, FrozenCopy, Reference
+from ullme.engine.reference import ReferenceChoice, make_reference
 from ullme.losses import InfoNCE, Term
 from ullme.planning.auto_chunk import Chunking
 
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
     from ullme.training.module import ULLMEModule
 
 log = logging.getLogger(__name__)
-
-ReferenceChoice = Literal["adapters_off", "frozen_copy", "cached"]
 
 
 class LossCallback(L.Callback, ABC):
@@ -90,58 +86,49 @@ class LossCallback(L.Callback, ABC):
                 ", ".join(half),
             )
         negatives = getattr(data, "num_hard_negatives", 1)
-        self.objective.check(model, negatives, str(trainer.precision))
+        self.objective.check(model, negatives, str(trainer.precision), getattr(data, "labelled", True))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ULLMEModule) -> None:  # type: ignore[override]
-        """Choose what is left to ``auto``, unless a checkpoint brought the choice: sums round by it."""
-        options = pl_module.model.options
-        if self.chunking is None and (self.settled_tokens(1, 1) is None or options.gradient_checkpointing == "auto"):
-            self.chunking = settle(trainer, pl_module, self)
-        if self.chunking is not None:
-            self.use(self.chunking)
-            if self.chunking.checkpointing and options.gradient_checkpointing == "auto":
-                pl_module.model.recompute_layers()
+        """Decide ``gradient_checkpointing: auto``, for a batch whose activations are in memory all at once."""
+        if pl_module.model.options.gradient_checkpointing == "auto":
+            self.decide_chunking(trainer, pl_module, lambda query_tokens, queries: query_tokens * queries)
 
-    def settled_tokens(self, query_tokens: int, queries: int) -> int | None:
-        """The most tokens in memory at once, if the options say it.
+    def decide_chunking(
+        self, trainer: L.Trainer, pl_module: ULLMEModule, fixed_chunk_tokens: Callable[[int, int], int | None]
+    ) -> Chunking:
+        """The chunking of a resumed run, since sums round by it, or else the one chosen for this machine.
 
         Args:
-            query_tokens: the most that a query and its candidates may have.
-            queries: of a batch, on one rank.
+            trainer: of the run.
+            pl_module: of the run; its layers are recomputed from here on where that was chosen.
+            fixed_chunk_tokens: see :func:`~ullme.callbacks.choose_chunking.choose_chunking`.
         """
-        return None
-
-    def slices(self, batch: Batch) -> list[slice]:
-        """Queries whose generation losses are computed together."""
-        return [slice(0, len(batch))]
-
-    def pieces(self, batch: Batch) -> list[Tensor]:
-        """Rows that are embedded together: places among all queries and then all passages."""
-        return [slice_rows(batch, part) for part in self.slices(batch)]
-
-    def use(self, chunking: Chunking) -> None:
-        """Take what was chosen for what the options leave open."""
+        if self.chunking is None:
+            self.chunking = choose_chunking(trainer, pl_module, self.objective, fixed_chunk_tokens)
+        if self.chunking.checkpointing and pl_module.model.options.gradient_checkpointing == "auto":
+            pl_module.model.recompute_layers()
+        return self.chunking
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.chunking is None else asdict(self.chunking)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.chunking = Chunking(**state_dict) if state_dict else None
+        self.chunking = Chunking.from_state(state_dict) if state_dict else None
 
     def _check_lengths(self, model: Any, data: Any) -> None:
         longest = {name: getattr(data, name, 0) for name in ("query_max_length", "passage_max_length")}
         for name, value in longest.items():
             if value > model.max_positions:
                 raise ValueError(f"data.{name}={value}, but the LLM has {model.max_positions} positions; lower it")
-        if self.objective.needs_generation:
-            own = getattr(getattr(data, "source", None), "longest_instruction", None)
-            rows = model.prompt_tokenizer.prompt_ids(["", ""], max_length=2**31, instruction=[None, own])
-            template = max(map(len, rows))
+        own = getattr(getattr(data, "source", None), "longest_instruction", None)
+        for kind in self.objective.likelihoods:
+            role: Any = "query_generation" if kind == "query_given_passage" else "generation"
+            template = model.prompt_tokenizer.prompt_overhead(role, [None, own])
             if (total := template + sum(longest.values())) > model.max_positions:
                 raise ValueError(
-                    f"generation terms put a query ({longest['query_max_length']} tokens), its template ({template}) "
-                    f"and a passage ({longest['passage_max_length']}) into one row of up to {total} tokens, but the "
-                    f"LLM has {model.max_positions} positions; lower data.passage_max_length"
+                    f"generation terms put a query ({longest['query_max_length']} tokens), its template ({template}: "
+                    f"prompts.{role}) and a passage ({longest['passage_max_length']}) into one row of up to {total} "
+                    f"tokens, but the LLM has {model.max_positions} positions; lower data.passage_max_length"
                 )
 
     @abstractmethod
@@ -156,13 +143,3 @@ class LossCallback(L.Callback, ABC):
     def no_sync(module: ULLMEModule) -> Callable[[], AbstractContextManager]:
         """Backward without synchronising gradients over ranks, where weights are split over them."""
         return partial(unsynchronised, module.model)
-
-
-def make_reference(choice: ReferenceChoice, folder: str | None) -> Reference:
-    """The reference that a config names. Raises: ValueError: ``cached`` without a folder."""
-    if choice == "cached":
-        if folder is None:
-            raise ValueError("loss.reference=cached needs loss.cache_reference, the folder that holds the likelihoods")
-        return Cached(folder, None)
-    source = FrozenCopy() if choice == "frozen_copy" else AdaptersOff()
-    return source if folder is None else Cached(folder, source)

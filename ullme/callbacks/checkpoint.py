@@ -1,4 +1,4 @@
-"""When a run saves itself, where, and how it leaves when it is told to."""
+"""When a run saves checkpoints, which ones are kept, and how it stops on a signal."""
 
 from __future__ import annotations
 
@@ -8,66 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ullme.models.trained_weights import check_contract
 from ullme.training.resume import FINISHED
-from ullme.training.signals import Notice
+from ullme.training.signals import ShutdownSignal
 from ullme.utils import atomic_files
 
 
-class AtomicCheckpointIO(CheckpointIO):
-    """Checkpoints that are written whole or not at all, checked when read, and never run as code."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Raises: ValueError: it cannot be written; the message names the last good one."""
-        atomic_files.save(checkpoint, path)
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """``weights_only`` is always true. Raises: ValueError: damaged, holding more than plain values, or not ours."""
-        found = atomic_files.read(path, "cpu" if map_location is None else map_location)
-        check_contract(found, path)
-        return found
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        Path(path).unlink(missing_ok=True)
-
-
-def install_atomic_io(trainer: L.Trainer) -> None:
-    """Put it in the place of Lightning's own, also inside a wrapper such as AsyncCheckpointIO."""
-    outer = trainer.strategy.checkpoint_io
-    if isinstance(outer, _WrappingCheckpointIO):
-        while isinstance(outer._checkpoint_io, _WrappingCheckpointIO):
-            outer = outer._checkpoint_io
-        if outer._checkpoint_io is None or type(outer._checkpoint_io) is TorchCheckpointIO:
-            outer._checkpoint_io = AtomicCheckpointIO()
-    elif type(outer) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-
-
 class Checkpoint(ModelCheckpoint):
-    """``last.ckpt`` always, and the best by the validation metric where there is a validation.
+    """Saves ``last.ckpt`` and, with a validation, the best checkpoints by the validation metric.
 
-    ``last.ckpt`` is saved every so many steps, epochs or minutes, before and after each validation, at the end, and
-    after the step during which SIGTERM or Ctrl-C came. Whichever of them a run goes on from, it does what it would have
-    done.
+    ``last.ckpt`` is saved at the given interval of steps, epochs or time, before and after each validation, at the end,
+    and after the step during which SIGTERM or Ctrl-C came. A run that resumes from any of them continues as if it had
+    not been interrupted.
 
     Args:
-        dirpath: folder of the checkpoints; null: ``checkpoints`` in trainer.default_root_dir.
-        filename: of the other checkpoints; with a metric, ``best-`` goes in front.
-        monitor: metric of the validation that ranks them; not used without a validation.
-        mode: whether the best is the max or the min.
-        save_top_k: how many of the best to keep, or of the newest (at most 1) without a validation; 0 for none;
-            -1 keeps every checkpoint.
-        every_n_train_steps: save after so many steps.
-        every_n_epochs: save after so many epochs; 1 if nothing else is asked for.
-        train_time_interval: save after so much time.
+        dirpath: folder of the checkpoints; null means ``checkpoints`` in trainer.default_root_dir.
+        filename: of the checkpoints other than ``last.ckpt``; with a metric, it gets the prefix ``best-``.
+        monitor: validation metric by which checkpoints are ranked; ignored without validation.
+        mode: whether the best checkpoint has the max or the min of the metric.
+        save_top_k: number of best checkpoints to keep, or without validation of newest ones (at most 1); 0 for none;
+            -1 keeps all.
+        every_n_train_steps: save every so many steps.
+        every_n_epochs: save every so many epochs; 1 unless another interval is given.
+        train_time_interval: save after this much time.
 
     Raises:
         ValueError: save_top_k below -1, or an interval below 1.
@@ -103,16 +69,16 @@ class Checkpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
             enable_version_counter=False,  # a resumed run writes the same files again
         )
-        # Lightning takes only one of these.
+        # Set here, since ModelCheckpoint accepts only one of them.
         other = every_n_train_steps is not None or train_time_interval is not None
         self._every_n_train_steps = every_n_train_steps or 0
         self._every_n_epochs = every_n_epochs or (0 if other else 1)
         self._train_time_interval = train_time_interval
         self._due = self._before_validation = False
-        self._notice = Notice()
+        self._shutdown = ShutdownSignal()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Settle what to rank by. Raises: ValueError: more than one newest checkpoint is asked for."""
+        """Decide whether checkpoints are ranked. Raises: ValueError: save_top_k above 1 without a validation metric."""
         validates = getattr(trainer.datamodule, "val", None) is not None and trainer.limit_val_batches != 0  # type: ignore[attr-defined]
         if self.save_top_k < 1 or not validates:
             self.monitor = None
@@ -131,16 +97,17 @@ class Checkpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             Path(str(self.dirpath), FINISHED).unlink(missing_ok=True)
-        self._notice = Notice()
-        self._notice.listen(trainer)
+        self._shutdown = ShutdownSignal()
+        self._shutdown.install_handlers(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time, but leave it to the validation where one follows at once."""
+        """Save if it is time; if a validation follows at once, it saves instead."""
         every = self._every_n_train_steps
         self._due = (every > 0 and trainer.global_step % every == 0) or self._time_is_up(trainer)
-        # A run that ends here in mid-epoch can be given more steps; after on_train_epoch_end it would skip the rest.
+        # At max_steps, save now: a run that resumes with more steps from a checkpoint of on_train_epoch_end would skip
+        # the rest of the epoch.
         self._due |= trainer.global_step == trainer.max_steps
         leave = self._asked_to_leave(trainer)
         if _validation_follows(trainer):
@@ -149,7 +116,7 @@ class Checkpoint(ModelCheckpoint):
             self._save(trainer, ranked=self.monitor is None and self._due)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What a kill during the validation goes back to. On resuming, the validation is done first."""
+        """Save before the validation, so that a run that is killed in it resumes with the validation."""
         if self._may_save(trainer):
             self._before_validation = True
             self._save(trainer, ranked=False)
@@ -181,15 +148,15 @@ class Checkpoint(ModelCheckpoint):
             self._save(trainer, ranked=self.monitor is None)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Mark the run as finished, so that nobody starts it again by mistake."""
+        """Mark the run as finished, so that it is not started again by mistake."""
         if self._may_save(trainer) and trainer.is_global_zero:
             note = f"{trainer.global_step} steps\n"
             atomic_files.write_atomically(Path(str(self.dirpath), FINISHED), lambda file: _write(file, note))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say whether a validation is to be done on resuming, by the mark that Lightning's loop gives one in progress.
+        """Mark Lightning's validation loop as in progress if a resumed run must begin with a validation, else as done.
 
-        Its own counts cannot say so: they keep the mark once a validation was resumed.
+        Lightning's own counts stay in progress after a validation was resumed.
         """
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
         done = progress["total"]["completed"]
@@ -199,6 +166,7 @@ class Checkpoint(ModelCheckpoint):
             progress["total"].update(ready=done + 1, started=done + 1)
 
     def _save(self, trainer: L.Trainer, ranked: bool) -> None:
+        """Save ``last.ckpt`` and, if ``ranked``, a checkpoint among the best or newest."""
         if not self._may_save(trainer):
             return
         values = self._monitor_candidates(trainer)
@@ -209,10 +177,12 @@ class Checkpoint(ModelCheckpoint):
 
     @staticmethod
     def _may_save(trainer: L.Trainer) -> bool:
+        """Whether this is training, and neither the sanity check nor fast_dev_run."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         return fitting and not trainer.fast_dev_run  # type: ignore[attr-defined]
 
     def _time_is_up(self, trainer: L.Trainer) -> bool:
+        """Whether train_time_interval has passed, as rank 0 measures it."""
         if self._train_time_interval is None:
             return False
         waited = time.monotonic() - (self._last_time_checked or 0)
@@ -220,20 +190,21 @@ class Checkpoint(ModelCheckpoint):
 
     def _asked_to_leave(self, trainer: L.Trainer) -> bool:
         """Whether any rank was; then Lightning makes all of them leave as soon as this step is logged."""
-        leave = self._notice.agreed(trainer)
+        leave = self._shutdown.received_by_any_rank(trainer)
         trainer._signal_connector.received_sigterm |= leave
         return leave
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Say how to go on, and give the exit status of a process that the signal ended."""
+        """On a signal, print how to resume, and exit with the status of a process that the signal ended."""
         if isinstance(exception, SIGTERMException):
-            exception.code = self._notice.status
+            exception.code = self._shutdown.status
             if trainer.is_global_zero:
                 saved = f"saved {self.last_model_path} after step {self._last_global_step_saved}"
-                self._notice.say_goodbye(saved)
+                self._shutdown.announce(saved)
 
 
 def _validation_follows(trainer: L.Trainer) -> bool:
+    """Whether a validation runs right after this step."""
     loop = trainer.fit_loop
     batches = trainer.num_val_batches
     if not (sum(batches) if isinstance(batches, list) else batches):

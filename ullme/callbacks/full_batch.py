@@ -1,4 +1,4 @@
-"""The whole batch in one forward and one backward: the fastest way when it fits, and GradCache's oracle."""
+"""The whole batch in one forward and one backward: fastest where it fits, and what GradCache is tested against."""
 
 from __future__ import annotations
 
@@ -17,6 +17,3 @@ class FullBatch(LossCallback):
 
     def backward(self, module: ULLMEModule, batch: Batch) -> Logs:
         return self.objective.full_batch(module.model, batch, module.manual_backward)
-
-    def settled_tokens(self, query_tokens: int, queries: int) -> int:
-        return queries * query_tokens

@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Literal
 
+import lightning as L
 import torch
 from torch import Tensor
 
 from ullme.batch import Batch
-from ullme.callbacks.base import LossCallback, ReferenceChoice
+from ullme.callbacks.base import LossCallback
 from ullme.distributed import any_rank, world
 from ullme.engine import fsdp
-from ullme.engine.gradcache import RandomState, chunk_slices, held_pieces, row_pieces, slice_rows
+from ullme.engine.gradcache import RandomState, chunk_rows, chunk_slices, count_retained, microbatch_rows
 from ullme.engine.objective import Logs
+from ullme.engine.reference import ReferenceChoice
 from ullme.losses import Term
-from ullme.planning.auto_chunk import Chunking
 
 if TYPE_CHECKING:
+    from ullme.planning.auto_chunk import Chunking
     from ullme.training.module import ULLMEModule
 
 log = logging.getLogger(__name__)
@@ -69,18 +71,33 @@ class GradCache(LossCallback):
         self.chunk_size = chunk_size
         self.chunk_tokens: int | None = None if chunk_tokens == "auto" else chunk_tokens
         self.on_oom = on_oom
-        self.held_tokens = 0
+        self.retained_tokens = 0
 
-    def settled_tokens(self, query_tokens: int, queries: int) -> int | None:
-        return self.chunk_size * query_tokens if self.chunk_size else self.chunk_tokens
+    def on_train_start(self, trainer: L.Trainer, pl_module: ULLMEModule) -> None:  # type: ignore[override]
+        """Decide ``chunk_tokens: auto`` and ``gradient_checkpointing: auto``."""
+        automatic = self.chunk_size is None and self.chunk_tokens is None
+        resumed = self.chunking is not None
+        if automatic or resumed or pl_module.model.options.gradient_checkpointing == "auto":
+            chunking = self.decide_chunking(trainer, pl_module, self.fixed_chunk_tokens)
+            self.apply_chunking(chunking)
 
-    def use(self, chunking: Chunking) -> None:
+    def apply_chunking(self, chunking: Chunking) -> None:
+        """Use what was chosen, unless the options say a chunk."""
         if self.chunk_size is None and self.chunk_tokens is None:
-            self.chunk_tokens, self.held_tokens = chunking.chunk_tokens, chunking.held_tokens
+            self.chunk_tokens, self.retained_tokens = chunking.chunk_tokens, chunking.retained_tokens
+
+    def fixed_chunk_tokens(self, query_tokens: int, queries: int) -> int | None:
+        """The most tokens of a chunk where the options say it; None for ``chunk_tokens: auto``.
+
+        Args:
+            query_tokens: the most that a query and its candidates may have.
+            queries: of a batch, on one rank; a chunk may be smaller.
+        """
+        return self.chunk_size * query_tokens if self.chunk_size else self.chunk_tokens
 
     def _fits(self, batch: Batch) -> bool:
         """Whether the graphs of embedding and generation fit together, so that no forward has to be done twice."""
-        passes = 2 if self.objective.needs_generation else 1
+        passes = 2 if self.objective.runs_generation else 1
         return self.chunk_tokens is None or passes * batch.num_tokens <= self.chunk_tokens
 
     def backward(self, module: ULLMEModule, batch: Batch) -> Logs:
@@ -92,7 +109,7 @@ class GradCache(LossCallback):
                 if not _out_of_memory(error):
                     raise
                 reason = str(error).split("\n")[0]
-            # Here the error, and with it every tensor that its frames held, is gone.
+            # Outside of the except block the error, and with it the tensors that its frames hold, is freed.
             self._halve(batch, module.global_step, reason)
             for parameter in module.parameters():
                 parameter.grad = None
@@ -101,10 +118,10 @@ class GradCache(LossCallback):
                 torch.cuda.empty_cache()
 
     def _halve(self, batch: Batch, step: int, reason: str) -> None:
-        """Half of the chunk that was too much. Raises: ValueError: not asked for, or there is no half of it."""
+        """Halve the chunk that did not fit. Raises: ValueError: ``on_oom: fail``, or it cannot be halved."""
         name = "chunk_tokens" if self.chunk_size is None else "chunk_size"
         used = self.chunk_size or self.chunk_tokens or 1
-        passes = 2 if self.objective.needs_generation else 1
+        passes = 2 if self.objective.runs_generation else 1
         half = min(used, len(batch) if self.chunk_size else passes * batch.num_tokens) // 2
         if self._is_smallest(batch) or half < 1:
             raise ValueError(
@@ -119,34 +136,43 @@ class GradCache(LossCallback):
             )
         log.warning("out of memory in step %d: loss.%s=%d from here on, it was %d (%s)", step, name, half, used, reason)
         setattr(self, name, half)
-        self.held_tokens = 0
+        self.retained_tokens = 0
 
     def _backward(self, module: ULLMEModule, batch: Batch) -> Logs:
-        slices = self.slices(batch)
-        if not any_rank(len(slices) > 1 or not self._fits(batch), batch.row_ids.device):
+        chunks = self.chunks(batch)
+        if not any_rank(len(chunks) > 1 or not self._fits(batch), batch.row_ids.device):
             return self.objective.full_batch(module.model, batch, module.manual_backward)
-        pieces = self.pieces(batch)
-        held = held_pieces(batch, pieces, self.held_tokens) if fsdp.split_by(module.model) is None else 0
+        microbatches = self.microbatches(batch)
+        retained = 0
+        if fsdp.split_by(module.model) is None:
+            retained = count_retained(batch, microbatches, self.retained_tokens)
         return self.objective.grad_cache(
-            module.model, batch, slices, module.manual_backward, self.no_sync(module), pieces, held
+            module.model,
+            batch,
+            chunks,
+            backward=module.manual_backward,
+            no_sync=self.no_sync(module),
+            microbatches=microbatches,
+            num_retained=retained,
         )
 
-    def slices(self, batch: Batch) -> list[slice]:
+    def chunks(self, batch: Batch) -> list[slice]:
+        """Consecutive queries whose generation losses are computed together."""
         return chunk_slices(batch, self.chunk_size, self.chunk_tokens)
 
-    def pieces(self, batch: Batch) -> list[Tensor]:
+    def microbatches(self, batch: Batch) -> list[Tensor]:
+        """Rows that are embedded together: places among all queries and then all passages of the batch."""
         if self.chunk_tokens is None:
-            return [slice_rows(batch, part) for part in self.slices(batch)]
-        return row_pieces(batch, self.chunk_tokens)
+            return [chunk_rows(batch, chunk) for chunk in self.chunks(batch)]
+        return microbatch_rows(batch, self.chunk_tokens)
 
     def _is_smallest(self, batch: Batch) -> bool:
         """Whether a chunk is one query, or one row where queries need not stay together."""
-        slices = self.slices(batch)
-        if self.chunk_size or self.objective.needs_generation:
-            return len(slices) == len(batch)
-        return len(self.pieces(batch)) == len(batch.queries) + len(batch.passages)
+        if self.chunk_size or self.objective.runs_generation:
+            return len(self.chunks(batch)) == len(batch)
+        return len(self.microbatches(batch)) == len(batch.queries) + len(batch.passages)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """Also a CPU's, which has no class of its own."""
+    """Whether memory ran out; on a CPU the error has no class of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -4,46 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ullme.callbacks.base import ReferenceChoice
+from ullme.batch import Direction
 from ullme.callbacks.gradcache import GradCache, OnOutOfMemory
-from ullme.losses import CPO, DPO, KL, KTO, SFT, InfoNCE, Term
+from ullme.engine.presets import Generation, grl_terms
+from ullme.engine.reference import ReferenceChoice
+from ullme.losses.kl import Teacher
 
-Generation = Literal["dpo", "sft", "kto", "cpo"]
-
-
-def grl_terms(
-    generation: Generation | None = "dpo",
-    use_kl: bool = True,
-    temperature: float = 0.05,
-    beta: float = 0.1,
-    contrastive_weight: float = 1.0,
-    generation_weight: float = 0.5,
-    kl_weight: float = 1.0,
-    retrieval_temperature: float = 1.0,
-    generation_temperature: float = 1.0,
-    detach_generation: bool = False,
-) -> list[Term]:
-    """The terms of L_GRL; see :class:`GRL`. ``generation=None`` leaves that term out, ``use_kl=False`` the KL."""
-    makers = {
-        "dpo": lambda: DPO(beta, weight=generation_weight),
-        "sft": lambda: SFT(generation_weight),
-        "kto": lambda: KTO(beta, weight=generation_weight),
-        "cpo": lambda: CPO(beta, weight=generation_weight),
-    }
-    if generation is not None and generation not in makers:
-        raise ValueError(f"generation={generation!r}: choose one of {', '.join(makers)}")
-    terms: list[Term] = [InfoNCE(temperature, weight=contrastive_weight)]
-    if generation is not None:
-        terms.append(makers[generation]())
-    if use_kl:
-        kl = KL(
-            retrieval_temperature=retrieval_temperature,
-            generation_temperature=generation_temperature,
-            detach_generation=detach_generation,
-            weight=kl_weight,
-        )
-        terms.append(kl)
-    return terms
+__all__ = ["GRL", "grl_terms"]
 
 
 class GRL(GradCache):
@@ -65,6 +32,10 @@ class GRL(GradCache):
         cache_reference: likewise.
         share_prompts: likewise.
         on_oom: likewise.
+        direction: what is generated, in the generation term and the KL: ``passage_given_query``, as in the paper;
+            ``query_given_passage``, which ranks far better; or ``gain``, of the KL alone.
+        teacher: whose likelihoods the KL's P_gen is of: the ``policy``, as in the paper, or the ``reference``, the
+            pre-trained LLM without gradient, which costs nothing once it is in cache_reference.
     """
 
     def __init__(
@@ -84,17 +55,29 @@ class GRL(GradCache):
         cache_reference: str | None = None,
         share_prompts: bool = True,
         on_oom: OnOutOfMemory = "fail",
+        direction: Direction = "passage_given_query",
+        teacher: Teacher = "policy",
     ) -> None:
         terms = grl_terms(
             generation if generation_weight > 0 else None,
             kl_weight > 0,
-            temperature,
-            beta,
-            contrastive_weight,
-            generation_weight,
-            kl_weight,
-            retrieval_temperature,
-            generation_temperature,
-            detach_generation,
+            temperature=temperature,
+            beta=beta,
+            contrastive_weight=contrastive_weight,
+            generation_weight=generation_weight,
+            kl_weight=kl_weight,
+            retrieval_temperature=retrieval_temperature,
+            generation_temperature=generation_temperature,
+            detach_generation=detach_generation,
+            direction=direction,
+            teacher=teacher,
         )
-        super().__init__(terms, chunk_size, chunk_tokens, reference, cache_reference, share_prompts, on_oom)
+        super().__init__(
+            terms,
+            chunk_size=chunk_size,
+            chunk_tokens=chunk_tokens,
+            reference=reference,
+            cache_reference=cache_reference,
+            share_prompts=share_prompts,
+            on_oom=on_oom,
+        )

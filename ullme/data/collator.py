@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ullme.batch import Batch, GenerationRows, TokenRows
+from ullme.batch import Batch, GenerationRows, LikelihoodKind, TokenRows, likelihood_keys
 from ullme.data.mixture import Mixture
 from ullme.data.sampler import Draw, ShortRows, draw
 from ullme.data.sources import RowSource
@@ -56,8 +56,8 @@ class Collator:
         prompt_tokenizer: the prompt contract with its tokenizer.
         query_max_length: in tokens, template included.
         passage_max_length: in tokens, template included.
-        generation: add the rows that generation losses need; their prompts may have as many tokens more than queries
-            as the generation template has.
+        generation: the likelihoods that the loss needs rows for; True: log π(passage | query), False: none. A prompt
+            may have as many tokens more than its text as its template has.
         longest_instruction: of the rows' own, to be checked before training.
 
     Raises:
@@ -69,13 +69,15 @@ class Collator:
         prompt_tokenizer: PromptTokenizer,
         query_max_length: int,
         passage_max_length: int,
-        generation: bool = False,
+        generation: bool | Collection[LikelihoodKind] = False,
         longest_instruction: str | None = None,
     ) -> None:
         self.prompt_tokenizer = prompt_tokenizer
         self.query_max_length = query_max_length
         self.passage_max_length = passage_max_length
-        self.generation = generation
+        if isinstance(generation, bool):
+            generation = ["passage_given_query"] if generation else []
+        self.likelihoods: tuple[LikelihoodKind, ...] = tuple(generation)
         for instruction in {None, longest_instruction}:
             prompt_tokenizer.check_length("query", query_max_length, instruction)
         prompt_tokenizer.check_length("passage", passage_max_length)
@@ -84,15 +86,17 @@ class Collator:
         draws = [drawn for _, drawn in items]
         passages = [text for drawn in draws for text in (drawn.positive, *drawn.negatives)]
         instructions = [drawn.instruction for drawn in draws]
-        generation = self._generation_rows([drawn.query for drawn in draws], passages, instructions)
+        queries = [drawn.query for drawn in draws]
+        generation = {kind: self._rows_of(kind, queries, passages, instructions) for kind in self.likelihoods}
         return Batch(
-            generation=generation,
-            queries=self.prompt_tokenizer(
-                [drawn.query for drawn in draws], "query", max_length=self.query_max_length, instruction=instructions
-            ),
+            generation=generation.get("passage_given_query"),
+            query_generation=generation.get("query_given_passage"),
+            passage_generation=generation.get("passage"),
+            queries=self.prompt_tokenizer(queries, "query", max_length=self.query_max_length, instruction=instructions),
             passages=self._passage_rows(passages, draws),
             passage_keys=torch.tensor([passage_key(text) for text in passages]).view(len(draws), -1),
             row_ids=torch.tensor([row for row, _ in items]),
+            labelled=draws[0].labelled,
             isolated=None if all(d.in_batch_negatives for d in draws) else torch.tensor([True] * len(draws)),
         )
 
@@ -104,18 +108,22 @@ class Collator:
         instructions = [drawn.instruction for drawn in draws for _ in range(candidates)]
         return self.prompt_tokenizer(passages, "query", max_length=self.passage_max_length, instruction=instructions)
 
-    def _generation_rows(
-        self, queries: list[str], passages: list[str], instructions: list[str | None]
-    ) -> GenerationRows | None:
-        if not self.generation:
-            return None
+    def _rows_of(
+        self, kind: LikelihoodKind, queries: list[str], passages: list[str], instructions: list[str | None]
+    ) -> GenerationRows:
         tokenizer = self.prompt_tokenizer
-        own = list(set(instructions))
-        templates = tokenizer.prompt_ids([""] * len(own), max_length=2**31, instruction=own)
-        longest = self.query_max_length + max(map(len, templates))
-        prompts = tokenizer.prompt_ids(queries, max_length=longest, instruction=instructions)
-        targets = tokenizer.target_ids(passages, max_length=self.passage_max_length)
-        return GenerationRows(tokenizer.pad(prompts), tokenizer.pad(targets))
+        if kind == "query_given_passage":
+            each = [instruction for instruction in instructions for _ in range(len(passages) // len(queries))]
+            longest = self.passage_max_length + tokenizer.prompt_overhead("query_generation", each)
+            prompts = tokenizer.prompt_ids(passages, max_length=longest, instruction=each, role="query_generation")
+            targets = tokenizer.target_ids(queries, max_length=self.query_max_length)
+        else:
+            longest = self.query_max_length + tokenizer.prompt_overhead("generation", instructions)
+            asked = queries if kind == "passage_given_query" else [""] * len(queries)
+            prompts = tokenizer.prompt_ids(asked, max_length=longest, instruction=instructions)
+            targets = tokenizer.target_ids(passages, max_length=self.passage_max_length)
+        keys = torch.from_numpy(likelihood_keys(prompts, targets, len(passages)))
+        return GenerationRows(tokenizer.pad(prompts), tokenizer.pad(targets), keys)
 
 
 @dataclass(frozen=True)

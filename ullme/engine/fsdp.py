@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +29,7 @@ from ullme.models.trained_weights import trainable_shapes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecision
 
     from ullme.models.ullme import ULLME
 
@@ -95,19 +97,38 @@ def split_alike(model: ULLME, other: ULLME) -> ULLME:
     return other if split is None else split(other)
 
 
-def shard_fsdp1(model: ULLME, device: torch.device) -> ULLME:
+def full_precision_buffers(mixed_precision: MixedPrecision | None, trains_all: bool) -> MixedPrecision | None:
+    """FSDP1's mixed precision without what would change the numbers of the LLM.
+
+    Lightning's bf16-mixed also casts buffers. Rotary frequencies (``inv_freq``) in bfloat16 rotate by other angles:
+    the likelihood of a passage moves by up to a nat, and training would run another LLM than evaluation does.
+
+    Args:
+        mixed_precision: the strategy's, or None.
+        trains_all: whether all weights are trained; their gradients are then summed over ranks in float32.
+    """
+    if mixed_precision is None:
+        return None
+    reduce_dtype = torch.float32 if trains_all else mixed_precision.reduce_dtype
+    return replace(mixed_precision, buffer_dtype=None, reduce_dtype=reduce_dtype)
+
+
+def shard_fsdp1(model: ULLME, device: torch.device, mixed_precision: MixedPrecision | None = None) -> ULLME:
     """Wrap with FullyShardedDataParallel, inside ``torch.distributed.fsdp.wrap.enable_wrap``.
 
     Args:
         model: whole; its LLM is the same on every rank.
         device: of this rank.
+        mixed_precision: the strategy's; buffers keep their dtype whatever it says.
     """
     from torch.distributed.fsdp.wrap import wrap
 
     whole = _prepare(model, device, "fsdp1")
+    precision = full_precision_buffers(mixed_precision, model.options.trained == "all")
 
     def split(module: nn.Module) -> nn.Module:
-        return wrap(module, device_id=device, ignored_states=[p for p in module.parameters() if p in whole])
+        ignored = [p for p in module.parameters() if p in whole]
+        return wrap(module, device_id=device, ignored_states=ignored, mixed_precision=precision)
 
     for parent, name, layer in split_modules(model):
         setattr(parent, name, split(layer))

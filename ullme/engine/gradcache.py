@@ -1,12 +1,15 @@
 """GradCache (arXiv 2101.06983): the gradient of a whole-batch loss with the memory of one chunk.
 
-1. Embed every piece of the batch without gradient, keeping the random state it started from.
+1. Embed every microbatch without gradient, keeping the random state it started from.
 2. Compute the loss on all representations, and its gradient with respect to them.
-3. Embed every piece again from its random state, now with gradient, and back-propagate <representation, cached
+3. Embed every microbatch again from its random state, now with gradient, and back-propagate <representation, cached
    gradient>: by the chain rule exactly the parameters' gradient of the loss.
 
 Terms that each query has by itself (generation losses, and the KL between generation and retrieval) come between 2 and
-3, a chunk of queries at a time; what they say about representations is added to the cached gradient.
+3, a chunk of queries at a time; their gradient with respect to representations is added to the cached one.
+
+A *chunk* is some consecutive queries with all of their candidates. A *microbatch* is the rows (queries or passages, in
+any order) that one forward embeds.
 
 Knows PyTorch only: no Lightning, no model class.
 """
@@ -64,28 +67,28 @@ def chunk_slices(batch: Batch, chunk_size: int | None, chunk_tokens: int | None)
         return [slice(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
     passage_tokens = batch.passages.attention_mask.sum(1).view(len(batch), -1).sum(1)
     tokens = (batch.queries.attention_mask.sum(1) + passage_tokens).tolist()
-    slices, start, total = [], 0, 0
+    chunks, start, total = [], 0, 0
     for n, count in enumerate(tokens):
         if n > start and total + count > chunk_tokens:
-            slices.append(slice(start, n))
+            chunks.append(slice(start, n))
             start, total = n, 0
         total += count
-    return [*slices, slice(start, len(batch))]
+    return [*chunks, slice(start, len(batch))]
 
 
-def slice_rows(batch: Batch, part: slice) -> Tensor:
+def chunk_rows(batch: Batch, chunk: slice) -> Tensor:
     """Places of a chunk's queries and passages among all queries and then all passages of the batch."""
     candidates = len(batch.passages) // len(batch)
     first = len(batch)
     return torch.cat(
-        [torch.arange(part.start, part.stop), torch.arange(part.start * candidates, part.stop * candidates) + first]
+        [torch.arange(chunk.start, chunk.stop), torch.arange(chunk.start * candidates, chunk.stop * candidates) + first]
     )
 
 
-def row_pieces(batch: Batch, tokens: int) -> list[Tensor]:
-    """All queries and passages, the longest first, in pieces of at most ``tokens`` real tokens (or one row).
+def microbatch_rows(batch: Batch, tokens: int) -> list[Tensor]:
+    """All queries and passages, the longest first, in microbatches of at most ``tokens`` real tokens (or one row).
 
-    A piece may be smaller than a query with its candidates, and rows of like length make attention's work even.
+    A microbatch may be smaller than a query with its candidates, and rows of like length make attention's work even.
 
     Returns:
         Places of rows among all queries and then all passages of the batch.
@@ -102,17 +105,16 @@ def row_pieces(batch: Batch, tokens: int) -> list[Tensor]:
     return list(order.tensor_split(borders[1:]))
 
 
-def held_pieces(batch: Batch, pieces: list[Tensor], tokens: int) -> int:
-    """How many of the first pieces have no more than ``tokens`` real tokens together."""
+def count_retained(batch: Batch, microbatches: list[Tensor], tokens: int) -> int:
+    """How many of the first microbatches have no more than ``tokens`` real tokens together."""
     if not tokens:
         return 0
     lengths = torch.cat([rows.attention_mask.sum(1) for rows in (batch.queries, batch.passages)]).cpu()
-    return int(
-        torch.searchsorted(torch.stack([lengths[piece].sum() for piece in pieces]).cumsum(0), tokens, right=True)
-    )
+    totals = torch.stack([lengths[rows].sum() for rows in microbatches]).cumsum(0)
+    return int(torch.searchsorted(totals, tokens, right=True))
 
 
-def as_recorded(backward: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+def backward_outside_autocast(backward: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
     """``backward`` outside of autocast, which would compute in half precision even the gradients of products that the
     forward had computed in float32 (the similarities)."""
 
@@ -129,10 +131,10 @@ class GradCache:
     Args:
         embed: R token rows -> (R, D), differentiable; None if nothing in the objective looks at representations.
         loss: representations of the whole batch -> the scalar to minimise.
-        chunk_loss: a chunk and its representations (as leaves, or None) -> a scalar that is summed over chunks, such
-            as a generation loss; a third argument of 0.0 marks a chunk that shall not count. Its own forward happens
-            inside, and its graph is freed before anything is embedded again, so the two never need memory at the
-            same time.
+        chunk_loss: a chunk (which queries), its representations (as leaves, or None) and the keyword ``scale`` -> a
+            scalar that is summed over chunks, such as a generation loss. ``scale=0.0`` comes with a dummy chunk that
+            keeps ranks in step: it adds nothing to the gradient. The loss's own forward happens inside, and its graph
+            is freed before anything is embedded again, so the two never need memory at the same time.
         backward: what to call on a scalar instead of ``Tensor.backward`` (a strategy's, for example).
         no_sync: context under which a backward does not synchronise gradients over ranks; the last backward does.
     """
@@ -146,61 +148,65 @@ class GradCache:
         no_sync: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.embed, self.loss, self.chunk_loss = embed, loss, chunk_loss
-        self.backward, self.no_sync = as_recorded(backward), no_sync
+        self.backward, self.no_sync = backward_outside_autocast(backward), no_sync
 
     def step(
         self,
         batch: Batch,
-        slices: list[slice],
-        pieces: list[Tensor] | None = None,
-        held: int = 0,
-        idle: int = 0,
-        idle_pieces: int = 0,
+        chunks: list[slice],
+        microbatches: list[Tensor] | None = None,
+        num_retained: int = 0,
+        num_dummy_chunks: int = 0,
+        num_dummy_microbatches: int = 0,
     ) -> None:
         """Add the gradient of ``loss`` + Σ ``chunk_loss`` to the parameters' ``.grad``.
 
         Args:
             batch: the whole batch of this rank.
-            slices: the chunks, see :func:`chunk_slices`.
-            pieces: what is embedded at once, see :func:`row_pieces`; None: a chunk's queries and passages.
-            held: the first so many pieces are embedded once, with gradient, and their graphs held until phase 3:
-                memory for speed.
-            idle: chunks that other ranks have more than this one. A sharded model's ranks do every forward and
-                backward together, so this rank goes along with one query that counts for nothing.
-            idle_pieces: likewise, with one row.
+            chunks: consecutive queries, see :func:`chunk_slices`.
+            microbatches: rows that are embedded together, see :func:`microbatch_rows`; None: a chunk's queries and
+                passages.
+            num_retained: the first so many microbatches are embedded once, with gradient, and their graphs are kept
+                until phase 3: more memory, less computation.
+            num_dummy_chunks: chunks that another rank has more than this one. Ranks of a sharded model must do every
+                forward and backward together, so this rank runs one query with ``scale=0.0`` in their place.
+            num_dummy_microbatches: likewise, with one row and a gradient of zero.
         """
         if self.embed is None:
-            self._chunk_losses(batch, slices, idle, None, None)
+            self._chunk_losses(chunks, num_dummy_chunks, None, None)
             return
         rows = TokenRows.cat([batch.queries, batch.passages])
-        pieces = [slice_rows(batch, part) for part in slices] if pieces is None else pieces
-        pieces = [piece.to(rows.input_ids.device) for piece in pieces]
-        graphs = [self.embed(rows[piece]) for piece in pieces[:held]]
-        parts, states = self.embed_without_gradient([*(rows[p] for p in pieces[held:]), *[rows[:1]] * idle_pieces])
-        parts = [*(graph.detach() for graph in graphs), *parts[: len(pieces) - held]]
+        microbatches = [chunk_rows(batch, chunk) for chunk in chunks] if microbatches is None else microbatches
+        microbatches = [places.to(rows.input_ids.device) for places in microbatches]
+        graphs = [self.embed(rows[places]) for places in microbatches[:num_retained]]
+        parts, states = self.embed_without_gradient(
+            [*(rows[places] for places in microbatches[num_retained:]), *[rows[:1]] * num_dummy_microbatches]
+        )
+        parts = [*(graph.detach() for graph in graphs), *parts[: len(microbatches) - num_retained]]
         reps = torch.empty((len(rows), parts[0].shape[1]), dtype=parts[0].dtype, device=parts[0].device)
-        reps[torch.cat(pieces)] = torch.cat(parts)
+        reps[torch.cat(microbatches)] = torch.cat(parts)
         whole = _as_representations(reps, batch)
         gradients = self.cache_gradients(whole)
-        self._chunk_losses(batch, slices, idle, whole, gradients)
+        self._chunk_losses(chunks, num_dummy_chunks, whole, gradients)
         after = RandomState()
-        pull = torch.cat([gradients.queries, gradients.passages.flatten(0, 1)])
-        for _ in range(idle_pieces):
-            self.replay(rows[:1], torch.zeros_like(pull[:1]), last=False)
-        for n, piece in enumerate(pieces):
-            if n >= held:
-                states[n - held].restore()
-            self.replay(rows[piece], pull[piece], last=n == len(pieces) - 1, graph=graphs.pop(0) if graphs else None)
+        cached = torch.cat([gradients.queries, gradients.passages.flatten(0, 1)])
+        for _ in range(num_dummy_microbatches):
+            self.replay(rows[:1], torch.zeros_like(cached[:1]), last=False)
+        for n, places in enumerate(microbatches):
+            if n >= num_retained:
+                states[n - num_retained].restore()
+            last = n == len(microbatches) - 1
+            self.replay(rows[places], cached[places], last, graph=graphs.pop(0) if graphs else None)
         after.restore()
 
     @torch.no_grad()
-    def embed_without_gradient(self, pieces: Iterable[TokenRows]) -> tuple[list[Tensor], list[RandomState]]:
-        """Phase 1: the representations of all pieces, and the random state in front of each."""
+    def embed_without_gradient(self, microbatches: Iterable[TokenRows]) -> tuple[list[Tensor], list[RandomState]]:
+        """Phase 1: the representations of all microbatches, and the random state in front of each."""
         assert self.embed is not None
         parts, states = [], []
-        for piece in pieces:
+        for rows in microbatches:
             states.append(RandomState())
-            parts.append(self.embed(piece))
+            parts.append(self.embed(rows))
         # Autocast may keep the half-precision copies of weights that it made here, without gradient, for later use.
         torch.clear_autocast_cache()
         return parts, states
@@ -218,33 +224,39 @@ class GradCache:
 
     def _chunk_losses(
         self,
-        batch: Batch,
-        slices: list[slice],
-        idle: int,
+        chunks: list[slice],
+        num_dummy_chunks: int,
         reps: Representations | None,
         gradients: Representations | None,
     ) -> None:
-        """Back-propagate every chunk's own loss; what it says about the representations is added to ``gradients``."""
+        """Back-propagate every chunk's own loss; its gradient of the representations is added to ``gradients``."""
         if self.chunk_loss is None:
             return
-        for _ in range(idle):
-            self._chunk_loss(batch[:1], None if reps is None else reps[:1].as_leaves(), False, 0.0)
-        for n, part in enumerate(slices):
-            leaves = None if reps is None else reps[part].as_leaves()
-            self._chunk_loss(batch[part], leaves, last=reps is None and n == len(slices) - 1)
+        for _ in range(num_dummy_chunks):
+            self._chunk_loss(slice(0, 1), None if reps is None else reps[:1].as_leaves(), last=False, scale=0.0)
+        for n, chunk in enumerate(chunks):
+            leaves = None if reps is None else reps[chunk].as_leaves()
+            self._chunk_loss(chunk, leaves, last=reps is None and n == len(chunks) - 1)
             if leaves is not None and gradients is not None:
                 for total, leaf in ((gradients.queries, leaves.queries), (gradients.passages, leaves.passages)):
                     if leaf.grad is not None:
-                        total[part].add_(leaf.grad)
+                        total[chunk].add_(leaf.grad)
 
-    def _chunk_loss(self, chunk: Batch, leaves: Representations | None, last: bool, share: float = 1.0) -> None:
+    def _chunk_loss(self, chunk: slice, leaves: Representations | None, last: bool, scale: float = 1.0) -> None:
         assert self.chunk_loss is not None
         with nullcontext() if last else self.no_sync():
-            self.backward(self.chunk_loss(chunk, leaves, share))
+            self.backward(self.chunk_loss(chunk, leaves, scale=scale))
 
-    def replay(self, piece: TokenRows, gradients: Tensor, last: bool, graph: Tensor | None = None) -> None:
-        """Phase 3: the cached gradients (R, D) of a piece go through its graph; None embeds it again."""
+    def replay(self, rows: TokenRows, gradients: Tensor, last: bool, graph: Tensor | None = None) -> None:
+        """Phase 3: back-propagate <representation, cached gradient> of a microbatch.
+
+        Args:
+            rows: the R rows of the microbatch.
+            gradients: (R, D), the cached gradients of their representations.
+            last: whether this backward synchronises gradients over ranks.
+            graph: (R, D) representations with their graph, of a retained microbatch; None embeds it again.
+        """
         assert self.embed is not None
         with nullcontext() if last else self.no_sync():
-            reps = self.embed(piece) if graph is None else graph
+            reps = self.embed(rows) if graph is None else graph
             self.backward((reps * gradients).sum())

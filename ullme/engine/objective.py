@@ -1,11 +1,12 @@
 """The weighted sum of terms, and its gradient: all at once, or a chunk at a time with GradCache.
 
-All terms of a chunk share one generation forward and one reference forward. Knows PyTorch only: no Lightning.
+All terms of a chunk share one generation forward for each kind of likelihood; what they need of the reference is
+computed for the whole batch before. Knows PyTorch only: no Lightning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -13,11 +14,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ullme.batch import Batch, Representations, TokenRows
-from ullme.distributed import any_rank, gather_sizes, global_mean_weight, mean_over_ranks, most
-from ullme.engine.finite import Health
-from ullme.engine.gradcache import GradCache, as_recorded, embed_batch, slice_rows
+from ullme.batch import PARTS, Batch, Direction, LikelihoodKind, Representations
+from ullme.distributed import all_reduce_max, any_rank, gather_sizes, global_mean_weight, mean_over_ranks
+from ullme.engine.finite import FiniteChecks
+from ullme.engine.gradcache import GradCache, backward_outside_autocast, chunk_rows, embed_batch
 from ullme.engine.reference import AdaptersOff, Reference
+from ullme.engine.scoring import (
+    Scored,
+    Scoring,
+    at_least_one,
+    embedder,
+    likelihoods_of,
+    plan_scoring,
+    score,
+    score_by_chunk,
+)
 from ullme.losses.base import Chunk, ChunkLoss, RepresentationLoss, Term
 from ullme.losses.mntp import MNTP
 
@@ -28,6 +39,7 @@ if TYPE_CHECKING:
 STATISTIC_QUERIES = 32
 
 Logs = dict[str, Tensor]
+References = dict[LikelihoodKind, Tensor]
 Backward = Callable[[Tensor], None]
 
 
@@ -53,159 +65,244 @@ class Objective:
         self.representation_terms = [t for t in terms if isinstance(t, RepresentationLoss)]
         self.chunk_terms = [t for t in terms if isinstance(t, ChunkLoss)]
         self.masking = next((t for t in terms if isinstance(t, MNTP)), None)
-        self.uses_reference = any(t.uses_reference for t in self.chunk_terms)
+        # The kinds of likelihood that terms look at (batches must carry rows for them), and under which model.
+        self.likelihoods = likelihoods_of(self.chunk_terms, self.representation_terms)
+        self.policy_likelihoods = likelihoods_of([t for t in self.chunk_terms if t.uses_policy], [])
+        self.reference_likelihoods = likelihoods_of(
+            [t for t in self.chunk_terms if t.uses_reference], self.representation_terms
+        )
+        self.uses_reference = bool(self.reference_likelihoods)
         self.uses_reps = bool(self.representation_terms) or any(t.uses_reps for t in self.chunk_terms)
 
     @property
     def needs_generation(self) -> bool:
         """Whether batches must carry :class:`~ullme.batch.GenerationRows`."""
-        return any(term.uses_generation for term in self.chunk_terms)
+        return bool(self.likelihoods)
 
-    def check(self, model: ULLME, num_hard_negatives: int, precision: str = "32-true") -> None:
-        """Before training; ``precision`` is what forwards run under.
+    @property
+    def runs_generation(self) -> bool:
+        """Whether a step runs the policy over generation rows, with the activations that this takes."""
+        return bool(self.policy_likelihoods)
+
+    def scoring(self, batch: Batch) -> Scoring:
+        """The candidates whose likelihoods a step on this batch computes, by kind of likelihood."""
+        return plan_scoring(batch, self.chunk_terms, self.representation_terms)
+
+    def check(self, model: ULLME, num_hard_negatives: int, precision: str = "32-true", labelled: bool = True) -> None:
+        """Before training.
+
+        Args:
+            model: the policy.
+            num_hard_negatives: N.
+            precision: what forwards run under.
+            labelled: whether the data says which candidate is a positive.
 
         Raises:
-            ValueError: terms that lack negatives, or a reference that cannot be had.
+            ValueError: terms that lack negatives or a positive, or a reference that cannot be had.
         """
+        if not labelled:
+            self._check_without_labels()
         for term in self.chunk_terms:
             if isinstance(term, MNTP):
                 term.mask_token_id(model.tokenizer)
             if term.needs_negatives and num_hard_negatives < 1:
+                compared = "a positive with negatives" if term.needs_positive else "a query's candidates"
                 raise ValueError(
-                    f"loss term {term.name} compares a positive with negatives, and data.num_hard_negatives="
+                    f"loss term {term.name} compares {compared}, and data.num_hard_negatives="
                     f"{num_hard_negatives}; give at least 1"
                 )
         if self.uses_reference:
-            self.reference.prepare(model, precision)
+            self.reference.prepare(model, precision, self.reference_likelihoods)
+
+    def _check_without_labels(self) -> None:
+        """Raises: ValueError: a term needs a positive."""
+        if needy := [term.name for term in self.terms if term.needs_positive]:
+            raise ValueError(
+                f"loss term {' and '.join(needy)} needs to know each query's positive, and rows of query and "
+                "candidates have none; train with KL (teacher: reference, direction: query_given_passage) and "
+                "PseudoLabelInfoNCE, as configs/recipes/art.yaml does, or give rows with positives"
+            )
 
     def full_batch(self, model: ULLME, batch: Batch, backward: Backward = Tensor.backward) -> Logs:
         """The gradient in one forward and one backward; returns the loss, every term and the metrics, detached."""
         logs: Logs = {}
-        health = Health()
+        finite = FiniteChecks()
+        whole = slice(0, len(batch))
+        scoring = self.scoring(batch)
+        references = self._references(model, batch, scoring, [whole])
         reps = embed_batch(embedder(model), batch) if self.uses_reps else None
-        parts = [self._representation_loss(batch, logs, health)(reps)] if self.representation_terms and reps else []
+        parts = []
+        if self.representation_terms and reps:
+            parts.append(self._representation_loss(batch, references, logs, finite)(reps))
         if self.chunk_terms:
-            parts.append(self._chunk_loss(model, batch, logs, health)(batch, reps))
-        as_recorded(backward)(torch.stack(parts).sum())
-        health.speak(batch.row_ids.device)
+            parts.append(self._chunk_loss(model, batch, scoring, references, logs, finite)(whole, reps))
+        backward_outside_autocast(backward)(torch.stack(parts).sum())
+        finite.raise_if_any(batch.row_ids.device)
         return self._total(logs)
 
     def grad_cache(
         self,
         model: ULLME,
         batch: Batch,
-        slices: list[slice],
+        chunks: list[slice],
         backward: Backward = Tensor.backward,
         no_sync: Callable[[], AbstractContextManager] = nullcontext,
-        pieces: list[Tensor] | None = None,
-        held: int = 0,
+        microbatches: list[Tensor] | None = None,
+        num_retained: int = 0,
     ) -> Logs:
-        """As :meth:`full_batch`, in the memory of one chunk; ``slices``, ``pieces`` and ``held``: see
+        """As :meth:`full_batch`, in the memory of one chunk; ``chunks``, ``microbatches`` and ``num_retained``: see
         :meth:`ullme.engine.gradcache.GradCache.step`."""
         logs: Logs = {}
-        health = Health()
+        finite = FiniteChecks()
+        scoring = self.scoring(batch)
+        references = self._references(model, batch, scoring, chunks)
+        chunk_loss = loss = None
+        if self.chunk_terms:
+            chunk_loss = self._chunk_loss(model, batch, scoring, references, logs, finite)
+        if self.representation_terms:
+            loss = self._representation_loss(batch, references, logs, finite)
         engine = GradCache(
             embed=embedder(model) if self.uses_reps else None,
-            loss=self._representation_loss(batch, logs, health) if self.representation_terms else None,
-            chunk_loss=self._chunk_loss(model, batch, logs, health) if self.chunk_terms else None,
+            loss=loss,
+            chunk_loss=chunk_loss,
             backward=backward,
             no_sync=no_sync,
         )
-        pieces = [slice_rows(batch, part) for part in slices] if pieces is None else pieces
-        idle, idle_pieces = (most(len(x), batch.row_ids.device) - len(x) for x in (slices, pieces))
-        engine.step(batch, slices, pieces, held, idle=idle, idle_pieces=idle_pieces)
-        health.speak(batch.row_ids.device)
+        microbatches = [chunk_rows(batch, chunk) for chunk in chunks] if microbatches is None else microbatches
+        dummy_chunks, dummy_microbatches = (
+            all_reduce_max(len(parts), batch.row_ids.device) - len(parts) for parts in (chunks, microbatches)
+        )
+        engine.step(batch, chunks, microbatches, num_retained, dummy_chunks, dummy_microbatches)
+        finite.raise_if_any(batch.row_ids.device)
         return self._total(logs)
 
     def _total(self, logs: Logs) -> Logs:
         loss = torch.stack([term.weight * logs[term.name].double() for term in self.terms]).sum()
-        weights = {f"weight/{term.name}": torch.tensor(term.weight) for term in self.terms}
+        weights = {f"weight/{term.name}": torch.tensor(term.weight, device=loss.device) for term in self.terms}
         return {"loss": loss, **logs, **weights}
 
-    def _representation_loss(self, batch: Batch, logs: Logs, health: Health) -> Callable[[Representations], Tensor]:
+    def _representation_loss(
+        self, batch: Batch, references: References, logs: Logs, finite: FiniteChecks
+    ) -> Callable[[Representations], Tensor]:
         def total(reps: Representations) -> Tensor:
             values = []
-            reps = replace(reps, isolated=batch.isolated)
+            reps = replace(reps, isolated=batch.isolated, labelled=batch.labelled)
             for term in self.representation_terms:
-                value = term(reps)
-                health.check(term.name, value, batch, reps)
+                direction = term.teacher_direction
+                teacher = None if direction is None else _per_token(batch, references, direction)
+                seen = replace(reps, teacher=teacher)
+                value = term(seen)
+                finite.check(term.name, value, batch, reps)
                 logs[term.name] = value.detach()
+                for name, metric in term.metrics(seen).items():
+                    logs[name] = metric.detach()
                 values.append(term.weight * value)
             return torch.stack(values).sum()
 
         return total
 
-    def _chunk_loss(self, model: ULLME, batch: Batch, logs: Logs, health: Health) -> Callable[..., Tensor]:
-        """Chunk, representations and 0.0 if it shall not count -> its part of the mean over the global batch."""
+    def _chunk_loss(
+        self, model: ULLME, batch: Batch, scoring: Scoring, references: References, logs: Logs, finite: FiniteChecks
+    ) -> Callable[..., Tensor]:
+        """(chunk, representations, scale) -> the chunk's part of the mean over the global batch, times ``scale``."""
         sizes = gather_sizes(len(batch), batch.row_ids.device)
         weight = global_mean_weight(sizes) / len(batch)
-        statistics = self._statistics(model, batch)
+        statistics = self._statistics(model, batch, scoring, references)
 
-        def total(part: Batch, reps: Representations | None, share: float = 1.0) -> Tensor:
-            scale = weight * share
-            chunk = self._chunk(model, part, reps, statistics)
+        def total(chunk: slice, reps: Representations | None, scale: float = 1.0) -> Tensor:
+            part, scale = batch[chunk], weight * scale
+            policy = {kind: self._policy(model, part, kind, scored[chunk]) for kind, scored in scoring.items()}
+            masked = _masked_logps(model, part, self.masking) if self.masking is not None else None
+            reference = {kind: logps[chunk] for kind, logps in references.items()}
             values, seen = [], set()
             for term in self.chunk_terms:
-                value = term(chunk)
-                health.check(term.name, value, part)
+                seen_by_term = _chunk(part, term.direction, reps, policy, reference, statistics, masked)
+                value = term(seen_by_term)
+                finite.check(term.name, value, part)
                 _add(logs, term.name, value, scale)
-                for name, metric in ({} if health.problems else term.metrics(chunk)).items():
-                    _add(logs, f"{term.name}/{name}" if name in seen else name, metric, scale)
+                for name, metric in term.metrics(seen_by_term).items():
+                    name = f"{term.name}/{name}" if name in seen else name  # noqa: PLW2901
+                    _add(logs, name, metric, scale)
                     seen.add(name)
                 values.append(term.weight * value)
             return torch.stack(values).sum() * scale
 
         return total
 
-    def _chunk(self, model: ULLME, part: Batch, reps: Representations | None, statistics: dict[str, Tensor]) -> Chunk:
-        masks = [term.candidates(part) for term in self.chunk_terms]
-        wanted = torch.stack([w for w, _ in masks]).any(0)
-        learned = torch.stack([g for _, g in masks]).any(0)
-        logps, lengths = self._policy(model, part, wanted, learned)
-        reference = None
-        if self.uses_reference:
-            needed = [w for term, (w, _) in zip(self.chunk_terms, masks, strict=True) if term.uses_reference]
-            reference = self.reference.logps(model, part, torch.stack(needed).any(0), self.share_prompts)
-        masked = _masked_logps(model, part, self.masking) if self.masking is not None else None
-        return Chunk(reps, logps, reference, lengths, part.row_ids, part.passage_keys, statistics, masked)
-
-    def _policy(self, model: ULLME, part: Batch, wanted: Tensor, learned: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, C) log-likelihoods and token counts. Only candidates that some term learns from go through backward."""
-        logps = torch.zeros(wanted.shape, device=wanted.device)
-        lengths = torch.ones(wanted.shape, dtype=torch.long, device=wanted.device)
-        for mask, grad in ((learned, True), (wanted & ~learned, False)):
+    def _policy(self, model: ULLME, part: Batch, kind: LikelihoodKind, scored: Scored) -> Tensor:
+        """(b, C) log-likelihoods. Only candidates that some term learns from go through backward."""
+        logps = torch.zeros(scored.learned.shape, device=scored.learned.device)
+        if kind not in self.policy_likelihoods:
+            return logps
+        for mask, grad in ((scored.learned, True), (scored.looked_at, False)):
             if any_rank(bool(mask.any()), mask.device):
                 with torch.set_grad_enabled(grad):
-                    scored, counts = score(model, part, at_least_one(mask), self.share_prompts)
-                logps = torch.where(mask, scored, logps.to(scored.dtype))
-                lengths = torch.where(mask, counts, lengths)
-        return logps, lengths
+                    found, _ = score(model, part, at_least_one(mask), self.share_prompts, kind)
+                logps = torch.where(mask, found, logps.to(found.dtype))
+        return logps
+
+    def _references(self, model: ULLME, batch: Batch, scoring: Scoring, chunks: Sequence[slice]) -> References:
+        """Kind of likelihood -> (B, C) under π_ref, zero where no term asks for it: one pass over the batch."""
+        return {
+            kind: self.reference.logps(model, batch, scoring[kind].reference, self.share_prompts, kind, chunks)
+            for kind in self.reference_likelihoods
+        }
 
     @torch.no_grad()
-    def _statistics(self, model: ULLME, batch: Batch) -> dict[str, Tensor]:
+    def _statistics(self, model: ULLME, batch: Batch, scoring: Scoring, references: References) -> dict[str, Tensor]:
         """Means over the global batch that a term must know before its gradient."""
+        terms = [term for term in self.chunk_terms if term.statistic_candidates(batch[:1]) is not None]
+        if not terms:
+            return {}
+        chunks = [slice(n, min(n + STATISTIC_QUERIES, len(batch))) for n in range(0, len(batch), STATISTIC_QUERIES)]
         found = {}
-        for term in self.chunk_terms:
-            values = []
-            rounds = most(-(-len(batch) // STATISTIC_QUERIES), batch.row_ids.device)
-            for start in range(0, rounds * STATISTIC_QUERIES, STATISTIC_QUERIES):
-                part = batch[start : start + STATISTIC_QUERIES] if start < len(batch) else batch[:1]
-                mask = term.statistic_candidates(part)
-                if mask is None:
-                    break
-                logps, lengths = score(model, part, mask, self.share_prompts)
-                reference = self.reference.logps(model, part, mask, self.share_prompts) if term.uses_reference else None
-                chunk = Chunk(None, logps, reference, lengths, part.row_ids, part.passage_keys, {})
-                values.append(term.statistic(chunk) if start < len(batch) else logps.new_zeros(0))
-            if values:
-                found[term.name] = mean_over_ranks(torch.cat(values))
-        torch.clear_autocast_cache()
+        for term in terms:
+            policy = {
+                kind: score_by_chunk(model, batch, scoring[kind].statistic, self.share_prompts, kind, chunks)
+                for kind in PARTS[term.direction]
+            }
+            values = term.statistic(_chunk(batch, term.direction, None, policy, references, {}, None))
+            found[term.name] = mean_over_ranks(values)
         return found
 
 
-def embedder(model: ULLME) -> Callable[[TokenRows], Tensor]:
-    """R token rows -> (R, D)."""
-    return lambda rows: model(rows.input_ids, rows.attention_mask, pool_mask=rows.pool_mask)["rep"]
+def _chunk(
+    part: Batch,
+    direction: Direction,
+    reps: Representations | None,
+    policy: dict[LikelihoodKind, Tensor],
+    references: References,
+    statistics: dict[str, Tensor],
+    masked: Tensor | None,
+) -> Chunk:
+    """What a term sees of some queries: the likelihoods of its direction."""
+    shape = part.passage_keys.shape
+    kinds = PARTS[direction]
+    known = [kind for kind in kinds if kind in policy]
+    logps = _combine(direction, policy) if known else torch.zeros(shape, device=part.row_ids.device)
+    lengths = part.generation_rows(known[0]).lengths(shape) if known else torch.ones_like(part.passage_keys)
+    return Chunk(
+        reps,
+        logps,
+        _combine(direction, references) if all(kind in references for kind in kinds) else None,
+        lengths,
+        part.row_ids,
+        part.passage_keys,
+        statistics,
+        masked,
+        part.labelled,
+    )
+
+
+def _combine(direction: Direction, logps: Mapping[LikelihoodKind, Tensor]) -> Tensor:
+    """(b, C) log-likelihoods of a direction, from those that it is a sum of."""
+    return torch.stack([sign * logps[kind] for kind, sign in PARTS[direction].items()]).sum(0)
+
+
+def _per_token(batch: Batch, references: References, direction: Direction) -> Tensor:
+    """(B, C) log-likelihoods under π_ref in nats a token."""
+    kind = next(iter(PARTS[direction]))
+    return _combine(direction, references) / batch.generation_rows(kind).lengths(batch.passage_keys.shape)
 
 
 def _masked_logps(model: ULLME, batch: Batch, masking: MNTP) -> Tensor:
@@ -213,49 +310,6 @@ def _masked_logps(model: ULLME, batch: Batch, masking: MNTP) -> Tensor:
     rows, masked = masking.mask(batch.queries, model.tokenizer)
     found = model(rows.input_ids, rows.attention_mask, masked=masked)
     return found.logps / found.lengths.clamp(min=1)
-
-
-def at_least_one(mask: Tensor) -> Tensor:
-    """``mask``, or with its first place where it is empty: for a forward that only other ranks need."""
-    if mask.any():
-        return mask
-    mask = mask.clone()
-    mask[0, 0] = True
-    return mask
-
-
-def score(model: ULLME, batch: Batch, mask: Tensor, share_prompts: bool) -> tuple[Tensor, Tensor]:
-    """Log-likelihoods of some candidates.
-
-    Args:
-        mask: (b, C) bool, which ones.
-
-    Returns:
-        (b, C) log π(p|q) in nats, zero elsewhere, and (b, C) token counts, one elsewhere.
-
-    Raises:
-        ValueError: the batch carries no generation rows.
-    """
-    if batch.generation is None:
-        raise ValueError(
-            "the loss has generation terms, but the batches carry no generation rows; "
-            "make the loader with train_dataloader_for(..., generation=True)"
-        )
-    prompts, targets = batch.generation.prompts, batch.generation.targets
-    places = mask.flatten().nonzero()[:, 0]
-    owners = places // mask.shape[1]
-    used, owner = owners.unique(return_inverse=True)
-    found = model(
-        prompts.input_ids[used],
-        prompts.attention_mask[used],
-        is_generate=True,
-        targets=TokenRows(targets.input_ids[places], targets.attention_mask[places]),
-        owner=owner,
-        share_prompts=share_prompts,
-    )
-    flat = found.logps.new_zeros(mask.numel()).index_put((places,), found.logps)
-    lengths = torch.ones(mask.numel(), dtype=torch.long, device=mask.device).index_put((places,), found.lengths)
-    return flat.view(mask.shape), lengths.view(mask.shape)
 
 
 def _add(logs: Logs, name: str, value: Tensor, scale: float) -> None:

@@ -1,51 +1,114 @@
-"""log π_ref: the likelihoods under the pre-trained LLM that preference losses compare with."""
+"""log π_ref: likelihoods under the pre-trained LLM, which preference losses compare with and a KL may learn from."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sqlite3
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ullme.batch import Batch, LikelihoodKind, likelihood_keys
 from ullme.distributed import any_rank, world
+from ullme.engine.scoring import score_by_chunk
 
 if TYPE_CHECKING:
-    from ullme.batch import Batch
     from ullme.models.ullme import ULLME
+    from ullme.prompts import Prompts
+
+ReferenceChoice = Literal["adapters_off", "frozen_copy", "cached"]
+
+# SQLite takes no more than 32,766 values in one statement.
+_MOST_KEYS = 32_000
+
+
+def make_reference(choice: ReferenceChoice, folder: str | None) -> Reference:
+    """The reference that a config names. Raises: ValueError: ``cached`` without a folder."""
+    if choice == "cached":
+        if folder is None:
+            raise ValueError("loss.reference=cached needs loss.cache_reference, the folder that holds the likelihoods")
+        return Cached(folder, None)
+    source = FrozenCopy() if choice == "frozen_copy" else AdaptersOff()
+    return source if folder is None else Cached(folder, source)
 
 
 class Reference(ABC):
-    """Where log π_ref(p|q) comes from."""
+    """Where log-likelihoods under π_ref come from."""
 
     @abstractmethod
-    def prepare(self, model: ULLME, precision: str) -> None:
-        """Before training. Raises: ValueError: this reference cannot be had for this model."""
+    def prepare(
+        self, model: ULLME, precision: str, likelihoods: Sequence[LikelihoodKind] = ("passage_given_query",)
+    ) -> None:
+        """Before training.
+
+        Args:
+            model: the policy.
+            precision: what forwards run under.
+            likelihoods: the kinds that will be asked for.
+
+        Raises:
+            ValueError: this reference cannot be had for this model.
+        """
 
     @abstractmethod
-    def logps(self, model: ULLME, batch: Batch, mask: Tensor, share_prompts: bool) -> Tensor:
-        """(b, C) log-likelihoods in nats where ``mask`` (b, C) is True, zero elsewhere; without gradient."""
+    def logps(
+        self,
+        model: ULLME,
+        batch: Batch,
+        mask: Tensor,
+        share_prompts: bool,
+        kind: LikelihoodKind = "passage_given_query",
+        chunks: Sequence[slice] | None = None,
+    ) -> Tensor:
+        """Log-likelihoods without gradient.
+
+        Args:
+            model: the policy.
+            batch: B queries with their C candidates.
+            mask: (B, C) bool, the candidates that are asked for.
+            share_prompts: as for :func:`ullme.engine.scoring.score`.
+            kind: log π(p|q), log π(q|p) or log π(p).
+            chunks: queries whose likelihoods are computed together; None: all.
+
+        Returns:
+            (B, C) in nats where ``mask`` is True, zero elsewhere.
+        """
 
 
 class AdaptersOff(Reference):
     """The same weights with the adapters switched off: no second copy."""
 
-    def prepare(self, model: ULLME, precision: str) -> None:
+    def prepare(
+        self, model: ULLME, precision: str, likelihoods: Sequence[LikelihoodKind] = ("passage_given_query",)
+    ) -> None:
         if model.options.lora_name is None:
             raise ValueError(
                 "loss.reference=adapters_off, but lora_name=null trains the LLM itself, so the reference would move "
                 "with it; set loss.reference to frozen_copy (a second LLM in memory) or to cached"
             )
 
-    @torch.no_grad()
-    def logps(self, model: ULLME, batch: Batch, mask: Tensor, share_prompts: bool) -> Tensor:
-        with model.adapters_off():
-            return _score_in_eval_mode(model, batch, mask, share_prompts)
+    def logps(
+        self,
+        model: ULLME,
+        batch: Batch,
+        mask: Tensor,
+        share_prompts: bool,
+        kind: LikelihoodKind = "passage_given_query",
+        chunks: Sequence[slice] | None = None,
+    ) -> Tensor:
+        training = model.training
+        model.eval()  # the reference has no dropout, whatever mode the policy is in
+        try:
+            with model.adapters_off():
+                return score_by_chunk(model, batch, mask, share_prompts, kind, chunks or [slice(0, len(batch))])
+        finally:
+            model.train(training)
 
 
 class FrozenCopy(Reference):
@@ -54,7 +117,9 @@ class FrozenCopy(Reference):
     def __init__(self) -> None:
         self.copy: ULLME | None = None
 
-    def prepare(self, model: ULLME, precision: str) -> None:
+    def prepare(
+        self, model: ULLME, precision: str, likelihoods: Sequence[LikelihoodKind] = ("passage_given_query",)
+    ) -> None:
         from ullme.engine.fsdp import split_alike
         from ullme.models.ullme import ULLME
 
@@ -65,18 +130,24 @@ class FrozenCopy(Reference):
             copy = ULLME(**options, prompts=model.prompts).requires_grad_(False).eval().to(model.device)
             self.copy = split_alike(model, copy)
 
-    @torch.no_grad()
-    def logps(self, model: ULLME, batch: Batch, mask: Tensor, share_prompts: bool) -> Tensor:
-        from ullme.engine.objective import score
-
+    def logps(
+        self,
+        model: ULLME,
+        batch: Batch,
+        mask: Tensor,
+        share_prompts: bool,
+        kind: LikelihoodKind = "passage_given_query",
+        chunks: Sequence[slice] | None = None,
+    ) -> Tensor:
         assert self.copy is not None
-        return score(self.copy, batch, mask, share_prompts)[0]
+        return score_by_chunk(self.copy, batch, mask, share_prompts, kind, chunks or [slice(0, len(batch))])
 
 
 class Cached(Reference):
     """Likelihoods kept on disk, so that later epochs, seeds and methods on the same data do not compute them again.
 
-    Every rank writes a file of its own and reads all; a passage is found by its and its prompt's token ids.
+    Every rank writes a file of its own and reads all; a likelihood is found by a hash of its prompt's and its target's
+    token ids, a batch's with one look-up.
 
     Args:
         folder: where they are kept.
@@ -88,15 +159,17 @@ class Cached(Reference):
         self.files: list[sqlite3.Connection] = []
         self.hits = self.misses = 0
 
-    def prepare(self, model: ULLME, precision: str) -> None:
-        """Raises: ValueError: the folder belongs to another backbone, prompt or precision, or is damaged."""
+    def prepare(
+        self, model: ULLME, precision: str, likelihoods: Sequence[LikelihoodKind] = ("passage_given_query",)
+    ) -> None:
+        """Raises: ValueError: the folder belongs to another backbone, direction, prompt or precision, or is damaged."""
         if self.source is not None:
-            self.source.prepare(model, precision)
+            self.source.prepare(model, precision, likelihoods)
         identity = {
             "version": 1,
             "backbone": model.fingerprint,
-            "generation": model.prompts.generation,
-            "instruction": model.prompts.instruction,
+            "likelihoods": sorted(likelihoods),
+            **_templates(model.prompts, likelihoods),
             "precision": precision,
         }
         note = self.folder / "reference.json"
@@ -118,7 +191,13 @@ class Cached(Reference):
             found = json.loads(note.read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"loss.cache_reference: {note} cannot be read ({error}); delete the folder") from error
-        different = [key for key in identity if found.get(key) != identity[key]]
+        held = found.get("likelihoods", ["passage_given_query"])  # version 0.1 knew no other
+        if missing := sorted(set(identity["likelihoods"]) - set(held)):
+            raise ValueError(
+                f"loss.cache_reference={str(self.folder)!r} was made with another direction: it holds likelihoods of "
+                f"{' and '.join(held)}, and this loss needs those of {' and '.join(missing)}; name another folder"
+            )
+        different = [key for key in identity if key != "likelihoods" and found.get(key) != identity[key]]
         if different:
             raise ValueError(
                 f"loss.cache_reference={str(self.folder)!r} was made with another {' and '.join(different)}; "
@@ -139,12 +218,18 @@ class Cached(Reference):
             raise ValueError(f"loss.cache_reference: {own} cannot be used ({error}); delete the folder") from error
 
     @torch.no_grad()
-    def logps(self, model: ULLME, batch: Batch, mask: Tensor, share_prompts: bool) -> Tensor:
-        from ullme.engine.objective import at_least_one
-
-        keys = _keys(batch, mask)
-        known = self._lookup(keys)
+    def logps(
+        self,
+        model: ULLME,
+        batch: Batch,
+        mask: Tensor,
+        share_prompts: bool,
+        kind: LikelihoodKind = "passage_given_query",
+        chunks: Sequence[slice] | None = None,
+    ) -> Tensor:
         places = mask.flatten().nonzero()[:, 0].tolist()
+        keys = [row.tobytes() for row in _keys(batch, kind)[places]]
+        known = self._lookup(keys)
         missing = [place for place, key in zip(places, keys, strict=True) if key not in known]
         self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
         if missing and self.source is None:
@@ -156,8 +241,7 @@ class Cached(Reference):
         if self.source is not None and any_rank(bool(missing), mask.device):
             todo = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
             todo[missing] = True
-            wanted = at_least_one(todo.view(mask.shape))
-            new = self.source.logps(model, batch, wanted, share_prompts).flatten().tolist()
+            new = self.source.logps(model, batch, todo.view(mask.shape), share_prompts, kind, chunks).flatten().tolist()
             by_place = dict(zip(places, keys, strict=True))
             fresh = {by_place[place]: new[place] for place in missing}
             self.files[0].execute("BEGIN")  # one transaction: a commit waits for the disk
@@ -170,8 +254,8 @@ class Cached(Reference):
 
     def _lookup(self, keys: list[bytes]) -> dict[bytes, float]:
         known: dict[bytes, float] = {}
-        for start in range(0, len(keys), 500):
-            part = keys[start : start + 500]
+        for start in range(0, len(keys), _MOST_KEYS):
+            part = keys[start : start + _MOST_KEYS]
             query = f"SELECT key, logp FROM logps WHERE key IN ({','.join('?' * len(part))})"
             for file in self.files:
                 try:
@@ -183,30 +267,22 @@ class Cached(Reference):
         return known
 
 
-def _score_in_eval_mode(model: ULLME, batch: Batch, mask: Tensor, share_prompts: bool) -> Tensor:
-    """The reference has no dropout, whatever mode the policy is in."""
-    from ullme.engine.objective import score
-
-    training = model.training
-    model.eval()
-    try:
-        return score(model, batch, mask, share_prompts)[0]
-    finally:
-        model.train(training)
+def _templates(prompts: Prompts, likelihoods: Sequence[LikelihoodKind]) -> dict[str, str]:
+    """The parts of the prompt contract that the likelihoods depend on."""
+    used = {"query_generation" if kind == "query_given_passage" else "generation" for kind in likelihoods}
+    found: dict[str, str] = {name: getattr(prompts, name) for name in sorted(used)}
+    if any("{instruction}" in template for template in found.values()) or "generation" in found:
+        found["instruction"] = prompts.instruction
+    return found
 
 
-def _keys(batch: Batch, mask: Tensor) -> list[bytes]:
-    """A hash of the token ids of prompt and passage, for every True in ``mask``."""
-    assert batch.generation is not None
-    prompts, targets = batch.generation.prompts, batch.generation.targets
-    heads = [
-        row[m].numpy().tobytes()
-        for row, m in zip(prompts.input_ids.cpu(), prompts.attention_mask.bool().cpu(), strict=True)
-    ]
-    ids, real, c = targets.input_ids.cpu(), targets.attention_mask.bool().cpu(), mask.shape[1]
-    keys = []
-    for place in mask.flatten().nonzero()[:, 0].tolist():
-        digest = hashlib.blake2b(heads[place // c], digest_size=16)
-        digest.update(b"|" + ids[place][real[place]].numpy().tobytes())
-        keys.append(digest.digest())
-    return keys
+def _keys(batch: Batch, kind: LikelihoodKind) -> np.ndarray:
+    """(B * C, 2) hashes of every candidate's prompt and target ids; a collator has computed them in its worker."""
+    rows = batch.generation_rows(kind)
+    if rows.keys is not None:
+        return rows.keys.numpy()
+    prompts, targets = (
+        [row[real].tolist() for row, real in zip(part.input_ids.cpu(), part.attention_mask.bool().cpu(), strict=True)]
+        for part in (rows.prompts, rows.targets)
+    )
+    return likelihood_keys(prompts, targets, batch.passage_keys.numel())

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ullme.batch import Batch, Representations
+from ullme.batch import Batch, Direction, Representations
+
+# The directions in which one text is generated after another.
+TextDirection = Literal["passage_given_query", "query_given_passage"]
 
 
 class Term(nn.Module):
@@ -21,6 +25,7 @@ class Term(nn.Module):
     """
 
     name = "term"
+    needs_positive = True  # whether each query's first candidate must be known to be a positive
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
@@ -30,26 +35,39 @@ class Term(nn.Module):
 
 
 class RepresentationLoss(Term):
-    """A term that sees the representations of the whole batch and gathers those of the other ranks itself."""
+    """A term that sees the representations of the whole batch and gathers those of the other ranks itself.
+
+    A term that sets ``teacher_direction`` is given ``reps.teacher``: how well the pre-trained LLM (the objective's
+    reference) finds that each candidate fits its query, in nats a token.
+    """
+
+    teacher_direction: Direction | None = None
 
     def forward(self, reps: Representations) -> Tensor:
         """The unweighted term: a scalar, the mean over this rank's queries (see :mod:`ullme.distributed`)."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(reps)")
 
+    def metrics(self, reps: Representations) -> dict[str, Tensor]:
+        """Name -> scalar worth logging besides the loss, without gradient; the mean over ranks is what is logged."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a chunk term may look at: b queries with their C candidates, the positive first.
+    """What a chunk term may look at: b queries with their C candidates, the positive first where it is known.
+
+    A term's likelihoods are those of its ``direction``: log π(p|q), log π(q|p), or log π(p|q) − log π(p).
 
     Args:
         reps: representations, queries (b, D) and passages (b, C, D), or None if no term uses them.
-        policy_logps: (b, C) log π(p|q), in nats; zero where no term asked for it.
-        reference_logps: (b, C) log π_ref(p|q), without gradient, or None if no term uses it.
-        lengths: (b, C) tokens of each passage; one where no term asked for it.
+        policy_logps: (b, C) log-likelihoods, in nats; zero where no term asked for one.
+        reference_logps: (b, C) the same under π_ref, without gradient, or None if no term uses it.
+        lengths: (b, C) tokens that are scored: of each passage, or of the query for log π(q|p).
         row_ids: (b,), as in :class:`~ullme.batch.Batch`.
         passage_keys: (b, C), likewise.
         statistics: term name -> the mean over the global batch of what the term's ``statistic`` returned.
         masked_logps: (b,) mean log-probability of each query's masked tokens, in nats, or None if no term masks any.
+        labelled: whether the first candidate is known to be a positive.
     """
 
     reps: Representations | None
@@ -60,27 +78,35 @@ class Chunk:
     passage_keys: Tensor
     statistics: dict[str, Tensor]
     masked_logps: Tensor | None = None
+    labelled: bool = True
 
     def __len__(self) -> int:
         return len(self.row_ids)
 
     @property
     def reference(self) -> Tensor:
-        """(b, C) log π_ref(p|q); for terms that declare ``uses_reference``."""
+        """(b, C) log-likelihoods under π_ref; for terms that declare ``uses_reference``."""
         assert self.reference_logps is not None
         return self.reference_logps
 
 
 class ChunkLoss(Term):
-    """A term that is a mean over queries of something that each query has by itself, so it can be chunked exactly."""
+    """A term that is a mean over queries of something that each query has by itself, so it can be chunked exactly.
+
+    What it looks at, class by class or set in ``__init__``: representations (``uses_reps``); likelihoods
+    (``uses_generation``) of its ``direction`` under the policy (``uses_policy``) and under the pre-trained LLM
+    (``uses_reference``).
+    """
 
     uses_reps = False
     uses_reference = False
+    uses_policy = True
     uses_generation = True
     needs_negatives = True
+    direction: Direction = "passage_given_query"
 
     def candidates(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Which candidates' likelihoods the term looks at, and which of these it needs gradients of.
+        """Which candidates' likelihoods the term looks at, and which of the policy's it needs gradients of.
 
         Returns:
             Two (b, C) bool masks, the second within the first: all, or none for a term without generation.
@@ -103,6 +129,14 @@ class ChunkLoss(Term):
     def metrics(self, chunk: Chunk) -> dict[str, Tensor]:
         """Name -> (b,) worth logging besides the loss, without gradient."""
         return {}
+
+
+def check_text_direction(term: Term, direction: str) -> None:
+    """Raises: ValueError: no direction in which a text is generated."""
+    if direction not in get_args(TextDirection):
+        raise ValueError(
+            f"{type(term).__name__}.direction={direction!r}: choose {' or '.join(get_args(TextDirection))}"
+        )
 
 
 def only_candidates(batch: Batch, count: int) -> Tensor:

@@ -36,6 +36,7 @@ class MNTP(ChunkLoss):
     name = "mntp"
     uses_generation = False
     needs_negatives = False
+    needs_positive = False
 
     def __init__(
         self, share: float = 0.2, mask_token: str = "_", replacement: Replacement = "bert", weight: float = 1.0

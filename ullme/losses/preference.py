@@ -1,5 +1,10 @@
 """Preference losses: the positive passage is the chosen answer to its query, the hard negatives are rejected ones.
 
+In the direction ``query_given_passage`` the same text, the query, is scored after different passages: DPO becomes
+−log σ(β [log π/π_ref (q|p⁺) − log π/π_ref (q|p⁻)]), and the others change alike. Since chosen and rejected are the same
+text, its length and its own probability cancel in every difference: by Bayes' rule log π(q|p) = log π(p|q) + log π(q) −
+log π(p), so what is left is the difference of the pointwise mutual informations of q with p⁺ and with p⁻.
+
 Pure functions take chosen (b,) and rejected (b, K) log-likelihoods and return (b,), the mean over the K rejected ones.
 """
 
@@ -12,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 from ullme.batch import Batch
-from ullme.losses.base import Chunk, ChunkLoss, only_candidates
+from ullme.losses.base import Chunk, ChunkLoss, TextDirection, check_text_direction, only_candidates
 from ullme.losses.sft import sft_loss
 
 Negatives = Literal["all", "first", "random"]
@@ -85,11 +90,13 @@ class PreferenceLoss(ChunkLoss):
     Args:
         beta: β.
         negatives: against all hard negatives; the first; or one at random, the same for a row and its candidates.
-        length_normalized: divide every log-likelihood by its passage's tokens first.
+        length_normalized: divide every log-likelihood by the tokens that it is the sum over first.
         weight: λ.
+        direction: ``passage_given_query`` prefers the positive passage after the query, as the paper does;
+            ``query_given_passage`` prefers the query after the positive passage to the query after negatives.
 
     Raises:
-        ValueError: β that is not positive, or an unknown choice of negatives.
+        ValueError: β that is not positive, or an unknown choice of negatives or direction.
     """
 
     uses_reference = True
@@ -100,8 +107,11 @@ class PreferenceLoss(ChunkLoss):
         negatives: Negatives = "all",
         length_normalized: bool = False,
         weight: float = 1.0,
+        direction: TextDirection = "passage_given_query",
     ) -> None:
         super().__init__(weight)
+        check_text_direction(self, direction)
+        self.direction = direction
         if not beta > 0:
             raise ValueError(f"{type(self).__name__}.beta={beta}: must be above 0")
         if negatives not in get_args(Negatives):
@@ -142,7 +152,11 @@ class PreferenceLoss(ChunkLoss):
 
 
 class DPO(PreferenceLoss):
-    """:func:`dpo_loss`; the paper's L_DPO with β 0.1 and the reference model π_ref of the pre-trained LLM."""
+    """:func:`dpo_loss`; the paper's L_DPO with β 0.1 and the reference model π_ref of the pre-trained LLM.
+
+    In the direction ``query_given_passage``: −log σ(β [log π/π_ref (q|p⁺) − log π/π_ref (q|p⁻)]), the same text q after
+    different passages.
+    """
 
     name = "dpo"
 
@@ -191,8 +205,9 @@ class KTO(PreferenceLoss):
         weight: float = 1.0,
         desirable_weight: float = 1.0,
         undesirable_weight: float = 1.0,
+        direction: TextDirection = "passage_given_query",
     ) -> None:
-        super().__init__(beta, negatives, length_normalized, weight)
+        super().__init__(beta, negatives, length_normalized, weight, direction)
         self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
 
     def statistic_candidates(self, batch: Batch) -> Tensor:
@@ -225,8 +240,9 @@ class CPO(PreferenceLoss):
         length_normalized: bool = False,
         weight: float = 1.0,
         nll_weight: float = 1.0,
+        direction: TextDirection = "passage_given_query",
     ) -> None:
-        super().__init__(beta, negatives, length_normalized, weight)
+        super().__init__(beta, negatives, length_normalized, weight, direction)
         self.nll_weight = nll_weight
 
     def forward(self, chunk: Chunk) -> Tensor:
@@ -245,9 +261,14 @@ class SimPO(PreferenceLoss):
     uses_reference = False
 
     def __init__(
-        self, beta: float = 2.0, negatives: Negatives = "all", gamma: float = 1.0, weight: float = 1.0
+        self,
+        beta: float = 2.0,
+        negatives: Negatives = "all",
+        gamma: float = 1.0,
+        weight: float = 1.0,
+        direction: TextDirection = "passage_given_query",
     ) -> None:
-        super().__init__(beta, negatives, True, weight)
+        super().__init__(beta, negatives, True, weight, direction)
         self.gamma = gamma
 
     def forward(self, chunk: Chunk) -> Tensor:

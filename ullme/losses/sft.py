@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from ullme.batch import Batch
-from ullme.losses.base import Chunk, ChunkLoss, only_candidates
+from ullme.losses.base import Chunk, ChunkLoss, TextDirection, check_text_direction, only_candidates
 
 
 def sft_loss(chosen_logps: Tensor, lengths: Tensor) -> Tensor:
-    """−(1/t) log π(p⁺|q), in nats a token.
+    """−(1/t) log π(p⁺|q), in nats a token; or −(1/t) log π(q|p⁺).
 
     Args:
-        chosen_logps: (b,) log-likelihood of each positive.
-        lengths: (b,) its tokens t.
+        chosen_logps: (b,) log-likelihood of each positive (or of each query after its positive).
+        lengths: (b,) the tokens t that are scored.
 
     Returns:
         (b,).
@@ -22,14 +22,24 @@ def sft_loss(chosen_logps: Tensor, lengths: Tensor) -> Tensor:
 
 
 class SFT(ChunkLoss):
-    """Language modelling of the positive after its query.
+    """Language modelling of the positive after its query, or of the query after its positive.
 
     Args:
         weight: λ_SFT.
+        direction: ``passage_given_query``, the paper's −(1/t) log π(p⁺|q), or ``query_given_passage``,
+            −(1/t) log π(q|p⁺), which trains a generator of queries.
+
+    Raises:
+        ValueError: an unknown direction.
     """
 
     name = "sft"
     needs_negatives = False
+
+    def __init__(self, weight: float = 1.0, direction: TextDirection = "passage_given_query") -> None:
+        super().__init__(weight)
+        check_text_direction(self, direction)
+        self.direction = direction
 
     def candidates(self, batch: Batch) -> tuple[Tensor, Tensor]:
         positive = only_candidates(batch, 1)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ullme.batch import Batch, GenerationRows, TokenRows
-from ullme.distributed import alone, any_rank
-from ullme.engine.gradcache import chunk_slices, held_pieces, row_pieces
+from ullme.distributed import any_rank, no_collectives
+from ullme.engine.gradcache import chunk_slices, count_retained, microbatch_rows
 from ullme.engine.objective import Objective
 from ullme.engine.reference import Reference
 from ullme.models.attention.layers import token_table
@@ -42,23 +42,32 @@ class Chunking:
 
     Args:
         chunk_tokens: real tokens in a chunk.
-        held_tokens: tokens whose graphs may be held besides a chunk's, so that they are embedded only once.
+        retained_tokens: tokens whose graphs may be kept besides a chunk's, so that they are embedded only once.
         checkpointing: recompute the layers in backward.
     """
 
     chunk_tokens: int
-    held_tokens: int
+    retained_tokens: int
     checkpointing: bool
 
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Chunking:
+        """From a checkpoint; version 0.1 called ``retained_tokens`` ``held_tokens``."""
+        state = dict(state)
+        state["retained_tokens"] = state.pop("held_tokens", state.get("retained_tokens"))
+        return cls(**state)
 
-def choose(model: ULLME, half: bool, least: int, chunk_tokens: int | None, free: float | None = None) -> Chunking:
+
+def largest_chunk(
+    model: ULLME, half: bool, least: int, chunk_tokens: int | None, free: float | None = None
+) -> Chunking:
     """The largest chunk that fits, and whether it has to be recomputed layer by layer.
 
     Args:
         model: on the device that trains it.
         half: whether products are computed in bfloat16 by autocast.
         least: the most tokens that the smallest possible chunk may have.
-        chunk_tokens: a chunk that is settled; None asks for one.
+        chunk_tokens: a chunk that is given; None chooses one.
         free: bytes; None asks the device.
 
     Raises:
@@ -81,11 +90,11 @@ def choose(model: ULLME, half: bool, least: int, chunk_tokens: int | None, free:
                 f"({least} tokens) takes {least * each / GIB:.2f} GiB; lower "
                 "data.passage_max_length or data.num_hard_negatives, or take a device with more memory"
             )
-    held = 0 if checkpointing else int(max(0, room - each * chunk_tokens) // acts.saved)
-    return Chunking(chunk_tokens, held, checkpointing)
+    retained = 0 if checkpointing else int(max(0, room - each * chunk_tokens) // acts.saved)
+    return Chunking(chunk_tokens, retained, checkpointing)
 
 
-def try_out(
+def shrink_until_it_fits(
     model: ULLME,
     objective: Objective,
     chunking: Chunking,
@@ -94,10 +103,10 @@ def try_out(
     autocast: Callable[[], AbstractContextManager],
     queries: int = 2**31,
 ) -> Chunking:
-    """A step on random tokens, with less and less in memory as long as that does not suffice; nothing is learned.
+    """Try a step on random tokens, and with less in memory until it fits; nothing is learned.
 
-    First fewer graphs are held, then layers are recomputed if that is ``auto``, then chunks are halved. All ranks end
-    with the same choice.
+    First fewer graphs are retained, then layers are recomputed if that is ``auto``, then chunks are halved. All ranks
+    end with the same choice.
 
     Args:
         model: on the device that trains it. Its layers are recomputed from here on where that was chosen.
@@ -116,14 +125,14 @@ def try_out(
     while True:
         if chunking.checkpointing and auto:
             model.recompute_layers()
-        tokens = chunking.chunk_tokens + chunking.held_tokens
+        tokens = chunking.chunk_tokens + chunking.retained_tokens
         batch = _random_batch(model, tokens, queries, passages, passage_tokens)
         if not any_rank(_runs_out(model, terms, batch, chunking, autocast), model.device):
             return chunking
-        if chunking.held_tokens > chunking.chunk_tokens:
-            chunking = replace(chunking, held_tokens=chunking.held_tokens // 2)
-        elif chunking.held_tokens:
-            chunking = replace(chunking, held_tokens=0)
+        if chunking.retained_tokens > chunking.chunk_tokens:
+            chunking = replace(chunking, retained_tokens=chunking.retained_tokens // 2)
+        elif chunking.retained_tokens:
+            chunking = replace(chunking, retained_tokens=0)
         elif auto and not chunking.checkpointing:
             chunking = replace(chunking, checkpointing=True)
         elif len(batch) > 1:
@@ -143,11 +152,12 @@ def _runs_out(
     autocast: Callable[[], AbstractContextManager],
 ) -> bool:
     """Whether a step runs out of memory. It asks no other rank: one of them may."""
-    slices, pieces = chunk_slices(batch, None, chunking.chunk_tokens), row_pieces(batch, chunking.chunk_tokens)
-    held = held_pieces(batch, pieces, chunking.held_tokens)
+    chunks = chunk_slices(batch, None, chunking.chunk_tokens)
+    microbatches = microbatch_rows(batch, chunking.chunk_tokens)
+    retained = count_retained(batch, microbatches, chunking.retained_tokens)
     try:
-        with autocast(), alone():
-            terms.grad_cache(model, batch, slices, pieces=pieces, held=held)
+        with autocast(), no_collectives():
+            terms.grad_cache(model, batch, chunks, microbatches=microbatches, num_retained=retained)
     except torch.OutOfMemoryError:
         return True
     finally:
@@ -159,9 +169,9 @@ def _runs_out(
 
 
 class _NoReference(Reference):
-    def prepare(self, model: ULLME, precision: str) -> None: ...
+    def prepare(self, model: ULLME, precision: str, likelihoods: Any = ()) -> None: ...
 
-    def logps(self, model: ULLME, batch: Batch, mask: Tensor, share_prompts: bool) -> Tensor:
+    def logps(self, model: ULLME, batch: Batch, mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return torch.zeros(mask.shape, device=mask.device)
 
 
@@ -176,7 +186,17 @@ def _random_batch(model: ULLME, tokens: int, most: int, passages: int, passage_t
 
     keys = torch.arange(queries * passages).view(queries, passages)
     asked, answers = rows(queries), rows(queries * passages)
-    return Batch(asked, answers, keys, torch.arange(queries), GenerationRows(asked, answers)).to(model.device)
+    given_query, given_passage = GenerationRows(asked, answers), GenerationRows(answers, asked)
+    batch = Batch(
+        asked,
+        answers,
+        keys,
+        torch.arange(queries),
+        given_query,
+        query_generation=given_passage,
+        passage_generation=given_query,
+    )
+    return batch.to(model.device)
 
 
 def _bytes(acts: Activations, checkpointing: bool) -> float:

@@ -1,16 +1,18 @@
-"""What accelerators can do at most, and hold; what this machine's processor does and holds."""
+"""Peak throughput and memory of accelerators, and the free memory of this machine."""
 
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-# Makers' figures: dense bfloat16 products with float32 sums, in TFLOP/s; the first that fits a name counts.
+from ullme.utils.precision import cpu_rates
+
+# Vendors' peak for dense bfloat16 products with float32 accumulation, in TFLOP/s, by the words in a device's name; the
+# first entry that matches is used.
 _PEAK_TFLOPS: list[tuple[tuple[str, ...], float]] = [
     (("b200",), 2250),
     (("gb200",), 2500),
@@ -38,9 +40,9 @@ _PEAK_TFLOPS: list[tuple[tuple[str, ...], float]] = [
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Dense bfloat16 TFLOP/s of a device by its name, such as "NVIDIA A100-SXM4-80GB"; None if it is not known."""
+    """Peak dense bfloat16 TFLOP/s of a device by its name, such as "NVIDIA A100-SXM4-80GB"; None if unknown."""
     words = set(re.split(r"[^a-z0-9]+", device_name.lower()))
-    return next((peak for needed, peak in _PEAK_TFLOPS if words.issuperset(needed)), None)
+    return next((peak for name_words, peak in _PEAK_TFLOPS if words.issuperset(name_words)), None)
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,9 @@ class Device:
     """A device to plan for.
 
     Args:
-        name: as a reader knows it.
-        tflops: dense TFLOP/s: an accelerator's in bfloat16 as its maker says, a CPU's as measured.
-        memory_gib: what a process can have.
+        name: for display.
+        tflops: peak dense TFLOP/s, in bfloat16; of a CPU as measured, in the dtype that it computes in.
+        memory_gib: GiB that a process can use.
         kind: ``cuda`` or ``cpu``.
     """
 
@@ -75,42 +77,26 @@ DEVICES = {
 }
 
 
-def this_cpu(dtype: torch.dtype) -> Device:
-    """The processor that this process runs on, with as many threads as torch uses: the speed of its products in
-    ``dtype`` is measured, which takes a second at most, and its memory is what is free now."""
-    threads = torch.get_num_threads()
-    return Device(
-        f"this CPU, {threads} thread{'s' if threads > 1 else ''}, {str(dtype).removeprefix('torch.')}",
-        product_tflops(dtype),
-        free_memory(torch.device("cpu")) / 2**30,
-        kind="cpu",
-    )
-
-
-def product_tflops(dtype: torch.dtype) -> float:
-    """TFLOP/s of matrix products in ``dtype`` on the CPU: the fastest of a few, as others may use the machine too."""
-    size = 512
-    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    times, started = [], time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - started < 0.2:
-        begin = time.perf_counter()
-        left @ right
-        times.append(time.perf_counter() - begin)
-    return 2 * size**3 / min(times) / 1e12
+def this_cpu(bfloat16: bool) -> Device:
+    """This machine's CPU with as many cores as torch has threads: its measured speed and its free memory."""
+    threads, rates = torch.get_num_threads(), cpu_rates()
+    rate = rates.bfloat16 if bfloat16 else rates.float32
+    name = f"CPU ({rate:.3g} GFLOP/s a core in {'bfloat16' if bfloat16 else 'float32'}, {threads} threads)"
+    return Device(name, threads * rate / 1000, free_memory(torch.device("cpu")) / 2**30, "cpu")
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that a process can still take: on CUDA what nobody has, and what its own allocator holds unused."""
+    """Bytes that this process can still allocate, including what its own CUDA allocator has reserved but not used."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     import psutil
 
-    return min([psutil.virtual_memory().available, *_container_room()])
+    return min([psutil.virtual_memory().available, *_container_memory()])
 
 
-def _container_room() -> list[float]:
-    """What a container's limit leaves (cgroup version 2); nothing where there is none."""
+def _container_memory() -> list[float]:
+    """The free bytes under a container's limit (cgroup v2), as a list of one; empty without a limit."""
     try:
         limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
         return [] if limit == "max" else [float(limit) - float(used)]
@@ -119,9 +105,9 @@ def _container_room() -> list[float]:
 
 
 def number_of(devices: Any) -> int | str:
-    """How many ``trainer.devices`` names: a number, a list, or "0,2"; "auto" for all there are."""
+    """The number of devices in ``trainer.devices`` (a number, a list, or text such as "0,2"); "auto" for all."""
     if isinstance(devices, str) and "," in devices:
-        devices = [one for one in devices.split(",") if one.strip()]
+        devices = [index for index in devices.split(",") if index.strip()]
     if isinstance(devices, list):
         return len(devices)
     return "auto" if str(devices) in ("auto", "-1") else int(devices)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ullme.batch import Batch
+from ullme.batch import Batch, LikelihoodKind
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -193,28 +193,29 @@ def step_work(batch: Batch, objective: Objective, causal: bool, share_prompts: b
 
     Args:
         batch: of this rank.
-        objective: says which passes and candidates there are.
+        objective: says which candidates have which likelihoods computed (:meth:`Objective.scoring`).
         causal: the attention of embedding.
         share_prompts: a prompt really runs once for all of its targets (asked for, and the backbone is packed).
     """
-    embed = embedding_work(batch, causal) if objective.uses_reps else Work()
-    if not objective.chunk_terms:
-        return StepWork(embed)
-    masks = [term.candidates(batch) for term in objective.chunk_terms]
-    wanted, learned = (torch.stack(m).any(0) for m in zip(*masks, strict=True))
-    scored = generation_work(batch, wanted & ~learned, share_prompts)
-    reference = Work()
-    if objective.uses_reference:
-        needed = [w for term, (w, _) in zip(objective.chunk_terms, masks, strict=True) if term.uses_reference]
-        reference = generation_work(batch, torch.stack(needed).any(0), share_prompts)
-    for term in objective.chunk_terms:
-        mask = term.statistic_candidates(batch)
-        if mask is not None:
-            scored = scored + generation_work(batch, mask, share_prompts)
-    trained = generation_work(batch, learned, share_prompts)
+    total = StepWork(embedding_work(batch, causal) if objective.uses_reps else Work())
     if objective.masking is not None:
-        trained = trained + masked_work(batch, objective.masking.share, causal)
-    return StepWork(embed, trained, scored, reference)
+        total += StepWork(learned=masked_work(batch, objective.masking.share, causal))
+    for kind, scored in objective.scoring(batch).items():
+        total += StepWork(
+            learned=generation_work(batch, scored.learned, share_prompts, kind),
+            scored=generation_work(batch, scored.looked_at, share_prompts, kind)
+            + generation_work(batch, scored.statistic, share_prompts, kind),
+            reference=generation_work(batch, scored.reference, share_prompts, kind),
+        )
+    return total
+
+
+def learned_work(batch: Batch, objective: Objective, share_prompts: bool) -> Work:
+    """The likelihoods that some term learns from: what a chunk's forward with gradient goes through."""
+    work = Work()
+    for kind, scored in objective.scoring(batch).items():
+        work += generation_work(batch, scored.learned, share_prompts, kind)
+    return work
 
 
 def embedding_work(batch: Batch, causal: bool) -> Work:
@@ -229,14 +230,15 @@ def masked_work(batch: Batch, share: float, causal: bool) -> Work:
     return Work(lengths.sum(), _pairs(lengths, causal).sum(), lengths.sum() * share)
 
 
-def generation_work(batch: Batch, mask: Tensor, share_prompts: bool) -> Work:
+def generation_work(
+    batch: Batch, mask: Tensor, share_prompts: bool, kind: LikelihoodKind = "passage_given_query"
+) -> Work:
     """Likelihoods of the candidates in ``mask`` (b, C). A target's last token predicts nothing, so it needs no pass."""
-    if batch.generation is None:  # no term asks for any
-        return Work()
-    prompts = batch.generation.prompts.attention_mask.sum(1)[:, None]
-    targets = batch.generation.targets.attention_mask.sum(1).view(mask.shape)
+    rows = batch.generation_rows(kind)
+    prompts = rows.prompts.attention_mask.sum(1).view(len(mask), -1)  # (b, 1) or (b, C)
+    targets = rows.lengths(mask.shape)
     bodies = targets - 1
-    if share_prompts:
+    if share_prompts and rows.shares_prompts:
         tokens = (prompts * mask.any(1, keepdim=True)).sum() + (bodies * mask).sum()
         own = (_pairs(prompts, True) * mask.any(1, keepdim=True)).sum()
         pairs = own + ((bodies * prompts + _pairs(bodies, True)) * mask).sum()

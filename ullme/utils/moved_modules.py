@@ -17,8 +17,6 @@ MOVED: dict[str, tuple[str, ...]] = {
     "ullme.cli": ("ullme.commands.train",),
     "ullme.config_files": ("ullme.utils.config_files",),
     "ullme.devices": ("ullme.planning.devices",),
-    "ullme.doctor": ("ullme.commands.doctor",),
-    "ullme.export": ("ullme.commands.export",),
     "ullme.flops": ("ullme.planning.flops",),
     "ullme.gradcache": ("ullme.engine.gradcache",),
     "ullme.health": ("ullme.engine.finite",),
@@ -28,32 +26,49 @@ MOVED: dict[str, tuple[str, ...]] = {
     "ullme.named": ("ullme.utils.dotted_names",),
     "ullme.objective": ("ullme.engine.objective",),
     "ullme.plan": ("ullme.planning.plan",),
-    "ullme.plan_cli": ("ullme.commands.plan",),
+    "ullme.plan_cli": ("ullme.commands.plan", "ullme.commands.train"),
     "ullme.quickstart": ("ullme.commands.quickstart",),
     "ullme.reference": ("ullme.engine.reference",),
     "ullme.refusals": ("ullme.utils.errors",),
-    "ullme.reproduce": ("ullme.commands.reproduce",),
     "ullme.resume": ("ullme.training.resume",),
     "ullme.sharding": ("ullme.engine.fsdp", "ullme.models.trained_weights"),
     "ullme.storage": ("ullme.utils.atomic_files",),
+    "ullme.progress": ("ullme.utils.progress",),
+    "ullme.support": ("ullme.commands.support.survey",),
+    "ullme.callbacks.settle": ("ullme.callbacks.choose_chunking",),
     "ullme.callbacks.leaving": ("ullme.training.signals",),
     "ullme.data.miniature": ("ullme.demo.world",),
     "ullme.data.miniature_lm": ("ullme.demo.language_model",),
     "ullme.eval.cli": ("ullme.commands.evaluate",),
     "ullme.eval.retrieval": ("ullme.training.retrieval_metrics",),
     "ullme.models.backbone": ("ullme.models.config", "ullme.models.loading"),
+    "ullme.models.identity": ("ullme.models.wrapped",),
+    "ullme.models.adapter_folder": ("ullme.models.trained_weights",),
+    "ullme.models.dropout": ("ullme.models.loading",),
     "ullme.models.layers": ("ullme.models.attention.layers",),
     "ullme.models.packing": ("ullme.models.attention.packing",),
     "ullme.models.paths": ("ullme.models.attention.paths",),
+    "ullme.models.quantization": ("ullme.models.loading",),
     "ullme.models.rows": ("ullme.models.attention.packed_rows",),
 }
+
+# Packages that moved with all their modules.
+MOVED_PACKAGES = {f"ullme.{name}": f"ullme.commands.{name}" for name in ("doctor", "export", "reproduce")}
+
+
+def successors(name: str) -> tuple[str, ...]:
+    """Where the contents of an old module are now; empty for a name that has not moved."""
+    for old, new in MOVED_PACKAGES.items():
+        if name == old or name.startswith(f"{old}."):
+            return (name.replace(old, new, 1),)
+    return MOVED.get(name, ())
 
 
 class _MovedLoader(Loader):
     """Makes a module whose attributes are those of its successors."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        new = MOVED[spec.name]
+        new = successors(spec.name)
         warnings.warn(f"{spec.name} has moved to {new[0]}; change the name", FutureWarning, stacklevel=2)
         module = ModuleType(spec.name, f"Moved to {', '.join(new)}.")
 
@@ -73,12 +88,14 @@ class _MovedLoader(Loader):
 
 
 class MovedModules(MetaPathFinder):
-    """Finds the modules of :data:`MOVED`, after every other finder has failed."""
+    """Finds moved modules under their old names, after every other finder has failed."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, _MovedLoader()) if fullname in MOVED else None
+        if not successors(fullname):
+            return None
+        return ModuleSpec(fullname, _MovedLoader(), is_package=fullname in MOVED_PACKAGES)
 
 
 def install() -> None:

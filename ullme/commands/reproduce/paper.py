@@ -1,4 +1,4 @@
-"""What the paper's tables are about (arXiv 2408.03402): the tasks, and the figures that could be read, with source."""
+"""The paper's tables (arXiv 2408.03402): the tasks they cover and the figures they print."""
 
 from __future__ import annotations
 
@@ -21,11 +21,30 @@ class Figure:
     """One figure of the paper.
 
     Args:
-        value: in points, as printed.
-        source: where it was read.
+        value: in points, as printed; the figure of a type of task is a mean of printed ones.
+        source: the paper and its table.
     """
 
     value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one row of the table cost, as the paper prints it.
+
+    Args:
+        row: id of the row.
+        hardware: that it was trained on.
+        training_days: model -> days.
+        tokens_per_second: model -> tokens embedded a second after training; the paper does not say on how many devices.
+        source: the paper and its section.
+    """
+
+    row: str
+    hardware: str
+    training_days: dict[str, float]
+    tokens_per_second: dict[str, float]
     source: str
 
 
@@ -37,12 +56,14 @@ class Paper:
         types: mteb's name of a task -> its type; in the order of the types, then of the names.
         figures: (model, row, column) -> figure; the column is "Average", a type or mteb's name of a task, whatever way
             the file writes that.
-        why_absent: why a figure may be missing, one sentence for the reader of the table.
+        cost: days of training and tokens per second.
+        remarks: what a reader of the figures has to know, a sentence or two each.
     """
 
     types: dict[str, str]
     figures: dict[tuple[str, str, str], Figure]
-    why_absent: str
+    cost: Cost
+    remarks: list[str]
 
 
 @cache
@@ -61,12 +82,28 @@ def read_paper(name: str) -> Paper:
         raise ValueError(
             f"paper={name!r} is no table of the paper; choose from {', '.join(content['tables'])}, or none"
         )
-    figures = {
-        (entry["model"], entry["row"], _column(entry["column"])): Figure(float(entry["value"]), entry["source"])
-        for entry in content["figures"]
-    }
     types = {task: kind for kind, tasks in content["tasks"].items() for task in tasks}
-    return Paper(types, figures, content["why_absent"])
+    figures = {
+        (entry["model"], entry["row"], _column(column)): Figure(float(value), entry["source"])
+        for entry in content["figures"]
+        for column, value in entry["values"].items()
+    }
+    figures = {**_type_means(figures, content["tasks"]), **figures}
+    return Paper(types, figures, Cost(**content["cost"]), content["remarks"])
+
+
+def _type_means(
+    figures: dict[tuple[str, str, str], Figure], tasks_of: dict[str, list[str]]
+) -> dict[tuple[str, str, str], Figure]:
+    """The mean over each type of task, of the models and rows whose tasks of that type are all printed."""
+    means: dict[tuple[str, str, str], Figure] = {}
+    for model, row in dict.fromkeys((model, row) for model, row, _ in figures):
+        for kind, tasks in tasks_of.items():
+            found = [figures[key] for task in tasks if (key := (model, row, task)) in figures]
+            if len(found) == len(tasks):
+                mean = round(statistics.fmean(figure.value for figure in found), 2)
+                means[model, row, kind] = Figure(mean, f"{found[0].source}, mean over the type")
+    return means
 
 
 def _column(written: str) -> str:

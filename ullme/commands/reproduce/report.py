@@ -1,7 +1,8 @@
-"""What is written about a table: Markdown, LaTeX, CSV, plots, and which of the claimed orderings hold."""
+"""The report of a table: Markdown, LaTeX, CSV, plots, and which of the claimed orderings hold."""
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from pathlib import Path
 
@@ -18,10 +19,13 @@ from ullme.commands.reproduce.tables import (
     by_column,
     latex,
     markdown,
+    number,
     overview,
     table_of,
     tidy_csv,
 )
+
+SECONDS_A_DAY = 24 * 60 * 60
 
 
 def write_report(
@@ -40,10 +44,10 @@ def write_report(
         models: id -> label, in the table's order.
         rows: id -> label, in the table's order.
         order: ids of the rows whose order is claimed, the lowest first.
-        cells: what is there; a missing cell is shown as "not run". Cells of other models or rows are left out.
+        cells: the finished ones; a missing cell is shown as "not run". Cells of other models or rows are left out.
         folder: where the files go.
-        paper: "table2" puts the paper's figures beside ours and takes the averages over the 56 tasks of MTEB(eng, v1);
-            None takes them over the tasks that any cell has.
+        paper: "table2" puts the paper's figures and the differences beside ours, and takes the averages over the 56
+            tasks of MTEB(eng, v1); None takes them over the tasks that any cell has.
 
     Raises:
         ValueError: an unknown paper or row, a cell twice, or a task scored with different metrics.
@@ -70,7 +74,8 @@ def write_report(
         *(f"# {title}", notes, "## Averages", texts["table2"], "![averages](table2.png)"),
         *("## Which orderings hold", claimed),
         *("## Single tasks", texts["table3"], "![single tasks](table3.png)"),
-        *("## How the cells were made", _made(grid)),
+        *(("## Cost", _cost(grid, models, figures)) if figures else ()),
+        *("## How the cells were made", _provenance(grid)),
     ]
     _write(folder / "report.md", "\n\n".join(section.strip() for section in sections) + "\n")
 
@@ -133,15 +138,43 @@ def _notes(grid: Grid, types: dict[str, str], paper: Paper | None) -> str:
     if paper:
         source = "; ".join(sorted({figure.source for figure in paper.figures.values()}))
         known = f"The paper's figures: {source}. " if source else ""
-        notes.append(f"{known}{UNKNOWN} stands for what is not known. {paper.why_absent}")
+        notes.append(f"{known}{UNKNOWN} stands for what the paper does not print, or what is not there to compare.")
+        notes += paper.remarks
     left_out = grid.types.keys() - types.keys()
     if paper and (others := sorted(left_out - parts_of_aggregates())):
         notes.append(f"Evaluated, but no part of this table: {', '.join(others)}.")
     return "\n".join(f"- {note}" for note in notes) + "\n"
 
 
-def _made(grid: Grid) -> str:
-    """Hardware and versions, as far as the cells note them, and where the commands are."""
+def _cost(grid: Grid, models: dict[str, str], paper: Paper) -> str:
+    """Days of training and tokens per second of one row: the paper's beside ours."""
+    cost = paper.cost
+    head = ["", "training days, paper", "training days, here", "difference", "embedded tokens/s, paper"]
+    lines = [head]
+    for model, label in models.items():
+        seconds = [
+            cell.notes["training_seconds"]
+            for cell in grid.cells.get((model, cost.row), {}).values()
+            if "training_seconds" in cell.notes
+        ]
+        days = statistics.fmean(seconds) / SECONDS_A_DAY if seconds else None
+        theirs, speed = cost.training_days.get(model), cost.tokens_per_second.get(model)
+        difference = None if days is None or theirs is None else days - theirs
+        lines.append(
+            [
+                *(label, number(theirs), number(days), number(difference, signed=True)),
+                UNKNOWN if speed is None else f"{speed:,}",
+            ]
+        )
+    text = (
+        f"Row {cost.row}. The paper trained on {cost.hardware} and names no hardware for embedding ({cost.source}). "
+        "Ours is the mean over seeds, without validation; the hardware is listed below."
+    )
+    return f"{text}\n\n{markdown(lines)}"
+
+
+def _provenance(grid: Grid) -> str:
+    """The hardware and versions in the cells' notes, and where the commands are."""
     kinds: Counter[str] = Counter()
     for cell in (cell for seeds in grid.cells.values() for cell in seeds.values()):
         known = {name: value for name, value in cell.notes.items() if isinstance(value, str)}

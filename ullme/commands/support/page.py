@@ -1,4 +1,4 @@
-"""docs/backbones.md: what ``ullme support`` found out, as a page."""
+"""The results of ``ullme support`` as a table, and as the page docs/backbones.md."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 
 import torch
 
-# What must hold, in the order of the table's columns.
+# Name of a check -> what it checks, in the order of the table's columns.
 CHECKS = {
     "causal": "the plain forward is causal",
-    "padding": "a row's embedding is the same alone, among other rows and behind padding",
-    "alternation": "embed, generate, embed again: the same bits",
-    "LoRA": "an adapter gets gradients and changes the embedding",
-    "checkpointing": "gradients are the same with recomputed layers (where transformers can recompute the family's)",
-    "packed": "packed rows give what another path gives, causal and bidirectional (where the family can be packed)",
+    "padding": "the embedding of a row is the same alone, in a batch and with padding",
+    "alternation": "embedding again after generating gives identical bits",
+    "LoRA": "an adapter receives gradients and changes the embedding",
+    "checkpointing": "gradient checkpointing gives the same gradients (where transformers supports it for the family)",
+    "packed": "packed rows give the same result as another path, with both kinds of attention (if it can be packed)",
 }
 
 
 @dataclass
 class Support:
-    """What became of one family.
+    """The result of one family.
 
     Args:
         family: transformers' model_type.
@@ -46,7 +46,7 @@ class Support:
 
 
 def table(rows: Sequence[Support]) -> str:
-    """The Markdown table of the families that run, and the list of those that do not."""
+    """A Markdown table of the families that run, and lists of those that do not."""
     heads = ["family", "verdict", "path", *CHECKS, "stays causal"]
     lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for row in rows:
@@ -70,7 +70,7 @@ def _causal_parts(row: Support) -> str:
 
 
 def document(rows: Sequence[Support]) -> str:
-    """docs/backbones.md."""
+    """The page docs/backbones.md."""
     import transformers
 
     counts = Counter(row.verdict for row in rows)
@@ -82,12 +82,12 @@ def document(rows: Sequence[Support]) -> str:
 
 _VERDICTS = ("verified", "hybrid", "limited", "refused", "not built")
 
-_PAGE = """# Backbones
+_PAGE = """# Supported model families
 
 <!-- made by: ullme support --write docs/backbones.md -->
 
-Which causal-LM architectures of transformers can be an embedder here. For each of the {number}, a tiny random model was
-built and run; so the table says what this code and these versions do, not what a model is good for.
+Which causal-LM architectures of transformers can be used as embedders. For each of the {number}, a tiny random model
+was built and run, so the table shows what this code and these versions support, not how good a model is.
 
 Versions: {versions}.
 
@@ -95,26 +95,26 @@ Versions: {versions}.
 
 {checks}
 
-A model that is loaded is probed again, with its own weights and kernels; a path that does not obey there is not used,
-and without one the model is refused. Nothing is verified on trust.
+A model is probed again when it is loaded, with its own weights and attention kernels. A path that fails the probe is
+not used, and a model without a working path is refused.
 
 ## Paths
 
-- **packed**: real tokens of all rows in one row; no multiplication is spent on padding. The fast one.
+- **packed**: the real tokens of all rows run as one row, so nothing is spent on padding. The fastest path.
 - **padded**: a padded block and the forward keyword `is_causal`.
-- **flags**: a padded block while `is_causal` stands in all configurations, for families that look for it only there or
-  that build their masks from it (BLOOM's and MPT's ALiBi, Falcon, GPT-J, CodeGen). GPT-Neo's own triangles are
-  mirrored.
-- **mask4d**: a padded block with ready-made masks, one for each kind of layer.
+- **flags**: a padded block with `is_causal` set in all configurations, for families that read it only there or build
+  their masks from it (ALiBi in BLOOM and MPT, Falcon, GPT-J, CodeGen). GPT-Neo's own triangular masks are replaced by
+  symmetric ones.
+- **mask4d**: a padded block with ready-made 4D masks, one for each kind of layer.
 
-Layers with a sliding window of w tokens look at w tokens to either side when they are bidirectional. Chunked layers
-(Llama 4) see their whole chunk. ALiBi, where a family has it, grows with a key's position, not with its distance; that
-is the family's own arithmetic, and the softmax takes out what is common to a row, so to the right of a token the bias
-rewards distance. Such a model wants training before it embeds well. Layers that pick the best k tokens by an index
-(DeepSeek 3.2 and its like) pick among all tokens.
+With bidirectional attention, a sliding window of w tokens covers w tokens on either side, and chunked layers (Llama
+4) see their whole chunk. ALiBi grows with the position of the key, not with its distance from the query; what is
+common to a row cancels in the softmax, so tokens to the right get a larger bias the further away they are. Such a
+model needs training before it embeds well. Layers that select the best k tokens by an index (DeepSeek 3.2 and
+similar) select among all tokens.
 
-In a **hybrid**, recurrent and convolutional layers stay causal: they have no mask to take away. A warning at load time
-names them.
+In a **hybrid**, recurrent and convolutional layers stay causal, because they have no mask to remove. A warning at
+load time names them.
 
 ## Families
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_training import arguments, logged  # noqa: F401 - arguments is a fixture
 
-from ullme.callbacks import settle
+from ullme.callbacks import choose_chunking
 from ullme.commands import train
 from ullme.planning import auto_chunk
 
@@ -40,12 +40,12 @@ def given(arguments, run: str, *extra: str) -> list[str]:  # noqa: F811
 
 @pytest.mark.parametrize("loss", ["GradCache", "GRL"])
 def test_where_memory_suffices_every_row_is_embedded_once(loss, arguments, forwards, caplog, monkeypatch, tmp_path):  # noqa: F811
-    """Chunks are small all the same on a CPU, so their graphs are held."""
+    """Chunks are small all the same on a CPU, so their graphs are kept."""
     monkeypatch.setitem(auto_chunk._MOST, "cpu", 1)  # as small as they may be
     with caplog.at_level(logging.INFO):
         train.main(given(arguments, "run", f"--loss={loss}", *AUTO))
     said = re.search(
-        r"auto: [\d.]+ GiB are free on cpu, so chunks have (\d+) tokens, the graphs of (\d+) more are held, and layers "
+        r"auto: [\d.]+ GiB are free on cpu, so chunks have (\d+) tokens, the graphs of (\d+) more are retained, and layers "
         "keep their activations",
         caplog.text,
     )
@@ -54,13 +54,15 @@ def test_where_memory_suffices_every_row_is_embedded_once(loss, arguments, forwa
     assert all(grad for _, grad in forwards)
     assert sum(rows for rows, _ in forwards) == 2 * 4 * (1 + 3)
     if loss == "GradCache":
-        assert len(forwards) > 2  # in pieces
+        assert len(forwards) > 2  # in microbatches
 
 
 def test_where_it_does_not_chunks_are_embedded_twice(arguments, forwards, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setitem(auto_chunk._MOST, "cpu", 1)
-    found = settle.choose
-    monkeypatch.setattr(settle, "choose", lambda *a, **k: auto_chunk.replace(found(*a, **k), held_tokens=0))
+    found = choose_chunking.largest_chunk
+    monkeypatch.setattr(
+        choose_chunking, "largest_chunk", lambda *a, **k: auto_chunk.replace(found(*a, **k), retained_tokens=0)
+    )
     train.main(given(arguments, "run", *AUTO))
     assert [sum(rows for rows, grad in forwards if grad is wanted) for wanted in (False, True)] == [2 * 4 * 4] * 2
     train.main(given(arguments, "whole", *AUTO[1:], "--loss=FullBatch"))
@@ -70,8 +72,10 @@ def test_where_it_does_not_chunks_are_embedded_twice(arguments, forwards, monkey
 
 
 def test_a_settled_chunk_that_runs_out_of_memory_is_said(arguments, monkeypatch, capsys):  # noqa: F811
-    found = settle.choose
-    monkeypatch.setattr(settle, "choose", lambda *a, **k: auto_chunk.replace(found(*a, **k), chunk_tokens=100))
+    found = choose_chunking.largest_chunk
+    monkeypatch.setattr(
+        choose_chunking, "largest_chunk", lambda *a, **k: auto_chunk.replace(found(*a, **k), chunk_tokens=100)
+    )
     with pytest.raises(SystemExit) as end:
         train.main(
             given(

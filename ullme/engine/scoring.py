@@ -1,0 +1,173 @@
+"""Which likelihoods a step needs, and how they are computed: the same account for the engine and for ``ullme plan``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ullme.batch import PARTS, Batch, LikelihoodKind, TokenRows
+from ullme.distributed import all_reduce_max, any_rank
+from ullme.losses.base import ChunkLoss, RepresentationLoss
+
+if TYPE_CHECKING:
+    from ullme.models.ullme import ULLME
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Which candidates have one kind of likelihood computed, each a (B, C) bool mask.
+
+    Args:
+        learned: under the policy, with gradient.
+        looked_at: under the policy, without gradient; none of ``learned``.
+        statistic: under the policy, without gradient, in a pass of its own before the first chunk.
+        reference: under π_ref, without gradient.
+    """
+
+    learned: Tensor
+    looked_at: Tensor
+    statistic: Tensor
+    reference: Tensor
+
+    @property
+    def policy(self) -> Tensor:
+        """(B, C) the policy's, with gradient or without."""
+        return self.learned | self.looked_at
+
+    def __getitem__(self, chunk: slice) -> Scored:
+        return Scored(self.learned[chunk], self.looked_at[chunk], self.statistic[chunk], self.reference[chunk])
+
+
+# Kind of likelihood -> the candidates that have it computed.
+Scoring = dict[LikelihoodKind, Scored]
+
+
+def likelihoods_of(
+    chunk_terms: Sequence[ChunkLoss], representation_terms: Sequence[RepresentationLoss]
+) -> tuple[LikelihoodKind, ...]:
+    """The kinds of likelihood that some term looks at."""
+    directions = [term.direction for term in chunk_terms if term.uses_generation]
+    directions += [term.teacher_direction for term in representation_terms if term.teacher_direction is not None]
+    return tuple(dict.fromkeys(kind for direction in directions for kind in PARTS[direction]))
+
+
+def plan_scoring(
+    batch: Batch, chunk_terms: Sequence[ChunkLoss], representation_terms: Sequence[RepresentationLoss]
+) -> Scoring:
+    """The candidates of a batch whose likelihoods a step on it computes.
+
+    Terms that look at the same likelihood share it: it is computed once, with gradient if any of them learns from it.
+
+    Args:
+        batch: of this rank, or a chunk of it.
+        chunk_terms: of the objective.
+        representation_terms: likewise; those with a teacher look at all candidates under π_ref.
+    """
+    nothing = torch.zeros_like(batch.passage_keys, dtype=torch.bool)
+    masks = {
+        kind: {"policy": nothing, "learned": nothing, "statistic": nothing, "reference": nothing}
+        for kind in likelihoods_of(chunk_terms, representation_terms)
+    }
+    for term in chunk_terms:
+        if not term.uses_generation:
+            continue
+        wanted, learned = term.candidates(batch)
+        statistic = term.statistic_candidates(batch)
+        statistic = nothing if statistic is None else statistic
+        for kind in PARTS[term.direction]:
+            found = masks[kind]
+            if term.uses_policy:
+                found["policy"], found["learned"] = found["policy"] | wanted, found["learned"] | learned
+                found["statistic"] = found["statistic"] | statistic
+            if term.uses_reference:
+                found["reference"] = found["reference"] | wanted | statistic
+    for reps_term in representation_terms:
+        if reps_term.teacher_direction is not None:
+            for kind in PARTS[reps_term.teacher_direction]:
+                masks[kind]["reference"] = ~nothing
+    return {
+        kind: Scored(found["learned"], found["policy"] & ~found["learned"], found["statistic"], found["reference"])
+        for kind, found in masks.items()
+    }
+
+
+def embedder(model: ULLME) -> Callable[[TokenRows], Tensor]:
+    """R token rows -> (R, D)."""
+    return lambda rows: model(rows.input_ids, rows.attention_mask, pool_mask=rows.pool_mask)["rep"]
+
+
+def at_least_one(mask: Tensor) -> Tensor:
+    """``mask``, or with its first place where it is empty: for a forward that only other ranks need."""
+    if mask.any():
+        return mask
+    mask = mask.clone()
+    mask[0, 0] = True
+    return mask
+
+
+def score(
+    model: ULLME, batch: Batch, mask: Tensor, share_prompts: bool, kind: LikelihoodKind = "passage_given_query"
+) -> tuple[Tensor, Tensor]:
+    """Log-likelihoods of some candidates.
+
+    Args:
+        model: whose.
+        batch: b queries with their C candidates.
+        mask: (b, C) bool, which ones.
+        share_prompts: run a prompt that several candidates have in common once, where the backbone can be packed.
+        kind: log π(p|q), log π(q|p) or log π(p).
+
+    Returns:
+        (b, C) in nats, zero elsewhere, and (b, C) the tokens that each is the sum over, one elsewhere.
+
+    Raises:
+        ValueError: the batch carries no rows for this kind.
+    """
+    rows = batch.generation_rows(kind)
+    places = mask.flatten().nonzero()[:, 0]
+    prompt_places, target_places = (places // (mask.numel() // len(part)) for part in (rows.prompts, rows.targets))
+    used, owner = prompt_places.unique(return_inverse=True)
+    found = model(
+        rows.prompts.input_ids[used],
+        rows.prompts.attention_mask[used],
+        is_generate=True,
+        targets=TokenRows(rows.targets.input_ids[target_places], rows.targets.attention_mask[target_places]),
+        owner=owner,
+        share_prompts=share_prompts and rows.shares_prompts,
+    )
+    flat = found.logps.new_zeros(mask.numel()).index_put((places,), found.logps)
+    lengths = torch.ones(mask.numel(), dtype=torch.long, device=mask.device).index_put((places,), found.lengths)
+    return flat.view(mask.shape), lengths.view(mask.shape)
+
+
+@torch.no_grad()
+def score_by_chunk(
+    model: ULLME, batch: Batch, mask: Tensor, share_prompts: bool, kind: LikelihoodKind, chunks: Sequence[slice]
+) -> Tensor:
+    """As :func:`score`, without gradient, in the memory of one chunk.
+
+    Ranks of a sharded model do every forward together: one with fewer chunks, or with nothing to score in a chunk,
+    scores a candidate that counts for nothing.
+
+    Returns:
+        (B, C) in nats, zero elsewhere.
+    """
+    device = mask.device
+    found: list[Tensor | None] = [None] * len(chunks)
+    for n in range(all_reduce_max(len(chunks), device)):
+        chunk = chunks[n] if n < len(chunks) else slice(0, 0)
+        if not any_rank(bool(mask[chunk].any()), device):
+            continue
+        dummy = not mask[chunk].any()
+        part, wanted = (batch[:1], at_least_one(mask[:1] & False)) if dummy else (batch[chunk], mask[chunk])
+        logps, _ = score(model, part, wanted, share_prompts, kind)
+        if not dummy:
+            found[n] = logps
+    torch.clear_autocast_cache()  # it would keep copies of weights that were made here, without gradient
+    dtype = next((part.dtype for part in found if part is not None), torch.float32)
+    nothing = torch.zeros(mask.shape, dtype=dtype, device=device)
+    return torch.cat([nothing[c] if part is None else part for c, part in zip(chunks, found, strict=True)])
