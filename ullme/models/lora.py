@@ -130,7 +130,7 @@ def merge(model: Any, safe: bool = False) -> Any:
     adapted = isinstance(table, LoraLayer) or isinstance(head, LoraLayer)
     if head is not None and adapted and head.weight is table.weight:
         inner = head.get_base_layer() if isinstance(head, LoraLayer) else head
-        inner.weight = nn.Parameter(inner.weight.clone(), requires_grad=False)
+        inner.weight = nn.Parameter(inner.weight.clone(), requires_grad=False)  # type: ignore[operator]
         llm.config.get_text_config().tie_word_embeddings = llm.config.tie_word_embeddings = False
     return model.merge_and_unload(safe_merge=safe)
 
