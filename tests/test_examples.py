@@ -103,7 +103,7 @@ def test_the_losss_values_by_hand_and_its_gradient():
 def test_a_pooling(fit):
     folder, rows = fit("--model.backbone.pooling=my_pooling.largest")
     assert len(rows) == 4
-    with pytest.raises(ValueError, match=r"to run it, say so: pooling='my_pooling.largest'"):
+    with pytest.raises(ValueError, match=r"to allow it, pass pooling='my_pooling.largest'"):
         load_ullme(folder)
     texts = ["the mill stands here", "oak"]
     trained = load_ullme(folder, pooling="my_pooling.largest")
@@ -133,7 +133,7 @@ def test_a_pooling_is_the_largest_value(llm_folder):
         ("my_pooling.smallest", r"pooling='my_pooling.smallest' cannot be imported \(AttributeError"),
         ("no_such_file.largest", r"pooling='no_such_file.largest' cannot be imported \(ModuleNotFoundError"),
         ("my_pooling.__name__", r"is a str; name a function"),
-        ("test_examples.one_row", r"returned \(1, 32\) for 2 rows of 32"),
+        ("test_examples.one_row", r"returned \(1, 32\); it must return a tensor of shape \(2, 32\)"),
     ],
 )
 def test_a_pooling_that_is_none(pooling, message, llm_folder):

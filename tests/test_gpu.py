@@ -47,8 +47,8 @@ def test_the_packed_kernel_equals_the_padded_forward_in_bfloat16(family, causal,
 
 def test_the_varlen_kernel_is_what_runs(monkeypatch):
     calls = []
-    kernel = packing._varlen
-    monkeypatch.setattr(packing, "_varlen", lambda *a: calls.append(1) or kernel(*a))
+    kernel = packing._varlen_attention
+    monkeypatch.setattr(packing, "_varlen_attention", lambda *a: calls.append(1) or kernel(*a))
     model = make_llm("llama", head_dim=16, hidden_size=64).cuda().bfloat16()
     packing.install(model)
     with torch.no_grad():

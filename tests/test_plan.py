@@ -57,7 +57,7 @@ def test_hours_follow_from_the_flops(job):
     assert plan.hours == pytest.approx(12 * plan.seconds / 3600)
     assert plan.mfu == pytest.approx(0.5 * flops / run)
     assert plan.mfu < 0.45
-    spread = make_plan(job, SMALL, count=4, utilisation=0.5)
+    spread = make_plan(job, SMALL, num_devices=4, utilisation=0.5)
     assert spread.step_flops == pytest.approx(flops / 4, rel=0.15)  # other random lengths
 
 
@@ -125,7 +125,7 @@ def test_a_plan_that_does_not_fit_says_what_to_change(job):
         plan = make_plan(with_(job, **changes), tiny)
         assert not plan.fits
         assert all(remedy in describe(plan) for remedy in [*remedies, "data.passage_max_length"])
-    assert "configs/strategy/fsdp.yaml" in describe(make_plan(job, tiny, count=2))
+    assert "configs/strategy/fsdp.yaml" in describe(make_plan(job, tiny, num_devices=2))
     assert "fsdp" not in describe(make_plan(job, tiny))
 
 
@@ -171,17 +171,17 @@ def test_a_plan_reads_the_stacked_configurations_of_train(config, tmp_path, monk
     assert (job.batch_size, job.candidates, job.rows, job.chunk_size) == (8, 5, 64, 4)
     assert [t.name for t in job.objective.terms] == ["info_nce", "dpo", "kl"]
     assert job.half
-    assert (plan.device, plan.count, plan.fsdp) == (DEVICES["h200"], 2, False)
+    assert (plan.device, plan.num_devices, plan.fsdp) == (DEVICES["h200"], 2, False)
     assert plan.steps == 8
     assert not (tmp_path / "nowhere").exists()  # nothing of the run is made
     assert parse(*config, "--num-devices=2", "--trainer.strategy=fsdp").fsdp
     assert parse(*config, "--strategy=fsdp").fsdp
     assert parse(*config, "--rows=80").steps == 10
-    assert parse(*config).count == 1
-    assert parse(*config, "--trainer.devices=2", "--trainer.num_nodes=2").count == 4
-    assert parse(*config, "--trainer.devices=[0,3]", "--trainer.strategy=fsdp").count == 2
-    assert parse(*config, "--trainer.devices=0,3", "--num-devices=4").count == 4
-    assert parse(*config, "--trainer.devices=0,3").count == 2
+    assert parse(*config).num_devices == 1
+    assert parse(*config, "--trainer.devices=2", "--trainer.num_nodes=2").num_devices == 4
+    assert parse(*config, "--trainer.devices=[0,3]", "--trainer.strategy=fsdp").num_devices == 2
+    assert parse(*config, "--trainer.devices=0,3", "--num-devices=4").num_devices == 4
+    assert parse(*config, "--trainer.devices=0,3").num_devices == 2
 
 
 def test_the_command(config, capsys):

@@ -302,7 +302,7 @@ def test_a_used_folder_is_neither_continued_nor_written_over_by_mistake(argument
     before = {p: p.read_bytes() for p in (*folder.iterdir(), tmp_path / "run" / "config.yaml")}
     said = refused(capsys, arguments("run", *common))
     assert (
-        "holds a finished run (2 steps); give another trainer.default_root_dir, or go on with --ckpt_path last" in said
+        "holds a finished run (2 steps); give another trainer.default_root_dir, or resume with --ckpt_path last" in said
     )
 
     (folder / "finished").unlink()  # as if it had been killed

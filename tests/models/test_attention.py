@@ -121,14 +121,14 @@ def test_one_causal_layer_is_found_behind_a_bidirectional_one():
     layer = model.base_model.layers[1].self_attn
     plain = layer.forward
 
-    def stubborn(*args, **kwargs):
+    def disobeying(*args, **kwargs):
         return plain(*args, **{**kwargs, "is_causal": True, "attention_mask": None})
 
-    layer.forward = stubborn
+    layer.forward = disobeying
     with pytest.raises(ValueError, match=r"padded: layers 1 of 2 stay causal"):
-        attention.choose_path(model, causal=False, wanted="padded")
+        attention.choose_path(model, causal=False, path="padded")
     with pytest.raises(ValueError, match="packed: layers 1 of 2 stay causal"):
-        attention.choose_path(model, causal=False, wanted="packed")
+        attention.choose_path(model, causal=False, path="packed")
 
 
 def test_no_attention_at_all_is_refused():
@@ -146,7 +146,8 @@ def test_hybrid_warns_about_its_recurrent_layers(caplog):
     model = make_llm("llama")
     model.config.layer_types = ["full_attention", "conv"]
     layer = model.base_model.layers[1]
-    layer.forward = lambda hidden_states, **kwargs: hidden_states  # sees its own token only, as a blind layer would
+    # a layer whose output at a token depends on that token only, as if it had no attention
+    layer.forward = lambda hidden_states, **kwargs: hidden_states
     assert attention.choose_path(model, causal=False) == "packed"
     assert "layers [1] are recurrent" in caplog.text
 
@@ -155,14 +156,14 @@ def test_hybrid_warns_about_its_recurrent_layers(caplog):
 def test_a_packed_forward_that_ignores_borders_is_found_in_any_dtype(dtype, monkeypatch):
     from ullme.models.attention.packed_rows import PackedRows
 
-    honest = attention.packing._grouped
+    honest = attention.packing._grouped_attention
 
     def leaky(q, k, v, rows, *rest):
         return honest(q, k, v, PackedRows([sum(rows.host_lengths)], q.device), *rest)
 
     model = make_llm("llama", initializer_range=0.02).to(dtype)
     assert attention.choose_path(model, causal=False) == "packed"
-    monkeypatch.setattr(attention.packing, "_grouped", leaky)
+    monkeypatch.setattr(attention.packing, "_grouped_attention", leaky)
     assert attention.choose_path(model, causal=False) == "padded"
 
 
@@ -182,8 +183,8 @@ def test_the_probe_sees_windows_that_are_wider_than_its_rows(family, path):
 def test_masks_and_places_are_made_once_for_all_layers(shared, monkeypatch):
     """And the gathered groups give the gradients that rows give alone."""
     made = []
-    original = packing._mask
-    monkeypatch.setattr(packing, "_mask", lambda *a: made.append(a) or original(*a))
+    original = packing._group_mask
+    monkeypatch.setattr(packing, "_group_mask", lambda *a: made.append(a) or original(*a))
     model = make_llm("gpt2").double()  # Llama's norms compute in float32 whatever comes
     layers = attention.decoder_layers(model.base_model)
     assert len(layers) > 1

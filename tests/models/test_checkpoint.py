@@ -54,5 +54,5 @@ def test_a_foreign_adapter_that_cannot_be_rebuilt_is_refused(make_model, tmp_pat
     folder = save_adapter(make_model(), tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
-    with pytest.raises(ValueError, match="the adapter uses use_rslora, which is not rebuilt here"):
+    with pytest.raises(ValueError, match="the adapter uses use_rslora, which is not supported"):
         load_ullme(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ullme.models import ULLME, quantization
+from ullme.models import ULLME, loading
 from ullme.models.config import BackboneConfig
 
 
@@ -21,8 +21,8 @@ def test_an_unknown_kind():
 
 def test_none_changes_nothing():
     options = BackboneConfig("x")
-    quantization.check_quantization(options)
-    assert quantization.loading_options(options) == {}
+    loading.check_quantization(options)
+    assert loading.quantization_options(options) == {}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -35,19 +35,19 @@ def test_refused_on_a_cpu_before_anything_is_read(kind):
 
 
 def test_refused_without_bitsandbytes(gpu, monkeypatch):
-    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"bitsandbytes is not installed; pip install 'ullme\[quantization\]'"):
-        quantization.check_quantization(BackboneConfig("x", quantization="nf4"))
+        loading.check_quantization(BackboneConfig("x", quantization="nf4"))
 
 
 def test_refused_without_an_adapter(gpu):
     with pytest.raises(ValueError, match="cannot be trained themselves; set lora_name"):
-        quantization.check_quantization(BackboneConfig("x", lora_name=None, quantization="nf4"))
+        loading.check_quantization(BackboneConfig("x", lora_name=None, quantization="nf4"))
 
 
 def test_what_is_asked_of_bitsandbytes(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    asked = quantization.loading_options(BackboneConfig("x", quantization="nf4"))
+    asked = loading.quantization_options(BackboneConfig("x", quantization="nf4"))
     assert asked["device_map"] == {"": 3}
     found = asked["quantization_config"]
     assert (found.bnb_4bit_quant_type, found.bnb_4bit_use_double_quant) == ("nf4", True)
@@ -56,7 +56,7 @@ def test_what_is_asked_of_bitsandbytes(gpu, monkeypatch):
 
 def test_eight_bits_are_asked_of_bitsandbytes(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    asked = quantization.loading_options(BackboneConfig("x", quantization="int8"))["quantization_config"]
+    asked = loading.quantization_options(BackboneConfig("x", quantization="int8"))["quantization_config"]
     assert (asked.load_in_8bit, asked.load_in_4bit) == (True, False)
 
 

@@ -127,5 +127,5 @@ def test_attention_dropout_works_while_training_only(family, make_model):
 
 
 def test_attention_dropout_out_of_range(make_model):
-    with pytest.raises(ValueError, match=r"attention_dropout=1\.0: a share"):
+    with pytest.raises(ValueError, match=r"attention_dropout=1\.0: a probability"):
         make_model(attention_dropout=1.0)

@@ -12,7 +12,7 @@ from tiny import make_tokenizer
 from ullme.batch import TokenRows
 from ullme.commands.support import page, survey
 from ullme.models import ULLME, attention
-from ullme.models.attention.paths import _flags, run_flags
+from ullme.models.attention.paths import _is_causal_flags, run_flags
 from ullme.utils.tiny_models import make_tiny
 
 PAGE = Path(__file__).parents[2] / "docs" / "backbones.md"
@@ -87,7 +87,7 @@ def test_flags_leave_nothing_behind(family):
     before = [vars(owner).get("is_causal") for owner in owners]
     ids = torch.arange(3, 9)[None]
     run_flags(model.base_model, ids, torch.ones_like(ids), False)
-    with pytest.raises(RuntimeError, match="inside"), _flags(model.base_model, False):
+    with pytest.raises(RuntimeError, match="inside"), _is_causal_flags(model.base_model, False):
         raise RuntimeError("inside")
     assert [vars(owner).get("is_causal") for owner in owners] == before
 

@@ -242,8 +242,8 @@ def test_another_device_is_probed_again(make_model, monkeypatch):
     def broken(*_):
         raise RuntimeError("this head size is not supported by the kernel")
 
-    monkeypatch.setattr(attention.packing, "_grouped", broken)
-    model._probed_on = "elsewhere"
+    monkeypatch.setattr(attention.packing, "_grouped_attention", broken)
+    model._probed_device_type = "elsewhere"
     after = model.encode(TEXTS)
     assert model.attention_path == "padded"
     np.testing.assert_allclose(after, before, atol=1e-6)

@@ -1,4 +1,4 @@
-"""When a run saves itself, where, and how it leaves when it is told to."""
+"""When a run saves checkpoints, which ones are kept, and how it stops on a signal."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from ullme.utils import atomic_files
 
 
 class Checkpoint(ModelCheckpoint):
-    """``last.ckpt`` always, and the best by the validation metric where there is a validation.
+    """Saves ``last.ckpt`` and, with a validation, the best checkpoints by the validation metric.
 
-    ``last.ckpt`` is saved every so many steps, epochs or minutes, before and after each validation, at the end, and
-    after the step during which SIGTERM or Ctrl-C came. Whichever of them a run goes on from, it does what it would have
-    done.
+    ``last.ckpt`` is saved at the given interval of steps, epochs or time, before and after each validation, at the end,
+    and after the step during which SIGTERM or Ctrl-C came. A run that resumes from any of them continues as if it had
+    not been interrupted.
 
     Args:
-        dirpath: folder of the checkpoints; null: ``checkpoints`` in trainer.default_root_dir.
-        filename: of the other checkpoints; with a metric, ``best-`` goes in front.
-        monitor: metric of the validation that ranks them; not used without a validation.
-        mode: whether the best is the max or the min.
-        save_top_k: how many of the best to keep, or of the newest (at most 1) without a validation; 0 for none;
-            -1 keeps every checkpoint.
-        every_n_train_steps: save after so many steps.
-        every_n_epochs: save after so many epochs; 1 if nothing else is asked for.
-        train_time_interval: save after so much time.
+        dirpath: folder of the checkpoints; null means ``checkpoints`` in trainer.default_root_dir.
+        filename: of the checkpoints other than ``last.ckpt``; with a metric, it gets the prefix ``best-``.
+        monitor: validation metric by which checkpoints are ranked; ignored without validation.
+        mode: whether the best checkpoint has the max or the min of the metric.
+        save_top_k: number of best checkpoints to keep, or without validation of newest ones (at most 1); 0 for none;
+            -1 keeps all.
+        every_n_train_steps: save every so many steps.
+        every_n_epochs: save every so many epochs; 1 unless another interval is given.
+        train_time_interval: save after this much time.
 
     Raises:
         ValueError: save_top_k below -1, or an interval below 1.
@@ -69,7 +69,7 @@ class Checkpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
             enable_version_counter=False,  # a resumed run writes the same files again
         )
-        # Lightning takes only one of these.
+        # Set here, since ModelCheckpoint accepts only one of them.
         other = every_n_train_steps is not None or train_time_interval is not None
         self._every_n_train_steps = every_n_train_steps or 0
         self._every_n_epochs = every_n_epochs or (0 if other else 1)
@@ -78,7 +78,7 @@ class Checkpoint(ModelCheckpoint):
         self._notice = Notice()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Settle what to rank by. Raises: ValueError: more than one newest checkpoint is asked for."""
+        """Decide whether checkpoints are ranked. Raises: ValueError: save_top_k above 1 without a validation metric."""
         validates = getattr(trainer.datamodule, "val", None) is not None and trainer.limit_val_batches != 0  # type: ignore[attr-defined]
         if self.save_top_k < 1 or not validates:
             self.monitor = None
@@ -103,10 +103,11 @@ class Checkpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time, but leave it to the validation where one follows at once."""
+        """Save if it is time; if a validation follows at once, it saves instead."""
         every = self._every_n_train_steps
         self._due = (every > 0 and trainer.global_step % every == 0) or self._time_is_up(trainer)
-        # A run that ends here in mid-epoch can be given more steps; after on_train_epoch_end it would skip the rest.
+        # At max_steps, save now: a run that resumes with more steps from a checkpoint of on_train_epoch_end would skip
+        # the rest of the epoch.
         self._due |= trainer.global_step == trainer.max_steps
         leave = self._asked_to_leave(trainer)
         if _validation_follows(trainer):
@@ -115,7 +116,7 @@ class Checkpoint(ModelCheckpoint):
             self._save(trainer, ranked=self.monitor is None and self._due)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What a kill during the validation goes back to. On resuming, the validation is done first."""
+        """Save before the validation, so that a run that is killed in it resumes with the validation."""
         if self._may_save(trainer):
             self._before_validation = True
             self._save(trainer, ranked=False)
@@ -147,15 +148,15 @@ class Checkpoint(ModelCheckpoint):
             self._save(trainer, ranked=self.monitor is None)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Mark the run as finished, so that nobody starts it again by mistake."""
+        """Mark the run as finished, so that it is not started again by mistake."""
         if self._may_save(trainer) and trainer.is_global_zero:
             note = f"{trainer.global_step} steps\n"
             atomic_files.write_atomically(Path(str(self.dirpath), FINISHED), lambda file: _write(file, note))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say whether a validation is to be done on resuming, by the mark that Lightning's loop gives one in progress.
+        """Mark Lightning's validation loop as in progress if a resumed run must begin with a validation, else as done.
 
-        Its own counts cannot say so: they keep the mark once a validation was resumed.
+        Lightning's own counts stay in progress after a validation was resumed.
         """
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
         done = progress["total"]["completed"]
@@ -165,6 +166,7 @@ class Checkpoint(ModelCheckpoint):
             progress["total"].update(ready=done + 1, started=done + 1)
 
     def _save(self, trainer: L.Trainer, ranked: bool) -> None:
+        """Save ``last.ckpt`` and, if ``ranked``, a checkpoint among the best or newest."""
         if not self._may_save(trainer):
             return
         values = self._monitor_candidates(trainer)
@@ -175,10 +177,12 @@ class Checkpoint(ModelCheckpoint):
 
     @staticmethod
     def _may_save(trainer: L.Trainer) -> bool:
+        """Whether this is training, and neither the sanity check nor fast_dev_run."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         return fitting and not trainer.fast_dev_run  # type: ignore[attr-defined]
 
     def _time_is_up(self, trainer: L.Trainer) -> bool:
+        """Whether train_time_interval has passed, as rank 0 measures it."""
         if self._train_time_interval is None:
             return False
         waited = time.monotonic() - (self._last_time_checked or 0)
@@ -191,7 +195,7 @@ class Checkpoint(ModelCheckpoint):
         return leave
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Say how to go on, and give the exit status of a process that the signal ended."""
+        """On a signal, print how to resume, and exit with the status of a process that the signal ended."""
         if isinstance(exception, SIGTERMException):
             exception.code = self._notice.status
             if trainer.is_global_zero:
@@ -200,6 +204,7 @@ class Checkpoint(ModelCheckpoint):
 
 
 def _validation_follows(trainer: L.Trainer) -> bool:
+    """Whether a validation runs right after this step."""
     loop = trainer.fit_loop
     batches = trainer.num_val_batches
     if not (sum(batches) if isinstance(batches, list) else batches):

@@ -1,4 +1,4 @@
-"""Folders in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv."""
+"""Read retrieval test collections in BEIR format: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ullme.data.records import BadRow
 
 @dataclass(frozen=True)
 class BeirFolder:
-    """A retrieval test collection; the order of the dictionaries is that of the files.
+    """A retrieval test collection. The dictionaries are in the order of the files.
 
     Args:
-        corpus: document id to text, title and text joined with a space. A document may be empty.
-        queries: query id to text, only those with relevance judgements.
-        qrels: query id to document id to grade.
+        corpus: document id -> title and text, joined by a space; a document may be empty.
+        queries: query id -> text, for queries with relevance judgements.
+        qrels: query id -> document id -> relevance grade.
     """
 
     corpus: dict[str, str]
@@ -28,12 +28,12 @@ class BeirFolder:
 
     @property
     def corpus_ids(self) -> list[str]:
-        """Document ids; position i is index i of the corpus loader."""
+        """Document ids, in the order of the indices of the corpus dataloader."""
         return list(self.corpus)
 
     @property
     def query_ids(self) -> list[str]:
-        """Query ids; position i is index i of the query loader."""
+        """Query ids, in the order of the indices of the query dataloader."""
         return list(self.queries)
 
 
@@ -42,37 +42,42 @@ def read_beir(folder: str | Path, split: str = "test") -> BeirFolder:
     document id, grade, with or without a header line).
 
     Raises:
-        ValueError: a missing or empty file, a bad line ("file:line: reason"), an id that comes twice, or judgements
-            on ids that are not there.
+        ValueError: a missing or empty file, a bad line ("file:line: reason"), a duplicate id, or judgements
+            on unknown ids.
     """
     folder = Path(folder)
     corpus = _read_texts(folder / "corpus.jsonl", _document)
     queries = _read_texts(folder / "queries.jsonl", _query)
     path = folder / "qrels" / f"{split}.tsv"
     qrels = _read_qrels(path)
-    _check_known(path, "queries.jsonl", qrels, queries)
-    _check_known(path, "corpus.jsonl", {doc: None for docs in qrels.values() for doc in docs}, corpus)
+    _check_ids(path, "queries.jsonl", qrels, queries)
+    _check_ids(path, "corpus.jsonl", {doc: None for docs in qrels.values() for doc in docs}, corpus)
     judged = {query: text for query, text in queries.items() if query in qrels}
     return BeirFolder(corpus, judged, qrels)
 
 
 def preview(folder: str | Path, split: str, rows: int) -> None:
-    """Read the first rows of each file of such a folder. Raises: ValueError: as :func:`read_beir`, for these rows."""
+    """Check the first ``rows`` rows of each file, without reading the rest.
+
+    Raises:
+        ValueError: as in :func:`read_beir`, for these rows.
+    """
     folder = Path(folder)
     _read_texts(folder / "corpus.jsonl", _document, rows)
     _read_texts(folder / "queries.jsonl", _query, rows)
     _read_qrels(folder / "qrels" / f"{split}.tsv", rows)
 
 
-def _read_texts(path: Path, parse: Callable[[dict[str, Any]], str], most: int | None = None) -> dict[str, str]:
+def _read_texts(path: Path, parse: Callable[[dict[str, Any]], str], max_lines: int | None = None) -> dict[str, str]:
+    """Id -> text of a JSONL file."""
     _check_exists(path)
     texts: dict[str, str] = {}
-    for number, _, line in islice(iter_lines(path), most):
+    for number, _, line in islice(iter_lines(path), max_lines):
         try:
             row = parse_line(line)
             key = _id(row)
             if key in texts:
-                raise BadRow(f"the id {key!r} comes twice")
+                raise BadRow(f"duplicate _id {key!r}")
             texts[key] = parse(row)
         except BadRow as reason:
             raise ValueError(f"{path}:{number}: {reason}") from None
@@ -92,32 +97,34 @@ def _id(row: Any) -> str:
 
 
 def _document(row: dict[str, Any]) -> str:
-    return f"{_string(row, 'title', '')} {_string(row, 'text')}".strip()
+    return f"{_text(row, 'title', '')} {_text(row, 'text')}".strip()
 
 
 def _query(row: dict[str, Any]) -> str:
-    text = _string(row, "text").strip()
+    text = _text(row, "text").strip()
     if not text:
         raise BadRow("'text' is an empty text")
     return text
 
 
-def _string(row: dict[str, Any], key: str, missing: str | None = None) -> str:
-    value = row.get(key) if row.get(key) is not None else missing
-    if key not in row and missing is None:
+def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
+    """The text under a key. Raises: BadRow: it is missing, without a default, or not a text."""
+    value = row.get(key) if row.get(key) is not None else default
+    if key not in row and default is None:
         raise BadRow(f"missing key '{key}'")
     if not isinstance(value, str):
         raise BadRow(f"'{key}' must be a text, not {type(value).__name__}")
     return value.strip()
 
 
-def _read_qrels(path: Path, most: int | None = None) -> dict[str, dict[str, int]]:
+def _read_qrels(path: Path, max_lines: int | None = None) -> dict[str, dict[str, int]]:
+    """Query id -> document id -> grade."""
     if not path.is_file() and path.parent.is_dir():
-        there = sorted(p.stem for p in path.parent.glob("*.tsv"))
-        raise ValueError(f"{path}: no such file; qrels holds the splits {there}, choose one with data.val_split")
+        splits = sorted(p.stem for p in path.parent.glob("*.tsv"))
+        raise ValueError(f"{path}: no such file; qrels holds the splits {splits}, choose one with data.val_split")
     _check_exists(path)
     qrels: dict[str, dict[str, int]] = {}
-    for number, _, line in islice(iter_lines(path), most):
+    for number, _, line in islice(iter_lines(path), max_lines):
         columns = line.decode("utf-8", errors="replace").rstrip("\r\n").split("\t")
         try:
             query, document, grade = columns
@@ -126,10 +133,10 @@ def _read_qrels(path: Path, most: int | None = None) -> dict[str, dict[str, int]
             if number == 1 and len(columns) == 3:  # the header
                 continue
             raise ValueError(
-                f"{path}:{number}: expected query id, document id and a whole number, with tabs between: {columns}"
+                f"{path}:{number}: expected query id, document id and integer grade, separated by tabs; got {columns}"
             ) from None
     if not qrels:
-        raise ValueError(f"{path} holds no relevance judgement")
+        raise ValueError(f"{path} has no relevance judgements")
     return qrels
 
 
@@ -138,6 +145,9 @@ def _check_exists(path: Path) -> None:
         raise ValueError(f"{path}: no such file; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
 
 
-def _check_known(path: Path, file: str, named: dict[str, Any], known: dict[str, str]) -> None:
-    if unknown := [key for key in named if key not in known]:
-        raise ValueError(f"{path} names {len(unknown)} ids that are not in {file}, first {unknown[:3]}")
+def _check_ids(path: Path, file: str, judged: dict[str, Any], known: dict[str, str]) -> None:
+    """Raises: ValueError: qrels have ids that are not in the file."""
+    if unknown := [key for key in judged if key not in known]:
+        raise ValueError(
+            f"{path} has {len(unknown)} ids that are not in {file}, first {unknown[:3]}; add or remove them"
+        )

@@ -1,4 +1,4 @@
-"""The LightningDataModule: rows to train on and a retrieval collection to validate on."""
+"""The LightningDataModule: training rows, and a BEIR test collection for validation."""
 
 from __future__ import annotations
 
@@ -28,36 +28,38 @@ log = logging.getLogger(__name__)
 class ULLMEDataModule(L.LightningDataModule):
     """Training rows and a BEIR folder for validation.
 
-    Batches are global: ``batch_size`` counts the queries of all ranks together, and each rank is given its own slice
-    of every batch. So the trainer must run with ``use_distributed_sampler=False``. The place in the data follows the
-    trainer's step counter, one optimizer step a batch, so a resumed run goes on with the very next batch.
+    ``batch_size`` is global: it counts the queries of all ranks together, and each rank gets its slice of every batch.
+    So the trainer must have ``use_distributed_sampler=False``. The position in the data follows from the trainer's
+    step counter (one optimizer step per batch), so a resumed run continues with the next batch.
 
     Args:
         train: JSONL files (paths, patterns or folders), or a dataset: a hub name, a dataset folder, table files.
-        datasets: several datasets in place of ``train``, each as :class:`~ullme.data.mixture.TrainSet` says; every
-            batch is of one of them, and each says its own split, name, schema and max_rows.
-        train_split: which split of the dataset.
-        train_name: the dataset's configuration, where it has several.
-        schema: the columns: auto, bge, tevatron, sentence-transformers or ullme; text, one text a row (of a row of
-            retrieval its first positive), which is its own positive (SimCSE, arXiv 2104.08821); or the dotted path of
-            a function that reads a row.
-        on_bad_row: stop at the first bad row with its place and reason, before training; or skip and count them.
-        short_rows: a row with too few hard negatives of its own borrows positives of other rows, repeats its own
-            negatives, or is dropped.
-        num_hard_negatives: hard negatives for each query.
-        batch_size: queries in a global batch, over all ranks; one optimizer step.
+        datasets: several datasets in place of ``train``, each a :class:`~ullme.data.mixture.TrainSet` with its own
+            split, name, schema and max_rows; every batch comes from one of them.
+        train_split: split of the dataset.
+        train_name: configuration of the dataset, if it has several.
+        schema: the columns: auto, bge, tevatron, sentence-transformers or ullme; text, one text per row (of a retrieval
+            row, the first positive), which is its own positive (SimCSE, arXiv 2104.08821); or the dotted path of a
+            function that parses a row.
+        on_bad_row: stop at the first bad row, before training, with its file, line and reason; or skip bad rows and
+            count them.
+        short_rows: what to do if a row has too few hard negatives: borrow positives of other rows, repeat its
+            negatives, or drop the row.
+        num_hard_negatives: N, hard negatives per query.
+        batch_size: B, queries in a global batch, over all ranks; one optimizer step.
         query_max_length: in tokens, template included.
         passage_max_length: in tokens, template included.
-        max_rows: train on the first so many rows after a shuffle; null uses all.
-        val: a BEIR folder to validate on; null for none.
-        val_split: which of its qrels.
+        max_rows: train on this many rows, the first after a shuffle; null uses all.
+        val: a BEIR folder to validate on; null for no validation.
+        val_split: split of its qrels.
         val_batch_size: texts in a validation batch, on each rank.
-        num_workers: processes that draw and tokenise.
-        seed: decides the order of the rows and the draws, apart from every other seed; not negative.
+        num_workers: dataloader processes that draw and tokenise rows.
+        seed: of the order of rows and the draws, independent of other seeds; not negative.
         drop_last: leave out an epoch's last batch if it is not full.
 
     Raises:
-        ValueError: from ``setup``: data that cannot be read, a bad row, or options that do not fit the data.
+        ValueError: an option is out of its range; or, in ``setup``, data cannot be read, has a bad row, or does not fit
+            the options.
     """
 
     def __init__(
@@ -121,7 +123,14 @@ class ULLMEDataModule(L.LightningDataModule):
         self.beir: BeirFolder | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and check everything once. ``stage`` is Lightning's: fit, validate or None for both."""
+        """Read and check the data, once.
+
+        Args:
+            stage: Lightning's: fit, validate, or None for both.
+
+        Raises:
+            ValueError: see the class.
+        """
         if self.val is not None and self.beir is None:
             try:
                 self.beir = read_beir(self.val, self.val_split)
@@ -129,17 +138,19 @@ class ULLMEDataModule(L.LightningDataModule):
                 raise ValueError(f"data.val={self.val!r}, data.val_split={self.val_split!r}: {error}") from error
         if stage in ("fit", None) and self.source is None:
             self.source = self._open_train()
-            self._sampler(*self._rank_and_world_size())  # options that do not fit the data fail here, early
+            self._sampler(*self._rank_and_world_size())  # raises now, if options do not fit the data
 
     def _open_train(self) -> RowSource:
-        sources = [self._open(one) for one in self.sets or []]
+        """Open the training set, or all datasets of the mixture."""
+        sources = [self._open(dataset) for dataset in self.sets or []]
         return sources[0] if self.datasets is None else Mixture(self.datasets, sources)
 
-    def _open(self, one: TrainSet) -> RowSource:
-        source = one.open(self.on_bad_row, self.seed)
-        settled, short = settle_short_rows(source, self.num_hard_negatives, self.short_rows, self.seed)
+    def _open(self, dataset: TrainSet) -> RowSource:
+        """Open one dataset, and log skipped and short rows."""
+        source = dataset.open(self.on_bad_row, self.seed)
+        usable, short = settle_short_rows(source, self.num_hard_negatives, self.short_rows, self.seed)
         if self._rank_and_world_size()[0] == 0:
-            log.info("data: %d rows to train on%s", len(settled), f" in {one.train}" if self.datasets else "")
+            log.info("data: %d rows to train on%s", len(usable), f" in {dataset.train}" if self.datasets else "")
             if source.skipped:
                 log.warning("data: skipped %d bad rows, the first: %s", len(source.skipped), source.skipped[:3])
             if short:
@@ -150,13 +161,13 @@ class ULLMEDataModule(L.LightningDataModule):
                     self.num_hard_negatives,
                     self.short_rows,
                 )
-        return settled
+        return usable
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """This rank's slice of the global batches, from where the trainer's step counter stands."""
+        """This rank's slices of the global batches, starting at the trainer's step counter."""
         trainer = self.trainer
         assert trainer is not None
-        # Lightning's way to see the same batches again and again
+        # with overfit_batches, every epoch has the same batches
         overfit = bool(trainer.overfit_batches)  # type: ignore[attr-defined]
 
         def position() -> int:
@@ -180,14 +191,14 @@ class ULLMEDataModule(L.LightningDataModule):
         position: Callable[[], int] | None = None,
         generation: bool | Collection[LikelihoodKind] = False,
     ) -> DataLoader[Any]:
-        """The training batches without a Trainer; iterating again gives the next epoch.
+        """A dataloader of training batches that needs no Trainer; each iteration over it is the next epoch.
 
         Args:
-            prompt_tokenizer: the prompt contract with its tokenizer.
-            rank: this process.
-            world_size: W; ``batch_size`` must divide by it.
+            prompt_tokenizer: the tokenizer with the prompt contract.
+            rank: of this process.
+            world_size: W; ``batch_size`` must be a multiple of it.
             epoch: the first epoch.
-            start_batch: where in it to start.
+            start_batch: the first batch in that epoch.
             position: see :class:`~ullme.data.sampler.GlobalBatchSampler`.
             generation: the likelihoods that the loss needs rows for (``objective.likelihoods``); True: log π(passage |
                 query), False: none.
@@ -204,13 +215,13 @@ class ULLMEDataModule(L.LightningDataModule):
         return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=collator, **self._loader_options())
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """Loaders of the corpus and of the queries, in this order; none without a validation folder.
+        """Dataloaders of the corpus and the queries, in this order; an empty list without validation.
 
-        They yield :class:`~ullme.data.collator.EvalRows`, whose ``indices`` are positions in ``beir.corpus_ids`` and
-        ``beir.query_ids``. Over several ranks each gets its share, and a few rows may come to two ranks.
+        They yield :class:`~ullme.data.collator.EvalRows`, whose ``indices`` are indices of ``beir.corpus_ids`` and
+        ``beir.query_ids``. The texts are split over ranks; a few may be in the batches of two ranks.
         """
         if self.beir is None:
-            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # it is meant to be
+            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # on purpose
             return []
         prompt_tokenizer = self._prompt_tokenizer()
         return [
@@ -226,14 +237,14 @@ class ULLMEDataModule(L.LightningDataModule):
         return DataLoader(EvalDataset(texts), batch_sampler=batches, collate_fn=collator, **self._loader_options())
 
     def _loader_options(self) -> dict[str, Any]:
-        if self.num_workers:  # a tokenizer that has threads of its own must not be forked
+        if self.num_workers:  # a tokenizer with threads must not be forked
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         return {
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "worker_init_fn": outlast_signals,
             "pin_memory": torch.cuda.is_available(),
-            # a loader draws a number from the global generator at each epoch, which would change dropout on resuming
+            # else a dataloader draws from the global generator in each epoch, which would change dropout on resuming
             "generator": torch.Generator().manual_seed(self.seed),
         }
 
@@ -245,6 +256,7 @@ class ULLMEDataModule(L.LightningDataModule):
         start_batch: int = 0,
         position: Callable[[], int] | None = None,
     ) -> GlobalBatchSampler:
+        """The sampler of global batches, of one dataset or a mixture."""
         assert self.source is not None
         if isinstance(self.source, Mixture):
             return MixtureSampler(
@@ -255,27 +267,28 @@ class ULLMEDataModule(L.LightningDataModule):
         )
 
     def _rank_and_world_size(self) -> tuple[int, int]:
-        """Of the data-parallel group, which is not every process where a strategy also splits the model."""
+        """(rank, W) in the data-parallel group, which is smaller than the world under tensor parallelism."""
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
 
     def _prompt_tokenizer(self) -> PromptTokenizer:
+        """The tokenizer of the trainer's model, with its prompt contract."""
         assert self.trainer is not None
         model: Any = self.trainer.lightning_module.model
         return PromptTokenizer(model.tokenizer, model.prompts)
 
     def state_dict(self) -> dict[str, Any]:
-        """What must not change for a resumed run to meet the rows in the order of an uninterrupted one."""
+        """The values that must not change for a resumed run to have the same batches as an uninterrupted one."""
         rows = len(self.source) if self.source is not None else 0
         return {"rows": rows, "batch_size": self.batch_size, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Warn where the data is not the checkpoint's."""
+        """Warn if they differ from those in the checkpoint."""
         now = self.state_dict()
         changed = {k: (state_dict[k], now[k]) for k in now if k in state_dict and state_dict[k] != now[k]}
         if changed and self.source is not None:
             log.warning(
-                "data: resuming with other data than the checkpoint was made with (then, now): %s; some rows of this "
-                "epoch will be seen twice or not at all",
+                "data: resuming with other data than in the checkpoint (before, now): %s; some rows of this epoch "
+                "will be used twice or not at all",
                 changed,
             )

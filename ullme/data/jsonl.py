@@ -1,4 +1,4 @@
-"""Lines of a JSONL file, with what is needed to find a bad one and to come back to a good one."""
+"""Read JSONL files line by line, with line numbers for error messages and byte offsets for random access."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from ullme.utils.progress import progress
 
 
 def iter_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """(line number from 1, byte offset, raw line) of every line that is not blank; a UTF-8 mark at the start is no
-    part of the first line. Shows a bar where that takes long."""
+    """Yield (line number from 1, byte offset, raw line) of every non-blank line.
+
+    A UTF-8 byte order mark at the start is skipped. Large files get a progress bar.
+    """
     offset = 0
     bar = progress(f"reading {path.name}", total=path.stat().st_size, unit="B", unit_scale=True)
     with path.open("rb") as file, bar:
@@ -29,7 +31,7 @@ def iter_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def parse_line(line: bytes) -> Any:
-    """The value of one line. Raises: BadRow: non-UTF-8 or broken JSON."""
+    """Parse one line. Raises: BadRow: not UTF-8, or not valid JSON."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,7 +1,6 @@
-"""Several datasets in one run: every batch is drawn from one of them, with that dataset's own instruction and rules.
+"""Training on several datasets. Each batch comes from one dataset, with that dataset's instruction and settings.
 
-A batch of one dataset keeps its negatives of the same kind as its positives: a passage from another task would be too
-easy to tell apart.
+So in-batch negatives come from the same task as the positives; passages of another task would be too easy negatives.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ class TrainSet:
     """One dataset of a mixture.
 
     Args:
-        train: as ``data.train``.
-        split: which split of the dataset.
-        name: the dataset's configuration, where it has several.
-        schema: the columns.
-        max_rows: use the first so many rows after a shuffle; null uses all.
-        instruction: the task, for rows that bring none; null takes the prompt contract's own.
-        weight: how often an epoch goes through the dataset; 0.5 takes half of its batches, 2 takes them twice.
-        in_batch_negatives: false: a query's negatives are its own hard negatives only, as for classes or clusters,
-            where another query's positive may be right (NV-Embed, arXiv 2405.17428, section 4.2).
-        symmetric: passages are put in the query template too, as for semantic similarity.
+        train: files or a dataset, as in ``data.train``.
+        split: split of the dataset.
+        name: configuration of the dataset, if it has several.
+        schema: the columns, as in ``data.schema``.
+        max_rows: train on this many rows, the first after a shuffle; null uses all.
+        instruction: the task, for rows without an instruction; null takes the prompt contract's.
+        weight: passes over the dataset in an epoch; 0.5 takes half of its batches, 2 takes them twice.
+        in_batch_negatives: false uses only a query's own hard negatives, as for classes or clusters, where another
+            query's positive may be correct (NV-Embed, arXiv 2405.17428, section 4.2).
+        symmetric: use the query template for passages too, as for semantic similarity.
 
     Raises:
         ValueError: an unknown schema, or a weight that is not positive.
@@ -54,7 +53,7 @@ class TrainSet:
             raise ValueError(f"data.datasets: weight={self.weight} of {self.train!r} must be a positive number")
 
     def open(self, on_bad_row: OnBadRow, seed: int) -> RowSource:
-        """Its rows; see :func:`ullme.data.sources.open_source`."""
+        """Open the dataset; see :func:`ullme.data.sources.open_source`."""
         return open_source(
             self.train,
             name=self.name,
@@ -67,52 +66,56 @@ class TrainSet:
 
 
 class Mixture:
-    """The rows of several sources, one behind the other.
+    """The concatenated rows of several datasets.
 
     Args:
-        sets: what each source is.
-        sources: as many.
+        sets: the settings of each dataset.
+        sources: the rows of each dataset.
     """
 
     def __init__(self, sets: Sequence[TrainSet], sources: Sequence[RowSource]) -> None:
         self.sets, self.sources = list(sets), list(sources)
         self.starts = [0, *accumulate(map(len, self.sources))]
         self.num_negatives = np.concatenate([source.num_negatives for source in self.sources])
-        self.skipped = [place for source in self.sources for place in source.skipped]
-        instructions = [rules.instruction for rules in self.sets] + [s.longest_instruction for s in self.sources]
+        self.skipped = [message for source in self.sources for message in source.skipped]
+        instructions = [settings.instruction for settings in self.sets] + [s.longest_instruction for s in self.sources]
         self.longest_instruction = max((i for i in instructions if i is not None), key=len, default=None)
 
     def __len__(self) -> int:
         return self.starts[-1]
 
     def __getitem__(self, row: int) -> Record:
-        part, own = self.locate(row)
-        return self.sources[part][own]
+        dataset, index = self.locate(row)
+        return self.sources[dataset][index]
 
     def locate(self, row: int) -> tuple[int, int]:
-        """Which source a row is of, and its place there."""
+        """(index of the dataset, index of the row in it).
+
+        Raises:
+            IndexError: there is no such row.
+        """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        part = bisect_right(self.starts, row) - 1
-        return part, row - self.starts[part]
+        dataset = bisect_right(self.starts, row) - 1
+        return dataset, row - self.starts[dataset]
 
     def draw(self, row: int, epoch: int, seed: int, num_hard_negatives: int, short_rows: ShortRows) -> Draw:
-        """As :func:`ullme.data.sampler.draw`, borrowing from the row's own dataset only, with its rules."""
-        part, own = self.locate(row)
-        rules = self.sets[part]
-        drawn = draw(self.sources[part], own, epoch, seed, num_hard_negatives, short_rows)
+        """Like :func:`ullme.data.sampler.draw`, but borrows only from the row's dataset, and adds its settings."""
+        dataset, index = self.locate(row)
+        settings = self.sets[dataset]
+        drawn = draw(self.sources[dataset], index, epoch, seed, num_hard_negatives, short_rows)
         return drawn._replace(
-            instruction=rules.instruction if drawn.instruction is None else drawn.instruction,
-            in_batch_negatives=rules.in_batch_negatives,
-            symmetric=rules.symmetric,
+            instruction=settings.instruction if drawn.instruction is None else drawn.instruction,
+            in_batch_negatives=settings.in_batch_negatives,
+            symmetric=settings.symmetric,
         )
 
 
 class MixtureSampler(GlobalBatchSampler):
-    """Global batches of one dataset each, in an order shuffled anew in every epoch.
+    """Global batches of one dataset each, in another random order in every epoch.
 
-    Each pass over a dataset is a permutation of its own, cut into full batches; what does not fill one waits for
-    another pass.
+    Each pass over a dataset is a random permutation of its rows, split into full batches; the remaining rows are left
+    out of that pass.
 
     Args:
         mixture: the datasets.
@@ -125,7 +128,7 @@ class MixtureSampler(GlobalBatchSampler):
         position: as for :class:`~ullme.data.sampler.GlobalBatchSampler`.
 
     Raises:
-        ValueError: a dataset with fewer rows than a batch, or a batch size that ranks cannot share.
+        ValueError: a dataset with fewer rows than a batch, or a batch size that is not a multiple of ``world_size``.
     """
 
     def __init__(
@@ -140,28 +143,30 @@ class MixtureSampler(GlobalBatchSampler):
         position: Callable[[], int] | None = None,
     ) -> None:
         self.mixture = mixture
-        self.in_a_pass = [len(source) // max(1, batch_size) for source in mixture.sources]
-        for rules, source, batches in zip(mixture.sets, mixture.sources, self.in_a_pass, strict=True):
+        self.batches_per_pass = [len(source) // max(1, batch_size) for source in mixture.sources]
+        for settings, source, batches in zip(mixture.sets, mixture.sources, self.batches_per_pass, strict=True):
             if not batches:
                 raise ValueError(
-                    f"data.datasets: {rules.train!r} has {len(source)} rows, fewer than a batch of "
-                    f"data.batch_size={batch_size}, and batches are of one dataset; lower it or leave the dataset out"
+                    f"data.datasets: {settings.train!r} has {len(source)} rows, fewer than a batch of "
+                    f"data.batch_size={batch_size} from one dataset; lower it or leave the dataset out"
                 )
-        shares = zip(mixture.sets, self.in_a_pass, strict=True)
-        self.in_an_epoch = [max(1, round(rules.weight * batches)) for rules, batches in shares]
-        rows = sum(self.in_an_epoch) * batch_size
+        pairs = zip(mixture.sets, self.batches_per_pass, strict=True)
+        self.batches_per_epoch = [max(1, round(settings.weight * batches)) for settings, batches in pairs]
+        rows = sum(self.batches_per_epoch) * batch_size
         super().__init__(rows, batch_size, seed, rank, world_size, True, epoch, start_batch, position)
 
     def order(self, epoch: int) -> np.ndarray:
-        batches = np.concatenate([self._batches_of(part, epoch) for part in range(len(self.in_a_pass))])
+        """All rows of an epoch, batch after batch."""
+        batches = np.concatenate([self._batches_of(dataset, epoch) for dataset in range(len(self.batches_per_pass))])
         return np.random.default_rng([self.seed, epoch]).permutation(batches).reshape(-1)
 
-    def _batches_of(self, part: int, epoch: int) -> np.ndarray:
+    def _batches_of(self, dataset: int, epoch: int) -> np.ndarray:
         """(batches, batch_size) rows of one dataset in an epoch."""
-        a_pass, wanted = self.in_a_pass[part], self.in_an_epoch[part]
-        rows, start = len(self.mixture.sources[part]), self.mixture.starts[part]
+        per_pass, per_epoch = self.batches_per_pass[dataset], self.batches_per_epoch[dataset]
+        rows, start = len(self.mixture.sources[dataset]), self.mixture.starts[dataset]
         passes = [
-            np.random.default_rng([self.seed, epoch, part, n]).permutation(rows)[: a_pass * self.batch_size] + start
-            for n in range(-(-wanted // a_pass))
+            np.random.default_rng([self.seed, epoch, dataset, n]).permutation(rows)[: per_pass * self.batch_size]
+            + start
+            for n in range(-(-per_epoch // per_pass))
         ]
-        return np.concatenate(passes).reshape(-1, self.batch_size)[:wanted]
+        return np.concatenate(passes).reshape(-1, self.batch_size)[:per_epoch]

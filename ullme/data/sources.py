@@ -1,7 +1,7 @@
-"""Where rows come from: JSONL files and anything that `datasets.load_dataset` reads.
+"""Row sources: JSONL files, and everything that ``datasets.load_dataset`` reads.
 
-A source is checked from end to end once, when it is made, so that a bad row stops the run before a model is loaded.
-It keeps no corpus in memory and is cheap to send to a worker.
+A source checks all its rows when it is created, so that a bad row stops the run before a model is loaded. It does not
+keep the texts in memory, and is cheap to pickle for dataloader workers.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _SAVED_TO_DISK = ("dataset_info.json", "dataset_dict.json")
 
 
 class RowSource(Protocol):
-    """A sequence of rows.
+    """The type of a sequence of training rows.
 
     Attributes:
-        num_negatives: (rows,) how many hard negatives each row has of its own.
-        skipped: "place: reason" of every bad row that was left out.
-        longest_instruction: of the rows' own instructions, or None where no row has one.
+        num_negatives: (rows,) number of hard negatives of each row.
+        skipped: "file:line: reason" of every bad row that was skipped.
+        longest_instruction: the longest instruction of a row, or None if no row has one.
     """
 
     num_negatives: np.ndarray
@@ -49,8 +49,8 @@ class RowSource(Protocol):
     def __getitem__(self, row: int) -> Record: ...
 
 
-class _Checked:
-    """What the validating pass collects: where each good row is, and what was wrong with the bad ones."""
+class _CheckedRows:
+    """Collects the positions of valid rows and the errors of bad ones while a source is checked."""
 
     def __init__(self, schema: Schema, on_bad_row: OnBadRow) -> None:
         self.schema = schema
@@ -61,12 +61,21 @@ class _Checked:
         self.longest_instruction: str | None = None
 
     def add(self, position: int, where: str, raw: Any) -> None:
-        """``raw`` is a row, or a line of JSON. Raises: ValueError: it is bad, and bad rows stop."""
+        """Check a row.
+
+        Args:
+            position: to store, if the row is valid.
+            where: file and line, for messages.
+            raw: the row, or its line of JSON.
+
+        Raises:
+            ValueError: the row is bad, and on_bad_row is ``stop``.
+        """
         try:
             record = parse_record(parse_line(raw) if isinstance(raw, bytes) else raw, self.schema)
         except BadRow as reason:
             if self.on_bad_row == "stop":
-                raise ValueError(f"{where}: {reason}; mend the row or set data.on_bad_row=skip") from None
+                raise ValueError(f"{where}: {reason}; fix the row or set data.on_bad_row=skip") from None
             self.skipped.append(f"{where}: {reason}")
             return
         self.positions.append(position)
@@ -75,20 +84,20 @@ class _Checked:
             self.longest_instruction = record.instruction
 
     def finish(self, name: str) -> None:
-        """Raises: ValueError: there is nothing to train on."""
+        """Raises: ValueError: there is no valid row."""
         if not self.positions:
             first = f"; the first of {len(self.skipped)} bad rows is {self.skipped[0]}" if self.skipped else ""
             raise ValueError(f"data.train={name!r} holds no usable row{first}")
 
 
 class JsonlSource:
-    """Rows of JSONL files, read from the file when they are asked for.
+    """Rows of JSONL files, read from disk on access.
 
     Args:
-        files: files, patterns such as ``train-*.jsonl``, or folders. A folder stands for its .jsonl and .json files;
-            where some of them are named after ``split`` (train.jsonl, train-00001.jsonl), for those alone.
+        files: files, patterns such as ``train-*.jsonl``, or folders. Of a folder, all .jsonl and .json files are read,
+            or only those named after ``split`` (train.jsonl, train-00001.jsonl), if there are any.
         schema: the columns, see :func:`ullme.data.records.parse_record`.
-        on_bad_row: ``stop`` raises at the first bad row, ``skip`` leaves it out and notes it in ``skipped``.
+        on_bad_row: ``stop`` raises at the first bad row, ``skip`` leaves it out and records it in ``skipped``.
         split: see ``files``.
 
     Raises:
@@ -102,16 +111,16 @@ class JsonlSource:
         on_bad_row: OnBadRow = "stop",
         split: str = "train",
     ) -> None:
-        names = [files] if isinstance(files, str) else list(files)
-        self.files = [path for name in names for path in expand_files(name, split)]
+        specs = [files] if isinstance(files, str) else list(files)
+        self.files = [path for name in specs for path in expand_files(name, split)]
         self.schema: Schema = schema
-        checked = _Checked(schema, on_bad_row)
+        checked = _CheckedRows(schema, on_bad_row)
         self._ends: list[int] = []
         for path in self.files:
             for number, offset, line in iter_lines(path):
                 checked.add(offset, f"{path}:{number}", line)
             self._ends.append(len(checked.positions))
-        checked.finish(", ".join(names))
+        checked.finish(", ".join(specs))
         self._offsets = np.asarray(checked.positions)
         self.num_negatives = np.asarray(checked.num_negatives)
         self.skipped, self.longest_instruction = checked.skipped, checked.longest_instruction
@@ -129,7 +138,8 @@ class JsonlSource:
         return parse_record(parse_line(handle.readline()), self.schema)
 
     def _handle(self, file: int) -> BinaryIO:
-        if self._pid != os.getpid():  # a forked worker shares the parent's file position, so it opens its own
+        # a forked worker would share the parent's file position, so it opens the files again
+        if self._pid != os.getpid():
             self._handles, self._pid = {}, os.getpid()
         if file not in self._handles:
             self._handles[file] = self.files[file].open("rb")
@@ -144,10 +154,10 @@ class HubSource:
 
     Args:
         path: hub name, folder, or .parquet, .arrow or .csv files.
-        name: the dataset's configuration, where it has several.
-        split: which split.
+        name: configuration of the dataset, if it has several.
+        split: split of the dataset.
         schema: the columns, see :func:`ullme.data.records.parse_record`.
-        on_bad_row: as in :class:`JsonlSource`; rows are named "path[split] row i".
+        on_bad_row: as in :class:`JsonlSource`; messages call rows "path[split] row i".
 
     Raises:
         ValueError: it cannot be loaded, a bad row, or no usable row.
@@ -163,7 +173,7 @@ class HubSource:
     ) -> None:
         self.schema: Schema = schema
         self.dataset = _load(path, name, split)
-        checked = _Checked(schema, on_bad_row)
+        checked = _CheckedRows(schema, on_bad_row)
         for i, row in enumerate(progress(f"checking {path}", self.dataset, unit="row")):
             checked.add(i, f"{path}[{split}] row {i}", row)
         checked.finish(f"{path}[{split}]")
@@ -181,11 +191,11 @@ class HubSource:
 
 
 class Subset:
-    """Some rows of another source.
+    """A subset of the rows of another source.
 
     Args:
         source: the other source.
-        rows: (rows,) positions in it.
+        rows: (rows,) indices of its rows.
     """
 
     def __init__(self, source: RowSource, rows: np.ndarray) -> None:
@@ -211,56 +221,56 @@ def open_source(
     max_rows: int | None = None,
     seed: int = 42,
 ) -> RowSource:
-    """The source that ``spec`` stands for.
+    """Open training rows by the value of ``data.train``.
 
     Args:
         spec: .jsonl or .json files, patterns or folders with such files (one or a list), or what
             :class:`HubSource` takes.
-        name: the hub dataset's configuration.
-        split: which split.
-        schema: the columns.
-        on_bad_row: ``stop`` or ``skip``.
-        max_rows: keep the first so many rows after a shuffle with ``seed``; None keeps all.
+        name: configuration of a hub dataset.
+        split: split of the dataset.
+        schema: the columns, see :func:`ullme.data.records.parse_record`.
+        on_bad_row: ``stop`` or ``skip``, see :class:`JsonlSource`.
+        max_rows: keep this many rows, the first after a shuffle with ``seed``; None keeps all.
         seed: of that shuffle.
 
     Raises:
-        ValueError: nothing there, a list of datasets, a bad row, or no usable row.
+        ValueError: no such file, several datasets, a bad row, or no usable row.
     """
-    names = [spec] if isinstance(spec, str) else list(spec)
-    if not names:
+    specs = [spec] if isinstance(spec, str) else list(spec)
+    if not specs:
         raise ValueError("data.train is empty; name a file, a folder or a dataset")
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"data.max_rows={max_rows} must be at least 1; leave it out to use every row")
     source: RowSource
-    if all(map(is_jsonl, names)):
-        source = JsonlSource(names, schema, on_bad_row, split)
-    elif len(names) == 1 or all(Path(n).suffix in _TABLES for n in names):
-        source = HubSource(names[0] if len(names) == 1 else names, name, split, schema, on_bad_row)
+    if all(map(is_jsonl, specs)):
+        source = JsonlSource(specs, schema, on_bad_row, split)
+    elif len(specs) == 1 or all(Path(n).suffix in _TABLES for n in specs):
+        source = HubSource(specs[0] if len(specs) == 1 else specs, name, split, schema, on_bad_row)
     else:
-        raise ValueError(f"data.train={names}: a list must hold JSONL files or table files only; name one dataset")
+        raise ValueError(f"data.train={specs}: a list must hold JSONL files or table files only; name one dataset")
     if max_rows is None or max_rows >= len(source):
         return source
     return Subset(source, np.random.default_rng(seed).permutation(len(source))[:max_rows])
 
 
 def expand_files(name: str, split: str) -> list[Path]:
-    """The files that a path, a pattern or a folder stands for, sorted. Raises: ValueError: none."""
+    """The files of a path, a pattern or a folder, sorted. Raises: ValueError: there are none."""
     path = Path(name)
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix in _JSONL and p.is_file())
-        named = [p for p in found if re.match(rf"{re.escape(split)}[-._]", p.name)]
-        found = named or found
+        files = sorted(p for p in path.iterdir() if p.suffix in _JSONL and p.is_file())
+        of_split = [p for p in files if re.match(rf"{re.escape(split)}[-._]", p.name)]
+        files = of_split or files
     elif path.is_file():
-        found = [path]
+        files = [path]
     else:
-        found = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.is_file())
-    if not found:
+        files = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.is_file())
+    if not files:
         raise ValueError(f"data.train={name!r}: no such file; check the path (it is read relative to {Path.cwd()})")
-    return found
+    return files
 
 
 def is_jsonl(name: str) -> bool:
-    """Whether a name in ``data.train`` stands for JSON lines, and not for a dataset."""
+    """Whether a name in ``data.train`` is a JSONL file, pattern or folder, not a dataset."""
     path = Path(name)
     if not path.is_dir():
         return path.suffix in _JSONL
@@ -269,6 +279,7 @@ def is_jsonl(name: str) -> bool:
 
 
 def _load(path: str | Sequence[str], name: str | None, split: str) -> Dataset:
+    """Load a dataset with the ``datasets`` library. Raises: ValueError: it cannot be loaded, or has no such split."""
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     files = [path] if isinstance(path, str) else list(path)

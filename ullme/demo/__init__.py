@@ -1,1 +1,1 @@
-"""A small synthetic world and a tiny language model, for demonstrations and tests without a network."""
+"""A synthetic retrieval dataset and a tiny language model, for demonstrations and tests without a network."""

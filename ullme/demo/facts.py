@@ -1,7 +1,7 @@
-"""The language of the miniature world: what can be said of an entity, and in which words it is asked for.
+"""Relations, word lists and sentence templates of the synthetic dataset.
 
-The wording of a relation's passages and of its queries share no content word, so that a query has the entity's name in
-common with its passage and little else. ``{s}`` is the subject, ``{o}`` the object.
+The templates of a relation's passages and of its queries share no content words, so a query and its passage have little
+in common but the entity's name. ``{s}`` stands for the subject, ``{o}`` for the object.
 """
 
 from __future__ import annotations
@@ -9,45 +9,45 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-def _words(text: str) -> list[str]:
+def _split(text: str) -> list[str]:
     return text.split()
 
 
-SYLLABLES = _words(
+SYLLABLES = _split(
     "ba be bi bo da de di do fa fe fi fo ga ge go gu ka ke ki ko la le li lo "
     "ma me mi mo na ne ni no pa pe pi po ra re ri ro sa se si so ta te ti to va ve vi vo"
 )
-ENDINGS = _words("ban del din far gor kan lim lor mar men nor pel ras rin sol tan ter tis vel vor")
+ENDINGS = _split("ban del din far gor kan lim lor mar men nor pel ras rin sol tan ter tis vel vor")
 
 KINDS = ("person", "town", "company", "instrument")
 
 WORDS = {
-    "craft": _words("baker carpenter clockmaker gardener lawyer painter sailor tailor weaver doctor shepherd printer"),
-    "goods": _words(
+    "craft": _split("baker carpenter clockmaker gardener lawyer painter sailor tailor weaver doctor shepherd printer"),
+    "goods": _split(
         "amber barley candles carpets copper glass honey lamps leather olives paper pepper salt silk soap tea"
     ),
-    "month": _words("January February March April May June July August September October November December"),
-    "wood": _words("ash bamboo beech cedar cherry ebony elm maple oak pear pine walnut"),
-    "mood": _words("bright dark dry gentle harsh hollow mild piercing sweet warm"),
-    "occasion": _words("weddings funerals harvests banquets markets coronations parades dances"),
+    "month": _split("January February March April May June July August September October November December"),
+    "wood": _split("ash bamboo beech cedar cherry ebony elm maple oak pear pine walnut"),
+    "mood": _split("bright dark dry gentle harsh hollow mild piercing sweet warm"),
+    "occasion": _split("weddings funerals harvests banquets markets coronations parades dances"),
     "year": [str(year) for year in range(1700, 1900, 7)],
-    "count": _words("two three four five six seven eight nine ten eleven twelve"),
+    "count": _split("two three four five six seven eight nine ten eleven twelve"),
     "thousands": [
-        f"{n} thousand" for n in _words("two three four five six seven eight nine twenty thirty forty sixty")
+        f"{n} thousand" for n in _split("two three four five six seven eight nine twenty thirty forty sixty")
     ],
 }
 
 
 @dataclass(frozen=True)
 class Relation:
-    """One thing that can be known of every entity of a kind.
+    """A relation that every entity of one kind has to one object.
 
     Args:
-        name: unique over the world.
-        subject: the kind it speaks of, one of ``KINDS``.
-        object: another of ``KINDS``, or a key of ``WORDS``.
-        statements: how passages word it, each holding ``{s}`` and ``{o}``.
-        questions: how queries word it, each holding ``{s}``.
+        name: unique.
+        subject: kind of the subject, one of ``KINDS``.
+        object: kind of the object, one of ``KINDS``, or a key of ``WORDS``.
+        statements: templates for passages, with ``{s}`` and ``{o}``.
+        questions: templates for queries, with ``{s}``.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""A tokenizer and a Llama small enough to be made on the spot from the miniature world."""
+"""Train a tokenizer and pre-train a tiny Llama on the texts of the synthetic dataset."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ def build_backbone(
 ) -> list[float]:
     """Train a tokenizer and pre-train a causal Llama on ``texts``; save both as a transformers folder.
 
-    The weights are the same for the same arguments on one machine.
+    On the same machine, the same arguments give the same weights.
 
     Args:
-        folder: made if it is not there.
-        texts: what the tokenizer and the language model learn from; in the quickstart ``World.pretrain_file``, which
-            knows no entity of the test queries.
-        seed: of the initial weights and of the order of the text.
-        steps: optimizer steps of ``batch_size * block_length`` tokens each.
-        hidden_size: D; a multiple of 32, the width of a head.
-        num_layers: decoder blocks.
+        folder: created if it does not exist.
+        texts: training texts of the tokenizer and the LLM; in the quickstart ``World.pretrain_file``, which has no
+            entity of the test queries.
+        seed: of the initial weights and the order of the texts.
+        steps: optimizer steps, of ``batch_size * block_length`` tokens each.
+        hidden_size: D, a multiple of the head dimension 32.
+        num_layers: number of decoder layers.
         vocab_size: V, at least 260 (the bytes and the special tokens).
-        batch_size: blocks in a step.
-        block_length: L, tokens in a block.
-        learning_rate: the highest, reached after a tenth of the steps.
-        progress: show a bar.
+        batch_size: blocks per step.
+        block_length: L, tokens per block.
+        learning_rate: peak learning rate, reached after a tenth of the steps.
+        progress: show a progress bar.
 
     Returns:
-        The loss of every step, in nats a token.
+        The loss of every step, in nats per token.
     """
     tokenizer = train_tokenizer(texts, vocab_size)
     model = new_llama(tokenizer, seed=seed, hidden_size=hidden_size, num_layers=num_layers)
@@ -61,9 +61,9 @@ def build_backbone(
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with ``<pad>``, ``<s>`` and ``</s>``; it puts ``<s>`` before every text, as Llama's own does.
+    """Train a byte-level BPE tokenizer with ``<pad>``, ``<s>`` and ``</s>``; like Llama's, it adds ``<s>`` in front.
 
-    The vocabulary is kept small on purpose: names fall apart into syllables that unseen names share.
+    The vocabulary is small, so that names are split into syllables that other names share.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -94,7 +94,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 1024) -> PreTrainedT
 def new_llama(
     tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, hidden_size: int = 128, num_layers: int = 2
 ) -> LlamaForCausalLM:
-    """A Llama with random weights, grouped-query attention and tied embeddings."""
+    """A randomly initialised Llama with grouped-query attention and tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     heads = hidden_size // 32
@@ -117,9 +117,12 @@ def new_llama(
 
 
 def pack(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], block_length: int, seed: int) -> Tensor:
-    """(blocks, block_length) token ids: the texts in random order, each between ``<s>`` and ``</s>``, end to end.
+    """Concatenate the texts in random order, each between ``<s>`` and ``</s>``, and split them into blocks.
 
-    What does not fill a block is dropped.
+    An incomplete last block is dropped.
+
+    Returns:
+        (blocks, block_length) token ids.
 
     Raises:
         ValueError: the texts do not fill one block.
@@ -142,14 +145,19 @@ def pretrain(
     seed: int,
     progress: bool = True,
 ) -> list[float]:
-    """Next-token prediction with AdamW, a tenth of the steps warm-up and a cosine down to zero.
+    """Train by next-token prediction, with AdamW, warm-up over a tenth of the steps and cosine decay to zero.
 
     Args:
         model: trained in place.
-        blocks: (blocks, L) token ids, drawn anew with replacement for every step.
+        blocks: (blocks, L) token ids; each step draws a batch with replacement.
+        steps: optimizer steps.
+        batch_size: blocks per step.
+        learning_rate: peak learning rate.
+        seed: of the draws.
+        progress: show a progress bar.
 
     Returns:
-        The loss of every step, in nats a token.
+        The loss of every step, in nats per token.
     """
     from tqdm.auto import tqdm
 

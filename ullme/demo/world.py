@@ -1,12 +1,11 @@
-"""A miniature world: a few thousand fictional facts with passages, queries and hard negatives, made from a seed.
+"""A synthetic retrieval dataset: a few thousand fictional facts with passages, queries and hard negatives, from a seed.
 
-It lets the whole project be tried where no data can be fetched. Nothing in it comes from outside: names are strung
-together from syllables and every sentence is a template of :mod:`ullme.demo.facts`.
+It serves to try the whole project without a network. Names are random sequences of syllables, and sentences are
+templates of :mod:`ullme.demo.facts`.
 
-What makes it a fair test: a passage and its query word the relation differently, so matching words finds the entity but
-not the fact; the entities are divided into three groups that never mention each other, so the test queries ask about
-names that no training row and no pre-training text holds. What can be learned, and must be, is how names match piece by
-piece and which wordings mean the same relation.
+A passage and its query express a relation in different words, so lexical matching finds the entity but not the fact.
+The entities form three groups that never mention each other, so the names in test queries occur in no training row and
+no pre-training text. A model must learn to match names by their subwords, and which wordings mean the same relation.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from typing import Any
 from ullme.demo.facts import ENDINGS, FILLERS, KINDS, MENTIONS, RELATIONS, SYLLABLES, WORDS, Relation
 
 NUM_NEGATIVES = 8
-_BY_NAME = {relation.name: relation for relation in RELATIONS}
+_RELATIONS_BY_NAME = {relation.name: relation for relation in RELATIONS}
 
 
 @dataclass(frozen=True)
 class Fact:
-    """``subject`` stands in ``relation`` to ``object``; the passage ``passage_id`` is the only one that says so."""
+    """``subject`` has ``relation`` to ``object``, which only the passage ``passage_id`` states."""
 
     subject: str
     relation: str
@@ -36,7 +35,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Passage:
-    """One or two facts of one entity in 20 to 60 tokens."""
+    """A text of 20 to 60 tokens that states one or two facts about one entity."""
 
     id: str
     subject: str
@@ -46,12 +45,12 @@ class Passage:
 
 @dataclass(frozen=True)
 class Group:
-    """A closed set of entities that mention only each other.
+    """A set of entities whose passages mention no entity outside the set.
 
     Args:
-        kinds: entity name to its kind.
-        facts: every fact of the group; each has exactly one passage.
-        passages: by id.
+        kinds: entity name -> its kind.
+        facts: all facts; each is stated in exactly one passage.
+        passages: passage id -> passage.
     """
 
     kinds: dict[str, str]
@@ -61,13 +60,13 @@ class Group:
 
 @dataclass(frozen=True)
 class World:
-    """The groups, as structured truth, and the files written from them.
+    """The synthetic dataset: its three groups of entities, and the paths of its files.
 
     Args:
         train: entities of ``train.jsonl`` and ``pretrain.txt``.
-        val: entities of ``val/``, for watching a training run.
-        dev: entities of ``dev/``, for the final figures.
-        folder: where the files are.
+        val: entities of ``val/``, for validation during training.
+        dev: entities of ``dev/``, for the final evaluation.
+        folder: with the files.
     """
 
     train: Group
@@ -77,26 +76,26 @@ class World:
 
     @property
     def train_file(self) -> Path:
-        """Rows ``{"query": str, "pos": [str], "neg": [str] * 8}`` (the BGE format)."""
+        """Training rows ``{"query": str, "pos": [str], "neg": [str] * 8}`` (the BGE format)."""
         return self.folder / "train.jsonl"
 
     @property
     def pretrain_file(self) -> Path:
-        """What the language model reads, a text a line: the training passages, and one question on each of their facts.
+        """Pre-training texts of the LLM, one per line: the training passages, and one question on each of their facts.
 
-        The questions stand alone, without their answers. An LLM has met questions before it is made an embedder; one
-        that has not gives all their words, which it never had to tell apart, nearly the same vector.
+        Questions come without answers. They are included because a real LLM has seen questions in pre-training; an LLM
+        that has not embeds the words of questions to nearly the same vector.
         """
         return self.folder / "pretrain.txt"
 
     @property
     def val_folder(self) -> Path:
-        """BEIR layout: ``corpus.jsonl``, ``queries.jsonl``, ``qrels/test.tsv``."""
+        """Validation collection in BEIR format: ``corpus.jsonl``, ``queries.jsonl``, ``qrels/test.tsv``."""
         return self.folder / "val"
 
     @property
     def dev_folder(self) -> Path:
-        """BEIR layout, as ``val_folder``; its corpus holds training passages too, as distractors."""
+        """Test collection in BEIR format; its corpus includes training passages as distractors."""
         return self.folder / "dev"
 
 
@@ -109,14 +108,15 @@ def build_world(
     dev_entities: int = 100,
     distractors: int = 500,
 ) -> World:
-    """Invent a world and write it to ``folder``. The same arguments give the same bytes.
+    """Generate the dataset and write it to ``folder``. The same arguments give the same bytes.
 
     Args:
-        folder: made if it is not there; files of an earlier world are overwritten.
-        seed: of every choice.
-        train_entities: each has five facts and each fact three training rows, one for each wording of its query.
-        val_entities: entities of the validation group, never trained on.
-        dev_entities: entities of the test group, never trained on.
+        folder: created if it does not exist; files of an earlier dataset are overwritten.
+        seed: of all random choices.
+        train_entities: entities of the training group; each has five facts, and each fact three training rows, one for
+            each wording of its query.
+        val_entities: entities of the validation group.
+        dev_entities: entities of the test group.
         distractors: training passages added to the corpus of the test group.
 
     Raises:
@@ -126,7 +126,7 @@ def build_world(
     sizes = {"train": train_entities, "val": val_entities, "dev": dev_entities}
     for name, size in sizes.items():
         if size < 3 * len(KINDS):
-            raise ValueError(f"{name}_entities={size} is too few to invent facts from; take at least {3 * len(KINDS)}")
+            raise ValueError(f"{name}_entities={size} is too few to generate facts; give at least {3 * len(KINDS)}")
     names = _names(rng, sum(sizes.values()))
     groups = {name: _group(rng, [next(names) for _ in range(size)], name) for name, size in sizes.items()}
     world = World(**groups, folder=Path(folder))
@@ -144,13 +144,13 @@ def build_world(
 
 
 def _names(rng: random.Random, count: int) -> Iterator[str]:
-    """Different names of three syllables. All groups share the syllables, so an unseen name has familiar pieces."""
-    every = [f"{a}{b}{c}".capitalize() for a in SYLLABLES for b in SYLLABLES for c in ENDINGS]
-    return iter(rng.sample(every, count))
+    """Distinct names of three syllables. All groups use the same syllables, so unseen names have known subwords."""
+    all_names = [f"{a}{b}{c}".capitalize() for a in SYLLABLES for b in SYLLABLES for c in ENDINGS]
+    return iter(rng.sample(all_names, count))
 
 
 def _group(rng: random.Random, names: Sequence[str], prefix: str) -> Group:
-    """Five facts for each name, the kinds in turn, objects drawn from the group itself."""
+    """Generate a group: entities of all kinds in turn, with five facts each, about entities of the group or words."""
     kinds = {name: KINDS[n % len(KINDS)] for n, name in enumerate(names)}
     of_kind = {kind: names[n :: len(KINDS)] for n, kind in enumerate(KINDS)}
     facts: list[Fact] = []
@@ -158,9 +158,12 @@ def _group(rng: random.Random, names: Sequence[str], prefix: str) -> Group:
     for subject, kind in kinds.items():
         relations = [relation for relation in RELATIONS if relation.subject == kind]
         objects = {relation.name: _object(rng, relation, subject, of_kind) for relation in relations}
-        for share in _shares(rng, relations):
-            texts = [rng.choice(relation.statements).format(s=subject, o=objects[relation.name]) for relation in share]
-            stated = tuple(relation.name for relation in share)
+        for stated_together in _group_relations(rng, relations):
+            texts = [
+                rng.choice(relation.statements).format(s=subject, o=objects[relation.name])
+                for relation in stated_together
+            ]
+            stated = tuple(relation.name for relation in stated_together)
             passage = Passage(f"{prefix}-{len(passages)}", subject, stated, _passage_text(rng, subject, texts))
             passages[passage.id] = passage
             facts += [Fact(subject, name, objects[name], passage.id) for name in stated]
@@ -168,7 +171,7 @@ def _group(rng: random.Random, names: Sequence[str], prefix: str) -> Group:
 
 
 def _object(rng: random.Random, relation: Relation, subject: str, of_kind: dict[str, Sequence[str]]) -> str:
-    """A word, or the name of an entity other than the subject."""
+    """The object of a fact: a word, or the name of an entity other than the subject."""
     if relation.object in WORDS:
         return rng.choice(WORDS[relation.object])
     while (name := rng.choice(of_kind[relation.object])) == subject:
@@ -176,15 +179,15 @@ def _object(rng: random.Random, relation: Relation, subject: str, of_kind: dict[
     return name
 
 
-def _shares(rng: random.Random, relations: Sequence[Relation]) -> list[list[Relation]]:
-    """The relations in random order; for half of the entities the first two share a passage."""
+def _group_relations(rng: random.Random, relations: Sequence[Relation]) -> list[list[Relation]]:
+    """The relations of an entity in random order, by passage; for half of the entities the first two share one."""
     order = rng.sample(relations, len(relations))
     first = 1 + rng.randrange(2)
     return [order[:first], *([relation] for relation in order[first:])]
 
 
 def _passage_text(rng: random.Random, subject: str, statements: Sequence[str]) -> str:
-    """The statements, each starting with a capital, between a mention of the subject and remarks that say nothing."""
+    """A passage: a sentence that mentions the subject, then the statements, with one filler sentence in between."""
     sentences = [statement[0].upper() + statement[1:] for statement in statements]
     sentences.insert(0, rng.choice(MENTIONS).format(s=subject))
     for filler in rng.sample(FILLERS, 1):
@@ -193,8 +196,8 @@ def _passage_text(rng: random.Random, subject: str, statements: Sequence[str]) -
 
 
 def _questions(fact: Fact) -> list[str]:
-    """Every query that asks for the fact."""
-    return [question.format(s=fact.subject) for question in _BY_NAME[fact.relation].questions]
+    """All queries that ask for the fact."""
+    return [question.format(s=fact.subject) for question in _RELATIONS_BY_NAME[fact.relation].questions]
 
 
 def _training_rows(rng: random.Random, group: Group) -> list[dict[str, Any]]:
@@ -210,7 +213,7 @@ def _training_rows(rng: random.Random, group: Group) -> list[dict[str, Any]]:
 
 
 class HardNegatives:
-    """Passages that nearly answer: about the entity but another relation, or the relation but a similar name."""
+    """Samples passages about the same entity with other relations, and with the same relation about similar names."""
 
     def __init__(self, group: Group) -> None:
         self.by_subject: dict[str, list[Passage]] = {}
@@ -224,19 +227,19 @@ class HardNegatives:
         """``NUM_NEGATIVES`` passages, none of which states the fact, in random order."""
         same_entity = [passage for passage in self.by_subject[fact.subject] if passage.id != fact.passage_id]
         others = [passage for passage in self.by_relation[fact.relation] if passage.subject != fact.subject]
-        rng.shuffle(others)  # the sort is stable: equally similar names come in random order
-        others.sort(key=lambda passage: -_shared_letters(passage.subject, fact.subject))
+        rng.shuffle(others)  # the sort is stable, so equally similar names stay in random order
+        others.sort(key=lambda passage: -_num_shared_letters(passage.subject, fact.subject))
         chosen = same_entity + others[: NUM_NEGATIVES - len(same_entity)]
         return rng.sample(chosen, len(chosen))
 
 
-def _shared_letters(a: str, b: str) -> int:
-    """Letters that two names have in common at the same place."""
+def _num_shared_letters(a: str, b: str) -> int:
+    """The number of positions at which two names have the same letter."""
     return sum(x == y for x, y in zip(a.lower(), b.lower(), strict=False))
 
 
 def _write_beir(folder: Path, rng: random.Random, group: Group, distractors: Iterable[Passage]) -> None:
-    """One query for each fact, and every passage of the group among the distractors."""
+    """Write a BEIR folder with one query for each fact, and the group's passages and the distractors as corpus."""
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     corpus = [*group.passages.values(), *distractors]
     _write_jsonl(folder / "corpus.jsonl", ({"_id": p.id, "title": "", "text": p.text} for p in corpus))

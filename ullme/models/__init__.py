@@ -1,4 +1,4 @@
-"""Models: ``ULLME`` to train and to embed, ``WrappedULLME`` for mteb. Each is imported when it is first used."""
+"""``ULLME``, the embedding model, and ``WrappedULLME``, its mteb encoder. Each is imported on first use."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,4 @@
-"""An embedder from a checkpoint, an adapter folder or the name of an LLM, and an adapter back into a folder."""
+"""Load an embedding model from a checkpoint, an adapter folder or an LLM, and save an adapter folder."""
 
 from __future__ import annotations
 
@@ -9,42 +9,52 @@ from typing import Any
 
 import torch
 
-from ullme.models.trained_weights import CONTRACT_FILE, POOLER_FILE, contract, fit_weights, read_checkpoint, rebuild
+from ullme.models.trained_weights import (
+    CONTRACT_FILE,
+    POOLER_FILE,
+    contract,
+    copy_weights,
+    read_checkpoint,
+    rebuild_model,
+)
 from ullme.models.ullme import ULLME
 from ullme.prompts import Prompts
 
 
 def load_ullme(checkpoint: str | Path, strict: bool = False, **overrides: Any) -> ULLME:
-    """Rebuild a trained model in eval mode.
+    """Load a trained model, in eval mode.
 
     Args:
         checkpoint: a run folder, a ``.ckpt`` file or a PEFT adapter folder.
-        strict: refuse a backbone with other weights than the training's, in place of a warning.
+        strict: raise, instead of warning, if the LLM has other weights than in training.
         **overrides: backbone options that replace the stored ones, such as ``model_name_or_path`` or ``dtype``.
 
     Raises:
         ValueError: unreadable checkpoint, or weights that do not fit.
     """
-    return rebuild(ULLME, checkpoint, strict, **overrides)
+    return rebuild_model(ULLME, checkpoint, strict, **overrides)
 
 
 def load_weights(model: ULLME, checkpoint: str | Path) -> None:
-    """Put trained weights, and the prompts they were trained with, into a model that is already built.
+    """Load trained weights, and the prompts they were trained with, into an existing model.
 
     Raises:
-        ValueError: unreadable checkpoint, another backbone, another rank.
+        ValueError: unreadable checkpoint, another LLM, or other LoRA options.
     """
-    found, state = read_checkpoint(checkpoint)
-    model.prompts = Prompts.from_dict(found["prompts"])
-    fit_weights(model, found, state, checkpoint)
+    stored, state = read_checkpoint(checkpoint)
+    model.prompts = Prompts.from_dict(stored["prompts"])
+    copy_weights(model, stored, state, checkpoint)
 
 
 def save_adapter(model: ULLME, folder: str | Path) -> Path:
-    """Write the trained adapter as a PEFT folder, with the contract in ``ullme.json``, the tokenizer and, where the
-    pooling has trained weights, these in a file of their own.
+    """Save the trained adapter as a PEFT folder, with the tokenizer, the contract in ``ullme.json`` and, if the pooling
+    has trained weights, these in ``pooler.safetensors``.
+
+    Returns:
+        The folder.
 
     Raises:
-        ValueError: all weights were trained, so there is no adapter.
+        ValueError: the model has no adapter.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -52,7 +62,8 @@ def save_adapter(model: ULLME, folder: str | Path) -> Path:
     name = model.options.lora_name
     if name is None:
         raise ValueError(
-            f"lora_name=null: {model.options.trained} of the LLM were trained, there is no adapter to save"
+            f"lora_name=null: {model.options.trained} weights of the LLM were trained, so there is no adapter to save; "
+            "use the checkpoint itself"
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,10 +79,10 @@ def save_adapter(model: ULLME, folder: str | Path) -> Path:
 
 
 def usable_device(device: str | None) -> str:
-    """The device asked for, or else a GPU if there is one.
+    """Check a device; without one, choose a GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: there is no such device on this machine.
     """
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,28 +95,28 @@ def usable_device(device: str | None) -> str:
 
 
 def load_embedder(name: str | None, checkpoint: str | Path | None, options: Mapping[str, Any]) -> ULLME:
-    """A trained model, or an LLM as it is.
+    """Load a trained model, or an LLM without training.
 
     Args:
-        name: hub name or folder of the LLM; None takes the one that the checkpoint was trained from.
+        name: hub name or folder of the LLM; None takes the one the checkpoint was trained from.
         checkpoint: run folder, ``.ckpt`` file or PEFT folder; None takes the LLM untrained.
-        options: of :class:`~ullme.models.config.BackboneConfig`, and ``prompts``: the contract, or a mapping with
-            its fields to replace.
+        options: fields of :class:`~ullme.models.config.BackboneConfig`, and ``prompts``: a prompt contract, or a
+            mapping with the fields of it to replace.
 
     Raises:
-        ValueError: neither, or a checkpoint that cannot be read or does not fit.
+        ValueError: neither name nor checkpoint, or a checkpoint that cannot be read or does not fit.
     """
     options = dict(options)
     prompts = options.pop("prompts", None)
     if checkpoint is None:
         if name is None:
             raise ValueError("neither a model nor a checkpoint was named; give at least one of them")
-        # Without a checkpoint an adapter would be at its start, where it changes nothing.
-        plain = {option: value for option, value in options.items() if not option.startswith("lora_")}
-        model = ULLME(name, lora_name=None, **plain)
+        # An untrained adapter would change nothing, so there is none.
+        backbone = {option: value for option, value in options.items() if not option.startswith("lora_")}
+        model = ULLME(name, lora_name=None, **backbone)
     else:
-        named: dict[str, Any] = {} if name is None else {"model_name_or_path": name}
-        model = load_ullme(checkpoint, **named, **options)
+        llm: dict[str, Any] = {} if name is None else {"model_name_or_path": name}
+        model = load_ullme(checkpoint, **llm, **options)
     if isinstance(prompts, Mapping):
         prompts = Prompts.from_dict({**model.prompts.to_dict(), **prompts})
     if prompts is not None:

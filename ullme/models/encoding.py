@@ -1,4 +1,4 @@
-"""Many texts to embeddings: sorted by length, in batches of equally many tokens, back in the order they came."""
+"""Embed many texts: sorted by length, in batches of about equally many tokens, returned in the original order."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 EmbedBlocks = Callable[["Embedder", Iterable[TokenRows]], Iterator[Tensor]]
 
-# Texts are tokenised and sorted this many at a time, so that a corpus of millions does not have to fit as token ids.
+# Texts are tokenised and sorted this many at a time, so that the token ids of a large corpus need not fit into memory.
 _WINDOW = 20_000
 
-# Tokens of a batch, if the caller leaves it open: what fits a CPU's cache, or fills a GPU.
+# Default tokens in a batch by device type: few enough for a CPU's cache, or enough to keep a GPU busy.
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices of rows by falling length, cut so that no batch (of more than one row) exceeds ``budget`` tokens."""
+    """Row indices in order of decreasing length, split into batches of at most ``budget`` tokens (or of one row)."""
     batch: list[int] = []
     tokens = 0
     for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
@@ -41,14 +41,14 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def embed_blocks(model: Embedder, blocks: Iterable[TokenRows]) -> Iterator[Tensor]:
-    """Blocks of R rows -> (R, D) each, in float32 on the CPU."""
+    """Embed padded blocks of R rows: yields (R, D) each, in float32 on the CPU."""
     for block in blocks:
-        here = block.to(model.device)
-        yield model(here.input_ids, here.attention_mask, pool_mask=here.pool_mask)["rep"].float().cpu()
+        rows = block.to(model.device)
+        yield model(rows.input_ids, rows.attention_mask, pool_mask=rows.pool_mask)["rep"].float().cpu()
 
 
-def _budget(batch_size: int | None, lengths: list[int], device: torch.device) -> int:
-    """Tokens of a batch."""
+def _token_budget(batch_size: int | None, lengths: list[int], device: torch.device) -> int:
+    """Tokens in a batch: of ``batch_size`` texts of average length, or the device's default."""
     if batch_size is None:
         return _BATCH_TOKENS.get(device.type, _BATCH_TOKENS["cuda"])
     return max(1, batch_size * sum(lengths) // len(lengths))
@@ -77,25 +77,25 @@ def encode(
     if role is not None and role not in get_args(Role):
         raise ValueError(f"role={role!r}: choose {', '.join(get_args(Role))} or None")
     max_length = min(max_length, model.max_positions)
-    given = [instruction] if instruction is None or isinstance(instruction, str) else list(instruction)
-    one_for_all = instruction is None or isinstance(instruction, str)
-    if not one_for_all and len(given) != len(texts):
-        raise ValueError(f"instruction: {len(given)} of them for {len(texts)} texts; give one, or one for each")
+    instructions = [instruction] if instruction is None or isinstance(instruction, str) else list(instruction)
+    shared = instruction is None or isinstance(instruction, str)
+    if not shared and len(instructions) != len(texts):
+        raise ValueError(f"instruction: {len(instructions)} of them for {len(texts)} texts; give one, or one for each")
     tokenizer = model.prompt_tokenizer
     if role is not None:
-        for each in set(given):
-            tokenizer.check_length(role, max_length, each)
+        for text in set(instructions):
+            tokenizer.check_length(role, max_length, text)
     out = torch.empty((len(texts), model.hidden_size), dtype=torch.float32)
     training = model.training
     model.eval()
     try:
         with tqdm(total=len(texts), unit="text", desc="encode", disable=not show_progress_bar) as bar:
             for start in range(0, len(texts), _WINDOW):
-                part = slice(start, start + _WINDOW)
-                task = instruction if one_for_all else instruction[part]  # type: ignore[index]
-                rows, starts = tokenizer.rows(texts[part], role, max_length=max_length, instruction=task)
+                window = slice(start, start + _WINDOW)
+                task = instruction if shared else instruction[window]  # type: ignore[index]
+                rows, starts = tokenizer.rows(texts[window], role, max_length=max_length, instruction=task)
                 lengths = [len(row) for row in rows]
-                budget = _budget(batch_size, lengths, model.device)
+                budget = _token_budget(batch_size, lengths, model.device)
                 batches = list(token_batches(lengths, budget))
                 blocks = (
                     tokenizer.pad([rows[n] for n in batch], starts and [starts[n] for n in batch]) for batch in batches

@@ -1,4 +1,4 @@
-"""What the parts of an embedder (weights, encoding, stages) ask of it; :class:`~ullme.models.ULLME` provides it."""
+"""The type of an embedding model for the modules that :class:`~ullme.models.ULLME` itself imports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ullme.prompts import Prompts, PromptTokenizer
 
 
 class Embedder(Protocol):
-    """A decoder LLM with its adapter, pooling and prompt contract. Attributes: see :class:`~ullme.models.ULLME`."""
+    """What those modules use of :class:`~ullme.models.ULLME`, where the attributes are described."""
 
     options: BackboneConfig
     prompts: Prompts

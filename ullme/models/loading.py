@@ -1,4 +1,4 @@
-"""Loading the LLM: configuration, tokenizer, weights and adapter, with the errors that need no forward pass."""
+"""Load the LLM: configuration, tokenizer, weights (quantised if asked for) and adapter."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ullme.models.attention.layers import token_table
 from ullme.models.config import BackboneConfig
-from ullme.models.quantization import check_quantization, loading_options
 from ullme.utils.dotted_names import named
 
 if TYPE_CHECKING:
@@ -23,10 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_config(options: BackboneConfig) -> PretrainedConfig:
-    """Read config.json and refuse what is no decoder-only LLM or cannot be quantised, before any weight is read.
+    """Read config.json and check it, before any weight is read.
 
     Raises:
-        ValueError: nothing to load under this name, another model type than asked for, or not a causal LM.
+        ValueError: nothing to load under this name, another model type than asked for, no decoder-only LLM, or
+            quantization that is not possible here.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -35,13 +36,13 @@ def load_config(options: BackboneConfig) -> PretrainedConfig:
     if options.family_code is not None:
         named(options.family_code, "family_code")
     name = options.model_name_or_path
-    with _explained(name, "config.json"):
+    with _loading_errors(name, "config.json"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
-    wanted = options.model_backbone_type
-    if wanted is not None and wanted.lower() != config.model_type:
+    expected_type = options.model_backbone_type
+    if expected_type is not None and expected_type.lower() != config.model_type:
         raise ValueError(
-            f"model_backbone_type={wanted!r}, but {name!r} is of type {config.model_type!r}; "
-            f"write model_backbone_type={config.model_type!r} or leave it out"
+            f"model_backbone_type={expected_type!r}, but {name!r} is of type {config.model_type!r}; "
+            f"set model_backbone_type={config.model_type!r} or leave it out"
         )
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"model_name_or_path={name!r} ({config.model_type}) is an encoder-decoder; take a decoder LLM")
@@ -56,29 +57,31 @@ def load_config(options: BackboneConfig) -> PretrainedConfig:
 
 
 def load_tokenizer(options: BackboneConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer with a pad token.
+    """Load the tokenizer, with a pad token.
 
-    A missing pad token is borrowed from the vocabulary (end, unknown or begin token, else token 0): padding never
-    reaches the LLM, so its identity is of no consequence, and the vocabulary keeps its size.
+    If the tokenizer has none, its end, unknown or begin token (else token 0) is used: padding never enters the
+    computation, so any token will do, and the vocabulary keeps its size.
     """
     from transformers import AutoTokenizer
 
     name = options.model_name_or_path
-    with _explained(name, "tokenizer"):
+    with _loading_errors(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
     if tokenizer.pad_token_id is None:
         size = len(tokenizer)
         tokens = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
         tokenizer.pad_token = next((t for t in tokens if t is not None), tokenizer.convert_ids_to_tokens(0))
         assert len(tokenizer) == size
-        logger.warning("%s has no pad token: %r pads, and is never computed with", name, tokenizer.pad_token)
-    # texts are cut at max_length afterwards, with the template's end kept; the warning would say that they are not
+        logger.warning(
+            "%s has no pad token; %r is used for padding, which is never computed on", name, tokenizer.pad_token
+        )
+    # No warning about long texts: they are truncated to max_length afterwards, keeping the end of the template.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 
 def load_backbone(options: BackboneConfig, config: PretrainedConfig) -> PreTrainedModel:
-    """The causal LM, without an adapter.
+    """Load the causal LM, without an adapter.
 
     Raises:
         ValueError: missing or unreadable weights.
@@ -88,32 +91,81 @@ def load_backbone(options: BackboneConfig, config: PretrainedConfig) -> PreTrain
 
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     extra = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
-    with _explained(options.model_name_or_path, "weights"):
+    with _loading_errors(options.model_name_or_path, "weights"):
         return AutoModelForCausalLM.from_pretrained(
             options.model_name_or_path,
             config=config,
             dtype=dtype,
             trust_remote_code=options.trust_remote_code,
             **extra,
-            **loading_options(options),
+            **quantization_options(options),
         )
 
 
+def check_quantization(options: BackboneConfig) -> None:
+    """Check that the LLM can be quantised here, before any weight is read.
+
+    Raises:
+        ValueError: there is no GPU, no bitsandbytes, or no adapter to train.
+    """
+    if options.quantization == "none":
+        return
+    import torch
+
+    def error(reason: str) -> ValueError:
+        return ValueError(f"quantization={options.quantization!r}: {reason}, or set quantization=none")
+
+    if options.lora_name is None:
+        raise error("quantised weights cannot be trained themselves; set lora_name to train an adapter")
+    if not torch.cuda.is_available():
+        raise error("bitsandbytes needs a CUDA device, and there is none here; run it on a GPU")
+    if find_spec("bitsandbytes") is None:
+        raise error("bitsandbytes is not installed; pip install 'ullme[quantization]'")
+
+
+def quantization_options(options: BackboneConfig) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` that load the LLM quantised, onto the current GPU, through bitsandbytes.
+
+    ``nf4`` is QLoRA's 4-bit NormalFloat with double quantisation and products in bfloat16 (arXiv 2305.14314);
+    ``int8`` is LLM.int8(), which keeps outlier features in half precision (arXiv 2208.07339). Norms, embeddings and
+    the LM head keep their dtype: PEFT's ``prepare_model_for_kbit_training``, which casts them to float32 (large, for a
+    vocabulary of 128k tokens) and turns on reentrant checkpointing, is not needed to train an adapter.
+    """
+    if options.quantization == "none":
+        return {}
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if options.quantization == "int8":
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=options.quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    return {"quantization_config": quantization, "device_map": {"": torch.cuda.current_device()}}
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
-    """Raises: ValueError: the tokenizer knows ids for which the LLM has no embedding."""
+    """Raises: ValueError: the tokenizer has ids for which the LLM has no embedding."""
     rows = len(token_table(model))
     if len(tokenizer) > rows:
         raise ValueError(
             f"model_name_or_path={name!r}: the tokenizer has {len(tokenizer)} tokens and the LLM embeds {rows}; "
-            "they belong to different models"
+            "they belong to different models; give a folder or hub name where they match"
         )
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """A hash over the config and the names, shapes, dtypes and a few values of all weights: cheap to make."""
+    """A hash of the config and of the name, shape, dtype and up to 32 values of every weight.
+
+    It tells pre-trained LLMs apart without reading all their weights.
+    """
     config = model.config.to_dict()
-    for volatile in ("_name_or_path", "transformers_version", "use_cache"):
-        config.pop(volatile, None)
+    for ignored in ("_name_or_path", "transformers_version", "use_cache"):
+        config.pop(ignored, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
@@ -123,10 +175,10 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:
-    """Wrap the LLM with LoRA (arXiv 2106.09685) through PEFT, or choose which of its own weights are trained.
+    """Add LoRA (arXiv 2106.09685) through PEFT, or mark the LLM's own weights that are trained.
 
     Raises:
-        ValueError: lora_target_modules match nothing, or an LLM without biases shall train them.
+        ValueError: lora_target_modules match nothing, or train=biases for an LLM without biases.
     """
     if options.trained == "all":
         return model.requires_grad_(True)
@@ -151,10 +203,10 @@ def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:
         targets = [targets]
     lora = LoraConfig(
         r=options.lora_r,
-        lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # PEFT divides whatever number it is
+        lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats too
         lora_dropout=options.lora_dropout,
         target_modules=targets,
-        exclude_modules=(lora_layers.unfit(model) or None) if targets == "all-linear" else None,
+        exclude_modules=(lora_layers.modules_to_exclude(model) or None) if targets == "all-linear" else None,
         task_type="CAUSAL_LM",
     )
     try:
@@ -165,35 +217,37 @@ def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:
     return wrapped
 
 
-def set_attention_dropout(model: nn.Module, share: float) -> None:
-    """Drop attention weights while training; the config, by which a pre-trained LLM is known, stays as it is.
+def set_attention_dropout(model: nn.Module, probability: float) -> None:
+    """Set the dropout on attention weights in all modules. The config, part of the fingerprint, does not change.
 
     Raises:
-        ValueError: the family keeps its attention dropout where this does not find it.
+        ValueError: the model has no module with a known attribute for attention dropout.
     """
     found = False
     for module in model.modules():
         for name in ("attention_dropout", "attn_dropout"):
             value = getattr(module, name, None)
             if isinstance(value, nn.Dropout):
-                value.p, found = share, True
+                value.p, found = probability, True
             elif isinstance(value, float | int):
-                setattr(module, name, share)
+                setattr(module, name, probability)
                 found = True
     if not found:
-        raise ValueError(f"attention_dropout={share}: the {type(model).__name__} has none that is known; leave it out")
+        raise ValueError(
+            f"attention_dropout={probability}: no attention dropout was found in {type(model).__name__}; leave it out"
+        )
 
 
 @contextmanager
-def _explained(name: str, part: str) -> Iterator[None]:
-    """Turn a loader's errors into one that names the option, the value and the remedy."""
+def _loading_errors(name: str, part: str) -> Iterator[None]:
+    """Turn any error of transformers' loaders into a ValueError with option, value and remedy."""
     try:
         yield
-    except Exception as error:  # whatever a damaged or foreign folder makes of the loaders
+    except Exception as error:  # damaged or foreign folders make the loaders raise errors of many types
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"model_name_or_path={name!r} brings its own code for its {part}, which is not run; take a model that "
-                "transformers knows, or set model.backbone.trust_remote_code=true if you trust it"
+                f"model_name_or_path={name!r} needs its own code to load the {part}, which is not run; take a model "
+                "that transformers supports, or set model.backbone.trust_remote_code=true if you trust the code"
             ) from error
         reason = str(error).strip().split("\n")[0][:300]
         raise ValueError(

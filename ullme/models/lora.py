@@ -1,10 +1,11 @@
-"""LoRA (arXiv 2106.09685, eq. 3) next to a frozen linear layer, without passes over memory that it does not need.
+"""A faster forward and backward for PEFT's LoRA layers (arXiv 2106.09685, eq. 3).
 
-PEFT computes ``W x`` and ``s B (A drop(x))`` apart, scales and adds; each of these reads and writes (T, out) numbers,
-in both directions, which costs more than LoRA's multiplications. Here the small product is accumulated into the large
-one. Without dropout and in full precision W + s B A is formed first: then the forward costs what the bare layer costs.
+PEFT computes ``W x`` and ``s B (A dropout(x))`` separately, then scales and adds. Each of these operations reads and
+writes (T, out) values, which costs more than LoRA's products. Here ``s B A x`` is accumulated into ``W x`` in place.
+Without dropout and in full precision, ``W + s B A`` is computed first, so that the forward costs as much as the layer
+without LoRA.
 
-PEFT's modules, their names and their files stay: only the class of :class:`peft.tuners.lora.Linear` modules changes.
+PEFT's modules, weight names and file formats do not change, only the class of :class:`peft.tuners.lora.Linear` modules.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from torch.nn.functional import linear
 
 
 class LoraLinear(Linear):
-    """PEFT's LoRA layer with a forward of its own for the usual case: one adapter, on a plain ``nn.Linear``.
+    """PEFT's LoRA layer with a faster forward for one adapter on a plain ``nn.Linear``; other cases go to PEFT.
 
-    The small product is computed in the activations' dtype; A, B and their gradients keep their own (float32).
+    LoRA's products are computed in the dtype of the activations; A, B and their gradients stay in float32.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in) -> (..., out)."""
-        name = self._only_adapter()
+        name = self._single_plain_adapter()
         if name is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
         base = self.get_base_layer()
@@ -42,8 +43,8 @@ class LoraLinear(Linear):
         dropped = dropout(x) if isinstance(dropout, nn.Dropout) and dropout.training else None
         return _Lora.apply(x, dropped, weight, bias, a, b, self.scaling[name])
 
-    def _only_adapter(self) -> str | None:
-        """The adapter's name, or None where PEFT's own forward has more to do."""
+    def _single_plain_adapter(self) -> str | None:
+        """The name of the active adapter, or None if PEFT's own forward is needed."""
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return None
         name = self.active_adapters[0]
@@ -55,58 +56,58 @@ class LoraLinear(Linear):
             and self.lora_A[name].bias is None
             and self.lora_B[name].bias is None
             and type(base) is nn.Linear
-            and "forward" not in vars(base)  # replaced by an offloading hook, for example
+            and "forward" not in vars(base)  # replaced, e.g. by an offloading hook
             and not (base.weight.requires_grad or base._forward_hooks or base._forward_pre_hooks)
         )
         return name if plain else None
 
 
 def install(model: nn.Module) -> None:
-    """Let the LoRA layers of a PEFT model that stand on a plain ``nn.Linear`` use :class:`LoraLinear`'s forward."""
+    """Give LoRA layers on a plain ``nn.Linear`` in a PEFT model the forward of :class:`LoraLinear`."""
     for module in model.modules():
         if type(module) is Linear and type(module.base_layer) is nn.Linear:
             module.__class__ = LoraLinear
 
 
-def unfit(model: nn.Module) -> list[str]:
-    """Names of linear layers that LoRA cannot stand on, which "all-linear" has to leave out.
+def modules_to_exclude(model: nn.Module) -> list[str]:
+    """Names of linear layers to which LoRA cannot be added, and which "all-linear" must exclude.
 
-    Those are routers and grouped projections, which a family derives from ``nn.Linear`` but which compute something
-    else, and the projections behind a Mamba mixer, whose kernel reads their weights without calling them.
+    These are subclasses of ``nn.Linear`` that compute something else (routers, grouped projections), and the output
+    projections of Mamba mixers, whose kernel reads the weight without calling the layer.
     """
-    found = []
+    excluded = []
     for name, module in model.named_modules():
-        kind = type(module)
-        own = isinstance(module, nn.Linear) and kind.__module__.startswith("transformers.models")
-        if own and kind.forward is not nn.Linear.forward and not _is_linear(module):
-            found.append(name)
-        mixes = "mamba" in kind.__name__.lower() or "mixer" in kind.__name__.lower()
-        if mixes and isinstance(getattr(module, "out_proj", None), nn.Linear):
-            found.append(f"{name}.out_proj")
-    return found
+        cls = type(module)
+        subclass = isinstance(module, nn.Linear) and cls.__module__.startswith("transformers.models")
+        if subclass and cls.forward is not nn.Linear.forward and not _computes_linear(module):
+            excluded.append(name)
+        is_mixer = "mamba" in cls.__name__.lower() or "mixer" in cls.__name__.lower()
+        if is_mixer and isinstance(getattr(module, "out_proj", None), nn.Linear):
+            excluded.append(f"{name}.out_proj")
+    return excluded
 
 
 @torch.no_grad()
-def _is_linear(layer: nn.Linear) -> bool:
-    """Whether a layer with a forward of its own still is W x + b (as Falcon's)."""
+def _computes_linear(layer: nn.Linear) -> bool:
+    """Whether a layer that overrides ``forward`` still computes W x + b, as Falcon's does."""
     x = torch.linspace(-1, 1, 2 * layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
     x = x.view(1, 2, layer.in_features)
     try:
         y = layer(x)
-    except Exception:  # a router may want more than one argument, or another shape
+    except Exception:  # e.g. a router that takes other arguments or shapes
         return False
     expected = linear(x, layer.weight, layer.bias)
     return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, rtol=1e-2, atol=1e-2)
 
 
-def _merge(x: Tensor, weight: Tensor) -> bool:
-    """Whether to form W + s B A. Half precision would round the update away; few rows would not pay for it."""
+def _merging_is_cheaper(x: Tensor, weight: Tensor) -> bool:
+    """Whether to compute W + s B A first: not for few rows, nor in half precision, which would lose the update."""
     rows, (out, width) = x.numel() // x.shape[-1], weight.shape
     return weight.dtype.itemsize >= 4 and rows * (out + width) > 2 * out * width
 
 
 class _Lora(torch.autograd.Function):
-    """``x W^T + bias + scale · dropped A^T B^T``; W and bias are frozen.
+    """``x W^T + bias + scale · dropped A^T B^T`` with frozen W and bias.
 
     Shapes: x and dropped (x after dropout, or None without) (..., in); W (out, in); bias (out,) or None; A (r, in);
     B (out, r).
@@ -123,28 +124,28 @@ class _Lora(torch.autograd.Function):
         b: Tensor,
         scale: float,
     ) -> Tensor:
-        seen = x if dropped is None else dropped
-        ctx.save_for_backward(seen, weight, a, b)
+        lora_input = x if dropped is None else dropped
+        ctx.save_for_backward(lora_input, weight, a, b)
         ctx.scale, ctx.dropout = scale, dropped is not None
-        if dropped is None and _merge(x, weight):
+        if dropped is None and _merging_is_cheaper(x, weight):
             return linear(x, torch.addmm(weight, b, a, alpha=scale), bias)
         y = linear(x, weight, bias)
-        y.view(-1, y.shape[-1]).addmm_(seen.flatten(0, -2) @ a.T, b.T, alpha=scale)
+        y.view(-1, y.shape[-1]).addmm_(lora_input.flatten(0, -2) @ a.T, b.T, alpha=scale)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        seen, weight, a, b = ctx.saved_tensors
-        rows, wide = seen.flatten(0, -2), grad.flatten(0, -2)
-        small = wide @ b  # (T, r)
-        grad_a = torch.mm(small.T, rows).mul_(ctx.scale)
-        grad_b = torch.mm(wide.T, rows @ a.T).mul_(ctx.scale)
+        lora_input, weight, a, b = ctx.saved_tensors
+        flat_input, flat_grad = lora_input.flatten(0, -2), grad.flatten(0, -2)  # (T, in), (T, out)
+        grad_down = flat_grad @ b  # (T, r), not scaled
+        grad_a = torch.mm(grad_down.T, flat_input).mul_(ctx.scale)
+        grad_b = torch.mm(flat_grad.T, flat_input @ a.T).mul_(ctx.scale)
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
-            grad_x = wide @ weight
+            grad_x = flat_grad @ weight
         if ctx.dropout and ctx.needs_input_grad[1]:
-            grad_dropped = torch.mm(small, a).mul_(ctx.scale).view_as(seen)
+            grad_dropped = torch.mm(grad_down, a).mul_(ctx.scale).view_as(lora_input)
         elif grad_x is not None:
-            grad_x.addmm_(small, a, alpha=ctx.scale)
-        return None if grad_x is None else grad_x.view_as(seen), grad_dropped, None, None, grad_a, grad_b, None
+            grad_x.addmm_(grad_down, a, alpha=ctx.scale)
+        return None if grad_x is None else grad_x.view_as(lora_input), grad_dropped, None, None, grad_a, grad_b, None

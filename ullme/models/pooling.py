@@ -1,6 +1,6 @@
-"""From hidden states to one vector a text, in float32 whatever the weights' dtype.
+"""Pooling: hidden states to one vector per row, computed in float32 whatever the dtype of the weights.
 
-Pooling works on the packed form, the real tokens of all rows behind one another, and so never sees padding.
+The hidden states are packed: the real tokens of all rows are concatenated, so there is no padding to mask.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ POOLING_METHODS = ("mean", "weighted_mean", "first", "last")
 Pooling = Callable[[Tensor, Tensor], Tensor]
 
 
-def own_pooling(path: str) -> Pooling:
-    """A user's pooling, from the dotted path of its function. Raises: ValueError: there is no such function."""
+def custom_pooling(path: str) -> Pooling:
+    """The user's pooling function with this dotted path. Raises: ValueError: there is no such function."""
     function = named(path, "pooling")
     if not callable(function):
         raise ValueError(f"pooling={path!r} is a {type(function).__name__}; name a function of (hidden, lengths)")
@@ -26,12 +26,12 @@ def own_pooling(path: str) -> Pooling:
 
 
 def pool(hidden: Tensor, lengths: Tensor, method: str = "mean") -> Tensor:
-    """One vector a row.
+    """Pool the hidden states of each row into one vector.
 
     Args:
         hidden: (T, D) hidden states of the real tokens, row after row.
         lengths: (R,) tokens of each row, summing to T.
-        method: ``mean``; ``weighted_mean``, the i-th token (from 1) weighing i (SGPT, arXiv 2202.08904, eq. 2);
+        method: ``mean``; ``weighted_mean``, with weight i for the i-th token, from 1 (SGPT, arXiv 2202.08904, eq. 2);
             ``first``; ``last``; or the dotted path of a function of ``hidden`` and ``lengths``.
 
     Returns:
@@ -40,32 +40,33 @@ def pool(hidden: Tensor, lengths: Tensor, method: str = "mean") -> Tensor:
     Raises:
         ValueError: an unknown method, or a function that returns something else than (R, D).
     """
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
     ends = lengths.cumsum(0)
     if method == "last":
-        return hidden[ends - 1].to(wide)
+        return hidden[ends - 1].to(dtype)
     if method == "first":
-        return hidden[ends - lengths].to(wide)
+        return hidden[ends - lengths].to(dtype)
     if method == "mean":
-        total = torch.segment_reduce(hidden.to(wide), "sum", lengths=lengths)
+        total = torch.segment_reduce(hidden.to(dtype), "sum", lengths=lengths)
         return total / lengths[:, None]
     if method == "weighted_mean":
         token = torch.arange(len(hidden), device=hidden.device)
         row = torch.arange(len(lengths), device=hidden.device).repeat_interleave(lengths, output_size=len(hidden))
-        place = token - (ends - lengths)[row] + 1
-        total = torch.segment_reduce(hidden.to(wide) * place[:, None], "sum", lengths=lengths)
+        position = token - (ends - lengths)[row] + 1
+        total = torch.segment_reduce(hidden.to(dtype) * position[:, None], "sum", lengths=lengths)
         return total / (lengths * (lengths + 1) / 2)[:, None]
     if "." in method:
-        pooled = own_pooling(method)(hidden, lengths)
+        pooled = custom_pooling(method)(hidden, lengths)
         if not isinstance(pooled, Tensor) or pooled.shape != (len(lengths), hidden.shape[1]):
-            found = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
-            raise ValueError(f"pooling={method!r} returned {found} for {len(lengths)} rows of {hidden.shape[1]}")
-        return pooled.to(wide)
+            returned = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+            expected = (len(lengths), hidden.shape[1])
+            raise ValueError(f"pooling={method!r} returned {returned}; it must return a tensor of shape {expected}")
+        return pooled.to(dtype)
     raise ValueError(f"pooling={method!r} is unknown; choose one of {', '.join(POOLING_METHODS)}")
 
 
-def only_pooled(hidden: Tensor, attention_mask: Tensor, pool_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Leave out the states of tokens that are attended to but not pooled; a row's first pooled token is its first.
+def select_pooled(hidden: Tensor, attention_mask: Tensor, pool_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Select the hidden states of the tokens that are pooled, out of those that are attended to.
 
     Args:
         hidden: (T, D) hidden states of the real tokens, row after row.
@@ -73,7 +74,7 @@ def only_pooled(hidden: Tensor, attention_mask: Tensor, pool_mask: Tensor) -> tu
         pool_mask: (R, L), 1 on the P real tokens that are pooled.
 
     Returns:
-        (P, D) states and (R,) how many each row has, as :func:`pool` takes them.
+        (P, D) hidden states and (R,) pooled tokens of each row, the arguments of :func:`pool`.
 
     Raises:
         ValueError: a row without a pooled token.
@@ -81,15 +82,20 @@ def only_pooled(hidden: Tensor, attention_mask: Tensor, pool_mask: Tensor) -> tu
     pooled = pool_mask.bool() & attention_mask.bool()
     lengths = pooled.sum(dim=1)
     if (lengths == 0).any():
-        raise ValueError(f"pool_mask: row {int(lengths.argmin())} has no token to pool; every text needs at least one")
+        raise ValueError(f"pool_mask: row {int(lengths.argmin())} has no token to pool; mark at least one in every row")
     return hidden[pooled[attention_mask.bool()]], lengths
 
 
 def pool_padded(hidden: Tensor, attention_mask: Tensor, method: str = "mean") -> Tensor:
-    """:func:`pool` on padded states (R, L, D) with a mask (R, L), padded on either side; the mask is left as is.
+    """:func:`pool` for a padded block.
+
+    Args:
+        hidden: (R, L, D) hidden states.
+        attention_mask: (R, L), padded on either side; it is not changed.
+        method: as in :func:`pool`.
 
     Returns:
-        (R, D).
+        (R, D) in float32 (float64 for float64 hidden states).
     """
     mask = attention_mask.bool()
     return pool(hidden[mask], mask.sum(dim=1), method)

@@ -1,7 +1,7 @@
-"""Trained weights to and from disk: Lightning checkpoints and PEFT folders, with the contract that goes with them.
+"""Trained weights and their contract, read from Lightning checkpoints and PEFT adapter folders.
 
-Only what was trained is stored, never the frozen LLM. The contract (backbone options and prompts) lies beside the
-weights, so that a checkpoint alone rebuilds its model.
+Only trained weights are stored, never the frozen LLM. The contract is stored with them: the backbone options and
+prompts from which the model is rebuilt, and the fingerprint of the LLM.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONTRACT_KEY = "ullme"
-# Beside an adapter in a PEFT folder: the contract, and the pooling's own weights.
+# In a PEFT folder, besides the adapter: the contract, and the weights of the pooler.
 CONTRACT_FILE = "ullme.json"
 POOLER_FILE = "pooler.safetensors"
-# The attribute of the LightningModule that holds the model, in front of every name in a Lightning checkpoint.
+# The prefix of weight names in a Lightning checkpoint: the LightningModule's attribute that holds the model.
 STATE_PREFIX = "model."
 
 
 def contract(model: Embedder) -> dict[str, Any]:
-    """What rebuilds the model around its trained weights: plain values only."""
+    """The contract of a model: what :func:`rebuild_model` needs besides the trained weights, as plain values."""
     config = model.causal_lm.config.get_text_config()
     shape = {
         key: getattr(config, key, None) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
@@ -49,7 +49,11 @@ def contract(model: Embedder) -> dict[str, Any]:
 
 
 def _rebuilding_options(options: BackboneConfig) -> dict[str, Any]:
-    """A run that continued another holds all that was trained; one that merged another is built on it."""
+    """The backbone options to store.
+
+    A run that merged an earlier one (``init_from``) still needs it. One that continued it does not: its checkpoint has
+    all trained weights.
+    """
     values = options.to_dict()
     if options.init_from is not None:
         merged = options.init_mode == "merge"
@@ -59,49 +63,51 @@ def _rebuilding_options(options: BackboneConfig) -> dict[str, Any]:
 
 
 def trainable_shapes(model: Embedder) -> dict[str, torch.Size]:
-    """Name -> shape of every trained weight as it is in one piece, also once the model is split."""
-    known: dict[str, torch.Size] | None = getattr(model, "_whole_shapes", None)
-    return known or {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    """Name -> unsharded shape of every trained weight, also for a sharded model."""
+    unsharded: dict[str, torch.Size] | None = getattr(model, "_whole_shapes", None)
+    return unsharded or {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
 
 
 def trainable_state(model: Embedder) -> dict[str, Tensor]:
-    """Name -> trained weight."""
+    """Name -> value of every trained weight, detached."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A checkpoint file as it is; in a run folder the best, else the last, else the newest; a PEFT folder as it is.
+    """The checkpoint that a path stands for: in a run folder the best, else the last, else the newest one.
+
+    A checkpoint file or a PEFT folder stands for itself.
 
     Raises:
-        ValueError: nothing there.
+        ValueError: there is no checkpoint.
     """
     path = Path(path)
     if path.is_file() or (path / "adapter_config.json").is_file():
         return path
-    found = atomic_files.newest_first(path) if path.is_dir() else []
-    if not found:
+    checkpoints = atomic_files.newest_first(path) if path.is_dir() else []
+    if not checkpoints:
         raise ValueError(
             f"checkpoint={str(path)!r}: no such file, or a folder without *.ckpt and without adapter_config.json; "
             "give a run folder, a .ckpt file or a PEFT adapter folder"
         )
-    last = next((p for p in found if p.stem == "last"), found[0])
-    chosen = _best(last, found) or last
-    logger.info("checkpoint %s: taking %s", path, chosen)
+    last = next((p for p in checkpoints if p.stem == "last"), checkpoints[0])
+    chosen = _best_checkpoint(last, checkpoints) or last
+    logger.info("checkpoint %s: using %s", path, chosen)
     return chosen
 
 
-def _best(last: Path, found: list[Path]) -> Path | None:
-    """The best by the validation metric, as the run's last checkpoint remembers it, if it is still there."""
-    named = [p for p in found if p.stem.startswith("best")]
-    if len(named) < 2:
-        return named[0] if named else None
+def _best_checkpoint(last: Path, checkpoints: list[Path]) -> Path | None:
+    """The best checkpoint by the validation metric, as recorded in the last one; None if there is none."""
+    candidates = [p for p in checkpoints if p.stem.startswith("best")]
+    if len(candidates) < 2:
+        return candidates[0] if candidates else None
     callbacks = atomic_files.read(last).get("callbacks", {}).values()
     best = {Path(state["best_model_path"]).name for state in callbacks if state.get("best_model_path")}
-    return next((p for p in named if p.name in best), named[0])
+    return next((p for p in candidates if p.name in best), candidates[0])
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The contract and the trained weights of a checkpoint. Nothing in the file is run as code.
+    """Read the contract and the trained weights of a checkpoint, without running code from the file.
 
     Raises:
         ValueError: unreadable, or not written by this project.
@@ -116,10 +122,10 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
 
 
 def read_adapter_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The contract (the defaults where the folder has none) and the weights, by the names they have in the model.
+    """Read the contract (or the defaults, if there is none) and the weights, under the names of the model's parameters.
 
     Raises:
-        ValueError: something is missing, damaged, or not rebuilt here.
+        ValueError: a file is missing or damaged, or the adapter is of a kind that is not supported.
     """
     from safetensors.torch import load_file
 
@@ -127,160 +133,159 @@ def read_adapter_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]
     if not weights.is_file():
         raise ValueError(f"checkpoint={str(folder)!r}: adapter_model.safetensors is missing; only safetensors are read")
     try:
-        peft = json.loads((folder / "adapter_config.json").read_text())
-        own = folder / CONTRACT_FILE
-        found = json.loads(own.read_text()) if own.is_file() else None
+        adapter_config = json.loads((folder / "adapter_config.json").read_text())
+        contract_file = folder / CONTRACT_FILE
+        stored = json.loads(contract_file.read_text()) if contract_file.is_file() else None
         tensors = load_file(weights)
         pooler = load_file(folder / POOLER_FILE) if (folder / POOLER_FILE).is_file() else {}
     except Exception as error:
         raise ValueError(f"checkpoint={str(folder)!r} is damaged ({type(error).__name__}: {error})") from error
-    special = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save")
-    if odd := [key for key in special if peft.get(key)]:
+    unsupported = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save")
+    if used := [key for key in unsupported if adapter_config.get(key)]:
         raise ValueError(
-            f"checkpoint={str(folder)!r}: the adapter uses {', '.join(odd)}, which is not rebuilt here; merge it into "
+            f"checkpoint={str(folder)!r}: the adapter uses {', '.join(used)}, which is not supported; merge it into "
             "its LLM first and give the merged folder as the model"
         )
-    if found is None:
-        targets = peft.get("target_modules")
+    if stored is None:
         backbone = {
-            "model_name_or_path": peft.get("base_model_name_or_path"),
+            "model_name_or_path": adapter_config.get("base_model_name_or_path"),
             "lora_name": "default",
-            "lora_r": peft["r"],
-            "lora_alpha": peft["lora_alpha"],
-            "lora_target_modules": targets,
+            "lora_r": adapter_config["r"],
+            "lora_alpha": adapter_config["lora_alpha"],
+            "lora_target_modules": adapter_config.get("target_modules"),
         }
-        found = {"backbone": backbone, "prompts": Prompts().to_dict()}
-    name = found["backbone"]["lora_name"]
-    # PEFT leaves the adapter's name out of a folder: ...lora_A.weight is ...lora_A.<name>.weight in the model.
+        stored = {"backbone": backbone, "prompts": Prompts().to_dict()}
+    name = stored["backbone"]["lora_name"]
+    # PEFT drops the adapter's name when saving: ...lora_A.weight is ...lora_A.<name>.weight in the model.
     state = {f"llm.{k.removesuffix('.weight')}.{name}.weight": v for k, v in tensors.items()}
-    return found, {**state, **{f"pooler.{k}": v for k, v in pooler.items()}}
+    return stored, {**state, **{f"pooler.{k}": v for k, v in pooler.items()}}
 
 
 def check_contract(stored: Any, source: str | Path) -> None:
-    """Raises: ValueError: the content of a file is no checkpoint of ours."""
+    """Raises: ValueError: the content of the file is not a checkpoint of this package."""
     if not isinstance(stored, dict) or CONTRACT_KEY not in stored:
-        raise ValueError(f"checkpoint={str(source)!r} was not written by ullme: it holds no {CONTRACT_KEY!r} contract")
+        raise ValueError(f"checkpoint={str(source)!r} was not written by ullme: it has no key {CONTRACT_KEY!r}")
 
 
-def rebuild(model_class: type[Any], checkpoint: str | Path, strict: bool = False, **overrides: Any) -> Any:
-    """A trained model in eval mode, made anew from its contract.
+def rebuild_model(model_class: type[Any], checkpoint: str | Path, strict: bool = False, **overrides: Any) -> Any:
+    """Build a trained model from its contract and load its weights; it is in eval mode.
 
     Args:
-        model_class: :class:`~ullme.models.ULLME`, or a class of its constructor.
+        model_class: :class:`~ullme.models.ULLME`, or a class with the same constructor.
         checkpoint: a run folder, a ``.ckpt`` file or a PEFT adapter folder.
-        strict: refuse a backbone with other weights than the training's, in place of a warning.
+        strict: raise, instead of warning, if the LLM has other weights than in training.
         **overrides: backbone options that replace the stored ones, such as ``model_name_or_path`` or ``dtype``.
 
     Raises:
         ValueError: unreadable checkpoint, or weights that do not fit.
     """
-    found, state = read_checkpoint(checkpoint)
+    stored, state = read_checkpoint(checkpoint)
     known = {field.name for field in fields(BackboneConfig)}
-    if unknown := sorted(set(found["backbone"]) - known):
+    if unknown := sorted(set(stored["backbone"]) - known):
         raise ValueError(f"checkpoint={str(checkpoint)!r} was written by another version: it has the options {unknown}")
-    # Whether code that is not this package's may run is for whoever loads the file to say, never for the file.
-    options = {**found["backbone"], "trust_remote_code": False, "family_code": None, **overrides}
-    if "." in found["backbone"].get("pooling", "mean") and "pooling" not in overrides:
+    # Whether foreign code may run is decided by the caller, never by the file.
+    options = {**stored["backbone"], "trust_remote_code": False, "family_code": None, **overrides}
+    if "." in stored["backbone"].get("pooling", "mean") and "pooling" not in overrides:
         raise ValueError(
-            f"checkpoint={str(checkpoint)!r} pools with a function of its own; to run it, say so: "
-            f"pooling={found['backbone']['pooling']!r}"
+            f"checkpoint={str(checkpoint)!r} uses a pooling function of the user, and loading a checkpoint does not "
+            f"run code that it names; to allow it, pass pooling={stored['backbone']['pooling']!r}"
         )
-    model = model_class(**options, prompts=Prompts.from_dict(found["prompts"]))
-    fit_weights(model, found, state, checkpoint, strict)
+    model = model_class(**options, prompts=Prompts.from_dict(stored["prompts"]))
+    copy_weights(model, stored, state, checkpoint, strict)
     return model.eval()
 
 
-def fit_weights(
-    model: Embedder, found: dict[str, Any], state: dict[str, Tensor], source: str | Path, strict: bool = False
+def copy_weights(
+    model: Embedder, stored: dict[str, Any], state: dict[str, Tensor], source: str | Path, strict: bool = False
 ) -> None:
-    """Copy weights by name; every trainable weight must be there with its shape, and nothing else.
+    """Copy trained weights into a model by name; names and shapes must be those of the model's trained weights.
 
     Args:
-        model: to copy into.
-        found: the contract that the weights came with.
-        state: the weights.
-        source: where both came from, for messages.
-        strict: as for :func:`load_ullme`.
+        model: the model to copy into.
+        stored: the contract stored with the weights.
+        state: name -> weight.
+        source: the checkpoint's path, for messages.
+        strict: as in :func:`rebuild_model`.
 
     Raises:
-        ValueError: they do not fit.
+        ValueError: names, shapes or the contract do not fit the model.
     """
-    renamed = _with_adapter_name(state, found["backbone"].get("lora_name"), model.options.lora_name)
-    renamed = _under_the_head(renamed, trainable_shapes(model))
-    _check_fit(model, found, renamed, source)
-    if other := _other_backbone(model, found):
+    renamed = _rename_adapter(state, stored["backbone"].get("lora_name"), model.options.lora_name)
+    renamed = _add_head_prefix(renamed, trainable_shapes(model))
+    _check_weights_fit(model, stored, renamed, source)
+    if mismatch := _backbone_mismatch(model, stored):
         if strict:
-            raise ValueError(other)
-        logger.warning("checkpoint %s: %s", source, other)
+            raise ValueError(mismatch)
+        logger.warning("checkpoint %s: %s", source, mismatch)
     with torch.no_grad():
         for name, parameter in trainable_state(model).items():
             parameter.copy_(renamed[name])
 
 
-def check_fit(model: Embedder, checkpoint: dict[str, Any], source: str = "ckpt_path") -> None:
-    """Before a run is resumed: the same backbone, the same adapter, the same prompts.
+def check_can_resume(model: Embedder, checkpoint: dict[str, Any], source: str = "ckpt_path") -> None:
+    """Check that a run can resume from a checkpoint: the same LLM, adapter, pooling, attention and prompts.
 
     Args:
         model: the model of the run.
-        checkpoint: a Lightning checkpoint, as read.
-        source: where it came from, for the message.
+        checkpoint: the content of a Lightning checkpoint.
+        source: its path, for the message.
 
     Raises:
         ValueError: something differs.
     """
     check_contract(checkpoint, source)
-    found = checkpoint[CONTRACT_KEY]
+    stored = checkpoint[CONTRACT_KEY]
     state = {name.removeprefix(STATE_PREFIX): value for name, value in checkpoint["state_dict"].items()}
-    if Prompts.from_dict(found["prompts"]) != model.prompts:  # an older contract lacks what is now at its default
+    if Prompts.from_dict(stored["prompts"]) != model.prompts:  # fields that an older contract lacks have their default
         raise ValueError(
-            f"checkpoint={source!r} was trained with model.prompts={found['prompts']}, this run has "
+            f"checkpoint={source!r} was trained with model.prompts={stored['prompts']}, this run has "
             f"{model.prompts.to_dict()}; resume with the prompts of the training"
         )
     for key in ("pooling", "attention"):
-        if found["backbone"][key] != getattr(model.options, key):
+        if stored["backbone"][key] != getattr(model.options, key):
             raise ValueError(
-                f"checkpoint={source!r} was trained with {key}={found['backbone'][key]!r}, this run has "
+                f"checkpoint={source!r} was trained with {key}={stored['backbone'][key]!r}, this run has "
                 f"{getattr(model.options, key)!r}; resume with the {key} of the training"
             )
-    _check_fit(model, found, state, source)
-    if other := _other_backbone(model, found):
-        raise ValueError(f"checkpoint={source!r}: {other}")
+    _check_weights_fit(model, stored, state, source)
+    if mismatch := _backbone_mismatch(model, stored):
+        raise ValueError(f"checkpoint={source!r}: {mismatch}")
 
 
-def _other_backbone(model: Embedder, found: dict[str, Any]) -> str | None:
-    """What to say if the adapter was trained on other weights; they can only be compared in the same types."""
-    stored = found["backbone"]
-    own = model.options
-    same = (stored.get("dtype"), stored.get("quantization", "none")) == (own.dtype, own.quantization)
-    if same and found.get("fingerprint", model.fingerprint) != model.fingerprint:
+def _backbone_mismatch(model: Embedder, stored: dict[str, Any]) -> str | None:
+    """A message if the weights were trained on another LLM, else None; LLMs are compared only in the same dtype."""
+    trained, options = stored["backbone"], model.options
+    comparable = (trained.get("dtype"), trained.get("quantization", "none")) == (options.dtype, options.quantization)
+    if comparable and stored.get("fingerprint", model.fingerprint) != model.fingerprint:
         return (
             f"model_name_or_path={model.options.model_name_or_path!r} holds other weights than "
-            f"{found['backbone']['model_name_or_path']!r}, on which this checkpoint was trained"
+            f"{trained['model_name_or_path']!r}, on which this checkpoint was trained; name that LLM"
         )
     return None
 
 
-def _check_fit(model: Embedder, found: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> None:
-    mine = contract(model)
-    adapter = mine["backbone"]["lora_name"] is not None
-    for part, key in [("shape", key) for key in mine["shape"]] + [
+def _check_weights_fit(model: Embedder, stored: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> None:
+    """Raises: ValueError: the LLM's shape, LoRA's options, or names or shapes of weights are not the model's."""
+    expected = contract(model)
+    adapter = expected["backbone"]["lora_name"] is not None
+    for part, key in [("shape", key) for key in expected["shape"]] + [
         ("backbone", "lora_r"),
         ("backbone", "lora_alpha"),
     ] * adapter:
-        theirs = found.get(part, {}).get(key)
-        if theirs is not None and theirs != mine[part][key]:
+        value = stored.get(part, {}).get(key)
+        if value is not None and value != expected[part][key]:
             raise ValueError(
-                f"checkpoint={str(source)!r} was trained with {key}={theirs!r}, but this model has "
-                f"{key}={mine[part][key]!r}; load it into the backbone and LoRA options it was trained with"
+                f"checkpoint={str(source)!r} was trained with {key}={value!r}, but this model has "
+                f"{key}={expected[part][key]!r}; load it into the backbone and LoRA options it was trained with"
             )
-    own = trainable_shapes(model)
-    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    shapes = trainable_shapes(model)
+    missing, extra = sorted(set(shapes) - set(state)), sorted(set(state) - set(shapes))
     if missing or extra:
         raise ValueError(
             f"checkpoint={str(source)!r} does not fit the model: {len(missing)} weights missing {missing[:2]}, "
             f"{len(extra)} unknown {extra[:2]}; lora_target_modules and lora_name must be those of the training"
         )
-    for name, shape in own.items():
+    for name, shape in shapes.items():
         if shape != state[name].shape:
             raise ValueError(
                 f"checkpoint={str(source)!r}: {name} has shape {tuple(state[name].shape)}, the model's is "
@@ -288,19 +293,21 @@ def _check_fit(model: Embedder, found: dict[str, Any], state: dict[str, Tensor],
             )
 
 
-def _with_adapter_name(state: dict[str, Tensor], old: str | None, new: str | None) -> dict[str, Tensor]:
-    """PEFT writes the adapter's name into every weight's name; another name makes no other weights."""
+def _rename_adapter(state: dict[str, Tensor], old: str | None, new: str | None) -> dict[str, Tensor]:
+    """Replace the adapter's name, which PEFT puts into the names of its weights, by that of the model's adapter."""
     if old is None or new is None or old == new:
         return state
     return {name.replace(f".{old}.", f".{new}."): value for name, value in state.items()}
 
 
-def _under_the_head(state: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
-    """Embedders of others are often trained without the LM head: ``base_model.model.layers.0`` there is
-    ``base_model.model.model.layers.0`` here, and the same weight."""
-    names, front = set(own), "llm.base_model.model."
-    for part in {name.removeprefix(front).split(".")[0] for name in names if name.startswith(front)}:
-        moved = {name.replace(front, f"{front}{part}.", 1): value for name, value in state.items()}
+def _add_head_prefix(state: dict[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
+    """Rename the weights of an adapter that was trained on the LLM without its LM head, as many libraries do.
+
+    ``base_model.model.layers.0`` there is ``base_model.model.model.layers.0`` here.
+    """
+    names, prefix = set(expected), "llm.base_model.model."
+    for module in {name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)}:
+        moved = {name.replace(prefix, f"{prefix}{module}.", 1): value for name, value in state.items()}
         if not names & state.keys() and names & moved.keys():
             return moved
     return state

@@ -1,4 +1,4 @@
-"""ULLME: one decoder LLM that embeds with bidirectional attention and generates with causal attention."""
+"""ULLME: a decoder LLM that embeds texts with bidirectional attention and generates with causal attention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ullme.models.config import BackboneConfig
 from ullme.models.encoding import EmbedBlocks
 from ullme.models.latent_attention import make_pooler
 from ullme.models.loading import set_attention_dropout
-from ullme.models.pooling import only_pooled, pool
+from ullme.models.pooling import pool, select_pooled
 from ullme.prompts import Prompts, PromptTokenizer, Role
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ULLME(nn.Module):
-    """A decoder LLM as a text embedder that can still generate (arXiv 2408.03402, sections 3.1 and 3.2).
+    """A decoder LLM as a text-embedding model that can still generate (arXiv 2408.03402, sections 3.1 and 3.2).
 
     Example::
 
@@ -35,23 +35,23 @@ class ULLME(nn.Module):
     Args:
         model_name_or_path: a hub name or a local folder of a decoder-only LLM.
         model_backbone_type: transformers' model_type; checked against the config if given.
-        lora_name: name of the adapter; None trains all weights.
-        prompts: the prompt contract; None takes the default one.
+        lora_name: name of the adapter; None for no adapter.
+        prompts: the prompt contract (templates for queries and passages); None takes the default.
         **options: every other field of :class:`~ullme.models.config.BackboneConfig`.
 
     Attributes:
-        tokenizer: with a pad token.
+        tokenizer: the LLM's, with a pad token.
         prompts: the prompt contract.
         llm: the (PEFT-wrapped) causal LM.
-        pooler: the trained layer of latent_attention pooling, else None.
-        fingerprint: tells this pre-trained LLM, in this dtype, from another.
-        attention_path: how embedding runs (packed, padded, flags or mask4d), as the probe chose it.
+        pooler: the trained layer of latent_attention pooling; None for other poolings.
+        fingerprint: hash that identifies the pre-trained LLM in its dtype.
+        attention_path: how the LLM is run to embed (packed, padded, flags or mask4d), as chosen by the probe.
 
     Raises:
-        ValueError: an option out of range, a backbone that cannot be loaded or whose attention does not obey.
+        ValueError: an option out of range, an LLM that cannot be loaded, or one that has no such attention.
     """
 
-    # How blocks of tokens become embeddings; evaluation over several processes puts its own way here.
+    # Embeds padded blocks of token ids; evaluation on several processes replaces it.
     embed_blocks: EmbedBlocks = staticmethod(encoding.embed_blocks)
 
     def __init__(
@@ -75,8 +75,8 @@ class ULLME(nn.Module):
         if self.options.attention_dropout is not None:
             set_attention_dropout(model, self.options.attention_dropout)
         loading.check_vocabulary(self.tokenizer, model, model_name_or_path)
-        self.attention_path = self._attention_path(model)
-        self._probed_on = model.device.type
+        self.attention_path = self._choose_attention_path(model)
+        self._probed_device_type = model.device.type
         self._head_checked = self._compiled = False
         self.fingerprint = loading.fingerprint(model)
         self.llm = loading.add_adapter(model, self.options)
@@ -85,66 +85,71 @@ class ULLME(nn.Module):
             stages.continue_training(self)
         if self.options.gradient_checkpointing is True:
             self.recompute_layers()
-        self.eval()  # as from_pretrained: whoever trains says so, and a loaded model embeds without dropout
+        self.eval()  # like from_pretrained, so that a loaded model embeds without dropout
 
     def recompute_layers(self) -> None:
-        """Gradient checkpointing, from here on."""
+        """Turn on gradient checkpointing."""
         model = self.causal_lm
-        # Reentrant checkpointing would need inputs that require gradients; frozen embeddings give none.
+        # Reentrant checkpointing needs inputs that require gradients, which frozen embeddings do not give.
         enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})  # transformers 5.2x renamed it
 
     def _compile_layers(self) -> None:
-        """After the probe, which looks into every layer. A layer is compiled once for all numbers of tokens.
+        """Compile every decoder layer with dynamic shapes; called after the probe, whose hooks record layer calls.
 
-        It is compiled anew with and without gradient, dropout, adapters and causal attention, and no more often.
-        Random numbers are drawn as without compilation: GradCache draws them twice, in two differently compiled ways.
+        A layer is recompiled for each combination of gradient, dropout, adapters and causal attention, but not for
+        other numbers of tokens. ``fallback_random`` draws random numbers as without compilation: GradCache needs the
+        same dropout in two forwards that are compiled differently.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 24)
         for layer in attention.decoder_layers(self.causal_lm.base_model):
             layer.compile(dynamic=True, options={"fallback_random": True})
         self._compiled = True
 
-    def _attention_path(self, model: PreTrainedModel) -> str:
-        wanted, causal = self.options.attention_path, self.options.attention == "causal"
+    def _choose_attention_path(self, model: PreTrainedModel) -> str:
+        """The path that passes the probe, or without a probe the one in the options (auto: packed)."""
+        path, causal = self.options.attention_path, self.options.attention == "causal"
         if self.options.probe:
-            return attention.choose_path(model, causal, wanted)
-        path = "packed" if wanted == "auto" else wanted
+            return attention.choose_path(model, causal, path)
+        if path == "auto":
+            path = "packed"
         if path == "packed":
             attention.packing.install(model)
         return path
 
-    def _probe_device(self, device: torch.device) -> None:
-        """Kernels differ between devices, so the first forward on another one than the probe's asks again."""
-        if device.type == self._probed_on or not self.options.probe:
+    def _probe_again_on_new_device(self, device: torch.device) -> None:
+        """Repeat the probe at the first forward on another type of device, where other kernels run."""
+        if device.type == self._probed_device_type or not self.options.probe:
             return
-        self._probed_on = device.type
+        self._probed_device_type = device.type
         with self.adapters_off() if self.options.lora_name else nullcontext():
-            self.attention_path = self._attention_path(self.causal_lm)
+            self.attention_path = self._choose_attention_path(self.causal_lm)
 
     @property
     def causal_lm(self) -> PreTrainedModel:
-        """transformers' own model, adapters inside."""
+        """The transformers model, with the adapter's layers inside."""
         return self.llm if self.options.lora_name is None else self.llm.get_base_model()  # type: ignore[return-value,operator]
 
     @property
     def hidden_size(self) -> int:
-        """D, the width of an embedding."""
+        """D, the dimension of an embedding."""
         config = self.causal_lm.config.get_text_config()
-        return getattr(config, "word_embed_proj_dim", None) or config.hidden_size  # OPT may project at the end
+        # OPT may project the last hidden states
+        return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
 
     @property
     def max_positions(self) -> int:
-        """The longest text the LLM was made for, in tokens."""
+        """The longest text, in tokens, for which the LLM has positions."""
         return getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
     @property
     def device(self) -> torch.device:
+        """The device of the parameters."""
         return next(self.parameters()).device
 
     @property
     def prompt_tokenizer(self) -> PromptTokenizer:
-        """Texts to token rows under this model's prompt contract."""
+        """Turns texts into token rows with this model's tokenizer and prompt contract."""
         return PromptTokenizer(self.tokenizer, self.prompts)
 
     def forward(
@@ -159,34 +164,34 @@ class ULLME(nn.Module):
         masked: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Embed, generate or score. The only way into the backbone: hooks of FSDP and of checkpointing sit here.
+        """Embed, generate or score. All use of the LLM goes through here, where FSDP's hooks run.
 
         Args:
             input_ids: (R, L) token ids.
             attention_mask: (R, L), padded on either side; None means no padding.
             is_generate: False embeds, True runs the causal language model.
-            targets: with ``is_generate=True``: passages to score, each behind its prompt in ``input_ids``.
-            owner: (number of targets,) row of the prompt of each target, not falling; None: one target for each.
-            share_prompts: run a prompt once for all of its targets, where the backbone can be packed.
-            pool_mask: (R, L), 1 on the real tokens that are pooled, which every row must have; None pools all.
-            masked: (R, L) the tokens that stood where ``input_ids`` was masked, -100 elsewhere: asks for their
-                likelihoods, read at the position before each, under the attention of embedding.
+            targets: with ``is_generate=True``: passages to score, each after its prompt in ``input_ids``.
+            owner: (number of targets,) index of each target's prompt, not decreasing; None means one target per prompt.
+            share_prompts: run a prompt once for all of its targets; only on the packed path.
+            pool_mask: (R, L), 1 on the real tokens to pool, at least one in every row; None pools all.
+            masked: (R, L) the original tokens where ``input_ids`` has a mask token, -100 elsewhere; returns their
+                likelihoods, read at the position before each, with the attention used for embedding.
             **kwargs: with ``is_generate=True``, passed on to transformers' forward.
 
         Returns:
-            ``{"rep": (R, D)}``, pooled in float32 and of unit length; with ``is_generate=True`` what transformers'
-            own causal LM returns; with ``targets`` or ``masked`` a :class:`~ullme.models.likelihood.Likelihood`.
+            ``{"rep": (R, D)}``, pooled in float32 and normalised; with ``is_generate=True`` the output of transformers'
+            causal LM; with ``targets`` or ``masked`` a :class:`~ullme.models.likelihood.Likelihood`.
 
         Raises:
-            ValueError: a row without a real token, or arguments that embedding does not take.
+            ValueError: a row without a real token, or extra arguments without ``is_generate=True``.
         """
-        self._probe_device(input_ids.device)
+        self._probe_again_on_new_device(input_ids.device)
         if self.options.compile and not self._compiled:
             self._compile_layers()
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if is_generate and targets is not None:
-            self._check_head()
+            self._check_lm_head()
             owner = torch.arange(len(targets)) if owner is None else owner
             prompts = TokenRows(input_ids, attention_mask)
             packed = self.attention_path == "packed"
@@ -194,16 +199,16 @@ class ULLME(nn.Module):
         if is_generate:
             return self.causal_lm(input_ids=input_ids, attention_mask=attention_mask, is_causal=True, **kwargs)
         if kwargs:
-            raise ValueError(f"{sorted(kwargs)}: only is_generate=True takes more than input_ids and attention_mask")
+            raise ValueError(f"{sorted(kwargs)}: arguments of transformers' forward; they need is_generate=True")
         causal = self.options.attention == "causal"
         hidden = attention.PATHS[self.attention_path](self.causal_lm.base_model, input_ids, attention_mask, causal)
         if masked is not None:
-            self._check_head()
+            self._check_lm_head()
             return likelihood.masked_likelihood(self.causal_lm, hidden.flat, attention_mask, masked)
         if pool_mask is None:
             states, lengths = hidden.flat, hidden.lengths
         else:
-            states, lengths = only_pooled(hidden.flat, attention_mask, pool_mask)
+            states, lengths = select_pooled(hidden.flat, attention_mask, pool_mask)
         if self.options.pooling == "latent_attention":
             assert self.pooler is not None
             pooled = pool(self.pooler(states), lengths, "mean")
@@ -211,7 +216,8 @@ class ULLME(nn.Module):
             pooled = pool(states, lengths, self.options.pooling)
         return {"rep": nn.functional.normalize(pooled, dim=-1)}
 
-    def _check_head(self) -> None:
+    def _check_lm_head(self) -> None:
+        """Check, once, that likelihoods are computed with the LM head as the model itself uses it."""
         if not self._head_checked and self.options.probe:
             with self.adapters_off() if self.options.lora_name else nullcontext():
                 likelihood.check_head(self.causal_lm)
@@ -219,18 +225,21 @@ class ULLME(nn.Module):
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
-        """The pre-trained LLM, with the same weights and no second copy.
+        """Context in which the model is the pre-trained LLM: the adapter is switched off, no weights are copied.
 
         Raises:
-            ValueError: there is no adapter to switch off.
+            ValueError: there is no adapter.
         """
         if self.options.lora_name is None:
-            raise ValueError("lora_name=null: without an adapter the pre-trained LLM is gone once training starts")
+            raise ValueError(
+                "lora_name=null: without an adapter, training changes the pre-trained LLM itself; set a lora_name, or "
+                "loss.reference=frozen_copy"
+            )
         with self.llm.disable_adapter():  # type: ignore[operator]
             yield
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' ``generate`` with causal attention, adapters on."""
+        """transformers' ``generate``, with causal attention and the adapter."""
         return self.causal_lm.generate(*args, **kwargs)  # type: ignore[operator]
 
     def encode(
@@ -244,20 +253,20 @@ class ULLME(nn.Module):
         show_progress_bar: bool = False,
         convert_to_tensor: bool = False,
     ) -> np.ndarray | Tensor:
-        """Embed texts in the order given, each as if it were alone.
+        """Embed texts. The embedding of a text does not depend on the other texts.
 
         Args:
-            texts: R texts; an empty text is embedded as the end token.
-            role: ``query`` or ``passage`` puts the text into that template; None leaves it bare.
-            instruction: the task, one for all texts or one for each; None takes the contract's own.
-            batch_size: texts of average length at once (batches hold equally many tokens, not texts); None takes what
-                suits the device.
-            max_length: in tokens, template included; never more than the LLM's positions.
-            show_progress_bar: count texts on stderr.
-            convert_to_tensor: a tensor on the CPU instead of an array.
+            texts: R texts; an empty one is embedded as the end token.
+            role: ``query`` or ``passage`` applies that prompt template; None applies none.
+            instruction: the task, one for all texts or one for each; None takes the prompt contract's.
+            batch_size: texts of average length in a batch (batches have equally many tokens, not texts); None depends
+                on the device.
+            max_length: in tokens, template included; at most the LLM's number of positions.
+            show_progress_bar: show a bar on stderr.
+            convert_to_tensor: return a tensor on the CPU instead of an array.
 
         Returns:
-            (R, D) in float32, of unit length.
+            (R, D) normalised embeddings in float32, in the order of the texts.
         """
         return encoding.encode(
             self, texts, role, instruction, batch_size, max_length, show_progress_bar, convert_to_tensor

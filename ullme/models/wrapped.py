@@ -1,33 +1,36 @@
-"""ULLME as an mteb encoder: the right template and instruction on each side of every task type.
+"""ULLME as an mteb encoder, with the prompt template and instruction for each side of every task type.
 
-This module imports mteb; ``from ullme.models import WrappedULLME`` is what loads it.
+Importing this module imports mteb.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
 from ullme.models.checkpoint import load_embedder, usable_device
-from ullme.models.identity import adapter_folder, is_sentence_transformer, result_name, weights_digest
 
 if TYPE_CHECKING:
     import numpy as np
     from mteb.abstasks.task_metadata import TaskMetadata
     from mteb.types import Array, BatchedInput
+    from torch import nn
     from torch.utils.data import DataLoader
 
     from ullme.models.ullme import ULLME
 
 DEFAULT_MAX_LENGTH = 512
-# E5-mistral's (arXiv 2401.00368, appendix), by the beginning of a task's name, where mteb carries none.
+# Instructions of E5-mistral (arXiv 2401.00368, appendix) that mteb lacks, by the beginning of the task's name.
 RETRIEVAL_INSTRUCTIONS = {
     "CQADupstack": "Given a question, retrieve detailed question descriptions from Stackexchange that are duplicates "
     "to the given question",
@@ -37,33 +40,33 @@ RETRIEVAL_INSTRUCTIONS = {
 class WrappedULLME(AbsEncoder):
     """A trained ULLME, a plain LLM or a sentence-transformers model as an mteb 2.x encoder.
 
-    Queries get the query template with the task's own instruction, documents the passage template. Tasks without
-    sides (STS, classification, clustering, pair classification, summarisation, bitext mining ...) use the query
-    template for every text, as E5-mistral does (arXiv 2401.00368, section 4). An instruction is taken from, in this
-    order: ``instructions``; the task (mteb carries those of E5-mistral, all but CQADupstack's, which are here); for
-    retrieval and reranking the prompt contract; for the others mteb's general one for the task type.
+    Queries get the query template with the task's instruction, documents the passage template. Symmetric tasks (STS,
+    classification, clustering, pair classification, summarisation, bitext mining ...) use the query template for every
+    text, as E5-mistral does (arXiv 2401.00368, section 4). The instruction is the first that is found in:
+    ``instructions``; the task (mteb has those of E5-mistral, except CQADupstack's, which are here); for retrieval and
+    reranking, the prompt contract; for other tasks, mteb's instruction for the task type.
 
-    A sentence-transformers folder or hub model (it has a modules.json) is handed to mteb's own wrapper, so that its
-    scores are mteb's own.
+    A sentence-transformers folder or hub model (one with a modules.json) is run by mteb's own wrapper, so its scores
+    are those that mteb reports.
 
     Args:
-        model_name_or_path: hub name or folder of an LLM, of a LoRA adapter (PEFT), which brings its LLM's name, or of
-            a sentence-transformers model. None takes the LLM that the checkpoint was trained from.
+        model_name_or_path: hub name or folder of an LLM, of a PEFT adapter, whose config names its LLM, or of a
+            sentence-transformers model. None takes the LLM that the checkpoint was trained from.
         model_backbone_type: transformers' model_type; checked if given.
-        lora_name: name of the adapter. None, as for the next two, takes the checkpoint's.
-        lora_r: rank of LoRA.
-        lora_alpha: scale of LoRA.
-        model_checkpoint: a run folder, a Lightning checkpoint or an adapter folder. None takes the LLM untrained.
-        max_length: in tokens, template included; 512 unless given, for a sentence-transformers model its own.
-        use_task_instructions: False puts the contract's own instruction everywhere.
+        lora_name: name of the adapter; None takes the checkpoint's.
+        lora_r: rank of LoRA; None takes the checkpoint's.
+        lora_alpha: numerator of LoRA's scale; None takes the checkpoint's.
+        model_checkpoint: a run folder, a Lightning checkpoint or an adapter folder; None evaluates the LLM itself.
+        max_length: in tokens, template included; None is 512, or a sentence-transformers model's own.
+        use_task_instructions: False uses the prompt contract's instruction for all tasks.
         instructions: instruction by task name, or by task type ("STS", "Classification" ...).
-        device: where to run; a GPU if there is one, unless given.
+        device: where to run; None takes a GPU if there is one.
         **options: further options of :class:`~ullme.models.ULLME` (pooling, attention, dtype ...). ``prompts`` may
-            also be a mapping with the fields of the prompt contract to replace.
+            also be a mapping with fields of the prompt contract to replace.
 
     Raises:
-        ValueError: neither model nor checkpoint, options that do not fit the kind of model, or a checkpoint that does
-            not fit the LLM.
+        ValueError: neither model nor checkpoint, options that this kind of model does not have, or a checkpoint that
+            does not fit the LLM.
     """
 
     mteb_model_meta: ModelMeta
@@ -90,30 +93,33 @@ class WrappedULLME(AbsEncoder):
         name = None if model_name_or_path is None else str(model_name_or_path)
         device = usable_device(device)
         adapter = {"lora_name": lora_name, "lora_r": lora_r, "lora_alpha": lora_alpha}
-        given = {**adapter, "model_backbone_type": model_backbone_type, **options}
-        given = {option: value for option, value in given.items() if value is not None}
+        settings = {**adapter, "model_backbone_type": model_backbone_type, **options}
+        settings = {option: value for option, value in settings.items() if value is not None}
         self.use_task_instructions = use_task_instructions
         self.prompts_dict = dict(instructions or {})
         self.delegate: AbsEncoder | None = None
         if name is not None and model_checkpoint is None and is_sentence_transformer(name):
-            self.delegate = _sentence_transformer(name, device, max_length, given)
+            self.delegate = _sentence_transformer(name, device, max_length, settings)
             self.model: Any = self.delegate.model
             self.max_length = self.model.max_seq_length
         else:
-            adapter_at = adapter_folder(name) if name is not None and model_checkpoint is None else None
-            source = (name, model_checkpoint) if adapter_at is None else (None, adapter_at)
-            self.model = load_embedder(*source, given).to(device).eval()
+            folder = adapter_folder(name) if name is not None and model_checkpoint is None else None
+            source = (name, model_checkpoint) if folder is None else (None, folder)
+            self.model = load_embedder(*source, settings).to(device).eval()
             self.max_length = DEFAULT_MAX_LENGTH if max_length is None else max_length
         self.mteb_model_meta = self._model_meta(name, model_checkpoint)
 
     @classmethod
     def from_model(cls, model: ULLME, name: str, **settings: Any) -> WrappedULLME:
-        """Wrap a model that is already in memory, during training for example.
+        """Wrap a model that is already loaded, for example during training.
 
         Args:
-            model: the model; it is used as it is, on its device.
-            name: what its results are filed under, together with a hash of the weights.
+            model: the model, on any device.
+            name: the model name under which mteb stores results; a hash of the weights is added as revision.
             **settings: max_length, use_task_instructions and instructions, as in the constructor.
+
+        Raises:
+            ValueError: any other setting.
         """
         wrapped = cls.__new__(cls)
         wrapped.model, wrapped.delegate = model, None
@@ -121,7 +127,10 @@ class WrappedULLME(AbsEncoder):
         wrapped.use_task_instructions = settings.pop("use_task_instructions", True)
         wrapped.prompts_dict = dict(settings.pop("instructions", None) or {})
         if settings:
-            raise ValueError(f"from_model does not know the settings {sorted(settings)}")
+            raise ValueError(
+                f"{sorted(settings)}: from_model does not know the settings; give only max_length, "
+                "use_task_instructions or instructions"
+            )
         wrapped.mteb_model_meta = wrapped._model_meta(name, None)
         return wrapped
 
@@ -135,7 +144,7 @@ class WrappedULLME(AbsEncoder):
         prompt_type: PromptType | None = None,
         **kwargs: Any,
     ) -> np.ndarray | Array:
-        """mteb's entry: (R, D) float32 embeddings of the R texts, normalised."""
+        """Embed the R texts of mteb's loader: (R, D) normalised embeddings in float32."""
         if self.delegate is not None:
             return self.delegate.encode(
                 inputs,
@@ -155,18 +164,18 @@ class WrappedULLME(AbsEncoder):
         )
 
     def instruction_for(self, task_metadata: TaskMetadata) -> str | None:
-        """The task's instruction; None stands for the prompt contract's own."""
+        """The instruction for a task; None means the prompt contract's."""
         if not self.use_task_instructions:
             return None
-        chosen = {task_metadata.name, task_metadata.type} & set(self.prompts_dict or {})
-        has_sides = task_metadata.simplified_task_type == "retrieval"
-        if has_sides and not chosen and not _query_prompt(task_metadata):
+        configured = {task_metadata.name, task_metadata.type} & set(self.prompts_dict or {})
+        asymmetric = task_metadata.simplified_task_type == "retrieval"
+        if asymmetric and not configured and not _query_prompt(task_metadata):
             known = RETRIEVAL_INSTRUCTIONS.items()
             return next((text for start, text in known if task_metadata.name.startswith(start)), None)
         return self.get_instruction(task_metadata, PromptType.query) or None
 
     def similarity(self, embeddings1: Array, embeddings2: Array) -> Array:
-        """Cosine, or what the sentence-transformers model was made for."""
+        """Cosine similarities, or a sentence-transformers model's own."""
         if self.delegate is not None:
             return self.delegate.similarity(embeddings1, embeddings2)
         return super().similarity(embeddings1, embeddings2)
@@ -178,7 +187,7 @@ class WrappedULLME(AbsEncoder):
         return super().similarity_pairwise(embeddings1, embeddings2)
 
     def _model_meta(self, name: str | None, checkpoint: str | Path | None) -> ModelMeta:
-        """Name and content-based revision: what mteb files the results under."""
+        """The metadata for mteb. Its name and revision (a hash of weights and settings) identify stored results."""
         settings = self._settings()
         identity = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         identity.update(weights_digest(self.model))
@@ -199,7 +208,7 @@ class WrappedULLME(AbsEncoder):
         )
 
     def _settings(self) -> dict[str, Any]:
-        """Everything but the weights that an embedding depends on."""
+        """Everything besides the weights on which embeddings depend."""
         settings: dict[str, Any] = {"max_length": self.max_length, "dtype": str(next(self.model.parameters()).dtype)}
         if self.delegate is not None:
             return {**settings, "prompts": self.model.prompts}
@@ -214,17 +223,21 @@ class WrappedULLME(AbsEncoder):
 
 
 def _sentence_transformer(name: str, device: str, max_length: int | None, options: dict[str, Any]) -> AbsEncoder:
+    """mteb's wrapper of a sentence-transformers model. Raises: ValueError: it cannot be loaded, or other options."""
     from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
 
     dtype = options.pop("dtype", None)
-    if unfit := sorted(set(options) - {"lora_name", "lora_r", "lora_alpha", "model_backbone_type"}):
-        raise ValueError(f"{name!r} is a sentence-transformers model and brings its own settings; leave out {unfit}")
+    if unsupported := sorted(set(options) - {"lora_name", "lora_r", "lora_alpha", "model_backbone_type"}):
+        raise ValueError(
+            f"{name!r} is a sentence-transformers model and brings its own settings; leave out {unsupported}"
+        )
     loading: dict[str, Any] = {} if dtype is None else {"model_kwargs": {"dtype": dtype}}
     try:
         wrapper = SentenceTransformerEncoderWrapper(name, device=device, **loading)
     except Exception as error:
         raise ValueError(
-            f"model_name_or_path={name!r} has a modules.json, but sentence-transformers cannot load it: {error}"
+            f"model_name_or_path={name!r} has a modules.json, but sentence-transformers cannot load it ({error}); "
+            "give a folder written by its save()"
         ) from error
     if max_length is not None:
         wrapper.model.max_seq_length = max_length
@@ -232,9 +245,75 @@ def _sentence_transformer(name: str, device: str, max_length: int | None, option
 
 
 def _query_prompt(task_metadata: TaskMetadata) -> str | None:
+    """The query instruction that mteb has for the task, if any."""
     prompt: Any = task_metadata.prompt
     return prompt.get("query") if isinstance(prompt, dict) else prompt
 
 
 def _embedding_size(model: Any) -> int | None:
+    """The embedding dimension of a ULLME or a sentence-transformers model."""
     return model.get_embedding_dimension() if hasattr(model, "get_embedding_dimension") else model.hidden_size
+
+
+def is_sentence_transformer(name: str) -> bool:
+    """Whether a name is a sentence-transformers model: a folder or hub model with a modules.json."""
+    return _has_file(name, "modules.json")
+
+
+def adapter_folder(name: str) -> Path | None:
+    """The folder of the PEFT adapter with this name, downloaded if necessary; None if the name is no adapter.
+
+    An LLM that has an adapter in the same folder is an LLM.
+    """
+    if not _has_file(name, "adapter_config.json") or _has_file(name, "config.json"):
+        return None
+    if (folder := Path(name)).is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _has_file(name: str, file: str) -> bool:
+    """Whether a folder or hub repository has the file; looks into the cache first, and on the hub unless offline."""
+    from huggingface_hub import constants, file_exists, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if (folder := Path(name)).is_dir():
+        return (folder / file).is_file()
+    try:
+        if isinstance(try_to_load_from_cache(name, file), str):
+            return True
+        return not constants.is_offline_mode() and file_exists(name, file)
+    except (HFValidationError, OSError):
+        # No valid hub name, or the hub cannot be reached: loading the LLM will report it.
+        return False
+
+
+def result_name(model_name: str, checkpoint: str | Path | None) -> str:
+    """The model name for mteb, ``organisation/model``, followed by the checkpoint: ``local/llama--my-run``.
+
+    A Lightning checkpoint ``my-run/checkpoints/last.ckpt`` gives ``local/llama--my-run-last``.
+    """
+    local = os.path.isdir(model_name) or model_name.count("/") != 1
+    name = f"local/{Path(model_name).resolve().name}" if local else model_name
+    if checkpoint is not None:
+        path = Path(checkpoint).resolve()
+        parts = [path.name] if path.is_dir() else [_run_folder(path).name, path.stem]
+        name = f"{name}--{'-'.join(parts)}"
+    return re.sub(r"[^\w./-]+", "_", name)
+
+
+def _run_folder(file: Path) -> Path:
+    """The run folder of a checkpoint file."""
+    return next((folder for folder in file.parents if folder.name != "checkpoints"), file.parent)
+
+
+def weights_digest(module: nn.Module) -> bytes:
+    """SHA-256 of the names, dtypes, shapes and values of all weights, sorted by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
+    return digest.digest()

@@ -12,7 +12,7 @@ def describe(plan: Plan) -> str:
     room = plan.device.memory_gib
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in vars(memory).items() if size >= 0.05 * GIB)
     verdict = "fits" if plan.fits else f"does NOT fit ({USABLE:.0%} of {room:.1f} GiB may be planned with)"
-    strategy = ("fsdp" if plan.fsdp else "ddp") if plan.count > 1 else "one device"
+    strategy = ("fsdp" if plan.fsdp else "ddp") if plan.num_devices > 1 else "one device"
     chunk = (
         f"{job.chunk_size} queries" if job.chunk_size else f"{job.chunk_tokens:,} tokens" if job.chunk_tokens else "all"
     )
@@ -22,7 +22,7 @@ def describe(plan: Plan) -> str:
         f"{plan.trained / 1e6:.1f} M trained",
         "step": f"{job.batch_size} queries x {job.candidates} passages; {job.query_tokens:.0f} tokens a query, "
         f"{job.passage_tokens:.0f} a passage",
-        "devices": f"{plan.count} x {plan.device.name}, {strategy}",
+        "devices": f"{plan.num_devices} x {plan.device.name}, {strategy}",
         "chunks": f"{plan.chunks} of {chunk}, gradient checkpointing {checkpointing}",
         "memory": f"{memory.total / GIB:.1f} of {room:.1f} GiB a device: {verdict}",
         "": f"({parts})",
@@ -47,7 +47,7 @@ def _remedies(plan: Plan) -> list[str]:
         "loss.chunk_tokens=auto": not job.full_batch and (job.chunk_size or job.chunk_tokens is not None),
         "loss=GradCache or GRL, which run in chunks": job.full_batch,
         "model.backbone.gradient_checkpointing=auto": not options.gradient_checkpointing,
-        "trainer.strategy of configs/strategy/fsdp.yaml": plan.count > 1 and not plan.fsdp,
+        "trainer.strategy of configs/strategy/fsdp.yaml": plan.num_devices > 1 and not plan.fsdp,
         "loss.reference=adapters_off": job.frozen_copy and options.lora_name is not None,
         "model.backbone.dtype=bfloat16": options.dtype in ("float32", "float64"),
         "model.backbone.quantization=nf4": options.quantization == "none" and options.lora_name is not None,

@@ -1,4 +1,4 @@
-"""What accelerators can do at most, and hold."""
+"""Peak throughput and memory of accelerators, and the free memory of this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-# Makers' figures: dense bfloat16 products with float32 sums, in TFLOP/s; the first that fits a name counts.
+# Vendors' peak for dense bfloat16 products with float32 accumulation, in TFLOP/s, by the words in a device's name; the
+# first entry that matches is used.
 _PEAK_TFLOPS: list[tuple[tuple[str, ...], float]] = [
     (("b200",), 2250),
     (("gb200",), 2500),
@@ -37,9 +38,9 @@ _PEAK_TFLOPS: list[tuple[tuple[str, ...], float]] = [
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Dense bfloat16 TFLOP/s of a device by its name, such as "NVIDIA A100-SXM4-80GB"; None if it is not known."""
+    """Peak dense bfloat16 TFLOP/s of a device by its name, such as "NVIDIA A100-SXM4-80GB"; None if unknown."""
     words = set(re.split(r"[^a-z0-9]+", device_name.lower()))
-    return next((peak for needed, peak in _PEAK_TFLOPS if words.issuperset(needed)), None)
+    return next((peak for name_words, peak in _PEAK_TFLOPS if words.issuperset(name_words)), None)
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class Device:
     """An accelerator to plan for.
 
     Args:
-        name: as a reader knows it.
-        tflops: dense bfloat16 TFLOP/s.
-        memory_gib: what a process can have.
+        name: for display.
+        tflops: peak dense bfloat16 TFLOP/s.
+        memory_gib: GiB that a process can use.
     """
 
     name: str
@@ -73,17 +74,17 @@ DEVICES = {
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that a process can still take: on CUDA what nobody has, and what its own allocator holds unused."""
+    """Bytes that this process can still allocate, including what its own CUDA allocator has reserved but not used."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     import psutil
 
-    return min([psutil.virtual_memory().available, *_container_room()])
+    return min([psutil.virtual_memory().available, *_container_memory()])
 
 
-def _container_room() -> list[float]:
-    """What a container's limit leaves (cgroup version 2); nothing where there is none."""
+def _container_memory() -> list[float]:
+    """The free bytes under a container's limit (cgroup v2), as a list of one; empty without a limit."""
     try:
         limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
         return [] if limit == "max" else [float(limit) - float(used)]
@@ -92,9 +93,9 @@ def _container_room() -> list[float]:
 
 
 def number_of(devices: Any) -> int | str:
-    """How many ``trainer.devices`` names: a number, a list, or "0,2"; "auto" for all there are."""
+    """The number of devices in ``trainer.devices`` (a number, a list, or text such as "0,2"); "auto" for all."""
     if isinstance(devices, str) and "," in devices:
-        devices = [one for one in devices.split(",") if one.strip()]
+        devices = [index for index in devices.split(",") if index.strip()]
     if isinstance(devices, list):
         return len(devices)
     return "auto" if str(devices) in ("auto", "-1") else int(devices)

@@ -1,7 +1,7 @@
-"""How much memory a training step takes on a device: counted from the model's own graph, without weights.
+"""Predict the memory of a training step on one device, without loading weights.
 
-The LLM is built on the meta device and run as fake tensors, and what autograd would keep is added up. So every family,
-and whatever an adapter keeps, is counted as it is.
+The LLM is built on the meta device and run with fake tensors; the tensors that autograd would save for backward are
+added up. So the count is right for every model family and adapter.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ullme.models.attention.packing import no_mask
 from ullme.planning.flops import ModelCost
 
 GIB = 2**30
-# A CUDA context with its libraries' workspaces.
+# Bytes of a CUDA context with the workspaces of its libraries.
 CONTEXT = 0.8 * GIB
-# What an allocator of caching blocks leaves unused, as a share of what is allocated for a step.
+# Fraction of a step's memory that the caching allocator reserves but does not use.
 FRAGMENTATION = 0.08
-# A weight in NF4: half a byte, and float32 scales of blocks of 64 in a second quantization (arXiv 2305.14314).
+# Bytes of a weight in NF4: 4 bits, and the double-quantised scale of its block of 64 weights (arXiv 2305.14314).
 _NF4_BYTES = 0.516
 _PROBE_TOKENS = 256
 _ATTENTION = "ullme_fused_shapes"
@@ -30,13 +30,13 @@ _ATTENTION = "ullme_fused_shapes"
 
 @dataclass(frozen=True)
 class Activations:
-    """What one token leaves behind for backward, in bytes.
+    """Activation memory of one token.
 
     Args:
-        saved: all layers, nothing recomputed.
-        layers: decoder layers.
-        boundary: a layer's input, which is all that checkpointing keeps of it.
-        transient: the gradients that are alive at once in backward.
+        saved: bytes that all layers save for backward, without gradient checkpointing.
+        layers: number of decoder layers.
+        boundary: bytes of a layer's input, all that is saved of a layer with gradient checkpointing.
+        transient: bytes of the gradients that exist at the same time in backward.
     """
 
     saved: float
@@ -45,13 +45,13 @@ class Activations:
     transient: float
 
     def peak(self, tokens: float, checkpointing: bool) -> float:
-        """Bytes at the height of a forward and backward over ``tokens`` tokens."""
+        """Peak bytes of a forward and backward over ``tokens`` tokens."""
         kept = self.layers * self.boundary + self.saved / self.layers if checkpointing else self.saved
         return tokens * (kept + self.transient)
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what a fused attention kernel keeps: its inputs, its output, and one number for each query and head."""
+    """Saves what a fused attention kernel saves: its inputs, its output, and one float32 per query and head."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -61,19 +61,20 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        raise NotImplementedError("shapes only")
+        raise NotImplementedError("only the forward is run, to count saved tensors")
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    """An attention function for transformers that computes nothing and saves what a fused kernel saves."""
     return _FusedAttention.apply(query, key, value).transpose(1, 2), None
 
 
 def activations(model: Any, compute: torch.dtype) -> Activations:
-    """Count.
+    """Count the activation memory of one token in a forward and backward.
 
     Args:
-        model: the causal LM on the meta device, with PEFT's wrapper where there is an adapter; it is used up.
-        compute: the dtype of matrix products, by autocast where the weights have another.
+        model: the causal LM on the meta device, in PEFT's wrapper if there is an adapter; it cannot be used afterwards.
+        compute: dtype of matrix products (by autocast, if the weights have another dtype).
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -84,7 +85,7 @@ def activations(model: Any, compute: torch.dtype) -> Activations:
     causal_lm.set_attn_implementation(_ATTENTION)
     decoder = causal_lm.base_model
     mode = FakeTensorMode()
-    _pretend_on_cpu(model, mode)
+    _use_fake_cpu_tensors(model, mode)
     model.train()
 
     def saved(tokens: int) -> int:
@@ -96,20 +97,20 @@ def activations(model: Any, compute: torch.dtype) -> Activations:
         with mode, torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16 != model.dtype):
             return _saved_bytes(run)
 
-    few, more = saved(_PROBE_TOKENS), saved(2 * _PROBE_TOKENS)  # weights are in both
+    once, twice = saved(_PROBE_TOKENS), saved(2 * _PROBE_TOKENS)  # both include the weights
     layers = decoder_layers(decoder)
     width = causal_lm.config.get_text_config().hidden_size
     widest = max(max(p.shape) for p in layers[0].parameters() if p.ndim == 2)
     return Activations(
-        saved=(more - few) / _PROBE_TOKENS,
+        saved=(twice - once) / _PROBE_TOKENS,
         layers=len(layers),
         boundary=width * compute.itemsize,
         transient=2 * (widest + width) * compute.itemsize,
     )
 
 
-def _pretend_on_cpu(model: nn.Module, mode: Any) -> None:
-    """Meta tensors become fake ones, which have a device type, so that autocast works as in a run."""
+def _use_fake_cpu_tensors(model: nn.Module, mode: Any) -> None:
+    """Replace meta tensors by fake CPU tensors, for which autocast works as for real ones."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     def fake(x: Tensor) -> Tensor:
@@ -125,9 +126,9 @@ def _pretend_on_cpu(model: nn.Module, mode: Any) -> None:
 
 
 def _saved_bytes(run: Callable[[], Any]) -> int:
-    """Bytes of the distinct storages that autograd keeps while ``run`` runs, weights included."""
+    """Bytes of the distinct storages that autograd saves for backward in ``run()``, weights included."""
     sizes: dict[int, int] = {}
-    alive = []  # so that no storage's place is taken by another
+    alive = []  # keeps tensors alive, so that no address is used again
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
@@ -142,14 +143,14 @@ def _saved_bytes(run: Callable[[], Any]) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, by what takes them.
+    """Predicted memory of a training step on one device, in bytes.
 
     Args:
-        weights: the LLM's and the adapter's; with FSDP a shard, and the layers that are gathered at once.
-        training: gradients and AdamW's two moments of what is trained.
-        reference: a frozen copy of the LLM, where π_ref has one.
-        activations: of the largest chunk, forward and backward.
-        head: a block of the LM head's logits and what its gradient takes.
+        weights: of the LLM and the adapter; with FSDP, a shard and the layers that are gathered at the same time.
+        training: gradients and AdamW's two moments of the trained weights.
+        reference: the frozen copy of the LLM for π_ref, if there is one.
+        activations: of the forward and backward of the largest chunk.
+        head: one block of the LM head's logits, and their gradient.
         batch: representations and similarities of the whole batch.
         overhead: CUDA context and fragmentation.
     """
@@ -164,6 +165,7 @@ class Memory:
 
     @property
     def total(self) -> float:
+        """The sum of all parts, in bytes."""
         return sum(vars(self).values())
 
 
@@ -174,35 +176,36 @@ def predict(
     weight_bytes: int,
     compute_bytes: int,
     shards: int,
-    copies: bool,
+    ddp_buckets: bool,
     frozen_copy: bool,
     checkpointing: bool,
     embed_tokens: float,
     generation_tokens: float,
-    together: bool,
+    single_chunk: bool,
     head_logits: float,
     similarities: float,
     quantized: bool = False,
     cuda: bool = True,
 ) -> Memory:
-    """Put together what a step takes.
+    """Predict the memory of a training step on one device.
 
     Args:
-        cost: of the model.
-        acts: of the model.
-        weight_bytes: of one of the LLM's weights.
-        compute_bytes: of one number in a matrix product.
-        shards: devices that share the LLM's weights, and what trains them; 1 without FSDP. Adapters stay whole.
-        copies: gradients are kept a second time, in DDP's buckets.
-        frozen_copy: π_ref is a second LLM.
-        checkpointing: the layers run again in backward.
-        embed_tokens: of the largest chunk's queries and passages.
-        generation_tokens: of its prompts and targets.
-        together: both are alive at once (no GradCache).
-        head_logits: logits at once.
-        similarities: float32 numbers that representations and their similarities take.
-        quantized: the LLM's linear layers hold NF4 numbers, and one at a time is put into ``compute_bytes``.
-        cuda: whether there is a context.
+        cost: numbers of parameters of the model.
+        acts: its activation memory per token.
+        weight_bytes: bytes of one of the LLM's weights.
+        compute_bytes: bytes of one value in matrix products.
+        shards: devices over which FSDP shards the LLM, its gradients and optimizer state; 1 without FSDP. Adapters are
+            not sharded.
+        ddp_buckets: DDP keeps gradients a second time, in its buckets.
+        frozen_copy: π_ref is a second copy of the LLM.
+        checkpointing: with gradient checkpointing.
+        embed_tokens: tokens of the largest chunk's queries and passages.
+        generation_tokens: tokens of the largest chunk's prompts and targets.
+        single_chunk: the activations of both exist at the same time (no GradCache).
+        head_logits: number of logits in one block of the LM head.
+        similarities: number of float32 values in representations and similarities.
+        quantized: linear layers are stored in NF4, and dequantised one at a time to ``compute_bytes``.
+        cuda: whether there is a CUDA context.
     """
     base = cost.parameters - (0 if cost.full else cost.trainable)
     trained_bytes = weight_bytes if cost.full else 4  # PEFT keeps adapters in float32
@@ -211,12 +214,12 @@ def predict(
     if quantized:
         frozen -= cost.linear * (weight_bytes - _NF4_BYTES)
         gathered += cost.linear / acts.layers * compute_bytes
-    # autocast keeps the weights once more in its own dtype, for backward
+    # autocast saves a copy of the weights in its dtype for backward
     cast = cost.linear * compute_bytes if compute_bytes < weight_bytes else 0
     adapter = 0 if cost.full else cost.trainable * trained_bytes
-    training = cost.trainable * trained_bytes * (4 if copies else 3) / (shards if cost.full else 1)
+    training = cost.trainable * trained_bytes * (4 if ddp_buckets else 3) / (shards if cost.full else 1)
     chunks = [acts.peak(tokens, checkpointing) for tokens in (embed_tokens, generation_tokens)]
-    activations = sum(chunks) if together else max(chunks)
+    activations = sum(chunks) if single_chunk else max(chunks)
     head = head_logits * (2 * compute_bytes + 2 * 4)
     step = activations + head
     return Memory(

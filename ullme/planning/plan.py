@@ -1,6 +1,6 @@
-"""``ullme plan``: memory and hours of a training run, before it, without weights, data or a device.
+"""Predict memory and duration of a training run, without weights, data or a device (``ullme plan``).
 
-FLOPs come from :mod:`ullme.planning.flops` and memory from :mod:`ullme.planning.memory`; both build the LLM without
+FLOPs come from :mod:`ullme.planning.flops`, memory from :mod:`ullme.planning.memory`; both build the LLM without
 its weights.
 """
 
@@ -26,36 +26,36 @@ if TYPE_CHECKING:
     from ullme.engine.objective import Objective
     from ullme.models.config import BackboneConfig
 
-# The share of a device's memory that may be planned with; the rest is for what no model foresees.
+# Fraction of a device's memory that a plan may use; the rest is a margin for what is not predicted.
 USABLE = 0.92
-# Chunks that are tried where the configuration leaves the size open; smaller ones only where nothing else helps.
-_CHUNKS = [2**n for n in range(16, 9, -1)]
-_LEAST = 2**12
+# Chunk sizes in tokens that are tried with chunk_tokens: auto, and the smallest one before gradient checkpointing is.
+_CHUNK_TOKENS = [2**n for n in range(16, 9, -1)]
+_MIN_TOKENS_BEFORE_CHECKPOINTING = 2**12
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be trained.
+    """A training run to plan.
 
     Args:
-        options: the backbone's.
-        config: the LLM's.
-        objective: the loss.
+        options: of the backbone.
+        config: of the LLM.
+        objective: the loss terms.
         batch_size: queries in a global batch.
-        candidates: C.
+        candidates: C, passages per query.
         rows: queries in an epoch.
-        query_tokens: of an average query, template included.
-        prompt_tokens: of an average query in the generation template.
-        passage_tokens: of an average passage.
-        bare_query_tokens: of an average query without a template, as log π(query | passage) scores it.
-        query_template_tokens: of the template in which passages stand there.
+        query_tokens: tokens of an average query, template included.
+        prompt_tokens: tokens of an average query in the generation template.
+        passage_tokens: tokens of an average passage.
+        bare_query_tokens: tokens of an average query without a template, as scored in log π(query | passage).
+        query_template_tokens: tokens of the template around the passage there.
         query_max_length: in tokens.
         passage_max_length: in tokens.
         chunk_size: queries in a chunk, or None.
         chunk_tokens: tokens in a chunk; None for the largest that fits, if chunk_size is None too.
         full_batch: no chunks.
-        frozen_copy: π_ref is a second LLM.
-        half: products are computed in bfloat16.
+        frozen_copy: π_ref is a second copy of the LLM.
+        half: matrix products are computed in bfloat16.
     """
 
     options: BackboneConfig
@@ -80,26 +80,26 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is predicted.
+    """The predicted memory and duration of a training run.
 
     Args:
-        job: of what; ``chunk_tokens`` is the choice where it was open.
-        device: on what.
-        count: how many of them.
-        fsdp: whether they share the weights.
-        weights: of the LLM and its adapter.
-        trained: how many of them are trained.
-        chunks: in a step.
+        job: the run, with the ``chunk_tokens`` and gradient checkpointing that were chosen.
+        device: the accelerator.
+        num_devices: how many of them.
+        fsdp: whether FSDP shards the LLM over them.
+        weights: number of weights of the LLM and its adapter.
+        trained: number of weights that are trained.
+        chunks: number of chunks in a step.
         memory: on one device.
         retained_tokens: tokens whose graphs fit beside a chunk, so that they are embedded only once.
         step_flops: model FLOPs of a step on one device.
-        hardware_flops: what the device runs for it: with what is computed twice, and π_ref.
-        utilisation: assumed, of the device's peak by all that it runs.
+        hardware_flops: FLOPs that the device computes in a step, including recomputation and π_ref.
+        utilisation: assumed hardware FLOPs per second, as a fraction of the device's peak.
     """
 
     job: Job
     device: Device
-    count: int
+    num_devices: int
     fsdp: bool
     weights: int
     trained: int
@@ -112,73 +112,79 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether the predicted memory fits, with a margin."""
         return self.memory.total <= USABLE * self.device.memory_gib * GIB
 
     @property
     def seconds(self) -> float:
-        """Of a step. What devices tell each other is not counted."""
+        """Duration of a step; communication between devices is not counted."""
         return self.hardware_flops / (self.device.tflops * 1e12 * self.utilisation)
 
     @property
     def steps(self) -> int:
-        """Of an epoch; an incomplete last batch is left out."""
+        """Steps in an epoch, without an incomplete last batch."""
         return self.job.rows // self.job.batch_size
 
     @property
     def hours(self) -> float:
-        """Of an epoch."""
+        """Duration of an epoch."""
         return self.steps * self.seconds / 3600
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation, which ``Throughput`` logs: what is computed twice does not count."""
+        """Model FLOPs utilisation, as ``Throughput`` logs it: without recomputation and π_ref."""
         return self.utilisation * self.step_flops / self.hardware_flops
 
 
-def make_plan(job: Job, device: Device, count: int = 1, fsdp: bool = False, utilisation: float = 0.6) -> Plan:
-    """Predict.
+def make_plan(job: Job, device: Device, num_devices: int = 1, fsdp: bool = False, utilisation: float = 0.6) -> Plan:
+    """Predict memory and duration of a training run, and choose what it leaves to ``auto``.
 
     Args:
-        job: what to train.
-        device: on what.
-        count: how many devices; the batch is spread over them.
-        fsdp: they share the LLM's weights.
-        utilisation: that is assumed, of the device's peak by all that it runs.
+        job: the training run.
+        device: the accelerator.
+        num_devices: how many of them; the batch is split over them.
+        fsdp: whether FSDP shards the LLM over them.
+        utilisation: assumed hardware FLOPs per second, as a fraction of the device's peak.
 
     Raises:
-        ValueError: the batch does not divide by the devices, or a utilisation that cannot be.
+        ValueError: the batch size is not a multiple of the number of devices, or utilisation is out of range.
     """
     if not 0 < utilisation <= 1:
-        raise ValueError(f"--utilisation={utilisation}: a share of the peak, above 0 and at most 1")
-    if count < 1 or job.batch_size % count:
-        raise ValueError(f"--num_devices={count}: data.batch_size={job.batch_size} must be a multiple of it")
-    batch = typical_batch(job, job.batch_size // count)
+        raise ValueError(f"--utilisation={utilisation}: give a fraction of the peak, above 0 and at most 1")
+    if num_devices < 1 or job.batch_size % num_devices:
+        raise ValueError(f"--num_devices={num_devices}: data.batch_size={job.batch_size} must be a multiple of it")
+    batch = typical_batch(job, job.batch_size // num_devices)
     weight_dtype = _weight_dtype(job)
     model = meta_model(job.config, job.options, weight_dtype)
     cost = count_weights(model, job.options)
     acts = activations(model, torch.bfloat16 if job.half else weight_dtype)
-    for choice in _choices(job):
-        plan = _plan(choice, batch, cost, acts, device, count, fsdp, utilisation, _is_open(job))
+    for candidate in _candidates(job):
+        plan = _plan(candidate, batch, cost, acts, device, num_devices, fsdp, utilisation, _chooses_chunk_tokens(job))
         if plan.fits:
             break
     return plan
 
 
-def _is_open(job: Job) -> bool:
-    """Whether the size of a chunk is left to ``auto``."""
+def _chooses_chunk_tokens(job: Job) -> bool:
+    """Whether the chunk size is left to ``auto``."""
     return job.chunk_tokens is None and job.chunk_size is None and not job.full_batch
 
 
-def _choices(job: Job) -> list[Job]:
-    """What may be tried for what is left open, the fastest first. Without checkpointing, small chunks do not pay."""
-    wanted = job.options.gradient_checkpointing
-    choices = []
-    for checkpointing in (False, True) if wanted == "auto" else (bool(wanted),):
+def _candidates(job: Job) -> list[Job]:
+    """The job with every value to try for options that are ``auto``, the fastest first.
+
+    Gradient checkpointing is tried before chunks get very small.
+    """
+    setting = job.options.gradient_checkpointing
+    candidates = []
+    for checkpointing in (False, True) if setting == "auto" else (bool(setting),):
         options = replace(job.options, gradient_checkpointing=checkpointing)
-        least = _LEAST if wanted == "auto" and not checkpointing else 0
-        sizes = [size for size in _CHUNKS if size >= least] if _is_open(job) else [job.chunk_tokens]
-        choices += [replace(job, options=options, chunk_tokens=size) for size in sizes]
-    return choices
+        least = _MIN_TOKENS_BEFORE_CHECKPOINTING if setting == "auto" and not checkpointing else 0
+        sizes: list[int | None] = [job.chunk_tokens]
+        if _chooses_chunk_tokens(job):
+            sizes = [size for size in _CHUNK_TOKENS if size >= least]
+        candidates += [replace(job, options=options, chunk_tokens=size) for size in sizes]
+    return candidates
 
 
 def _plan(
@@ -187,12 +193,12 @@ def _plan(
     cost: ModelCost,
     acts: Activations,
     device: Device,
-    count: int,
+    num_devices: int,
     fsdp: bool,
     utilisation: float,
-    holds: bool,
+    retain: bool,
 ) -> Plan:
-    """With the chunks of ``job``, which are not open; ``holds``: what is left of memory may be filled with graphs."""
+    """The plan of a job without ``auto``; ``retain``: use the memory left over to keep graphs of microbatches."""
     weight_dtype = _weight_dtype(job)
     compute = torch.bfloat16 if job.half else weight_dtype
     checkpointing = bool(job.options.gradient_checkpointing)
@@ -209,26 +215,27 @@ def _plan(
         acts,
         weight_bytes=weight_dtype.itemsize,
         compute_bytes=compute.itemsize,
-        shards=count if fsdp else 1,
-        copies=count > 1 and not fsdp,
+        shards=num_devices if fsdp else 1,
+        ddp_buckets=num_devices > 1 and not fsdp,
         frozen_copy=job.frozen_copy and job.objective.uses_reference,
         checkpointing=checkpointing,
         embed_tokens=max(float(embedding_work(c, causal).tokens) for c in chunks) if job.objective.uses_reps else 0,
         generation_tokens=max(float(w.tokens) for w in generation),
-        together=len(chunks) == 1,
+        single_chunk=len(chunks) == 1,
         head_logits=min(block, max(float(w.targets) for w in generation) * vocabulary),
-        similarities=_similarities(job, len(batch), count),
+        similarities=_num_similarities(job, len(batch), num_devices),
         quantized=job.options.quantization == "nf4",
     )
     left = USABLE * device.memory_gib * GIB - memory.total
-    retained = int(left / (1 + FRAGMENTATION) / acts.saved) if holds and left > 0 and not (checkpointing or fsdp) else 0
+    retain = retain and left > 0 and not (checkpointing or fsdp)
+    retained = int(left / (1 + FRAGMENTATION) / acts.saved) if retain else 0
     hardware = float(cost.hardware_step(work, False, checkpointing))
     if len(chunks) > 1 and job.objective.uses_reps:
         hardware += float(cost.forward(work.embed)) * max(0.0, 1 - retained / batch.num_tokens)
     return Plan(
         job=job,
         device=device,
-        count=count,
+        num_devices=num_devices,
         fsdp=fsdp,
         weights=cost.parameters,
         trained=cost.trainable,
@@ -242,44 +249,47 @@ def _plan(
 
 
 def _weight_dtype(job: Job) -> torch.dtype:
+    """The dtype of the LLM's weights: the option, or with ``auto`` the one in the config."""
     if job.options.dtype != "auto":
         return getattr(torch, job.options.dtype)
     stored = getattr(job.config, "dtype", None)
     return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
-def _similarities(job: Job, queries: int, count: int) -> float:
-    """Numbers in representations, their gradients, and the similarities of own queries with all passages."""
+def _num_similarities(job: Job, queries: int, num_devices: int) -> float:
+    """Number of values in representations, their gradients, and similarities of the queries with all passages."""
     passages = job.batch_size * job.candidates
     width = job.config.get_text_config().hidden_size
-    return 3 * queries * (1 + job.candidates) * width + passages * width * (count > 1) + 3 * queries * passages
+    return 3 * queries * (1 + job.candidates) * width + passages * width * (num_devices > 1) + 3 * queries * passages
 
 
 def typical_batch(job: Job, queries: int) -> Batch:
-    """Rows of lengths like the job's: passages are lognormal around their mean with sigma 0.4, as MS MARCO's are."""
+    """A batch with lengths like the job's; passage lengths are lognormal with sigma 0.4, like MS MARCO's."""
     rng = np.random.default_rng(0)
     spread = rng.lognormal(-(0.4**2) / 2, 0.4, queries * job.candidates)
-    passages = _whole(job.passage_tokens * spread, job.passage_max_length)
-    own = _whole(np.full(queries, job.query_tokens), job.query_max_length)
-    prompts = _whole(np.full(queries, job.prompt_tokens), 2**31)
-    targets = _rows((passages + 1).clamp(max=job.passage_max_length))
-    in_template = _rows(passages + round(job.query_template_tokens))
-    bare_queries = _rows(_whole(np.full(queries, job.bare_query_tokens + 1), job.query_max_length))
+    passages = _to_lengths(job.passage_tokens * spread, job.passage_max_length)
+    query_lengths = _to_lengths(np.full(queries, job.query_tokens), job.query_max_length)
+    prompts = _token_rows(_to_lengths(np.full(queries, job.prompt_tokens), 2**31))
+    targets = _token_rows((passages + 1).clamp(max=job.passage_max_length))
+    passages_in_template = _token_rows(passages + round(job.query_template_tokens))
+    bare_lengths = _to_lengths(np.full(queries, job.bare_query_tokens + 1), job.query_max_length)
     return Batch(
-        _rows(own),
-        _rows(passages),
+        _token_rows(query_lengths),
+        _token_rows(passages),
         torch.arange(queries * job.candidates).view(queries, -1),
         torch.arange(queries),
-        GenerationRows(_rows(prompts), targets),
-        query_generation=GenerationRows(in_template, bare_queries),
-        passage_generation=GenerationRows(_rows(prompts), targets),
+        GenerationRows(prompts, targets),
+        query_generation=GenerationRows(passages_in_template, _token_rows(bare_lengths)),
+        passage_generation=GenerationRows(prompts, targets),
     )
 
 
-def _whole(lengths: np.ndarray, most: int) -> Tensor:
-    return torch.from_numpy(np.clip(np.rint(lengths), 1, most).astype(np.int64))
+def _to_lengths(lengths: np.ndarray, max_length: int) -> Tensor:
+    """Round to whole numbers from 1 to ``max_length``."""
+    return torch.from_numpy(np.clip(np.rint(lengths), 1, max_length).astype(np.int64))
 
 
-def _rows(lengths: Tensor) -> TokenRows:
+def _token_rows(lengths: Tensor) -> TokenRows:
+    """Right-padded rows of these lengths; the token ids have no meaning."""
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     return TokenRows(mask, mask)

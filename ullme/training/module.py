@@ -1,4 +1,4 @@
-"""The LightningModule: builds the model, steps the optimizer, validates, and decides what a checkpoint holds."""
+"""The LightningModule: building the model, optimizer steps, validation, and the content of checkpoints."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class OptimizerConfig:
         lr: peak learning rate; the paper's is 2e-4.
         weight_decay: of AdamW.
         betas: of AdamW.
-        schedule: how the rate goes down after warm-up.
-        warmup: steps if 1 or more, else a share of all steps.
-        gradient_clip_val: largest norm of all gradients together; null does not clip.
+        schedule: of the learning rate after warm-up.
+        warmup: warm-up steps if 1 or more, else a fraction of all steps.
+        gradient_clip_val: largest norm of the whole gradient; null does not clip.
 
     Raises:
         ValueError: an option is out of its range.
@@ -59,11 +59,11 @@ class OptimizerConfig:
             ("lr", 0 < self.lr < math.inf, "a positive number"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or a positive number"),
             ("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1"),
-            ("warmup", 0 <= self.warmup < math.inf, "a share from 0 to below 1, or a number of steps"),
+            ("warmup", 0 <= self.warmup < math.inf, "a fraction from 0 to below 1, or a number of steps"),
             (
                 "gradient_clip_val",
                 self.gradient_clip_val is None or self.gradient_clip_val > 0,
-                "a positive number, or null not to clip",
+                "a positive number, or null for no clipping",
             ),
         ):
             if not ok:
@@ -71,22 +71,20 @@ class OptimizerConfig:
 
 
 class Backward(Protocol):
-    """What the module asks of the callback under ``loss:``; see :class:`ullme.callbacks.LossCallback`."""
+    """The type of the callback under ``loss:`` for this module; see :class:`ullme.callbacks.LossCallback`."""
 
     objective: Objective
 
     def backward(self, module: ULLMEModule, batch: Batch) -> dict[str, Tensor]:
-        """Add the objective's gradient to the parameters' ``.grad``; returns what to log."""
+        """Add the gradient of the loss to the parameters' ``.grad``; returns the values to log, by name."""
 
 
 class ULLMEModule(L.LightningModule):
-    """Trains an embedder: zero_grad, clipping, the optimizer's step, validation and checkpoints.
-
-    The gradient itself comes from the callback under ``loss:``.
+    """Trains an embedding model. The callback under ``loss:`` computes the gradient; the rest of a step is here.
 
     Args:
-        backbone: how to build the embedder.
-        prompts: the prompt contract.
+        backbone: how to build the embedding model.
+        prompts: the prompt contract: templates for queries, passages and generation.
         optimizer: AdamW and its schedule.
     """
 
@@ -101,35 +99,35 @@ class ULLMEModule(L.LightningModule):
         super().__init__()
         self.backbone, self.prompts, self.optimizer_config = backbone, prompts, optimizer
         self.automatic_optimization = False
-        # Checkpoints hold what was trained only; on_load_checkpoint checks that this is all there.
+        # Checkpoints hold trained weights only; on_load_checkpoint checks that none is missing.
         self.strict_loading = False
         self.model: ULLME = None  # type: ignore[assignment]  # until configure_model
 
     def setup(self, stage: str) -> None:
-        """Make checkpoints atomic, also where the trainer was built without the command line."""
+        """Make checkpoints atomic, also for a trainer that was not built by the command line."""
         install_atomic_io(self.trainer)
 
     def configure_model(self) -> None:
-        """Build the model on the process that will train it; Lightning may call this more than once."""
+        """Build the model, once; Lightning calls this in each process, maybe repeatedly."""
         from ullme.models import ULLME
 
         if self.model is None:
             self.model = self._shard(ULLME(**self.backbone.to_dict(), prompts=self.prompts).train())
             if self._trainer is not None:
-                # Batches hold whole numbers only, and Lightning's conversion of their type refuses frozen dataclasses.
-                self.trainer.precision_plugin.convert_input = _unchanged
+                # Batches hold integers only, and Lightning's conversion of dtypes fails on frozen dataclasses.
+                self.trainer.precision_plugin.convert_input = _identity
 
     def _shard(self, model: ULLME) -> ULLME:
-        """Split the LLM over ranks, where the strategy is one that does."""
+        """Shard the LLM over ranks if the strategy is FSDP, version 1 or 2."""
         strategy = None if self._trainer is None else self.trainer.strategy
         if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
-            self._load_as_others_do(strategy)
+            self._load_any_checkpoint(strategy)
         if isinstance(strategy, FSDPStrategy):
             return fsdp.shard_fsdp1(model, strategy.root_device, strategy.mixed_precision_config)
         if isinstance(strategy, ModelParallelStrategy):
             if (size := strategy.device_mesh["tensor_parallel"].size()) > 1:
                 raise ValueError(
-                    f"trainer.strategy.tensor_parallel_size={size}: ranks share the data, not the layers; set it to 1 "
+                    f"trainer.strategy.tensor_parallel_size={size}: tensor parallelism is not supported; set it to 1 "
                     f"and data_parallel_size to the number of processes ({strategy.world_size})"
                 )
             return fsdp.shard_fsdp2(model, strategy.device_mesh["data_parallel"], strategy.root_device)
@@ -141,11 +139,11 @@ class ULLMEModule(L.LightningModule):
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         try:
-            with self._no_hooks():
+            with self._without_ddp_sync():
                 logs = self.loss.backward(self, batch)
             average_gradients(fsdp.whole_parameters(self.model))
-            norm = fsdp.clip_gradients(self.model, self.optimizer_config.gradient_clip_val)
-            check_finite("the gradient norm", norm, batch)
+            gradient_norm = fsdp.clip_gradients(self.model, self.optimizer_config.gradient_clip_val)
+            check_finite("the gradient norm", gradient_norm, batch)
         except NotFiniteError as error:
             raise NotFiniteError(f"step {self.global_step}: {error}") from error
         optimizer.step()
@@ -154,20 +152,25 @@ class ULLMEModule(L.LightningModule):
         schedule.step()
         self.log("train/loss", logs["loss"], prog_bar=True, batch_size=len(batch), sync_dist=True)
         terms = {f"train/{name}": value for name, value in logs.items() if name != "loss"}
-        self.log_dict({**terms, "train/grad_norm": norm}, batch_size=len(batch), sync_dist=True)
+        self.log_dict({**terms, "train/grad_norm": gradient_norm}, batch_size=len(batch), sync_dist=True)
         return logs
 
     def _seed_step(self) -> None:
-        """Dropout is a function of (seed, step, rank), so that a resumed run draws what an uninterrupted one does."""
+        """Seed dropout by (seed, step, rank), so that a resumed run gets the same dropout as an uninterrupted one."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         entropy = np.random.SeedSequence([seed, self.global_step, self.global_rank])
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
 
-    def _no_hooks(self) -> AbstractContextManager[Any]:
-        """DDP would average in every backward, and miss weights that the last one does not use; the step does it."""
+    def _without_ddp_sync(self) -> AbstractContextManager[Any]:
+        """Turn off DDP's averaging in each backward, of which a step has several; the step averages once at the end."""
         return getattr(self.trainer.strategy.model, "no_sync", nullcontext)()
 
     def configure_optimizers(self) -> Any:
+        """AdamW over the trained weights, with a schedule by optimizer steps.
+
+        Raises:
+            ValueError: the number of steps is unlimited.
+        """
         from transformers import get_scheduler
 
         options = self.optimizer_config
@@ -179,7 +182,8 @@ class ULLMEModule(L.LightningModule):
         )
         if math.isinf(self.trainer.estimated_stepping_batches):
             raise ValueError(
-                "trainer.max_epochs=-1 without trainer.max_steps: the schedule needs an end; give trainer.max_steps"
+                "trainer.max_epochs=-1 without trainer.max_steps: the schedule needs a number of steps; set "
+                "trainer.max_steps"
             )
         total = int(self.trainer.estimated_stepping_batches)
         warmup = int(options.warmup if options.warmup >= 1 else options.warmup * total)
@@ -188,27 +192,29 @@ class ULLMEModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_validation_epoch_start(self) -> None:
+        """Allocate the embeddings of all corpus texts and queries."""
         beir = self._beir()
         self._corpus = torch.zeros(len(beir.corpus), self.model.hidden_size, device=self.device)
         self._queries = torch.zeros(len(beir.queries), self.model.hidden_size, device=self.device)
 
     def validation_step(self, batch: EvalRows, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Embed texts of the corpus (loader 0) or its queries (loader 1) into their places."""
+        """Embed a batch of the corpus (dataloader 0) or of the queries (dataloader 1)."""
         rep = self.model(batch.rows.input_ids, batch.rows.attention_mask, pool_mask=batch.rows.pool_mask)["rep"]
         (self._corpus if dataloader_idx == 0 else self._queries)[batch.indices] = rep.float()
 
     def on_validation_epoch_end(self) -> None:
+        """Compute and log retrieval metrics, unless only a part of the data was embedded."""
         from ullme.training.retrieval_metrics import retrieval_metrics
 
         beir = self._beir()
-        place = {name: n for n, name in enumerate(beir.corpus)}
-        relevant = [{place[p]: grade for p, grade in beir.qrels[query].items()} for query in beir.queries]
+        index = {name: n for n, name in enumerate(beir.corpus)}
+        relevant = [{index[p]: grade for p, grade in beir.qrels[query].items()} for query in beir.queries]
         queries, corpus = merge_unit_rows(self._queries), merge_unit_rows(self._corpus)
         del self._corpus, self._queries
         if not (queries.any(dim=1).all() and corpus.any(dim=1).all()):
             rank_zero_warn(
                 "validation: only a part of data.val was embedded (trainer.limit_val_batches, overfit_batches or "
-                "fast_dev_run), and a ranking of a part means nothing; its metrics are left out"
+                "fast_dev_run), so no retrieval metrics are logged"
             )
             return
         scores = retrieval_metrics(queries, corpus, relevant)
@@ -218,7 +224,7 @@ class ULLMEModule(L.LightningModule):
         return self.trainer.datamodule.beir  # type: ignore[attr-defined]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trained weights and add the contract that rebuilds the model around them."""
+        """Keep only the trained weights, and add the contract from which the model is rebuilt."""
         from ullme.models.trained_weights import CONTRACT_KEY, STATE_PREFIX, contract
 
         trained = {STATE_PREFIX + name for name in fsdp.trainable_shapes(self.model)}
@@ -226,27 +232,28 @@ class ULLMEModule(L.LightningModule):
         checkpoint[CONTRACT_KEY] = contract(self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another backbone, adapter, pooling or prompt, before any weight is copied."""
-        from ullme.models.trained_weights import check_fit
+        """Raise, before any weight is copied, if the checkpoint has another backbone, adapter, pooling or prompts."""
+        from ullme.models.trained_weights import check_can_resume
 
         self.configure_model()
-        if "state_dict" in checkpoint:  # else _load_as_others_do has done it
-            check_fit(self.model, checkpoint)
+        if "state_dict" in checkpoint:  # else _load_any_checkpoint has checked it
+            check_can_resume(self.model, checkpoint)
 
-    def _load_as_others_do(self, strategy: FSDPStrategy | ModelParallelStrategy) -> None:
-        """Let a strategy that splits weights load the checkpoints of all strategies.
+    def _load_any_checkpoint(self, strategy: FSDPStrategy | ModelParallelStrategy) -> None:
+        """Make a sharding strategy load the checkpoints of every strategy.
 
-        By themselves these two copy the weights before on_load_checkpoint is asked, and number the optimizer's states
-        by all weights, not by the trained ones. An adapter, which every rank holds whole, needs nothing of theirs.
+        Lightning's FSDP strategies copy the weights before on_load_checkpoint is called, and expect optimizer states of
+        all weights, not of the trained ones. An adapter is not sharded, so its weights and states are copied as they
+        are.
         """
-        from ullme.models.trained_weights import STATE_PREFIX, check_fit
+        from ullme.models.trained_weights import STATE_PREFIX, check_can_resume
         from ullme.utils import atomic_files
 
         load = strategy.load_checkpoint
 
-        def checked(path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        def load_checked(path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
             stored = atomic_files.checked(path)
-            check_fit(self.model, stored, str(path))
+            check_can_resume(self.model, stored, str(path))
             if not fsdp.whole_parameters(self.model):
                 return load(path, *args, **kwargs)
             state = {name.removeprefix(STATE_PREFIX): value for name, value in stored["state_dict"].items()}
@@ -255,8 +262,9 @@ class ULLMEModule(L.LightningModule):
                 optimizer.load_state_dict(value)
             return stored
 
-        strategy.load_checkpoint = checked  # type: ignore[assignment,method-assign]
+        strategy.load_checkpoint = load_checked  # type: ignore[assignment,method-assign]
 
 
-def _unchanged(data: Any) -> Any:
+def _identity(data: Any) -> Any:
+    """Return the argument unchanged."""
     return data

@@ -1,4 +1,4 @@
-"""Retrieval scores of embeddings that are already in memory, with torchmetrics."""
+"""Retrieval metrics of embeddings in memory, by torchmetrics."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ DEPTH = 100
 
 
 def retrieval_metrics(queries: Tensor, corpus: Tensor, relevant: list[dict[int, int]]) -> dict[str, float]:
-    """nDCG@10, MRR@10 and Recall@100, means over queries.
+    """nDCG@10, MRR@10 and Recall@100 by cosine similarity, averaged over queries.
 
     Args:
-        queries: (Q, D) of unit length.
-        corpus: (P, D) of unit length.
-        relevant: for each query, position in the corpus -> grade (0 is not relevant).
+        queries: (Q, D) normalised embeddings.
+        corpus: (P, D) normalised embeddings.
+        relevant: for each query, index in the corpus -> relevance grade (0 is not relevant).
 
     Returns:
         ``ndcg@10``, ``mrr@10``, ``recall@100``, from 0 to 1.
@@ -25,14 +25,14 @@ def retrieval_metrics(queries: Tensor, corpus: Tensor, relevant: list[dict[int, 
     for start in range(0, len(queries), 256):
         block = queries[start : start + 256].float() @ corpus.float().T
         top = block.topk(min(DEPTH, len(corpus)), dim=1).indices
-        for row, found in enumerate(top):
-            known = relevant[start + row]
-            # Every relevant passage takes part, found or not: recall and the ideal ranking count them all.
-            rest = [p for p in known if known[p] > 0 and p not in set(found.tolist())]
-            places = torch.cat([found, torch.tensor(rest, dtype=torch.long, device=found.device)])
-            scores.append(block[row, places].cpu())
-            grades.append(torch.tensor([max(known.get(int(p), 0), 0) for p in places]))
-            indexes.append(torch.full((len(places),), start + row))
+        for row, retrieved in enumerate(top):
+            judged = relevant[start + row]
+            # Relevant passages below the cut-off are included: recall and the ideal ranking count them.
+            missed = [p for p in judged if judged[p] > 0 and p not in set(retrieved.tolist())]
+            passages = torch.cat([retrieved, torch.tensor(missed, dtype=torch.long, device=retrieved.device)])
+            scores.append(block[row, passages].cpu())
+            grades.append(torch.tensor([max(judged.get(int(p), 0), 0) for p in passages]))
+            indexes.append(torch.full((len(passages),), start + row))
     preds, target, index = torch.cat(scores), torch.cat(grades), torch.cat(indexes)
     return {
         "ndcg@10": float(RetrievalNormalizedDCG(top_k=10)(preds, target, indexes=index)),

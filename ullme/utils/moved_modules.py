@@ -41,9 +41,11 @@ MOVED: dict[str, tuple[str, ...]] = {
     "ullme.eval.cli": ("ullme.commands.evaluate",),
     "ullme.eval.retrieval": ("ullme.training.retrieval_metrics",),
     "ullme.models.backbone": ("ullme.models.config", "ullme.models.loading"),
+    "ullme.models.identity": ("ullme.models.wrapped",),
     "ullme.models.layers": ("ullme.models.attention.layers",),
     "ullme.models.packing": ("ullme.models.attention.packing",),
     "ullme.models.paths": ("ullme.models.attention.paths",),
+    "ullme.models.quantization": ("ullme.models.loading",),
     "ullme.models.rows": ("ullme.models.attention.packed_rows",),
 }
 

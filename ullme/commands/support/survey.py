@@ -51,8 +51,8 @@ def examine(family: str) -> Support:
     except ValueError as error:
         return Support(family, "refused", reason=_reason(error))
     layers = attention.decoder_layers(model.base_model)
-    mixed = tuple(n for n, layer in enumerate(layers) if n not in finding.blind and _has_recurrence(layer))
-    support = Support(family, "", path, blind=finding.blind, mixed=mixed, layers=len(layers))
+    mixed = tuple(n for n, layer in enumerate(layers) if n not in finding.recurrent_layers and _has_recurrence(layer))
+    support = Support(family, "", path, blind=finding.recurrent_layers, mixed=mixed, layers=len(layers))
     problems = []
     for name, check in _CHECKS.items():
         try:
@@ -205,7 +205,7 @@ def _packs(model: PreTrainedModel, path: str) -> bool | None:
         return None
     for other in ("padded", "flags", "mask4d"):
         try:
-            attention.find_path(model, causal=False, wanted=other)
+            attention.find_path(model, causal=False, path=other)
         except ValueError:
             continue
         return all(_close(_embed(model, path, causal), _embed(model, other, causal)) for causal in (False, True))

@@ -1,4 +1,5 @@
-"""How a decoder attends: the paths through it, the packed row, and the probe that tells which path obeys."""
+"""Bidirectional and causal attention in a decoder: the paths to run it, the packed forward, and the probe that
+chooses a path when a model is loaded."""
 
 from ullme.models.attention.layers import decoder_layers
 from ullme.models.attention.paths import (

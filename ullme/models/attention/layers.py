@@ -1,4 +1,4 @@
-"""The layers of a decoder, and whether one looks ahead."""
+"""Find a decoder's layers, record their calls, and test whether a layer attends to later tokens."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ from ullme.models.attention.paths import text_decoder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_STATES = "hidden_states"
+_HIDDEN_STATES = "hidden_states"
 
-# What families call the reach of layers that look at their neighbourhood only.
-_WINDOWS = (
+# The attributes under which model families store the size of a sliding window or attention chunk, in tokens.
+_WINDOW_ATTRIBUTES = (
     *("sliding_window", "sliding_window_size", "attention_window_size", "window_size", "local_attention"),
     "attention_chunk_size",
 )
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """How far apart two ways to compute the same hidden states may come, relative to the largest.
+    """Tolerance for comparing two computations of the same hidden states, relative to the largest value.
 
-    Kernels for other numbers of rows sum in another order, and layers add to that: measured up to 2e-5 in float32 for
-    four layers of large weights. What the probe looks for (a row that sees another, padding, a look ahead) moves them
-    by far more.
+    Kernels sum in a different order for other numbers of rows, and the error grows over layers: up to 2e-5 was
+    measured in float32 for four layers with large weights. The errors that the probe looks for (leaks between rows,
+    attention to padding or to later tokens) are far larger.
     """
     eps = torch.finfo(dtype).eps
     return (50 if eps > 1e-4 else 1000) * eps
 
 
 @contextmanager
-def short_windows(decoder: nn.Module, reach: int = 4) -> Iterator[None]:
-    """Windows and chunks of ``reach`` tokens for as long as this is open.
+def short_windows(decoder: nn.Module, size: int = 4) -> Iterator[None]:
+    """Reduce sliding windows and attention chunks to ``size`` tokens inside the context.
 
-    A path that forgets about windows is right on short rows and wrong on long ones; so it shows on short ones too.
+    A path that ignores windows is correct on rows shorter than the window. With small windows, the probe's short rows
+    expose it.
     """
     owners: dict[int, Any] = {}
     for module in decoder.modules():
@@ -48,40 +49,42 @@ def short_windows(decoder: nn.Module, reach: int = 4) -> Iterator[None]:
         if hasattr(config := getattr(module, "config", None), "to_dict"):
             owners[id(config)] = config
     before = [
-        (owner, name, wide)
+        (owner, name, value)
         for owner in owners.values()
-        for name in _WINDOWS
-        if type(wide := vars(owner).get(name)) is int and wide > reach
+        for name in _WINDOW_ATTRIBUTES
+        if type(value := vars(owner).get(name)) is int and value > size
     ]
     try:
         for owner, name, _ in before:
-            setattr(owner, name, reach)
+            setattr(owner, name, size)
         yield
     finally:
-        for owner, name, wide in before:
-            setattr(owner, name, wide)
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
-def attends(layer: nn.Module) -> bool:
-    """Whether a part of the layer is called attention."""
+def contains_attention(layer: nn.Module) -> bool:
+    """Whether the class name of the layer or of one of its submodules says attention."""
     return any("attention" in type(m).__name__.lower() or "attn" in type(m).__name__.lower() for m in layer.modules())
 
 
 def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
-    """The stack of decoder layers: the longest list of modules that is in no other list (as experts are)."""
-    return max(_outer_lists(decoder), key=len)
+    """The decoder layers: the longest ``nn.ModuleList`` that is not nested in another one (as lists of experts are)."""
+    return max(_top_level_module_lists(decoder), key=len)
 
 
-def _outer_lists(decoder: nn.Module) -> list[nn.ModuleList]:
+def _top_level_module_lists(decoder: nn.Module) -> list[nn.ModuleList]:
+    """The non-empty module lists of the text decoder that are not nested in another one."""
     lists: dict[str, nn.ModuleList] = {}
     for name, module in text_decoder(decoder).named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and not any(name.startswith(f"{o}.") for o in lists):
+        nested = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and len(module) and not nested:
             lists[name] = module
     return list(lists.values())
 
 
 def token_table(model: PreTrainedModel) -> Tensor:
-    """(V, D) of the input embeddings."""
+    """(V, D) weight of the input embedding."""
     table = model.get_input_embeddings().weight
     assert isinstance(table, Tensor)
     return table
@@ -89,79 +92,92 @@ def token_table(model: PreTrainedModel) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What one decoder layer was called with."""
+    """One recorded call of a decoder layer.
 
-    number: int
+    Args:
+        index: of the layer, from 0.
+        module: the layer.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+    """
+
+    index: int
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def looks_ahead(self, row_length: int, threshold: float) -> bool:
-        """Whether the layer's output at row 0's earlier tokens changes with its input at the row's last token.
+        """Whether changing row 0's last token changes the layer's output at the row's earlier tokens.
 
-        Row 0 stands at the same place in a packed row and in a padded block. ``threshold`` is relative. The first
-        token alone would not do: a sliding window may be shorter than the row.
+        The layer is called again by itself, so that bidirectional layers below do not hide a causal one. All earlier
+        tokens are compared, not the first alone, since a sliding window may be shorter than the row.
 
-        The layer is called by itself, so that what earlier layers mixed in does not hide a causal one.
+        Args:
+            row_length: tokens of row 0, which starts at index 0 both in a packed row and in a padded block.
+            threshold: least change that counts, relative to the largest output.
         """
-        states: Tensor = self.args[0] if self.args else self.kwargs[_STATES]
-        shared = self._borrowed()
-        before = self._earlier_output(states, shared, row_length)
+        states: Tensor = self.args[0] if self.args else self.kwargs[_HIDDEN_STATES]
+        shared: dict[str, Any] = self._shared_keys_values()
+        before = self._output_before_last_token(states, shared, row_length)
         if shared:
             shared = {
-                kind: (_disturbed(k, _row_of_heads, row_length), _disturbed(v, _row_of_heads, row_length))
-                for kind, (k, v) in shared.items()
+                layer_type: tuple(_change_last_token(x, _first_row_of_heads, row_length) for x in keys_values)
+                for layer_type, keys_values in shared.items()
             }
         else:
-            states = _disturbed(states, _row, row_length)
-        after = self._earlier_output(states, shared, row_length)
+            states = _change_last_token(states, _first_row, row_length)
+        after = self._output_before_last_token(states, shared, row_length)
         return bool((after - before).abs().max() > threshold * before.abs().max())
 
-    def _borrowed(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """(B, H, L, head_dim) keys and values by kind of layer, if this layer takes an earlier one's (Gemma 3n, 4)."""
-        borrows = any(getattr(module, "is_kv_shared_layer", False) for module in self.module.modules())
-        return dict(self.kwargs["shared_kv_states"]) if borrows else {}
+    def _shared_keys_values(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """(B, H, L, head_dim) keys and values by layer type, if this layer reuses an earlier one's (Gemma 3n, 4)."""
+        shares = any(getattr(module, "is_kv_shared_layer", False) for module in self.module.modules())
+        return dict(self.kwargs["shared_kv_states"]) if shares else {}
 
-    def _earlier_output(self, states: Tensor, shared: dict[str, Any], row_length: int) -> Tensor:
+    def _output_before_last_token(self, states: Tensor, shared: dict[str, Any], row_length: int) -> Tensor:
+        """(row_length - 1, ...) output of row 0 in float64."""
         kwargs = {**self.kwargs, **({"shared_kv_states": shared} if shared else {})}
-        out = self.module(states, *self.args[1:], **kwargs) if self.args else self.module(**{**kwargs, _STATES: states})
-        return _row(out[0] if isinstance(out, tuple | list) else out, row_length)[: row_length - 1].double()
+        if self.args:
+            out = self.module(states, *self.args[1:], **kwargs)
+        else:
+            out = self.module(**{**kwargs, _HIDDEN_STATES: states})
+        return _first_row(out[0] if isinstance(out, tuple | list) else out, row_length)[: row_length - 1].double()
 
 
-def _row(states: Tensor, row_length: int) -> Tensor:
-    """(L, ...), row 0 of (B, L, ...), or of (S, B, L, D) where several streams stand in front as in Gemma 3n."""
+def _first_row(states: Tensor, row_length: int) -> Tensor:
+    """(L, ...): row 0 of (B, L, ...), or of (S, B, L, D) with S residual streams (Gemma 3n)."""
     streams = states.dim() == 4 and states.shape[1] < row_length
     return states[:, 0].movedim(1, 0) if streams else states[0]
 
 
-def _row_of_heads(states: Tensor, row_length: int) -> Tensor:
-    """(L, H, head_dim), row 0 of keys or values (B, H, L, head_dim)."""
+def _first_row_of_heads(states: Tensor, row_length: int) -> Tensor:
+    """(L, H, head_dim): row 0 of keys or values (B, H, L, head_dim)."""
     return states[0].movedim(1, 0)
 
 
-def _disturbed(states: Tensor, row: Callable[[Tensor, int], Tensor], row_length: int) -> Tensor:
-    """A copy in which the last token of row 0 is another."""
+def _change_last_token(states: Tensor, first_row: Callable[[Tensor, int], Tensor], row_length: int) -> Tensor:
+    """A copy of ``states`` with other values at the last token of row 0."""
     changed = states.clone()
-    last = row(changed, row_length)[row_length - 1]
+    last = first_row(changed, row_length)[row_length - 1]
     last.copy_(last.flip(-1) * 3 + 1)
     return changed
 
 
-class LayerInputs:
-    """Records the arguments of every decoder layer while open."""
+class LayerCallRecorder:
+    """Context manager that records every call of a decoder layer in :attr:`calls`."""
 
     def __init__(self, decoder: nn.Module) -> None:
-        stacks = [stack for stack in _outer_lists(decoder) if any(map(attends, stack))] or [decoder_layers(decoder)]
-        self.layers = [layer for stack in stacks for layer in stack]
-        self.seen: list[LayerCall] = []
+        stacks = [stack for stack in _top_level_module_lists(decoder) if any(map(contains_attention, stack))]
+        self.layers = [layer for stack in stacks or [decoder_layers(decoder)] for layer in stack]
+        self.calls: list[LayerCall] = []
 
-    def __enter__(self) -> LayerInputs:
-        def record(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.seen.append(LayerCall(number, module, args, dict(kwargs)))
+    def __enter__(self) -> LayerCallRecorder:
+        def record(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.calls.append(LayerCall(index, module, args, dict(kwargs)))
 
         self.handles = [
-            layer.register_forward_pre_hook(partial(record, number), with_kwargs=True)
-            for number, layer in enumerate(self.layers)
+            layer.register_forward_pre_hook(partial(record, index), with_kwargs=True)
+            for index, layer in enumerate(self.layers)
         ]
         return self
 

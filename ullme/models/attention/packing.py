@@ -1,13 +1,12 @@
-"""The packed forward: the real tokens of all rows go through the LLM as one row, and only attention sees the borders.
+"""The packed forward: the real tokens of all rows go through the LLM as one row; only attention treats rows apart.
 
-Norms, projections and MLPs act on each token alone, so a row of T concatenated tokens costs them exactly T tokens:
-no multiplication is spent on padding. Attention is told the row lengths through a forward keyword
-(:data:`ROWS_KEYWORD`) and runs within each row: on CUDA with ``torch.nn.attention.varlen``, elsewhere in groups of
-rows of similar length. Position ids restart in every row.
+Norms, projections and MLPs act on each token by itself, so nothing is computed on padding. Attention gets the row
+lengths through a forward keyword (:data:`ROWS_KEYWORD`) and runs within each row: on CUDA with
+``torch.nn.attention.varlen``, elsewhere in groups of rows of similar length. Position ids restart in every row.
 
-An attention function registered with transformers under ``ullme_<base>`` does this when the keyword is there and is
-the ``<base>`` function when it is not. The choice travels with the call, never with the module's state, so gradient
-checkpointing recomputes what was computed.
+This is an attention function registered with transformers as ``ullme_<base>``; calls without the keyword go to the
+``<base>`` function. The choice depends on the call's arguments, never on a module's state, so gradient checkpointing
+recomputes what was computed.
 """
 
 from __future__ import annotations
@@ -43,77 +42,88 @@ def packed_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """An attention function for transformers: within rows if :data:`ROWS_KEYWORD` is given, else the ``base`` one.
+    """An attention function for transformers: within packed rows if :data:`ROWS_KEYWORD` is given, else ``base``.
 
     Args:
-        query: (1, H, T, head_dim) packed; key and value (1, H_kv, T, head_dim).
+        base: name of transformers' attention function for calls without the keyword.
+        module: the attention module that calls.
+        query: (1, H, T, head_dim), packed.
+        key: (1, H_kv, T, head_dim), packed.
+        value: (1, H_kv, T, head_dim), packed.
+        attention_mask: not used with packed rows.
+        scaling: of the scores; None is head_dim ** -0.5.
+        dropout: on attention weights.
+        **kwargs: transformers' other arguments: is_causal, sliding_window, softcap ...
 
     Returns:
-        (1, T, H, head_dim) and None.
+        (1, T, H, head_dim) output and, in place of attention weights, None.
+
+    Raises:
+        NotImplementedError: attention sinks or position biases, which packed rows do not support.
     """
     rows: PackedRows | None = kwargs.pop(ROWS_KEYWORD, None)
     if rows is None:
         function = _base_function(base, module)
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if unsupported := [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]:
-        raise NotImplementedError(f"packed attention does not know {unsupported}")
+        raise NotImplementedError(f"packed attention does not support {unsupported}")
     causal = bool(kwargs["is_causal"])
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
     if window is not None and window >= rows.max_keys:
         window = None
     if query.is_cuda and not dropout and softcap is None:
-        query, key, value = _autocast(query, key, value)
+        query, key, value = _cast_for_autocast(query, key, value)
         if query.dtype in (torch.float16, torch.bfloat16):
-            return _varlen(query, key, value, rows, scaling, causal, window), None
-    return _grouped(query, key, value, rows, scaling, causal, window, softcap, dropout), None
+            return _varlen_attention(query, key, value, rows, scaling, causal, window), None
+    return _grouped_attention(query, key, value, rows, scaling, causal, window, softcap, dropout), None
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast a norm on queries or keys leaves them in float32; attention wants all three in one half type."""
+def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast to autocast's dtype: a norm on queries or keys leaves these in float32, and attention needs one dtype."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
-def _varlen(
+def _varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, rows: PackedRows, scale: float | None, causal: bool, window: int | None
 ) -> Tensor:
-    """(1, T, H, head_dim) with the flash kernel for rows of different lengths; half precision on CUDA."""
+    """(1, T, H, head_dim) from the flash kernel for rows of different lengths (CUDA, half precision)."""
     from torch.nn.attention.varlen import varlen_attn
 
     left, right = (-1, 0) if causal else (-1, -1)
-    if window is not None:  # transformers: causal sees `window` tokens with itself, bidirectional |i - j| <= window
+    if window is not None:  # as in transformers: causal i - j < window, bidirectional |i - j| <= window
         left, right = (window - 1, 0) if causal else (window, window)
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
     extra: dict[str, Any] = {}
     if k.shape[1] != q.shape[1]:
-        if _knows("enable_gqa"):
+        if _varlen_has_parameter("enable_gqa"):
             extra["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    if _knows("window_size"):
+    if _varlen_has_parameter("window_size"):
         extra["window_size"] = (left, right)
     elif (left, right) in ((-1, 0), (-1, -1)):
         extra["is_causal"] = causal
     else:
         raise NotImplementedError("this torch's varlen_attn has no sliding window; install a newer torch")
-    index, key_borders = rows.keys
-    if index is not None:  # causal attention is aligned at the end, so a row's first query sees its parent and itself
-        k, v = k.index_select(0, index), v.index_select(0, index)
-    attend: Callable[..., Any] = varlen_attn  # its signature differs between torch's versions
-    return attend(q, k, v, rows.borders, key_borders, rows.max_length, rows.max_keys, scale=scale, **extra)[None]
+    key_index, key_cu_seqlens = rows.varlen_keys
+    if key_index is not None:  # causal masks are aligned at the end, so a row's first token sees its parent and itself
+        k, v = k.index_select(0, key_index), v.index_select(0, key_index)
+    attend: Callable[..., Any] = varlen_attn  # its signature differs between versions of torch
+    return attend(q, k, v, rows.cu_seqlens, key_cu_seqlens, rows.max_length, rows.max_keys, scale=scale, **extra)[None]
 
 
 @cache
-def _knows(parameter: str) -> bool:
-    """varlen_attn gained parameters over torch's versions."""
+def _varlen_has_parameter(parameter: str) -> bool:
+    """Whether this version of torch has the parameter in ``varlen_attn``."""
     from torch.nn.attention.varlen import varlen_attn
 
     return parameter in inspect.signature(varlen_attn).parameters
 
 
-def _grouped(
+def _grouped_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -124,56 +134,64 @@ def _grouped(
     softcap: float | None,
     dropout: float,
 ) -> Tensor:
-    """(1, T, H, head_dim), one padded attention call for each group of rows of similar length."""
+    """(1, T, H, head_dim) from one padded attention call for each group of rows of similar length."""
     repeats = q.shape[1] // k.shape[1]
     attend = partial(_softcapped, softcap=softcap) if softcap is not None else scaled_dot_product_attention
-    # One gather for all groups: one for each would cost its own zeros of T tokens, and a sum over them, in backward.
+    # One gather for all groups: in backward, each gather allocates and sums zeros of the size of its input.
     indices = [group.index for group in rows.groups]
     key_indices = [group.index if group.keys is None else group.keys for group in rows.groups]
     grouped = zip(
         rows.groups,
-        _take(q, rows.grouped, indices),
-        *(_take(x, rows.grouped_keys, key_indices) for x in (k, v)),
+        _gather_groups(q, rows.group_positions, indices),
+        *(_gather_groups(x, rows.group_key_positions, key_indices) for x in (k, v)),
         strict=True,
     )
     outputs = []
     for n, (group, qg, *keys_values) in enumerate(grouped):
         kg, vg = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in keys_values)
-        # Padding stands on the right, so causal rows never see it and need no mask of their own.
+        # Padding is on the right, where causal attention does not look, so a causal group needs no mask.
         plain_causal = causal and window is None and softcap is None and group.keys is None
-        mask = None if plain_causal else _kept_mask(rows, n, causal, window, None if softcap else q.dtype)
+        mask = None if plain_causal else _cached_group_mask(rows, n, causal, window, None if softcap else q.dtype)
         out = attend(qg, kg, vg, attn_mask=mask, dropout_p=dropout, is_causal=plain_causal, scale=scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, rows.ungroup)[None]
+    return torch.cat(outputs).index_select(0, rows.ungroup_index)[None]
 
 
-def _take(x: Tensor, places: Tensor, indices: list[Tensor]) -> list[Tensor]:
-    """(1, H, T, head_dim) -> (n, H, l, head_dim) for each index (n, l); a token's heads lie together in memory.
+def _gather_groups(x: Tensor, positions: Tensor, indices: list[Tensor]) -> list[Tensor]:
+    """The tokens of each group; the heads of a token are contiguous in memory.
 
     Args:
-        places: all indices behind one another.
+        x: (1, H, T, head_dim) packed.
+        positions: the concatenated ``indices``.
+        indices: (n, l) positions of each group.
+
+    Returns:
+        (n, H, l, head_dim) for each group.
     """
-    parts = x[0].transpose(0, 1).index_select(0, places).split([index.numel() for index in indices])
+    parts = x[0].transpose(0, 1).index_select(0, positions).split([index.numel() for index in indices])
     return [part.unflatten(0, index.shape).transpose(1, 2) for part, index in zip(parts, indices, strict=True)]
 
 
-def _kept_mask(rows: PackedRows, n: int, causal: bool, window: int | None, dtype: torch.dtype | None) -> Tensor | None:
-    """:func:`_mask` of the n-th group, made once for all layers.
+def _cached_group_mask(
+    rows: PackedRows, n: int, causal: bool, window: int | None, dtype: torch.dtype | None
+) -> Tensor | None:
+    """:func:`_group_mask` of the n-th group, computed once for all layers.
 
     Args:
-        dtype: zeros and minus infinities of it instead of bool, as each call of attention would make them anew.
+        dtype: of an additive mask (0 and minus infinity), which attention would otherwise make in every call; None
+            gives a bool mask.
     """
     key = (n, causal, window, dtype)
     if key not in rows.masks:
-        mask = _mask(rows.groups[n], causal, window)
+        mask = _group_mask(rows.groups[n], causal, window)
         if mask is not None and dtype is not None:
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
         rows.masks[key] = mask
     return rows.masks[key]
 
 
-def _mask(group: Group, causal: bool, window: int | None) -> Tensor | None:
-    """(n or 1, 1, l, k) bool, True where a query may look, or None if everywhere."""
+def _group_mask(group: Group, causal: bool, window: int | None) -> Tensor | None:
+    """(n or 1, 1, l, k) bool, True where a token attends to a key, or None if everywhere."""
     key_mask = group.mask if group.keys is None else group.key_mask
     mask = None if key_mask is None else key_mask[:, None, None, :]
     if causal or window is not None:
@@ -184,12 +202,12 @@ def _mask(group: Group, causal: bool, window: int | None) -> Tensor | None:
             query[:, None] - keys if group.offset is None else group.offset[:, None, None] + query[:, None] - keys
         )
         distance = distance.view(-1, 1, length, len(keys))
-        near = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+        visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
         if window is not None:
-            near = near & (distance < window if causal else distance.abs() <= window)
-        mask = near if mask is None else mask & near
+            visible = visible & (distance < window if causal else distance.abs() <= window)
+        mask = visible if mask is None else mask & visible
         if group.mask is not None and window is not None:
-            # A padded query whose window holds padding alone would be a row of NaN; its output is dropped anyway.
+            # A padding token whose window holds only padding would give NaN; its output is dropped anyway.
             mask = mask | ~group.mask[:, None, :, None]
     return mask
 
@@ -216,7 +234,7 @@ def _softcapped(
 
 
 def _base_function(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """transformers' own attention function; the eager one lives in each family's modelling file."""
+    """transformers' attention function of that name; the eager one is defined in each family's modelling file."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if base != "eager":
@@ -225,7 +243,7 @@ def _base_function(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, 
 
 
 def install(model: PreTrainedModel) -> None:
-    """Let a transformers model take :data:`ROWS_KEYWORD`; calls without the keyword run as before.
+    """Make a transformers model accept :data:`ROWS_KEYWORD`; calls without the keyword run as before.
 
     Raises:
         NotImplementedError: the model's attention implementation has no mask function (paged or custom kernels).
@@ -237,7 +255,7 @@ def install(model: PreTrainedModel) -> None:
     if base.startswith(PREFIX):
         return
     if base not in ALL_MASK_ATTENTION_FUNCTIONS:
-        raise NotImplementedError(f"attn_implementation={base!r} cannot be packed")
+        raise NotImplementedError(f"attn_implementation={base!r} does not support packed rows")
     AttentionInterface.register(PREFIX + base, partial(packed_attention, base))
     AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
     model.config._attn_implementation = PREFIX + base
@@ -249,5 +267,5 @@ def uninstall(model: PreTrainedModel) -> None:
 
 
 def no_mask(device: torch.device) -> Tensor:
-    """A 4D attention mask without elements: masking_utils hands a 4D mask on as it is, so no (T, T) mask is built."""
+    """An empty 4D attention mask: transformers passes 4D masks on unchanged, so no (T, T) mask is built."""
     return torch.empty((1, 1, 0, 0), device=device)

@@ -1,7 +1,8 @@
-"""The ways to run a decoder with or without its causal mask. Whether one obeys: :mod:`ullme.models.attention.probe`.
+"""Paths: the ways to run a decoder with bidirectional or causal attention.
 
-What a call asks for travels with its arguments, never with a module's state, so that gradient checkpointing recomputes
-what was computed.
+Model families differ in which of them work; :mod:`ullme.models.attention.probe` tries them on the loaded model. A path
+passes its choice in the arguments of the call, not in a module's state, so that gradient checkpointing recomputes what
+was computed.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from ullme.models.attention.packing import ROWS_KEYWORD, no_mask
 
 @dataclass(frozen=True)
 class Hidden:
-    """Last hidden states of the real tokens.
+    """Last hidden states of the T real tokens of R rows.
 
     Args:
-        flat: (T, D), row after row.
+        flat: (T, D) hidden states, row after row.
         lengths: (R,) tokens of each row.
     """
 
@@ -34,13 +35,13 @@ class Hidden:
 
 
 def run_packed(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, causal: bool) -> Hidden:
-    """All real tokens as one row; see :mod:`ullme.models.attention.packing`."""
+    """Run all real tokens as one packed row; see :mod:`ullme.models.attention.packing`."""
     rows = PackedRows(real_lengths(attention_mask), input_ids.device)
     return Hidden(run_rows(decoder, input_ids[attention_mask.bool()], rows, causal), rows.lengths)
 
 
 def run_rows(decoder: nn.Module, tokens: Tensor, rows: PackedRows, causal: bool) -> Tensor:
-    """(T, D) last hidden states of T tokens that are already packed."""
+    """(T, D) last hidden states of T packed tokens with the given layout."""
     out = text_decoder(decoder)(
         input_ids=tokens[None],
         attention_mask=no_mask(tokens.device),
@@ -53,117 +54,124 @@ def run_rows(decoder: nn.Module, tokens: Tensor, rows: PackedRows, causal: bool)
 
 
 def run_padded(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, causal: bool) -> Hidden:
-    """A padded block with the forward keyword ``is_causal``, for the decoders that take one."""
-    takes = _takes(type(text_decoder(decoder)).forward, "is_causal")
-    keywords: dict[str, Any] = {"is_causal": causal} if takes else {}
+    """Run a padded block, with the forward keyword ``is_causal`` if the decoder accepts it."""
+    accepts = _accepts_keyword(type(text_decoder(decoder)).forward, "is_causal")
+    keywords: dict[str, Any] = {"is_causal": causal} if accepts else {}
     return _run_block(decoder, input_ids, attention_mask, **keywords)
 
 
 def run_flags(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, causal: bool) -> Hidden:
-    """A padded block while ``is_causal`` stands in all configs and modules, for families that look for it there only.
+    """Run a padded block with ``is_causal`` set on all configs and modules, for families that read it only there.
 
-    transformers' mask functions read the configs, so every layer is handed a mask as it should be. A layer without a
-    mask would look at its own flag, which is back at its old value when checkpointing recomputes the layer; so a block
-    of equally long rows gets one more row, of one token, because of which no mask is left out.
+    transformers' mask functions read the configs and so pass the right mask to every layer. Without a mask, a layer
+    would read its own flag, which has its old value again when gradient checkpointing recomputes the layer. As
+    transformers omits the mask if all rows have the same length, such a block gets an extra row of one token.
 
     Raises:
-        NotImplementedError: flash attention, which takes flags where others take a mask.
+        NotImplementedError: flash attention, which uses flags instead of a mask.
     """
     decoder = text_decoder(decoder)
     if "flash" in (getattr(decoder.config, "_attn_implementation", None) or ""):
-        raise NotImplementedError("flash attention has no mask; take attn_implementation: sdpa or eager")
+        raise NotImplementedError("flash attention takes no mask; set attn_implementation to sdpa or eager")
     lengths = set(real_lengths(attention_mask))
-    if full := len(lengths) == 1 and lengths != {1}:
+    if extra_row := len(lengths) == 1 and lengths != {1}:
         input_ids = torch.cat([input_ids, input_ids[:1]])
         first_only = torch.arange(attention_mask.shape[1], device=attention_mask.device)[None] == 0
         attention_mask = torch.cat([attention_mask, first_only.to(attention_mask)])
-    _mirror_buffers(decoder)
-    with _flags(decoder, causal):
+    _make_mask_buffers_bidirectional(decoder)
+    with _is_causal_flags(decoder, causal):
         hidden = _run_block(decoder, input_ids, attention_mask)
-    return Hidden(hidden.flat[:-1], hidden.lengths[:-1]) if full else hidden
+    return Hidden(hidden.flat[:-1], hidden.lengths[:-1]) if extra_row else hidden
 
 
 @contextmanager
-def _flags(decoder: nn.Module, causal: bool) -> Iterator[None]:
-    """``is_causal`` in every config and every module that has one, for as long as this is open."""
-    owners: dict[int, Any] = {}
+def _is_causal_flags(decoder: nn.Module, causal: bool) -> Iterator[None]:
+    """Set ``is_causal`` on every config and on every module that has it, inside the context."""
+    holders: dict[int, Any] = {}
     for module in decoder.modules():
         if isinstance(getattr(module, "is_causal", None), bool):
-            owners[id(module)] = module
+            holders[id(module)] = module
         if hasattr(config := getattr(module, "config", None), "to_dict"):
-            owners[id(config)] = config
-    before = [(owner, vars(owner).get("is_causal")) for owner in owners.values()]
+            holders[id(config)] = config
+    before = [(holder, vars(holder).get("is_causal")) for holder in holders.values()]
     try:
-        for owner, _ in before:
-            owner.is_causal = causal
+        for holder, _ in before:
+            holder.is_causal = causal
         yield
     finally:
-        for owner, value in before:
+        for holder, value in before:
             if value is None:
-                del owner.is_causal
+                del holder.is_causal
             else:
-                owner.is_causal = value
+                holder.is_causal = value
 
 
-def _mirror_buffers(decoder: nn.Module) -> None:
-    """Let layers that keep a triangle of their own (GPT-Neo) look both ways; the mask they add to it keeps the order.
+def _make_mask_buffers_bidirectional(decoder: nn.Module) -> None:
+    """Make the causal mask buffers of layers that have one (GPT-Neo) symmetric, once.
 
-    A local layer's band of ``window`` tokens becomes one of as many to either side. The probe makes sure that causal
-    results stay what they were.
+    Causal attention then comes from the attention mask alone, which such layers apply too; the probe checks that causal
+    results do not change. A local layer's window of w tokens becomes w tokens on either side.
     """
     for module in decoder.modules():
-        triangle = getattr(module, "bias", None)
-        if isinstance(triangle, Tensor) and triangle.dtype == torch.bool and triangle.dim() == 4:
-            mirrored = vars(module).setdefault("ullme_mirrored", False)
-            if not mirrored:
-                module.bias, vars(module)["ullme_mirrored"] = triangle | triangle.transpose(-1, -2), True
+        mask = getattr(module, "bias", None)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 4:
+            continue
+        if not vars(module).get("ullme_symmetric_mask", False):
+            module.bias, vars(module)["ullme_symmetric_mask"] = mask | mask.transpose(-1, -2), True
 
 
 def run_mask4d(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, causal: bool) -> Hidden:
-    """A padded block with a ready-made mask, for families that ignore the keyword but take a 4D mask as it is.
+    """Run a padded block with a 4D mask, for families that ignore ``is_causal`` but pass a 4D mask on unchanged.
 
-    Where layers are of several kinds, there is one mask for each kind.
+    If the config has several layer types, the decoder gets one mask for each.
     """
-    own: Any = text_decoder(decoder).config
-    config = own.get_text_config()
-    kinds = {kind for kind in getattr(config, "layer_types", None) or () if kind.endswith("_attention")}
+    decoder_config: Any = text_decoder(decoder).config
+    config = decoder_config.get_text_config()
+    layer_types = {name for name in getattr(config, "layer_types", None) or () if name.endswith("_attention")}
 
     def masks(mask: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-        if kinds <= {"full_attention"}:
+        if layer_types <= {"full_attention"}:
             return _mask4d(mask, dtype, "full_attention", config, causal)
-        return {kind: _mask4d(mask, dtype, kind, config, causal) for kind in kinds}
+        return {name: _mask4d(mask, dtype, name, config, causal) for name in layer_types}
 
     return _run_block(decoder, input_ids, attention_mask, masks)
 
 
-def _mask4d(mask: Tensor, dtype: torch.dtype, kind: str, config: Any, causal: bool) -> Tensor:
-    """(R, 1, L, L), 0 where a token looks, else the smallest number; ``mask`` is (R, L).
+def _mask4d(mask: Tensor, dtype: torch.dtype, layer_type: str, config: Any, causal: bool) -> Tensor:
+    """(R, 1, L, L) additive mask: 0 where a token attends to another, else the dtype's minimum.
 
-    A window of w tokens becomes w to either side; a chunk is seen whole.
+    Without ``causal``, a sliding window of w tokens reaches w tokens to either side, and a chunk is attended to whole.
+
+    Args:
+        mask: (R, L), 1 on real tokens.
+        dtype: of the result.
+        layer_type: as in ``config.layer_types``.
+        config: the text model's, with the sizes of windows and chunks.
+        causal: whether later tokens are masked.
 
     Raises:
-        NotImplementedError: a kind of layer that is not known here.
+        NotImplementedError: an unknown layer type.
     """
-    place = torch.arange(mask.shape[1], device=mask.device)
-    distance = place[:, None] - place
-    near = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    if kind == "sliding_attention":
-        near &= distance < config.sliding_window if causal else distance.abs() <= config.sliding_window
-    elif kind == "chunked_attention":
-        chunk = place // config.attention_chunk_size
-        near &= chunk[:, None] == chunk
-    elif kind != "full_attention":
-        raise NotImplementedError(f"no mask is known for layers of the kind {kind}")
-    # A padded token sees itself, so that no row of the softmax is empty.
-    seen = near & mask.bool()[:, None, None, :] | (distance == 0)
-    return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(~seen, torch.finfo(dtype).min)
+    position = torch.arange(mask.shape[1], device=mask.device)
+    distance = position[:, None] - position
+    visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if layer_type == "sliding_attention":
+        visible &= distance < config.sliding_window if causal else distance.abs() <= config.sliding_window
+    elif layer_type == "chunked_attention":
+        chunk = position // config.attention_chunk_size
+        visible &= chunk[:, None] == chunk
+    elif layer_type != "full_attention":
+        raise NotImplementedError(f"no attention mask is known for layers of type {layer_type!r}")
+    # A padding token attends to itself, so that no row of the softmax is empty.
+    attended = visible & mask.bool()[:, None, None, :] | (distance == 0)
+    return torch.zeros(attended.shape, dtype=dtype, device=mask.device).masked_fill(~attended, torch.finfo(dtype).min)
 
 
 def text_decoder(decoder: nn.Module) -> nn.Module:
-    """The part of a model that turns text into hidden states.
+    """The part of a model that turns token ids into hidden states.
 
-    It is the language model of one that reads images too, and what stands under the head where transformers'
-    ``base_model`` is the whole model.
+    That is the language model of a vision-language model, and the model without its LM head where transformers'
+    ``base_model`` includes the head.
     """
     inner = getattr(decoder, "language_model", None)
     if inner is None and hasattr(decoder, "lm_head"):
@@ -178,7 +186,7 @@ def _run_block(
     make_mask: Callable[[Tensor, torch.dtype], Tensor | dict[str, Tensor]] = lambda mask, dtype: mask,
     **keywords: Any,
 ) -> Hidden:
-    """Rows are pushed to the left first, so that a row's positions start at 0 wherever its padding stood."""
+    """Run the decoder on right-padded rows: left padding is moved to the right, so that positions start at 0."""
     decoder = text_decoder(decoder)
     lengths = torch.tensor(real_lengths(attention_mask), device=input_ids.device)
     real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
@@ -190,21 +198,21 @@ def _run_block(
         input_ids=ids,
         attention_mask=make_mask(real.long(), parameter.dtype),
         **keywords,
-        **quiet(type(decoder).forward),
+        **without_cache(type(decoder).forward),
     )
     return Hidden(out.last_hidden_state[real], lengths)
 
 
 @cache
-def _takes(forward: Callable[..., Any], keyword: str) -> bool:
-    """Whether a forward has this parameter or passes on whatever it does not know."""
+def _accepts_keyword(forward: Callable[..., Any], keyword: str) -> bool:
+    """Whether a forward has this parameter, or ``**kwargs``."""
     parameters = inspect.signature(forward).parameters
     return keyword in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 @cache
-def quiet(forward: Callable[..., Any]) -> dict[str, bool]:
-    """No key-value cache, for the decoders that have one (others would pass the keyword on to their layers)."""
+def without_cache(forward: Callable[..., Any]) -> dict[str, bool]:
+    """``use_cache=False`` for a forward with this parameter; others might pass the keyword on to their layers."""
     return {"use_cache": False} if "use_cache" in inspect.signature(forward).parameters else {}
 
 
