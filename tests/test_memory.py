@@ -13,7 +13,7 @@ from ullme.models import ULLME
 from ullme.planning.flops import ModelCost, meta_model
 from ullme.planning.memory import Activations, activations, predict
 
-TOKENS = 1024
+TOKENS = 512
 
 
 def peak_bytes(step, folder) -> int:

@@ -9,12 +9,12 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from children import PATIENCE, start_process, wait_until
 from interrupted import (  # start, ended and end_of_whole_run are fixtures
     RUN,
     after,
@@ -211,7 +211,7 @@ def test_a_signal_that_reaches_the_workers_too(told, status, says, tmp_path, arg
     # steps of this run are over in no time: it is told as soon as the first checkpoint is there
     code = "import time, ullme.training.module as m; f = m.ULLMEModule.training_step\n"
     code += "m.ULLMEModule.training_step = lambda *a: (time.sleep(0.5), f(*a))[1]\nfrom ullme.commands.train import main; main()"
-    process = subprocess.Popen(
+    process = start_process(
         [sys.executable, "-c", code, *argv],
         cwd=Path(__file__).parents[1],
         start_new_session=True,
@@ -219,12 +219,9 @@ def test_a_signal_that_reaches_the_workers_too(told, status, says, tmp_path, arg
         stderr=subprocess.PIPE,
         text=True,
     )
-    until = time.monotonic() + 60
-    while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_until((tmp_path / "run" / "checkpoints" / "last.ckpt").exists, "the first checkpoint")
     os.killpg(process.pid, told)
-    said, complaints = process.communicate(timeout=60)
+    said, complaints = process.communicate(timeout=PATIENCE)
     assert process.returncode == status, complaints
     assert "the same command goes on from there" in said
     assert "Traceback" not in complaints

@@ -10,6 +10,9 @@ PEFT's modules, weight names and file formats do not change, only the class of :
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +20,17 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+
+
+@contextmanager
+def without_deprecation_warning() -> Iterator[None]:
+    """Silence the one warning that wrapping a model with PEFT (up to 0.21) gives under transformers 5.2x.
+
+    PEFT reads ``is_gradient_checkpointing``, which transformers has renamed; nobody who calls ULLME can change that.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 class LoraLinear(Linear):

@@ -58,7 +58,10 @@ def peft_outputs(llm: nn.Module, adapter: Path, model: ULLME, texts: Sequence[st
     """The same, with the adapter folder loaded by PEFT onto the pre-trained LLM."""
     from peft import PeftModel
 
-    loaded = PeftModel.from_pretrained(llm, str(adapter)).eval()
+    from ullme.models.lora import without_deprecation_warning
+
+    with without_deprecation_warning():
+        loaded = PeftModel.from_pretrained(llm, str(adapter)).eval()
     return [loaded(**_ids(model, text)).logits[0].float().cpu() for text in texts]
 
 
