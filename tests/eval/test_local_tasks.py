@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import re
 
@@ -9,7 +10,9 @@ from eval_helpers import DOCUMENTS, write_jsonl
 
 from ullme.data.beir import read_beir
 from ullme.eval import evaluate_tasks, local_tasks
+from ullme.eval.per_query import keep_per_query
 from ullme.models import WrappedULLME
+from ullme.training.retrieval_metrics import retrieval_metrics
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,44 @@ def test_retrieval_is_ndcg_of_the_models_own_embeddings(model, beir_folder):
     assert 0.1 < np.mean(expected) < 1
     # mteb rounds to five digits.
     assert score(model, local_tasks.retrieval_task(beir_folder)) == pytest.approx(100 * np.mean(expected), abs=1e-3)
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """Duplicate questions: q0 and q1 are documents too, under their own ids. The id q2 is another text's."""
+    folder = tmp_path / "questions"
+    corpus = {**{f"q{n}": text for n, text in enumerate(DOCUMENTS[:3])}, "d3": DOCUMENTS[3], "d4": DOCUMENTS[4]}
+    write_jsonl(folder / "corpus.jsonl", [{"_id": key, "title": "", "text": text} for key, text in corpus.items()])
+    queries = {"q0": DOCUMENTS[0], "q1": DOCUMENTS[1], "q2": "what shines over the sea"}
+    write_jsonl(folder / "queries.jsonl", [{"_id": key, "text": text} for key, text in queries.items()])
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").write_text("q0\td3\t1\nq1\tq0\t1\nq2\tq2\t1\n")
+    return folder
+
+
+def test_a_querys_own_copy_is_not_ranked_in_evaluation_and_in_validation(tiny_llm, questions, caplog, tmp_path):
+    model = WrappedULLME(str(tiny_llm), device="cpu", prompts={"query": "{text}"})  # as passages, so that copies win
+    beir = read_beir(questions)
+    documents = model.model.encode(list(beir.corpus.values()), role="passage", convert_to_tensor=True)
+    queries = model.model.encode(list(beir.queries.values()), role="query", convert_to_tensor=True)
+    ranked = {
+        query: dict(zip(beir.corpus, (documents @ vector).tolist(), strict=True))
+        for query, vector in zip(beir.queries, queries, strict=True)
+    }
+    with_copies = [ndcg_at_10(ranked[query], beir.qrels[query]) for query in beir.queries]
+    ranked["q0"].pop("q0"), ranked["q1"].pop("q1")  # q2 is no copy, and it is the answer
+    expected = [ndcg_at_10(ranked[query], beir.qrels[query]) for query in beir.queries]
+    assert np.mean(expected) > np.mean(with_copies) + 0.01
+    task = local_tasks.retrieval_task(questions)
+    assert "2 of 3 queries" in caplog.text
+    keep_per_query([task], tmp_path)
+    assert score(model, task) == pytest.approx(100 * np.mean(expected), abs=1e-3)
+    each = json.loads((tmp_path / f"{task.metadata.name}.json").read_text())
+    assert each == pytest.approx(dict(zip(beir.queries, expected, strict=True)))
+    index = {doc: n for n, doc in enumerate(beir.corpus)}
+    relevant = [{index[doc]: grade for doc, grade in beir.qrels[query].items()} for query in beir.queries]
+    validated = retrieval_metrics(queries, documents, relevant, [0, 1, None])
+    assert validated["ndcg@10"] == pytest.approx(np.mean(expected), abs=1e-5)
 
 
 def test_reranking_is_mean_average_precision(model, reranking_file):

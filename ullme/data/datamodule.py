@@ -136,6 +136,9 @@ class ULLMEDataModule(L.LightningDataModule):
                 self.beir = read_beir(self.val, self.val_split)
             except ValueError as error:
                 raise ValueError(f"data.val={self.val!r}, data.val_split={self.val_split!r}: {error}") from error
+            if self._rank_and_world_size()[0] == 0:
+                for note in self.beir.notes:
+                    log.warning("data.val: %s", note)
         if stage in ("fit", None) and self.source is None:
             self.source = self._open_train()
             self._sampler(*self._rank_and_world_size())  # raises now, if options do not fit the data

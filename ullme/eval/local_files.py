@@ -15,9 +15,9 @@ from ullme.data.records import BadRow
 Rows = list[dict[str, Any]]
 
 
-def content_hash(*paths: Path) -> str:
-    """Eight hexadecimal digits that change whenever the content of one of the files does."""
-    digest = hashlib.sha256()
+def content_hash(*paths: Path, rules: str = "") -> str:
+    """Eight hexadecimal digits that change with the content of the files, and with the rules by which it is scored."""
+    digest = hashlib.sha256(rules.encode())
     for path in paths:
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

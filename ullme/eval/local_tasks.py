@@ -6,6 +6,8 @@ result cache never answers for a file that has changed since.
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +17,10 @@ from ullme.eval.local_files import content_hash, existing_file, number, read_jso
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
+
+    from ullme.data.beir import BeirFolder
+
+logger = logging.getLogger(__name__)
 
 # Names that say nothing by themselves: the folder's name goes before them.
 GENERIC_NAMES = {"all", "corpus", "data", "dataset", "dev", "eval", "pairs", "rerank", "test", "train", "validation"}
@@ -32,12 +38,33 @@ def retrieval_task(folder: str | Path, split: str = "test") -> AbsTask:
 
     folder = Path(folder)
     beir = read_beir(folder, split)
+    if os.environ.get("RANK", "0") == "0":  # the other processes of torchrun read the same
+        for note in beir.notes:
+            logger.warning("corpus: %s", note)
     files = [folder / "corpus.jsonl", folder / "queries.jsonl", folder / "qrels" / f"{split}.tsv"]
+    # mteb's cache must not answer with a score in which own copies were ranked.
+    digest = content_hash(*files, rules="own copies are not ranked" if beir.own_copies else "")
 
     def load() -> dict[str, Any]:
-        return _retrieval_data(beir.corpus, beir.queries, beir.qrels)
+        return _retrieval_data(*_without_clashes(beir))
 
-    return _make_task(AbsTaskRetrieval, "Retrieval", "ndcg_at_10", folder, content_hash(*files), load)
+    # mteb then leaves every document out that has the query's id.
+    own_copies = {"ignore_identical_ids": bool(beir.own_copies)}
+    return _make_task(AbsTaskRetrieval, "Retrieval", "ndcg_at_10", folder, digest, load, **own_copies)
+
+
+def _without_clashes(beir: BeirFolder) -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, int]]]:
+    """Corpus, queries and judgements, with a new id for each document that has a query's id and is no copy of it."""
+    if not beir.own_copies:
+        return beir.corpus, beir.queries, beir.qrels
+    names = {doc: doc for doc in beir.corpus}
+    for doc in beir.queries.keys() & names.keys() - beir.own_copies:
+        new = f"{doc} (document)"
+        while new in names:
+            new += "'"
+        names[doc] = new
+    qrels = {query: {names[doc]: grade for doc, grade in grades.items()} for query, grades in beir.qrels.items()}
+    return {names[doc]: text for doc, text in beir.corpus.items()}, beir.queries, qrels
 
 
 def reranking_task(file: str | Path) -> AbsTask:

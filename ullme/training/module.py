@@ -217,7 +217,8 @@ class ULLMEModule(L.LightningModule):
                 "fast_dev_run), so no retrieval metrics are logged"
             )
             return
-        scores = retrieval_metrics(queries, corpus, relevant)
+        own = [index[query] if query in beir.own_copies else None for query in beir.queries]
+        scores = retrieval_metrics(queries, corpus, relevant, own)
         self.log_dict({f"val/{name}": value for name, value in scores.items()}, prog_bar=True, rank_zero_only=True)
 
     def _beir(self) -> BeirFolder:
