@@ -97,9 +97,9 @@ def test_what_each_option_changes():
         return predict(COST, ACTS, **{**OPTIONS, **options})
 
     assert change(checkpointing=True).activations == 12 * (2 * 10 + 50 + 5)
-    assert change(together=True).activations == 22 * 105
+    assert change(single_chunk=True).activations == 22 * 105
     assert change(frozen_copy=True).reference == 1000 * 2
-    assert change(copies=True).training == 50 * 4 * 4
+    assert change(ddp_buckets=True).training == 50 * 4 * 4
     shared = change(shards=4)
     assert shared.weights == 1000 * 2 / 4 + 50 * 4 + 800 * 2  # two of two layers are gathered at once
     assert shared.training == 50 * 4 * 3

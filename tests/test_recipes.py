@@ -26,9 +26,9 @@ STEPS = 4
 def world(tmp_path_factory, llm_folder):
     """Name of a recipe -> folder of its run, made once, those it starts from before it."""
     root = tmp_path_factory.mktemp("recipes")
-    train, beir = write_rows(root)
+    rows, beir = write_rows(root)
     texts = root / "texts.jsonl"
-    queries = [json.loads(line)["query"] for line in Path(train).read_text().splitlines()]
+    queries = [json.loads(line)["query"] for line in Path(rows).read_text().splitlines()]
     texts.write_text("\n".join(json.dumps({"text": text}) for text in queries))
 
     def run(name: str) -> Path:
@@ -73,10 +73,10 @@ def world(tmp_path_factory, llm_folder):
         if recipe.get("data", {}).get("num_hard_negatives", 8):
             here["data"]["num_hard_negatives"] = 2
         if "datasets" in recipe.get("data", {}):
-            here["data"]["datasets"] = [{**one, "train": train} for one in recipe["data"]["datasets"]]
+            here["data"]["datasets"] = [{**one, "train": rows} for one in recipe["data"]["datasets"]]
         else:
             here["data"].update(
-                train=str(texts) if recipe.get("data", {}).get("schema") == "text" else train, train_name=None
+                train=str(texts) if recipe.get("data", {}).get("schema") == "text" else rows, train_name=None
             )
         if name in EARLIER:
             here["model"]["backbone"]["init_from"] = str(run(EARLIER[name]))

@@ -165,7 +165,7 @@ def test_what_was_seen_before_a_stop_counts(run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_count_all_queries(run, tmp_path):
-    found = run("--trainer.devices=2", "--trainer.strategy=ddp_fork")
+    found = run("--trainer.devices=2", "--trainer.strategy=ddp_spawn")
     assert json.loads((tmp_path / "run" / "seen.json").read_text())["queries"] == 12
     assert found["hours_left"][1] * 3600 * found["queries/s"][1] == pytest.approx(4, rel=1e-5)
     assert 0 < found["waiting"][1] < 1
