@@ -26,7 +26,7 @@ def write(folder, corpus=CORPUS, queries=QUERIES, qrels=QRELS):
     (folder / "qrels").mkdir(exist_ok=True)
     for name, rows in (("corpus", corpus), ("queries", queries)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "qrels" / "test.tsv").write_text(qrels)
+    (folder / "qrels" / "test.tsv").write_bytes(qrels if isinstance(qrels, bytes) else qrels.encode())
 
 
 @pytest.mark.parametrize("header", [True, False])
@@ -68,6 +68,11 @@ def test_a_missing_split_names_the_others(folder):
         ({"corpus": [{"_id": "d1"}]}, r"corpus\.jsonl:1: missing key 'text'"),
         ({"corpus": [{"_id": "d1", "text": None}]}, r"corpus\.jsonl:1: 'text' must be a text, not NoneType"),
         ({"queries": [{"_id": "q1", "text": " "}]}, r"queries\.jsonl:1: 'text' is an empty text"),
+        ({"corpus": [*CORPUS, {"_id": "d5", "text": "cut \ud83d"}]}, r"corpus\.jsonl:5: 'text' holds a character"),
+        ({"corpus": [{"_id": "d1", "title": "\udd25", "text": "x"}]}, r"corpus\.jsonl:1: 'title' holds a character"),
+        ({"queries": [{"_id": "q1", "text": "\ud83d"}]}, r"queries\.jsonl:1: 'text' holds a character"),
+        ({"queries": [{"_id": "\ud83d", "text": "x"}]}, r"queries\.jsonl:1: '_id' holds a character"),
+        ({"qrels": QRELS.encode() + b"q1\td\xff\t1\n"}, r"test\.tsv:5: not UTF-8"),
         ({"queries": [[1]]}, r"queries\.jsonl:1: the row is a list"),
     ],
 )
@@ -84,7 +89,9 @@ def test_judgements_on_missing_documents_are_left_out_and_counted(folder):
     assert beir.qrels == {"q1": {"d1": 2}}
     assert list(beir.queries) == ["q1"]
     (note,) = beir.notes
-    assert "2 judgements" in note and "'gone', 'lost'" in note and "1 queries without any other" in note
+    assert "2 judgements" in note
+    assert "'gone', 'lost'" in note
+    assert "1 queries without any other" in note
     write(folder)
     assert read_beir(folder).notes == ()
 

@@ -103,7 +103,6 @@ ST = {"anchor": "q", "positive": "p"}
         ({"query": "q", "pos": ["p"], "negatives": ["n"]}, "negatives"),
         ({"query": "q", "pos": ["p"], "hard_neg": "n"}, "hard_neg"),
         ({"query": "q", "pos": ["p"], "neg": ["n"], "positives": ["p2"]}, "positives"),
-        ({"query": "q", "positive": ["p"], "neg": ["n"]}, "positive"),
         ({"query": "q", "positive": ["p"], "Negative": ["n"]}, "Negative"),
         ({"query": "q", "positive": ["p"], "hardNegatives": [{"text": "n"}]}, "hardNegatives"),
         ({**ST, "neg_1": "n"}, "neg_1"),

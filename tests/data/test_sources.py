@@ -287,5 +287,5 @@ def test_a_cache_that_cannot_be_written_is_said_in_one_line(tmp_path, monkeypatc
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     (tmp_path / "rows.csv").write_text("anchor,positive\na,b\n")
-    with pytest.raises(ValueError, match="cannot write its cache .*set HF_HOME"):
+    with pytest.raises(ValueError, match=r"cannot write its cache .*set HF_HOME"):
         open_source(str(tmp_path / "rows.csv"))

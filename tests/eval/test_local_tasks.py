@@ -227,6 +227,18 @@ def test_names_say_something(tmp_path, path, name):
     assert local_tasks.task_name(tmp_path / path) == name
 
 
+def test_a_long_text_is_a_text(tmp_path, model):
+    """Longer than the csv module takes by itself (131,072 characters)."""
+    path = tmp_path / "long.tsv"
+    long = "word " * 30_000
+    path.write_text(f'{STS_HEADER}{long}\tb\t1\na\t"b\t2\r\nc\td\t3')
+    task = local_tasks.sts_task(path)
+    task.load_data()
+    assert list(task.dataset["test"]["sentence1"]) == [long, "a", "c"]
+    assert list(task.dataset["test"]["sentence2"]) == ["b", '"b', "d"]
+    assert list(task.dataset["test"]["score"]) == [1, 2, 3]
+
+
 def test_line_separators_inside_a_text_are_text(tmp_path):
     rows = [{"text": "one\u2028two", "label": "a"}, {"text": "three\x85four", "label": "b"}]
     path = tmp_path / "odd.jsonl"
@@ -246,11 +258,22 @@ BAD_FILES = {
     "sts: not numeric": (
         "sts_task",
         STS_HEADER + "a\tb\t1\na\tb\thigh\n",
-        "row 2: 'score' must be a number, not 'high'",
+        "line 3: 'score' must be a number, not 'high'",
     ),
     "sts: nan": ("sts_task", STS_HEADER + "a\tb\t1\na\tb\tnan\n", "must be a number"),
     "sts: constant": ("sts_task", STS_HEADER + "a\tb\t1\nc\td\t1\n", "same score on every row"),
     "sts: encoding": ("sts_task", b"sentence1\tsentence2\tscore\n\xff\tb\t1\n", "not UTF-8"),
+    "pairs: half an emoji": (
+        "pair_classification_task",
+        '{"sentence1": "a", "sentence2": "\\ud83d", "label": 1}',
+        "line 1",
+    ),
+    "clustering: half an emoji": ("clustering_task", '\n{"text": "a \\ud83d", "label": "x"}\n', "line 2: 'text' holds"),
+    "reranking: half an emoji": (
+        "reranking_task",
+        '{"query": "q", "pos": ["\\udd25"], "neg": ["a"]}\n',
+        "line 1: 'pos' holds a character that cannot be written as UTF-8",
+    ),
     "clustering: empty": ("clustering_task", "", "holds no rows"),
     "clustering: json": ("clustering_task", '{"text": "a"\n', "line 1: broken JSON"),
     "clustering: list": ("clustering_task", '["a", "b"]\n', "must be a JSON object"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
-from ullme.utils.errors import complain
+from ullme.utils.errors import check_empty_options, complain
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -97,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         130 after Ctrl-C.
     """
     try:
-        options = parser().parse_args(argv)
+        options_parser = parser()
+        options = options_parser.parse_args(argv)
+        check_empty_options(options_parser, options)
         _check(options)
         return _run(options)
     except (ArgumentError, ValueError) as error:
@@ -121,10 +123,13 @@ def _check(options: Any) -> None:
         raise ValueError(f"--batch_size {options.batch_size} must be at least 1")
     if options.checkpoint is not None and not Path(options.checkpoint).exists():
         raise ValueError(f"--checkpoint {options.checkpoint} does not exist; give a run folder or a checkpoint file")
-    try:
-        Path(options.output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output {options.output} cannot be made ({error.strerror}); name another folder") from None
+    if options.langs and not options.tasks:
+        raise ValueError(
+            f"--langs {' '.join(options.langs)} keeps languages of --tasks, and none are given; leave it out"
+        )
+    from ullme.utils.atomic_files import check_writable  # which imports torch
+
+    check_writable(Path(options.output), "--output")
 
 
 def _run(options: Any) -> int:
@@ -135,7 +140,7 @@ def _run(options: Any) -> int:
 
     ranks.join()
     with redirect_stdout(sys.stderr):  # what libraries print is no part of the table
-        tasks, model = ranks.on_every_rank(lambda: (_tasks(options), _model(options)))
+        tasks, model = ranks.on_every_rank(lambda: _tasks_and_model(options))
     if world()[0] > 0:
         ranks.serve(model.model)
         status = 0
@@ -177,6 +182,15 @@ def _evaluate(options: Any, tasks: list[AbsTask], model: WrappedULLME) -> int:
     for row in failed:
         print(f"evaluate: {row.error}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _tasks_and_model(options: Any) -> tuple[list[AbsTask], WrappedULLME]:
+    """The tasks first, since they are sooner found to be wrong."""
+    from ullme.eval.mteb import check_instructions
+
+    tasks = _tasks(options)
+    options.instructions = check_instructions(options.instructions, tasks)
+    return tasks, _model(options)
 
 
 def _tasks(options: Any) -> list[AbsTask]:

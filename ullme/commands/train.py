@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from ullme.callbacks import LossCallback, Throughput
 from ullme.callbacks.checkpoint import Checkpoint
+from ullme.callbacks.unsupported import check_callbacks
 from ullme.data.datamodule import ULLMEDataModule
 from ullme.distributed import leave_process_group
 from ullme.training import resume
@@ -26,6 +27,7 @@ from ullme.training.module import ULLMEModule
 from ullme.training.signals import INTERRUPTED
 from ullme.utils import atomic_files, config_files, errors
 from ullme.utils.dotted_names import look_here
+from ullme.utils.wandb_login import check_wandb_login
 
 DESCRIPTION = """Train an embedder: fit --config configs/base.yaml --config configs/model/phi-1.5.yaml ...
 Configurations stack, and later ones win; every option can be given on the command line too. A run that was interrupted
@@ -87,11 +89,14 @@ class ULLMECLI(LightningCLI):
         if self.subcommand == "fit" and not trainer.fast_dev_run:
             folder, root = Path(config.checkpoint.dirpath), Path(trainer.default_root_dir)
             atomic_files.check_writable(root)
+            if _is_first_rank():
+                resume.lock_run_folder(root)
             now = plain(self._parser("fit"), config)
             self.start_from = resume.checkpoint_to_continue(folder, root, now, config.ckpt_path)
             if self.start_from:
                 rank_zero_info(f"ullme: going on from {self.start_from}")
             if _is_first_rank():
+                _check_wandb_login(trainer.logger)
                 resume.name_wandb_run(trainer.logger, root)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -104,12 +109,16 @@ class ULLMECLI(LightningCLI):
 
     def _set_seed(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
+        errors.check_empty_options(self._parser(self.subcommand), config)
         seed = config.seed_everything
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise ValueError(f"seed_everything={seed}: must be from 0 to {2**32 - 1}")
         super()._set_seed()
 
     def after_instantiate_classes(self) -> None:
+        """Check the callbacks, set old logs aside, and pass on where the run starts. Raises: ValueError."""
+        if self.subcommand == "fit":
+            check_callbacks(self.trainer, self.datamodule)
         if self.subcommand == "fit" and _is_first_rank():
             resume.keep_metrics(logger.log_dir for logger in self.trainer.loggers if isinstance(logger, CSVLogger))
         if self.start_from is not None:
@@ -121,6 +130,14 @@ class ULLMECLI(LightningCLI):
 
 def _is_first_rank() -> bool:
     return rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning keeps it on the decorator
+
+
+def _check_wandb_login(logger: Any) -> None:
+    """Raises: ValueError: a logger of W&B is configured, and nobody is logged in."""
+    for one in logger if isinstance(logger, list) else [logger]:
+        path, options = getattr(one, "class_path", ""), getattr(one, "init_args", None) or {}
+        if path.endswith("WandbLogger") and not options.get("offline") and options.get("mode") in (None, "online"):
+            check_wandb_login(f"trainer.logger={path.rpartition('.')[2]}")
 
 
 def _checkpoint_folder(root: str) -> str:
@@ -200,3 +217,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         hint = "; --help lists the options" if isinstance(error, ArgumentError) else ""
         print(f"error: {errors.one_line(error)}{hint}\n(ULLME_TRACEBACK=1 shows where)", file=sys.stderr)
         raise SystemExit(2) from error
+    finally:
+        resume.unlock_run_folders()

@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ullme.data.jsonl import iter_lines, parse_line
-from ullme.data.records import BadRow
+from ullme.data.jsonl import decode_line, iter_lines, parse_line
+from ullme.data.records import BadRow, check_utf8
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def read_beir(folder: str | Path, split: str = "test") -> BeirFolder:
     own = frozenset(query for query in copies if query in qrels and qrels[query].get(query, 0) <= 0)
     if own:
         notes.append(
-            f"{folder / 'corpus.jsonl'} has {len(own)} of {len(judged)} queries as documents with the same id and text; "
-            "each is left out of its own query's ranking, as in BEIR"
+            f"{folder / 'corpus.jsonl'} has {len(own)} of {len(judged)} queries as documents with the same id and "
+            "text; each is left out of its own query's ranking, as in BEIR"
         )
     return BeirFolder(corpus, judged, qrels, own, tuple(notes))
 
@@ -117,7 +117,8 @@ def _id(row: Any) -> str:
         raise BadRow("missing key '_id'")
     if isinstance(row["_id"], bool) or not isinstance(row["_id"], str | int):
         raise BadRow(f"'_id' must be a text or a whole number, not {type(row['_id']).__name__}")
-    return str(row["_id"])
+    check_utf8(key := str(row["_id"]), "_id")
+    return key
 
 
 def _document(row: dict[str, Any]) -> str:
@@ -138,6 +139,7 @@ def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
         raise BadRow(f"missing key '{key}'")
     if not isinstance(value, str):
         raise BadRow(f"'{key}' must be a text, not {type(value).__name__}")
+    check_utf8(value, key)
     return value.strip()
 
 
@@ -149,7 +151,10 @@ def _read_qrels(path: Path, max_lines: int | None = None) -> dict[str, dict[str,
     _check_exists(path)
     qrels: dict[str, dict[str, int]] = {}
     for number, _, line in islice(iter_lines(path), max_lines):
-        columns = line.decode("utf-8", errors="replace").rstrip("\r\n").split("\t")
+        try:
+            columns = decode_line(line).rstrip("\r\n").split("\t")
+        except BadRow as reason:
+            raise ValueError(f"{path}:{number}: {reason}") from None
         try:
             query, document, grade = columns
             qrels.setdefault(query, {})[document] = int(grade)

@@ -157,7 +157,7 @@ def _parse_bge(row: Mapping[str, Any]) -> Record:
     instruction = row.get("prompt")
     if not isinstance(instruction, str | None):
         raise BadRow(f"'prompt' must be a text, not {type(instruction).__name__}")
-    _check_utf8(instruction or "", "prompt")
+    check_utf8(instruction or "", "prompt")
     negatives = _texts(row, "neg") if row.get("neg") is not None else []
     return _record(_text(_get(row, "query"), "query"), _texts(row, "pos"), negatives, instruction or None)
 
@@ -254,12 +254,13 @@ def _text(value: Any, where: str) -> str:
     value = value.strip()
     if not value:
         raise BadRow(f"'{where}' is an empty text")
-    _check_utf8(value, where)
+    check_utf8(value, where)
     return value
 
 
-def _check_utf8(value: str, where: str) -> None:
+def check_utf8(value: str, where: str) -> None:
+    """Raises: BadRow: half a surrogate pair, which JSON can spell and no tokenizer takes."""
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:
         raise BadRow(f"'{where}' holds a character that cannot be written as UTF-8 ({error.reason})") from None

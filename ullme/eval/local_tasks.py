@@ -78,8 +78,7 @@ def reranking_task(file: str | Path) -> AbsTask:
     path = existing_file(file, "reranking")
     corpus: dict[str, str] = {}
     queries, qrels, candidates = {}, {}, {}
-    for n, row in enumerate(read_jsonl(path, ("query", "pos", "neg"), "reranking"), start=1):
-        where = f"reranking: {path}, row {n}"
+    for n, (where, row) in enumerate(read_jsonl(path, ("query", "pos", "neg"), "reranking"), start=1):
         positives, negatives = texts(row, "pos", where), texts(row, "neg", where)
         if both := set(positives) & set(negatives):
             raise ValueError(f"{where}: {both.pop()!r:.80} is both in 'pos' and in 'neg'; keep it in one of them")
@@ -105,10 +104,10 @@ def sts_task(file: str | Path) -> AbsTask:
 
     path = existing_file(file, "sts")
     rows = read_tsv(path, ("sentence1", "sentence2", "score"), "sts")
-    scores = [number(row, "score", f"sts: {path}, row {n}") for n, row in enumerate(rows, start=1)]
+    scores = [number(row, "score", where) for where, row in rows]
     if len(set(scores)) < 2:
         raise ValueError(f"sts: {path} has the same score on every row; a rank correlation needs at least two values")
-    columns = {**{name: [row[name] for row in rows] for name in ("sentence1", "sentence2")}, "score": scores}
+    columns = {**{name: [row[name] for _, row in rows] for name in ("sentence1", "sentence2")}, "score": scores}
     bounds = {"min_score": min(scores), "max_score": max(scores)}
     return _make_task(AbsTaskSTS, "STS", "cosine_spearman", path, content_hash(path), _splits(test=columns), **bounds)
 
@@ -124,8 +123,7 @@ def pair_classification_task(file: str | Path) -> AbsTask:
     path = existing_file(file, "pair_classification")
     rows = read_jsonl(path, ("sentence1", "sentence2", "label"), "pair_classification")
     columns: dict[str, list[Any]] = {"sentence1": [], "sentence2": [], "labels": []}
-    for n, row in enumerate(rows, start=1):
-        where = f"pair_classification: {path}, row {n}"
+    for where, row in rows:
         if (label := number(row, "label", where)) not in (0, 1):
             raise ValueError(f"{where}: 'label' must be 0 or 1, not {row['label']!r}")
         columns["labels"].append(int(label))
@@ -185,10 +183,10 @@ def clustering_task(file: str | Path) -> AbsTask:
 
 def _labelled(path: Path, option: str) -> tuple[list[str], list[str]]:
     sentences, labels = [], []
-    for n, row in enumerate(read_jsonl(path, ("text", "label"), option), start=1):
-        sentences.append(text(row, "text", f"{option}: {path}, row {n}"))
+    for where, row in read_jsonl(path, ("text", "label"), option):
+        sentences.append(text(row, "text", where))
         if not isinstance(row["label"], str | int):
-            raise ValueError(f"{option}: {path}, row {n}: 'label' must be a text or an integer, not {row['label']!r}")
+            raise ValueError(f"{where}: 'label' must be a text or an integer, not {row['label']!r}")
         labels.append(str(row["label"]))
     return sentences, labels
 
