@@ -36,6 +36,10 @@ UNSUPPORTED: dict[type[L.Callback], tuple[str, str]] = {
         "it freezes layers before the LLM is built",
         "choose what is trained with model.backbone",
     ),
+    callbacks.SpikeDetection: (
+        "it cannot load the state that it saves (Lightning 2.6), so a run could not be resumed",
+        "look at train/grad_norm; a loss that is not finite stops the run anyway",
+    ),
     callbacks.ModelPruning: (
         "it renames the weights, so that checkpoints fit no model",
         "prune the LLM before training",
