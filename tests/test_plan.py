@@ -10,11 +10,11 @@ import torch
 
 from ullme.__main__ import main
 from ullme.commands import plan
+from ullme.commands.plan import describe
 from ullme.engine.objective import Objective
 from ullme.engine.presets import grl_terms
 from ullme.models.config import BackboneConfig
 from ullme.models.loading import load_config
-from ullme.planning.description import describe
 from ullme.planning.devices import DEVICES, Device
 from ullme.planning.flops import model_cost, step_work
 from ullme.planning.memory import GIB
@@ -160,7 +160,7 @@ def config(tmp_path, llm_folder):
 
 
 def parse(*argv: str):
-    arguments, overrides = plan._parser().parse_known_args(argv)
+    arguments, overrides = plan.parser().parse_known_args(argv)
     return plan.plan_from(arguments, overrides)
 
 

@@ -30,6 +30,11 @@ def world(tmp_path_factory, llm_folder):
     texts = root / "texts.jsonl"
     queries = [json.loads(line)["query"] for line in Path(rows).read_text().splitlines()]
     texts.write_text("\n".join(json.dumps({"text": text}) for text in queries))
+    unlabelled = root / "unlabelled.jsonl"
+    rows = [json.loads(line) for line in Path(train).read_text().splitlines()]
+    unlabelled.write_text(
+        "\n".join(json.dumps({"query": row["query"], "candidates": [*row["neg"], *row["pos"]]}) for row in rows)
+    )
 
     def run(name: str) -> Path:
         folder = root / name
@@ -78,6 +83,10 @@ def world(tmp_path_factory, llm_folder):
             here["data"].update(
                 train=str(texts) if recipe.get("data", {}).get("schema") == "text" else rows, train_name=None
             )
+        if recipe.get("data", {}).get("schema") == "candidates":
+            here["data"]["train"] = str(unlabelled)
+        if "cache_reference" in recipe["loss"]["init_args"]:
+            here["loss"]["init_args"]["cache_reference"] = str(root / "likelihoods")
         if name in EARLIER:
             here["model"]["backbone"]["init_from"] = str(run(EARLIER[name]))
         (root / f"{name}.yaml").write_text(yaml.safe_dump(here))
@@ -116,6 +125,7 @@ def test_it_trains_and_its_checkpoint_embeds(name, world):
 
 # what defines each system, apart from what the test above reads off the recipe itself
 BACKBONE = {
+    "art": {"attention": "bidirectional", "pooling": "mean", "lora_r": 16, "trained": "lora"},
     "sentence_transformers": {"pooling": "mean", "attention": "causal", "trained": "all"},
     "sgpt": {"pooling": "weighted_mean", "attention": "causal", "trained": "biases"},
     "repllama": {"pooling": "last", "attention": "causal", "lora_r": 32, "lora_alpha": 64, "trained": "lora"},
@@ -129,6 +139,7 @@ BACKBONE = {
     "ullme": {"attention": "bidirectional", "pooling": "mean", "lora_r": 16, "lora_alpha": 32, "trained": "lora"},
 }
 TERMS = {
+    "art": {"kl": None, "pseudo_label_info_nce": 0.05},
     "sentence_transformers": {"info_nce": 0.05},
     "sgpt": {"info_nce": 0.05},
     "repllama": {"info_nce": 0.01},

@@ -16,7 +16,7 @@ from children import PATIENCE, start_process, wait_until
 from test_notebooks import run as run_notebook
 from tiny import save_llm
 
-from ullme.commands.reproduce import finish, preflight, run
+from ullme.commands.reproduce import collect, preflight, run
 from ullme.commands.reproduce.cells import Cell
 from ullme.commands.reproduce.cli import main, parser, read_table
 from ullme.commands.reproduce.run import Devices, Runner
@@ -119,7 +119,7 @@ def test_a_failed_cell_is_named_and_the_others_go_on(cells, tmp_path, capsys):
     assert "no such data" in failed["tiny/grl/seed0"]
     assert [scores.seed for scores in read_scores(tmp_path)] == [1]
     failing = cells(Failing)[0]
-    assert finish.seconds(failing)["train"] > 0
+    assert collect.seconds(failing)["train"] > 0
     assert "tiny/grl/seed0 failed" in capsys.readouterr().err
 
 
@@ -142,7 +142,7 @@ def test_what_does_not_end_when_told_to_is_killed(cells, monkeypatch, capsys):
     class Deaf(Fake):
         ending = f"__import__('signal').signal(15, 1); {Waiting.ending}"
 
-    monkeypatch.setattr(run, "PATIENCE", 0.5)
+    monkeypatch.setattr(run, "STOP_TIMEOUT", 0.5)
     [cell] = cells(Deaf)
     thread = threading.Thread(target=_terminate_once, args=[cell.folder / "train" / "started"])
     thread.start()
@@ -188,7 +188,7 @@ def test_a_cell_made_with_other_settings_is_refused(cells):
 def test_two_runners_do_not_work_on_the_same_cell(cells):
     [cell] = cells(Fake)
     with run.locked(cell.folder):
-        assert "another process is at work" in runner([cell]).run()[cell.name]
+        assert "another process works on" in runner([cell]).run()[cell.name]
     assert runner([cell]).run() == {}
 
 
@@ -262,7 +262,7 @@ def test_visible_gpus(monkeypatch, told, expected):
 
 
 def test_names_lose_the_hash_of_a_local_file_only():
-    assert [finish.plain_name(n) for n in ("banking77-1a2b3c4d", "STS17", "msmarco-dev")] == [
+    assert [collect.plain_name(n) for n in ("banking77-1a2b3c4d", "STS17", "msmarco-dev")] == [
         "banking77",
         "STS17",
         "msmarco-dev",

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from ullme.batch import LikelihoodKind
 from ullme.data.beir import BeirFolder, read_beir
 from ullme.data.collator import Collator, EvalCollator, EvalDataset, TrainDataset, length_sorted_batches
-from ullme.data.loader import ResumableLoader, outlast_signals
+from ullme.data.loader import ResumableLoader, defer_worker_signals
 from ullme.data.mixture import Mixture, MixtureSampler, TrainSet
 from ullme.data.records import Schema, check_schema
 from ullme.data.sampler import GlobalBatchSampler, ShortRows, settle_short_rows
@@ -38,9 +38,10 @@ class ULLMEDataModule(L.LightningDataModule):
             split, name, schema and max_rows; every batch comes from one of them.
         train_split: split of the dataset.
         train_name: configuration of the dataset, if it has several.
-        schema: the columns: auto, bge, tevatron, sentence-transformers or ullme; text, one text per row (of a retrieval
-            row, the first positive), which is its own positive (SimCSE, arXiv 2104.08821); or the dotted path of a
-            function that parses a row.
+        schema: the columns: auto, bge, tevatron, sentence-transformers or ullme; candidates, a query and passages that
+            nobody has judged (for losses that need no label); text, one text per row (of a retrieval row, the first
+            positive), which is its own positive (SimCSE, arXiv 2104.08821); or the dotted path of a function that
+            parses a row.
         on_bad_row: stop at the first bad row, before training, with its file, line and reason; or skip bad rows and
             count them.
         short_rows: what to do if a row has too few hard negatives: borrow positives of other rows, repeat its
@@ -142,6 +143,11 @@ class ULLMEDataModule(L.LightningDataModule):
         if stage in ("fit", None) and self.source is None:
             self.source = self._open_train()
             self._sampler(*self._rank_and_world_size())  # raises now, if options do not fit the data
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every training row says which text is a positive; known after :meth:`setup`."""
+        return self.source is None or self.source.labelled
 
     def _open_train(self) -> RowSource:
         """Open the training set, or all datasets of the mixture."""
@@ -253,7 +259,7 @@ class ULLMEDataModule(L.LightningDataModule):
         return {
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
-            "worker_init_fn": outlast_signals,
+            "worker_init_fn": defer_worker_signals,
             "pin_memory": torch.cuda.is_available(),
             # else a dataloader draws from the global generator in each epoch, which would change dropout on resuming
             "generator": torch.Generator().manual_seed(self.seed),

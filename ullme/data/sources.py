@@ -42,11 +42,13 @@ class RowSource(Protocol):
         num_negatives: (rows,) number of hard negatives of each row.
         skipped: "file:line: reason" of every bad row that was skipped.
         longest_instruction: the longest instruction of a row, or None if no row has one.
+        labelled: whether rows say which text is a positive; in one source all do, or none.
     """
 
     num_negatives: np.ndarray
     skipped: list[str]
     longest_instruction: str | None
+    labelled: bool
 
     def __len__(self) -> int: ...
 
@@ -63,6 +65,7 @@ class _CheckedRows:
         self.num_negatives = array("q")
         self.skipped: list[str] = []
         self.longest_instruction: str | None = None
+        self.labelled: bool | None = None
 
     def add(self, position: int, where: str, raw: Any) -> None:
         """Check a row.
@@ -82,8 +85,15 @@ class _CheckedRows:
                 raise ValueError(f"{where}: {reason}; fix the row or set data.on_bad_row=skip") from None
             self.skipped.append(f"{where}: {reason}")
             return
+        if self.labelled is not None and record.labelled != self.labelled:
+            raise ValueError(
+                f"{where}: a row {'with' if record.labelled else 'without'} a positive among rows "
+                f"{'without' if record.labelled else 'with'} one; put the two kinds into two datasets (data.datasets), "
+                "so that a batch is of one kind"
+            )
+        self.labelled = record.labelled
         self.positions.append(position)
-        self.num_negatives.append(len(record.negatives))
+        self.num_negatives.append(record.num_negatives)
         if record.instruction is not None and len(record.instruction) > len(self.longest_instruction or ""):
             self.longest_instruction = record.instruction
 
@@ -128,6 +138,7 @@ class JsonlSource:
         self._offsets = np.asarray(checked.positions)
         self.num_negatives = np.asarray(checked.num_negatives)
         self.skipped, self.longest_instruction = checked.skipped, checked.longest_instruction
+        self.labelled = bool(checked.labelled)
         self._handles: dict[int, BinaryIO] = {}
         self._pid = os.getpid()
 
@@ -184,6 +195,7 @@ class HubSource:
         self._rows = np.asarray(checked.positions)
         self.num_negatives = np.asarray(checked.num_negatives)
         self.skipped, self.longest_instruction = checked.skipped, checked.longest_instruction
+        self.labelled = bool(checked.labelled)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -207,6 +219,7 @@ class Subset:
         self.rows = rows
         self.num_negatives = source.num_negatives[rows]
         self.skipped, self.longest_instruction = source.skipped, source.longest_instruction
+        self.labelled = source.labelled
 
     def __len__(self) -> int:
         return len(self.rows)

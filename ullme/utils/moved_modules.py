@@ -26,7 +26,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "ullme.named": ("ullme.utils.dotted_names",),
     "ullme.objective": ("ullme.engine.objective",),
     "ullme.plan": ("ullme.planning.plan",),
-    "ullme.plan_cli": ("ullme.commands.plan",),
+    "ullme.plan_cli": ("ullme.commands.plan", "ullme.commands.train"),
     "ullme.quickstart": ("ullme.commands.quickstart",),
     "ullme.reference": ("ullme.engine.reference",),
     "ullme.refusals": ("ullme.utils.errors",),
