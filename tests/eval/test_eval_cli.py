@@ -129,7 +129,7 @@ BAD = {
     "config": (["--config", "{tmp}/none.yaml"], "none.yaml"),
     "checkpoint": (["--checkpoint", "{tmp}/none", "--tasks", "SciFact"], "none does not exist"),
     "no checkpoint in it": (["--checkpoint", "{tmp}", "--tasks", "SciFact"], "give a run folder, a .ckpt file"),
-    "output": (["--model", "{llm}", "--tasks", "SciFact", "--output", "{tmp}/file/x"], "cannot be made"),
+    "output": (["--model", "{llm}", "--tasks", "SciFact", "--output", "{tmp}/file/x"], "cannot be written"),
     "task": (["--model", "{llm}", "--tasks", "SciFatc"], "did you mean SciFact"),
     "language": (["--model", "{llm}", "--tasks", "SciFact", "--langs", "deu"], "has no language 'deu'; it has eng"),
     "model": (["--model", "{tmp}/none", "--tasks", "SciFact"], "model_name_or_path="),

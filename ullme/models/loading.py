@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -20,6 +21,27 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+
+def has_file(name: str, file: str) -> bool:
+    """Whether a folder or hub repository has the file; looks into the cache first, and on the hub unless offline."""
+    from huggingface_hub import constants, file_exists, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if (folder := Path(name)).is_dir():
+        return (folder / file).is_file()
+    try:
+        if isinstance(try_to_load_from_cache(name, file), str):
+            return True
+        return not constants.is_offline_mode() and file_exists(name, file)
+    except (HFValidationError, OSError):
+        # No valid hub name, or the hub cannot be reached: loading the LLM will report it.
+        return False
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a name is a PEFT adapter. An LLM that has an adapter in the same folder is an LLM."""
+    return has_file(name, "adapter_config.json") and not has_file(name, "config.json")
 
 
 def load_config(options: BackboneConfig) -> PretrainedConfig:
@@ -36,6 +58,11 @@ def load_config(options: BackboneConfig) -> PretrainedConfig:
     if options.family_code is not None:
         named(options.family_code, "family_code")
     name = options.model_name_or_path
+    if is_adapter(name):
+        raise ValueError(
+            f"model_name_or_path={name!r} is an adapter, not an LLM: to train from it, name its LLM there and set "
+            f"init_from={name!r} (a folder); to embed with it, load_ullme({name!r}) or evaluate --checkpoint {name}"
+        )
     with _loading_errors(name, "config.json"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
     expected_type = options.model_backbone_type
@@ -205,7 +232,7 @@ def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:
     lora = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats too
-        lora_dropout=options.lora_dropout,
+        lora_dropout=0.0,  # set afterwards, for the layers that can have it
         target_modules=targets,
         exclude_modules=(lora_layers.modules_to_exclude(model) or None) if targets == "all-linear" else None,
         task_type="CAUSAL_LM",
@@ -216,6 +243,7 @@ def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:
             wrapped = get_peft_model(model, lora, adapter_name=options.lora_name)
     except ValueError as error:
         raise ValueError(f"lora_target_modules={options.lora_target_modules!r}: {error}") from error
+    lora_layers.set_dropout(wrapped, options.lora_name, options.lora_dropout)
     lora_layers.install(wrapped)
     return wrapped
 

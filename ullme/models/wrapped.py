@@ -19,6 +19,7 @@ from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
 from ullme.models.checkpoint import load_embedder, usable_device
+from ullme.models.loading import has_file, is_adapter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -257,7 +258,7 @@ def _embedding_size(model: Any) -> int | None:
 
 def is_sentence_transformer(name: str) -> bool:
     """Whether a name is a sentence-transformers model: a folder or hub model with a modules.json."""
-    return _has_file(name, "modules.json")
+    return has_file(name, "modules.json")
 
 
 def adapter_folder(name: str) -> Path | None:
@@ -265,29 +266,13 @@ def adapter_folder(name: str) -> Path | None:
 
     An LLM that has an adapter in the same folder is an LLM.
     """
-    if not _has_file(name, "adapter_config.json") or _has_file(name, "config.json"):
+    if not is_adapter(name):
         return None
     if (folder := Path(name)).is_dir():
         return folder
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-
-
-def _has_file(name: str, file: str) -> bool:
-    """Whether a folder or hub repository has the file; looks into the cache first, and on the hub unless offline."""
-    from huggingface_hub import constants, file_exists, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    if (folder := Path(name)).is_dir():
-        return (folder / file).is_file()
-    try:
-        if isinstance(try_to_load_from_cache(name, file), str):
-            return True
-        return not constants.is_offline_mode() and file_exists(name, file)
-    except (HFValidationError, OSError):
-        # No valid hub name, or the hub cannot be reached: loading the LLM will report it.
-        return False
 
 
 def result_name(model_name: str, checkpoint: str | Path | None) -> str:

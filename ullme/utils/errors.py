@@ -6,9 +6,12 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import is_dataclass
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -40,6 +43,53 @@ def check_config_files(argv: Sequence[str]) -> None:
             raise ValueError(f"--config={file}: is not plain YAML ({one_line(error)}); fix the file") from None
         if content is not None and not isinstance(content, dict):
             raise ValueError(f"--config={file}: holds a {type(content).__name__}, not options; write key: value lines")
+
+
+def check_empty_options(parser: Any, config: Any) -> None:
+    """Refuse options without a value (``instruction:`` with nothing behind it in YAML) that need one.
+
+    The parser takes them for None whatever their type is.
+
+    Args:
+        parser: that made the configuration.
+        config: as parsed.
+
+    Raises:
+        ValueError: an option is None, and its type has no None.
+    """
+    for action in parser._actions:
+        hint = getattr(action, "_typehint", None)
+        if hint is None or action.dest not in config:
+            continue
+        if (empty := _empty_option(action.dest, hint, config[action.dest])) is not None:
+            default = parser.get_defaults().get(empty)
+            remedy = f", or leave it out for its default, {default!r}" if default is not None else ", or leave it out"
+            raise ValueError(f"{empty} is empty; give it a value{remedy}")
+
+
+def _empty_option(name: str, hint: Any, value: Any) -> str | None:
+    """The first option at or below ``name`` that is None against its type; None if there is none."""
+    if value is None:
+        return None if _allows_none(hint) else name
+    path = value.get("class_path") if hasattr(value, "get") else None
+    options = value.get("init_args") if path else None
+    if isinstance(value, list):
+        pairs = [(f"{name}[{n}]", (get_args(hint) or (Any,))[0], one) for n, one in enumerate(value)]
+    elif path and options is not None:
+        module, _, kind = path.rpartition(".")
+        hints = get_type_hints(getattr(import_module(module), kind).__init__)
+        pairs = [(f"{name}.init_args.{key}", hints.get(key, Any), one) for key, one in vars(options).items()]
+    elif is_dataclass(hint):
+        pairs = [(f"{name}.{key}", one, value.get(key)) for key, one in get_type_hints(hint).items() if key in value]
+    else:
+        return None
+    return next((found for pair in pairs if (found := _empty_option(*pair)) is not None), None)
+
+
+def _allows_none(hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(map(_allows_none, get_args(hint)))
+    return hint in (Any, None, type(None)) or (get_origin(hint) is Literal and None in get_args(hint))
 
 
 def check_strategy(trainer: Any) -> None:
