@@ -117,7 +117,7 @@ def test_one_token_and_as_many_as_there_are_positions(family, embedder):
     if family != "bloom":  # ALiBi without a limit
         assert model.max_positions == 128
         assert model(*block(128))["rep"].isfinite().all()
-        with pytest.raises(ValueError, match="a text has 129 tokens, but .* has 128 positions; cut texts"):
+        with pytest.raises(ValueError, match=r"a text has 129 tokens, but .* has 128 positions; cut texts"):
             model(*block(129))
 
 
@@ -126,7 +126,7 @@ def test_a_prompt_and_its_passage_are_counted_together(embedder):
     prompt = torch.ones(1, 100, dtype=torch.long)
     fits, longer = (TokenRows(torch.ones(1, n, dtype=torch.long), torch.ones(1, n, dtype=torch.long)) for n in (29, 30))
     assert model(prompt, is_generate=True, targets=fits).logps.isfinite().all()
-    with pytest.raises(ValueError, match="a prompt and its passage together have 129 tokens, but .* 128 positions"):
+    with pytest.raises(ValueError, match=r"a prompt and its passage together have 129 tokens, but .* 128 positions"):
         model(prompt, is_generate=True, targets=longer)
 
 
