@@ -42,7 +42,7 @@ from ullme.engine.objective import Objective
 from ullme.engine.reference import Reference
 from ullme.losses import DPO, KL, InfoNCE
 from ullme.models import ULLME
-from ullme.planning.auto_chunk import choose
+from ullme.planning.auto_chunk import largest_chunk
 
 CHUNK_TOKENS = 512  # what chunk_tokens: auto takes on a CPU; the peer's 8 passages have about 600, padded to 1,000
 CONTRASTIVE_BATCH, GRL_BATCH, PASSAGES = 32, 16, 2000
@@ -110,7 +110,7 @@ def grl(folder: str, batch_size: int = GRL_BATCH) -> Callable[[], float]:
         AssertionError: this machine has too little memory to hold the graphs of this small batch.
     """
     model, batch, objective = load_model(folder), make_batch(batch_size), grl_objective()
-    chunking = choose(model, half=False, least=LARGEST_QUERY, chunk_tokens=None)
+    chunking = largest_chunk(model, half=False, least=LARGEST_QUERY, chunk_tokens=None)
     assert chunking.retained_tokens >= batch.num_tokens, chunking
     return lambda: grad_cache(objective, model, batch, chunking.chunk_tokens, hold=True)
 

@@ -41,7 +41,7 @@ from workload import make_batch, make_passages
 from ullme.batch import Batch
 from ullme.callbacks import GRL, GradCache
 from ullme.models import ULLME
-from ullme.planning.auto_chunk import Chunking, choose, try_out
+from ullme.planning.auto_chunk import Chunking, largest_chunk, shrink_until_it_fits
 from ullme.planning.flops import model_cost, step_work
 from ullme.planning.memory import GIB
 
@@ -104,10 +104,10 @@ class Trainer:
 
 def settle(model: ULLME, loss: GradCache) -> Chunking:
     """What ``chunk_tokens: auto`` and ``gradient_checkpointing: auto`` would take."""
-    chunking = choose(model, half=True, least=LEAST, chunk_tokens=None)
+    chunking = largest_chunk(model, half=True, least=LEAST, chunk_tokens=None)
     if model.device.type == "cuda":
         autocast = partial(torch.autocast, "cuda", torch.bfloat16)
-        return try_out(model, loss.objective, chunking, 9, 200, autocast, queries=512)
+        return shrink_until_it_fits(model, loss.objective, chunking, 9, 200, autocast, queries=512)
     if chunking.checkpointing:
         model.recompute_layers()
     return chunking

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import PATIENCE, default_signals
 from test_training import arguments, logged  # noqa: F401 - arguments is a fixture
 
 from ullme.commands import train
@@ -33,7 +34,12 @@ def start(arguments, tmp_path):  # noqa: F811
     """Start a command in a process of its own; each start logs into a folder of its own, named by ``log``."""
 
     def run(
-        name: str, log: str, *extra: str, then: Callable[[], None] = lambda: None, ranks: int = 1, within: float = 60
+        name: str,
+        log: str,
+        *extra: str,
+        then: Callable[[], None] = lambda: None,
+        ranks: int = 1,
+        within: float = PATIENCE,
     ) -> int:
         # a finished logger would write over the losses of the start before
         argv = arguments(name, *RUN, *extra, f"--trainer.logger.save_dir={tmp_path / log}")
@@ -54,7 +60,7 @@ def start(arguments, tmp_path):  # noqa: F811
         finally:
             for pid in processes[1:]:  # as torchrun does
                 with suppress(TimeoutError):
-                    wait(pid, 5)
+                    wait(pid, 60)
 
     return run
 
@@ -63,6 +69,7 @@ def play(argv: list[str], out: Path, then: Callable[[], None]) -> None:
     """In a process of its own: run a command, with its output in files, and leave without cleaning up pytest."""
     code = 1
     try:
+        default_signals()
         for target, handle in ((".out", 1), (".err", 2)):
             os.dup2(os.open(f"{out}{target}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), handle)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")

@@ -1,14 +1,12 @@
-"""What a user can get wrong: each ends within 10 seconds of its start, with exit status 2 and a message that names the
+"""What a user can get wrong: each ends before anything is computed, with exit status 2 and a message that names the
 option, the value and the remedy; nothing runs, and nothing is written over."""
 
 from __future__ import annotations
 
 import logging
 import re
-import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import bad_world
@@ -16,6 +14,8 @@ import pytest
 
 from ullme.commands import train
 from ullme.commands.evaluate import main as evaluate
+from ullme.models import WrappedULLME
+from ullme.training.module import ULLMEModule
 
 # name: (arguments that are added to a good command or replace its own, what the message must hold)
 # {names} are folders and files of bad_world.
@@ -251,11 +251,6 @@ def every_other_slow(cases: dict) -> list:
     return [pytest.param(name, marks=pytest.mark.slow if n % 2 else ()) for n, name in enumerate(cases)]
 
 
-def seconds() -> float:
-    """Of this process and the ended ones it started; not of the others that want the machine."""
-    return time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-
-
 def good_command(world: dict[str, str], run: str) -> list[str]:
     return [
         "--trainer.accelerator=cpu",
@@ -282,39 +277,69 @@ def contents(folder: str) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
-def check(code: object, said: str, words: list[str], world: dict[str, str], took: float) -> None:
+def check(code: object, said: str, words: list[str], world: dict[str, str]) -> None:
     assert code == 2, (code, said)
     assert "Traceback" not in said
     for word in words:
         assert word.format(**world) in said, said
-    assert took < 10
     assert not Path(world["flag"]).exists()  # no code was run
 
 
+@pytest.fixture
+def computed(monkeypatch) -> list[str]:
+    """What was trained or embedded for real; nothing, where a mistake is found in time."""
+    done: list[str] = []
+
+    def note(owner: type, name: str) -> None:
+        inner = getattr(owner, name)
+
+        def noted(*args, **kwargs):
+            done.append(name)
+            return inner(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(ULLMEModule, "training_step")
+    note(WrappedULLME, "encode")
+    return done
+
+
 @pytest.mark.parametrize("case", every_other_slow(TRAIN))
-def test_training_refuses(case, world, tmp_path, capfd, monkeypatch):
+def test_training_refuses(case, world, tmp_path, capfd, monkeypatch, computed):
     monkeypatch.setattr(logging, "raiseExceptions", False)  # a library's handler may hold an earlier test's stderr
     edit, words = TRAIN[case]
     edits = [part.format(**world) for part in re.split(r" (?=--)", edit)]
     subcommand = next((e.removeprefix("SUBCOMMAND=") for e in edits if e.startswith("SUBCOMMAND=")), "fit")
-    before, begin = contents(world["root"]), seconds()
+    before = contents(world["root"])
     edits = [e for e in edits if not e.startswith("SUBCOMMAND=")]
     with pytest.raises(SystemExit) as stop:
         train.main([subcommand, *good_command(world, str(tmp_path / "run")), *edits])
-    check(stop.value.code, capfd.readouterr().err, words, world, seconds() - begin)
+    check(stop.value.code, capfd.readouterr().err, words, world)
+    assert not computed
     assert contents(world["root"]) == before
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
 @pytest.mark.parametrize("case", every_other_slow(EVALUATE))
-def test_evaluation_refuses(case, world, tmp_path, capfd, monkeypatch):
+def test_evaluation_refuses(case, world, tmp_path, capfd, monkeypatch, computed):
     monkeypatch.chdir(tmp_path)
     command, words = EVALUATE[case]
-    before, begin = contents(world["root"]), seconds()
+    before = contents(world["root"])
     code = evaluate([part.format(**world) for part in command.split(" ")])
-    check(code, capfd.readouterr().err, words, world, seconds() - begin)
+    check(code, capfd.readouterr().err, words, world)
+    assert not computed
     assert contents(world["root"]) == before
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_what_is_no_mistake_is_computed(world, tmp_path, capfd, monkeypatch, computed):
+    monkeypatch.chdir(tmp_path)
+    train.main(["fit", *good_command(world, str(tmp_path / "run"))])
+    assert computed == ["training_step"]
+    assert (
+        evaluate([part.format(**world) for part in ["--model", "{llm}", "--corpus", "{beir}", "--progress=false"]]) == 0
+    )
+    assert computed[1:] == ["encode", "encode"]  # passages and queries
 
 
 def test_there_are_enough_of_them():
@@ -324,17 +349,16 @@ def test_there_are_enough_of_them():
 @pytest.mark.parametrize(
     ("script", "command", "words"),
     [
-        ("train.py", "fit --config={broken_yaml}", ["--config={broken_yaml}", "mend the file"]),
+        ("train.py", "fit --config={broken_yaml}", ["--config={broken_yaml}", "fix the file"]),
         pytest.param(
             "evaluate.py", "--checkpoint {payload} --corpus {beir}", ["{payload}", "run code"], marks=pytest.mark.slow
         ),
     ],
     ids=["train.py", "evaluate.py"],
 )
-def test_the_scripts_say_it_within_ten_seconds(script, command, words, world):
-    begin = seconds()
+def test_the_scripts_say_it(script, command, words, world):
     arguments = [part.format(**world) for part in command.split(" ")]
     done = subprocess.run(
         [sys.executable, script, *arguments], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
     )
-    check(done.returncode, done.stderr, words, world, seconds() - begin)
+    check(done.returncode, done.stderr, words, world)

@@ -20,9 +20,9 @@ from ullme.engine.gradcache import chunk_slices
 from ullme.engine.objective import Objective
 from ullme.losses import DPO, KL, InfoNCE
 from ullme.models import ULLME
-from ullme.planning.auto_chunk import Chunking, try_out
+from ullme.planning.auto_chunk import Chunking, shrink_until_it_fits
 
-NAMES = ("cl", "cl_unmasked", "isolated", "grl", "kto", "both_directions", "query_teacher")
+NAMES = ("cl", "cl_unmasked", "isolated", "grl", "kto", "both_directions", "query_teacher", "pseudo_labels")
 
 
 def make_objective(name: str) -> Objective:
@@ -115,7 +115,7 @@ def short_of_memory(folder: str, state: dict) -> tuple[int, int]:
         return forward(self, reps)
 
     with mock.patch.object(InfoNCE, "forward", limited):
-        found = try_out(model, Objective([InfoNCE(), DPO()]), Chunking(400, 0, False), 3, 10, nullcontext)
+        found = shrink_until_it_fits(model, Objective([InfoNCE(), DPO()]), Chunking(400, 0, False), 3, 10, nullcontext)
     dist.barrier()  # all of them are still here
     return found.chunk_tokens, len(tried)
 

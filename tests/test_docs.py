@@ -30,7 +30,7 @@ from ullme.__main__ import COMMANDS
 from ullme.commands import train as train_command
 from ullme.commands.evaluate import parser as evaluate_parser
 from ullme.data.records import parse_record
-from ullme.utils.config_files import locate, located
+from ullme.utils.config_files import locate, locate_in_arguments
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
@@ -170,7 +170,7 @@ def check(words: list[str], train_parser) -> None:
             place = words.index("--ckpt_path")
             words = words[:place] + words[place + 2 :]
         if words != ["--help"]:
-            train_parser.parse_args(located(words))
+            train_parser.parse_args(locate_in_arguments(words))
     elif program == "evaluate.py" or (program == "ullme" and words[0] == "evaluate"):
         evaluate_parser().parse_args(words[1:] if words[0] == "evaluate" else words)
     elif program == "ullme":
@@ -180,7 +180,7 @@ def check(words: list[str], train_parser) -> None:
         if make is not None:
             made = make()
             known = made.parse_args if isinstance(made, jsonargparse.ArgumentParser) else made.parse_known_args
-            known(located(words[1:]))  # what it does not know goes to train.py
+            known(locate_in_arguments(words[1:]))  # what it does not know goes to train.py
     elif program.startswith("benchmarks/"):
         sources = [p.read_text() for p in (ROOT / "benchmarks").glob("*.py")]  # they share their options
         for option in (word for word in words if word.startswith("--")):

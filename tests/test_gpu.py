@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_gradcache import assert_same_gradients, gradients, make_batch
 from test_objective import with_generation
-from tiny import make_llm
+from tiny import make_llm, recomputes_layers
 
 from ullme.engine.gradcache import chunk_slices
 from ullme.engine.objective import Objective
@@ -117,7 +117,7 @@ def test_recomputed_layers_change_no_gradient(make_model, dropout):
     found = {}
     for checkpointing in (False, True):
         model = make_model(sizes=sizes, lora_dropout=dropout, gradient_checkpointing=checkpointing).cuda().train()
-        assert model.causal_lm.is_gradient_checkpointing is checkpointing
+        assert recomputes_layers(model) is checkpointing
         torch.manual_seed(0)
         Objective([InfoNCE(), DPO(), KL()]).grad_cache(model, batch, chunk_slices(batch, 2, None))
         found[checkpointing] = gradients(model)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from children import PATIENCE, start_process
 from test_training import write_rows
 
 from ullme.commands import train
@@ -60,7 +61,13 @@ def start(launcher: str, arguments: list[str]) -> list[subprocess.Popen]:
             slurm = {f"SLURM_{name}": str(value) for name, value in task.items()}
             commands.append(([sys.executable, *script], {**names, **slurm, "MASTER_PORT": port}))
     return [
-        subprocess.Popen(command, cwd=ROOT, env={**os.environ, **more}, stderr=subprocess.PIPE, text=True)
+        start_process(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **more},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for command, more in commands
     ]
 
@@ -84,7 +91,7 @@ def test_two_processes_log_what_one_does(arguments, tmp_path, launcher):
     processes = start(launcher, arguments("two"))
     train.main(arguments("one"))
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, errors
     one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
     assert sum("train/loss" in row for row in one) == 2

@@ -16,7 +16,7 @@ from ullme.commands.doctor import cli as doctor
 
 PARSERS = {
     "evaluate": evaluation.parser,
-    "plan": plan._parser,
+    "plan": plan.parser,
     "doctor": doctor.parser,
     "quickstart": quickstart.parser,
 }

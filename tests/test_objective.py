@@ -14,9 +14,9 @@ from test_gradcache import assert_same_gradients, gradients, make_batch
 from ullme.batch import Batch, GenerationRows, TokenRows
 from ullme.engine.finite import NotFiniteError
 from ullme.engine.gradcache import chunk_slices
-from ullme.engine.objective import Objective
+from ullme.engine.objective import Objective, score
 from ullme.engine.reference import AdaptersOff, Cached, FrozenCopy
-from ullme.losses import CPO, DPO, IPO, KL, KTO, SFT, Hinge, InfoNCE, SimPO, Term
+from ullme.losses import CPO, DPO, IPO, KL, KTO, SFT, Hinge, InfoNCE, PseudoLabelInfoNCE, SimPO, Term
 from ullme.prompts import pad_rows
 
 QUERY: Any = "query_given_passage"
@@ -38,6 +38,7 @@ OBJECTIVES: dict[str, Callable[[], list[Term]]] = {
     "both_directions": lambda: [DPO(negatives="first"), CPO(direction=QUERY), KL("gain")],
     "query_teacher": lambda: [InfoNCE(), KL(QUERY, 0.1, 0.5, teacher="reference")],
     "gain_teacher": lambda: [KL("gain", teacher="reference", divergence="generation_to_retrieval"), SFT()],
+    "pseudo_labels": lambda: [PseudoLabelInfoNCE(margin=0.05), KL(QUERY, teacher="reference")],
 }
 
 
@@ -151,6 +152,26 @@ def test_dpo_starts_at_ln_2_and_the_reference_is_the_pretrained_llm(make_model, 
     assert logs["dpo"] == pytest.approx(math.log(2), abs=1e-6)
     moved, _ = by(Objective([DPO()]), make_model(), batch)
     assert abs(moved["dpo"] - math.log(2)) > 1e-3
+
+
+@pytest.mark.parametrize("kind", [AdaptersOff, Cached, FrozenCopy])
+def test_the_reference_has_no_dropout_while_the_policy_trains(kind, make_model, batch, tmp_path):
+    """GPT-2 with its own dropout of 0.1: the policy's likelihoods differ from call to call, the reference's do not."""
+    model = make_model("gpt2", sizes={"resid_pdrop": 0.1}).train()
+    mask = torch.ones(len(batch), batch.num_candidates, dtype=torch.bool)
+    with torch.no_grad():
+        first, second = (score(model, batch, mask, True)[0] for _ in range(2))
+    assert (first - second).abs().max() > 0.1  # nats
+    found = []
+    for n in range(2):
+        reference = Cached(tmp_path / str(n), AdaptersOff()) if kind is Cached else kind()
+        reference.prepare(model, "32-true")
+        found.append(reference.logps(model, batch, mask, True))
+        assert model.training
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+    with torch.no_grad(), model.adapters_off():
+        expected = score(model.eval(), batch, mask, True)[0]
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-5)
 
 
 def test_one_generation_forward_serves_all_terms(model, batch):

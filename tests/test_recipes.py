@@ -26,10 +26,15 @@ STEPS = 4
 def world(tmp_path_factory, llm_folder):
     """Name of a recipe -> folder of its run, made once, those it starts from before it."""
     root = tmp_path_factory.mktemp("recipes")
-    train, beir = write_rows(root)
+    rows, beir = write_rows(root)
     texts = root / "texts.jsonl"
-    queries = [json.loads(line)["query"] for line in Path(train).read_text().splitlines()]
+    queries = [json.loads(line)["query"] for line in Path(rows).read_text().splitlines()]
     texts.write_text("\n".join(json.dumps({"text": text}) for text in queries))
+    unlabelled = root / "unlabelled.jsonl"
+    read = [json.loads(line) for line in Path(rows).read_text().splitlines()]
+    unlabelled.write_text(
+        "\n".join(json.dumps({"query": row["query"], "candidates": [*row["neg"], *row["pos"]]}) for row in read)
+    )
 
     def run(name: str) -> Path:
         folder = root / name
@@ -73,11 +78,15 @@ def world(tmp_path_factory, llm_folder):
         if recipe.get("data", {}).get("num_hard_negatives", 8):
             here["data"]["num_hard_negatives"] = 2
         if "datasets" in recipe.get("data", {}):
-            here["data"]["datasets"] = [{**one, "train": train} for one in recipe["data"]["datasets"]]
+            here["data"]["datasets"] = [{**one, "train": rows} for one in recipe["data"]["datasets"]]
         else:
             here["data"].update(
-                train=str(texts) if recipe.get("data", {}).get("schema") == "text" else train, train_name=None
+                train=str(texts) if recipe.get("data", {}).get("schema") == "text" else rows, train_name=None
             )
+        if recipe.get("data", {}).get("schema") == "candidates":
+            here["data"]["train"] = str(unlabelled)
+        if "cache_reference" in recipe["loss"]["init_args"]:
+            here["loss"]["init_args"]["cache_reference"] = str(root / "likelihoods")
         if name in EARLIER:
             here["model"]["backbone"]["init_from"] = str(run(EARLIER[name]))
         (root / f"{name}.yaml").write_text(yaml.safe_dump(here))
@@ -116,6 +125,7 @@ def test_it_trains_and_its_checkpoint_embeds(name, world):
 
 # what defines each system, apart from what the test above reads off the recipe itself
 BACKBONE = {
+    "art": {"attention": "bidirectional", "pooling": "mean", "lora_r": 16, "trained": "lora"},
     "sentence_transformers": {"pooling": "mean", "attention": "causal", "trained": "all"},
     "sgpt": {"pooling": "weighted_mean", "attention": "causal", "trained": "biases"},
     "repllama": {"pooling": "last", "attention": "causal", "lora_r": 32, "lora_alpha": 64, "trained": "lora"},
@@ -129,6 +139,7 @@ BACKBONE = {
     "ullme": {"attention": "bidirectional", "pooling": "mean", "lora_r": 16, "lora_alpha": 32, "trained": "lora"},
 }
 TERMS = {
+    "art": {"kl": None, "pseudo_label_info_nce": 0.05},
     "sentence_transformers": {"info_nce": 0.05},
     "sgpt": {"info_nce": 0.05},
     "repllama": {"info_nce": 0.01},

@@ -9,12 +9,12 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from children import PATIENCE, start_process, wait_until
 from interrupted import (  # start, ended and end_of_whole_run are fixtures
     RUN,
     after,
@@ -195,7 +195,7 @@ def test_ctrl_c_saves_and_leaves_with_130(moment, step, start, end_of_whole_run,
 def test_a_second_ctrl_c_leaves_at_once(start, tmp_path):
     assert start("run", "first", then=lambda: interrupt_twice_in_step(4)) == -signal.SIGINT
     said = (tmp_path / "first.err").read_text()
-    assert "once more leaves at once" in said
+    assert "press it again to stop at once" in said
     assert "Traceback" not in said
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
 
@@ -211,7 +211,7 @@ def test_a_signal_that_reaches_the_workers_too(told, status, says, tmp_path, arg
     # steps of this run are over in no time: it is told as soon as the first checkpoint is there
     code = "import time, ullme.training.module as m; f = m.ULLMEModule.training_step\n"
     code += "m.ULLMEModule.training_step = lambda *a: (time.sleep(0.5), f(*a))[1]\nfrom ullme.commands.train import main; main()"
-    process = subprocess.Popen(
+    process = start_process(
         [sys.executable, "-c", code, *argv],
         cwd=Path(__file__).parents[1],
         start_new_session=True,
@@ -219,16 +219,13 @@ def test_a_signal_that_reaches_the_workers_too(told, status, says, tmp_path, arg
         stderr=subprocess.PIPE,
         text=True,
     )
-    until = time.monotonic() + 60
-    while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_until((tmp_path / "run" / "checkpoints" / "last.ckpt").exists, "the first checkpoint")
     os.killpg(process.pid, told)
-    said, complaints = process.communicate(timeout=60)
+    said, complaints = process.communicate(timeout=PATIENCE)
     assert process.returncode == status, complaints
     assert "the same command goes on from there" in said
     assert "Traceback" not in complaints
-    assert complaints.count("once more leaves at once") == says  # workers have nothing to say
+    assert complaints.count("press it again to stop at once") == says  # workers have nothing to say
     step = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert 2 <= step < 12
     assert start("run", "second", "--data.num_workers=2") == 0, (tmp_path / "second.err").read_text()
@@ -281,7 +278,7 @@ def test_slurms_warning_saves_and_asks_for_another_turn(works, start, end_of_who
 
     assert start("run", "first", then=in_slurm(lambda: terminate_in_step(4, signal.SIGUSR1))) == 143
     assert (tmp_path / "asked").read_text() == "requeue 77\n"
-    assert ("SLURM runs job 77 again" if works else "submit it again") in (tmp_path / "first.out").read_text()
+    assert ("SLURM requeued job 77" if works else "submit it again") in (tmp_path / "first.out").read_text()
     assert start("run", "second", then=in_slurm()) == 0, (tmp_path / "second.err").read_text()
     assert_same(end(tmp_path, "run", ["first", "second"]), expected)
 
@@ -343,7 +340,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line(arguments, tmp_path, caps
     monkeypatch.setattr(atomic_files.os, "fsync", fsync)
     said = refused(capsys, arguments("run", "--checkpoint.every_n_train_steps=1"))
     last = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    assert f"{last!r} cannot be written (No space left on device); make room" in said
+    assert f"{last!r} cannot be written (No space left on device); free space" in said
     assert f"the last good checkpoint is {last!r}" in said
     monkeypatch.undo()
     train.main(arguments("run", "--checkpoint.every_n_train_steps=1"))  # room was made

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import pytest
+from children import wait_until
 from interrupted import before_step, start  # noqa: F401 - start is a fixture
 from test_training import arguments, logged  # noqa: F401 - arguments is a fixture
 
@@ -89,13 +89,8 @@ def test_two_thousand_steps(start, tmp_path, monkeypatch):  # noqa: F811
     )
     files = open_files()
     for n, kill in enumerate(KILLS):
-        assert (
-            start("run", f"start{n}", *command, then=alone(lambda k=kill: before_step(k)), within=600)
-            == -signal.SIGKILL
-        )
-    assert start("run", "start2", *command, then=alone(lambda: None), within=600) == 0, (
-        tmp_path / "start2.err"
-    ).read_text()
+        assert start("run", f"start{n}", *command, then=alone(lambda k=kill: before_step(k))) == -signal.SIGKILL
+    assert start("run", "start2", *command, then=alone(lambda: None)) == 0, (tmp_path / "start2.err").read_text()
 
     losses = logged(tmp_path / "start2", "train/loss")
     assert max(losses) == STEPS - 1
@@ -110,10 +105,8 @@ def test_two_thousand_steps(start, tmp_path, monkeypatch):  # noqa: F811
         assert late < 1.05 * early
         assert handles[warm].max() <= handles[warm][0] + 2  # one file may be open for a moment
         assert set(workers[warm]) <= {1, 2, 3}  # the loaders of training, of the corpus and of the queries
-    until = time.monotonic() + 30  # a worker looks for its parent every few seconds
-    while any(in_group(process) for process in processes) and time.monotonic() < until:
-        time.sleep(0.5)
-    assert not [line for process in processes for line in in_group(process)]
+    # a worker looks for its parent every few seconds
+    wait_until(lambda: not any(in_group(process) for process in processes), "the end of all workers")
     assert open_files() <= files + 1
     left = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
     assert not [name for name in left if name.startswith(atomic_files.UNFINISHED)]

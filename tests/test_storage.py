@@ -99,7 +99,10 @@ class FullDisk:
 def test_a_full_disk_leaves_the_checkpoint_that_was_there(saved, monkeypatch, room):
     inner = Path.open
     monkeypatch.setattr(Path, "open", lambda self, mode="r", **kw: FullDisk(inner(self, mode, **kw), room))
-    with pytest.raises(StorageError, match=r"No space left.*make room.*the last good checkpoint is '.*last.ckpt'"):
+    with pytest.raises(
+        StorageError,
+        match=r"No space left.*free space.*trainer.default_root_dir.*the last good checkpoint is '.*last.ckpt'",
+    ):
         atomic_files.save({**CONTENT, "step": 8}, saved)
     monkeypatch.undo()
     assert atomic_files.read(saved)["step"] == 7

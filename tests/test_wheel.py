@@ -29,7 +29,7 @@ def test_a_config_is_found_from_any_folder(tmp_path, monkeypatch):
 
 def test_arguments_keep_what_is_no_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = config_files.located(
+    found = config_files.locate_in_arguments(
         ["fit", "--config=configs/base.yaml", "--config", "configs/small.yaml", "--x", "configs/y"]
     )
     base, small = (str(ROOT / "configs" / name) for name in ("base.yaml", "small.yaml"))

@@ -86,3 +86,8 @@ def save_llm(folder: Path, family: str, **sizes) -> str:
     make_llm(family, **sizes).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def recomputes_layers(model: torch.nn.Module) -> bool:
+    """Is gradient checkpointing on? The property of transformers that says so has changed its name."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
-import time
 from pathlib import Path
 from typing import Any
+
+from children import wait_until
 
 _BLOCK = 32768
 
@@ -33,15 +34,14 @@ def records(file: Path) -> list[Any]:
     return found
 
 
-def finished(file: Path, within: float = 20) -> list[Any]:
+def finished(file: Path) -> list[Any]:
     """The records once the last one is there: W&B's service writes them in its own time."""
-    until = time.monotonic() + within
-    while time.monotonic() < until:
-        found = records(file)
-        if any(record.WhichOneof("record_type") == "exit" for record in found):
-            return found
-        time.sleep(0.1)
-    raise TimeoutError(f"{file} has no last record")
+
+    def is_whole() -> bool:
+        return any(record.WhichOneof("record_type") == "exit" for record in records(file))
+
+    wait_until(is_whole, f"the last record of {file}")
+    return records(file)
 
 
 class Run:

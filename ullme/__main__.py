@@ -7,26 +7,26 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import ullme
-from ullme.utils.dotted_names import look_here
+from ullme.utils.dotted_names import add_cwd_to_path
 
 # name -> (module with a main(argv), what it does). A module is imported only when its command runs.
 COMMANDS = {
     "train": ("ullme.commands.train", "train an embedder (train.py)"),
     "evaluate": ("ullme.commands.evaluate", "evaluate an embedder on MTEB or local data (evaluate.py)"),
-    "export": ("ullme.commands.export.cli", "a trained model as a folder for sentence-transformers"),
-    "plan": ("ullme.commands.plan", "memory and hours of a run, before it"),
-    "doctor": ("ullme.commands.doctor.cli", "whether this machine, installation and configuration are in order"),
-    "support": ("ullme.commands.support.survey", "which decoder families of transformers work, tried on tiny models"),
-    "reproduce": ("ullme.commands.reproduce.cli", "a table of the paper: train and evaluate every missing cell"),
-    "quickstart": ("ullme.commands.quickstart", "the whole job in miniature, offline, in a few minutes"),
+    "export": ("ullme.commands.export.cli", "export a trained model as a folder for sentence-transformers"),
+    "plan": ("ullme.commands.plan", "predict memory and hours of a run"),
+    "doctor": ("ullme.commands.doctor.cli", "check this machine, installation and configuration"),
+    "support": ("ullme.commands.support.survey", "try every decoder family of transformers on a tiny model"),
+    "reproduce": ("ullme.commands.reproduce.cli", "train and evaluate a table of the paper"),
+    "quickstart": ("ullme.commands.quickstart", "train, evaluate and search in miniature, offline, in a few minutes"),
 }
-MANNERS = """ullme COMMAND --help explains a command; with --print_config, train fit and evaluate show all options.
-Exit status: 0 done, 1 failed (or: no), 2 a mistake in what was asked, 130 Ctrl-C, 143 SIGTERM."""
+EPILOG = """ullme COMMAND --help explains a command; with --print_config train fit and evaluate show all options.
+Exit status: 0 done, 1 failed (or: no), 2 a mistake in the arguments, 130 Ctrl-C, 143 SIGTERM."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a subcommand and exit with its status; 2 if there is none of that name, 130 after Ctrl-C."""
-    look_here()
+    add_cwd_to_path()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in COMMANDS:
         try:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"ullme {ullme.__version__}")
         return
     listed = "\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items())
-    usage = f"usage: ullme COMMAND ...\n\n{listed}\n\n{MANNERS}"
+    usage = f"usage: ullme COMMAND ...\n\n{listed}\n\n{EPILOG}"
     if arguments and arguments[0] not in ("-h", "--help"):
         print(f"{usage}\n\nerror: there is no command {arguments[0]!r}", file=sys.stderr)
         raise SystemExit(2)

@@ -247,8 +247,10 @@ class PromptTokenizer:
             instruction: as for :meth:`rows`.
             role: which template.
         """
-        rows = self.ids(texts, role, max_length=max_length, instruction=instruction)
         end = self.tokenizer.eos_token_id
+        ended = self.prompts.append_eos or self.tokenizer("")["input_ids"][-1:] == [end]
+        # the end token is taken off again, so it takes no room from the text
+        rows = self.ids(texts, role, max_length=max_length + ended, instruction=instruction)
         return [row[:-1] if len(row) > 1 and row[-1] == end else row for row in rows]
 
     def prompt_overhead(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import lightning as L
 import pytest
@@ -12,6 +11,7 @@ from test_training import arguments, logged  # noqa: F401
 
 from ullme.callbacks import Throughput, throughput
 from ullme.commands import train
+from ullme.data import loader as loader_module
 from ullme.data.datamodule import ResumableLoader
 from ullme.engine.objective import Objective
 from ullme.planning.devices import peak_tflops
@@ -184,12 +184,19 @@ def test_time_in_validation_is_left_out(monkeypatch):
     assert callback.started == 9.0
 
 
-def test_the_loader_knows_how_long_it_was_waited_for():
-    loader = ResumableLoader(range(4), batch_size=2, collate_fn=lambda items: time.sleep(0.05) or items)
+def test_the_loader_knows_how_long_it_was_waited_for(monkeypatch):
+    now = 0.0
+
+    def work(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(loader_module.time, "perf_counter", lambda: now)
+    loader = ResumableLoader(range(4), batch_size=2, collate_fn=lambda items: work(5) or items)
     for batch in loader:
         assert len(batch) == 2
-        time.sleep(0.2)  # work on the batch is not waiting
-    assert 0.1 <= loader.waited < 0.3
+        work(100)  # on the batch; this is no waiting
+    assert loader.waited == 2 * 5
 
 
 def test_peaks_by_name():

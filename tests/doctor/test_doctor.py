@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from ullme.__main__ import main as command
-from ullme.commands.doctor import cli, correctness, machine, ranks, settings
-from ullme.commands.doctor.checks import Check, NotChecked, Trouble, examine, line, summary
-from ullme.commands.doctor.patient import admit
+from ullme.commands.doctor import cli, correctness, machine, settings
+from ullme.commands.doctor.checks import Check, CheckFailed, NotChecked, format_check, run_check, summary
+from ullme.commands.doctor.probe_model import select_model
 from ullme.commands.doctor.settings import Settings
 from ullme.models import attention
 
@@ -53,13 +53,13 @@ def read(config):
 
 
 @pytest.fixture
-def patient(tmp_path):
+def probe(tmp_path):
     (tmp_path / "tiny").mkdir()
-    return admit(None, tmp_path / "tiny")
+    return select_model(None, tmp_path / "tiny")
 
 
-def trouble(look) -> Check:
-    check = examine("it", look)
+def failed(look) -> Check:
+    check = run_check("it", look)
     assert check.passed is False, check
     assert check.found
     assert check.remedy
@@ -126,9 +126,9 @@ def test_without_a_configuration_all_is_done_within_a_minute(capsys):
 def test_a_large_llm_is_stood_in_for_by_a_tiny_one_of_its_family(read, tmp_path):
     big = read("--model.backbone.model_name_or_path=meta-llama/Meta-Llama-3-8B-Instruct")
     (tmp_path / "tiny").mkdir()
-    patient = admit(big, tmp_path / "tiny")
-    assert "a tiny random llama, in place of meta-llama/Meta-Llama-3-8B-Instruct" in patient.what
-    assert patient.build().hidden_size == 32
+    probe = select_model(big, tmp_path / "tiny")
+    assert "a tiny random llama, in place of meta-llama/Meta-Llama-3-8B-Instruct" in probe.description
+    assert probe.build().hidden_size == 32
 
 
 @pytest.mark.parametrize("family", ["phi", "gpt2", pytest.param("falcon", marks=pytest.mark.slow)])
@@ -137,11 +137,11 @@ def test_another_family_can_be_examined(family, tmp_path, read, llm_folder):
     own.job = replace(own.job, config=type("Config", (), {"model_type": family})())
     own.is_local = False
     (tmp_path / "tiny").mkdir()
-    patient = admit(own, tmp_path / "tiny")
-    model = patient.build()
+    probe = select_model(own, tmp_path / "tiny")
+    model = probe.build()
     assert model.causal_lm.config.model_type == family
-    assert "equal to" in correctness.gradcache_is_full_batch(model, patient)
-    assert "equal to" in correctness.likelihood_is_direct(model, patient)
+    assert "equal to" in correctness.gradcache_is_full_batch(model, probe)
+    assert "equal to" in correctness.likelihood_is_direct(model, probe)
 
 
 # what is wrong with the machine
@@ -156,7 +156,7 @@ def test_old_and_missing_libraries(monkeypatch):
         return "0.1" if name == "peft" else inner(name)
 
     monkeypatch.setattr(machine.metadata, "version", version)
-    check = trouble(machine.versions)
+    check = failed(machine.versions)
     assert "peft is 0.1" in check.found
     assert "wandb is missing" in check.found
     assert check.remedy.startswith("pip install -U 'peft>=")
@@ -174,19 +174,19 @@ def test_a_checkout_says_itself_what_it_needs(monkeypatch):
 
 def test_old_python(monkeypatch):
     monkeypatch.setattr(machine, "_metadata", lambda: (">=9.9", []))
-    assert ">=9.9 is needed" in trouble(machine.versions).found
+    assert ">=9.9 is needed" in failed(machine.versions).found
 
 
 def test_no_gpu_where_one_is_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(machine, "_check_driver", lambda built_for: None)
-    assert "cpu.yaml" in trouble(lambda: machine.devices("gpu")).remedy
+    assert "cpu.yaml" in failed(lambda: machine.devices("gpu")).remedy
 
 
 def test_fewer_gpus_than_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert trouble(lambda: machine.devices("auto", "4")).remedy == "--trainer.devices=2"
+    assert failed(lambda: machine.devices("auto", "4")).remedy == "--trainer.devices=2"
 
 
 @pytest.mark.parametrize(("built_for", "word"), [(None, "built for the CPU"), ("13.0", "finds no GPU")])
@@ -194,17 +194,17 @@ def test_a_driver_that_torch_cannot_use(built_for, word, monkeypatch, tmp_path):
     (tmp_path / "version").write_text("NVRM version: 470.1\n")
     monkeypatch.setattr(machine, "Path", lambda name: tmp_path / "version")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert word in trouble(lambda: machine._check_driver(built_for)).found
+    assert word in failed(lambda: machine._check_driver(built_for)).found
 
 
 def test_a_device_that_computes_wrongly(monkeypatch):
     machine._check_product(torch.device("cpu"))
     monkeypatch.setattr(torch, "allclose", lambda *a, **k: False)
-    assert "wrongly" in trouble(lambda: machine._check_product(torch.device("cpu"))).found
+    assert "wrongly" in failed(lambda: machine._check_product(torch.device("cpu"))).found
 
 
 def test_a_full_disk(tmp_path):
-    check = trouble(lambda: machine.free_disk(tmp_path / "not" / "there", 2.0**60, "checkpoints"))
+    check = failed(lambda: machine.free_disk(tmp_path / "not" / "there", 2.0**60, "checkpoints"))
     assert "GiB free" in check.found
     assert "--trainer.default_root_dir" in check.remedy
 
@@ -213,18 +213,18 @@ def test_logins(monkeypatch, tmp_path):
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(machine.Path, "home", lambda: tmp_path)
-    check = trouble(lambda: machine.wandb_login(True))
+    check = failed(lambda: machine.wandb_login(True))
     assert "WANDB_MODE=offline" in check.remedy
-    assert examine("it", lambda: machine.wandb_login(False)).passed is None
+    assert run_check("it", lambda: machine.wandb_login(False)).passed is None
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password verysecret\n")
-    assert examine("it", lambda: machine.wandb_login(True)).passed
+    assert run_check("it", lambda: machine.wandb_login(True)).passed
     (tmp_path / ".netrc").unlink()
     monkeypatch.setenv("WANDB_API_KEY", "verysecret")
-    said = examine("it", lambda: machine.wandb_login(True))
+    said = run_check("it", lambda: machine.wandb_login(True))
     assert said.passed
     assert "verysecret" not in said.found
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "verysecret")
-    said = examine("it", machine.hub_login)
+    said = run_check("it", machine.hub_login)
     assert said.passed
     assert "verysecret" not in said.found
 
@@ -234,13 +234,13 @@ def test_logins(monkeypatch, tmp_path):
 
 def test_too_little_memory(read, monkeypatch):
     monkeypatch.setattr("ullme.planning.devices.free_memory", lambda device: 2.0**20)
-    check = trouble(read().memory)
+    check = failed(read().memory)
     assert "GiB planned, 0.0 GiB free" in check.found
 
 
 def test_checkpoints_that_do_not_fit(read, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 10})())
-    assert "2.0 KiB" not in trouble(read().disk).found
+    assert "2.0 KiB" not in failed(read().disk).found
 
 
 def test_ranks_that_do_not_fit_the_strategy(read):
@@ -249,25 +249,25 @@ def test_ranks_that_do_not_fit_the_strategy(read):
         "--trainer.strategy.data_parallel_size=4",
         "--trainer.strategy.tensor_parallel_size=1",
     )
-    assert "set data_parallel_size to 1" in trouble(own.trainer).remedy
+    assert "set data_parallel_size to 1" in failed(own.trainer).remedy
 
 
 def test_an_llm_that_is_not_there(read):
-    check = trouble(read("--model.backbone.model_name_or_path=no/where").backbone)
+    check = failed(read("--model.backbone.model_name_or_path=no/where").backbone)
     assert "no/where" in check.found
     named = read("--model.backbone.model_name_or_path=microsoft/phi-1_5")  # whose shape is known
-    assert "HF_HUB_OFFLINE" in trouble(named.backbone).found
+    assert "HF_HUB_OFFLINE" in failed(named.backbone).found
 
 
 def test_run_folders(read, tmp_path):
     run = tmp_path / "run" / "checkpoints"
     run.mkdir(parents=True)
     (run / "last.ckpt").write_text("")
-    assert "goes on from" in read().run_folder()
+    assert "resumes from" in read().run_folder()
     (run / "finished").write_text("3 steps")
-    assert "finished run" in trouble(read().run_folder).found
+    assert "finished run" in failed(read().run_folder).found
     file = tmp_path / "train.jsonl"
-    assert "is a file" in trouble(read(f"--trainer.default_root_dir={file}/run").run_folder).found
+    assert "is a file" in failed(read(f"--trainer.default_root_dir={file}/run").run_folder).found
 
 
 def test_a_run_folder_that_cannot_be_written(read, monkeypatch):
@@ -275,7 +275,7 @@ def test_a_run_folder_that_cannot_be_written(read, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "touch", touch)
-    check = trouble(read().run_folder)
+    check = failed(read().run_folder)
     assert "Permission denied" in check.found
     assert check.remedy == "name another folder"
 
@@ -286,7 +286,7 @@ def test_a_run_folder_that_cannot_be_written(read, monkeypatch):
 )
 def test_bad_training_rows(text, found, read, tmp_path):
     (tmp_path / "train.jsonl").write_text(text)
-    assert found in trouble(read().train_data).found
+    assert found in failed(read().train_data).found
 
 
 def test_bad_rows_may_be_skipped(read, tmp_path):
@@ -297,7 +297,7 @@ def test_bad_rows_may_be_skipped(read, tmp_path):
 def test_data_of_the_hub_are_left_to_train(read, tmp_path):
     with pytest.raises(NotChecked, match="dataset of the hub"):
         read("--data.train=Tevatron/msmarco-passage").train_data()
-    assert "no such file" in trouble(read(f"--data.train={tmp_path / 'no.parquet'}").train_data).found
+    assert "no such file" in failed(read(f"--data.train={tmp_path / 'no.parquet'}").train_data).found
 
 
 @pytest.mark.parametrize(
@@ -312,53 +312,53 @@ def test_data_of_the_hub_are_left_to_train(read, tmp_path):
 def test_bad_validation_data(file, text, found, read, tmp_path):
     path = tmp_path / "beir" / file
     path.unlink() if text is None else path.write_text(text)
-    assert found in trouble(read().val_data).found
+    assert found in failed(read().val_data).found
 
 
 # what is computed wrongly
 
 
-def test_attention_that_does_not_obey(patient, monkeypatch):
+def test_attention_that_does_not_obey(probe, monkeypatch):
     for name in attention.PATHS:
         monkeypatch.setitem(attention.PATHS, name, lambda *a, run=attention.PATHS[name]: run(*a[:3], True))
-    check = trouble(lambda: str(patient.build()))
+    check = failed(lambda: str(probe.build()))
     assert "cannot be run with bidirectional attention" in check.found
 
 
-def test_packed_rows_that_differ(patient, monkeypatch):
-    model = patient.build()
-    assert "equal to" in correctness.packed_is_padded(model, patient)
+def test_packed_rows_that_differ(probe, monkeypatch):
+    model = probe.build()
+    assert "equal to" in correctness.packed_is_padded(model, probe)
     monkeypatch.setitem(attention.PATHS, "packed", lambda *a, run=attention.PATHS["packed"]: run(*a[:3], True))
-    assert "packed rows differ" in trouble(lambda: correctness.packed_is_padded(model, patient)).found
+    assert "packed rows differ" in failed(lambda: correctness.packed_is_padded(model, probe)).found
     model.attention_path = "padded"
     with pytest.raises(NotChecked):
-        correctness.packed_is_padded(model, patient)
+        correctness.packed_is_padded(model, probe)
 
 
-def test_gradients_that_depend_on_the_chunks(patient, monkeypatch):
-    model = patient.build()
-    assert "28 gradients of info_nce, dpo, kl" in correctness.gradcache_is_full_batch(model, patient)
-    inner = patient.objective.grad_cache
+def test_gradients_that_depend_on_the_chunks(probe, monkeypatch):
+    model = probe.build()
+    assert "28 gradients of info_nce, dpo, kl" in correctness.gradcache_is_full_batch(model, probe)
+    inner = probe.objective.grad_cache
 
     def heavier_with_chunks(model, batch, slices):
         logs = inner(model, batch, slices)
         next(p.grad for p in model.parameters() if p.grad is not None and p.grad.any()).mul_(len(slices))
         return logs
 
-    monkeypatch.setattr(patient.objective, "grad_cache", heavier_with_chunks)
-    assert "depends on the chunks" in trouble(lambda: correctness.gradcache_is_full_batch(model, patient)).found
+    monkeypatch.setattr(probe.objective, "grad_cache", heavier_with_chunks)
+    assert "depends on the chunks" in failed(lambda: correctness.gradcache_is_full_batch(model, probe)).found
 
 
-def test_no_gradient_is_no_agreement(patient):
-    with pytest.raises(Trouble):
+def test_no_gradient_is_no_agreement(probe):
+    with pytest.raises(CheckFailed):
         correctness.compare({"w": torch.zeros(2)}, {"w": torch.zeros(2)}, "it is nothing")
-    with pytest.raises(Trouble):
+    with pytest.raises(CheckFailed):
         correctness.compare({"w": torch.full((2,), torch.nan)}, {"w": torch.ones(2)}, "it is nothing")
 
 
-def test_likelihoods_that_differ(patient, monkeypatch):
-    model = patient.build()
-    assert "equal to" in correctness.likelihood_is_direct(model, patient)
+def test_likelihoods_that_differ(probe, monkeypatch):
+    model = probe.build()
+    assert "equal to" in correctness.likelihood_is_direct(model, probe)
     head = model.causal_lm.get_output_embeddings()
     inner = model.forward
 
@@ -372,29 +372,29 @@ def test_likelihoods_that_differ(patient, monkeypatch):
         return found
 
     monkeypatch.setattr(model, "forward", other_head)
-    assert "likelihoods differ" in trouble(lambda: correctness.likelihood_is_direct(model, patient)).found
+    assert "likelihoods differ" in failed(lambda: correctness.likelihood_is_direct(model, probe)).found
 
 
-def test_ranks_that_differ_or_do_not_answer(patient, monkeypatch):
-    check = trouble(lambda: ranks.two_ranks_are_one(patient, seconds=0.01))
+def test_ranks_that_differ_or_do_not_answer(probe, monkeypatch):
+    check = failed(lambda: correctness.two_ranks_are_one(probe, seconds=0.01))
     assert "did not end" in check.found
     assert "GLOO_SOCKET_IFNAME" in check.remedy
 
     def play(scale, own):
-        def run(patient, folder, seconds):
-            model = patient.build()
-            whole = correctness.gradients(model, lambda: patient.objective.full_batch(model, patient.batch))
+        def run(probe, folder, seconds):
+            model = probe.build()
+            whole = correctness.gradients(model, lambda: probe.objective.full_batch(model, probe.batch))
             torch.save({name: own * g for name, g in whole.items()}, folder / "own.pt")
             torch.save({name: scale * g for name, g in whole.items()}, folder / "averaged.pt")
 
-        monkeypatch.setattr(ranks, "_run", run)
+        monkeypatch.setattr(correctness, "_run_ranks", run)
 
     play(1, 3)
-    assert "equal to" in ranks.two_ranks_are_one(patient)
+    assert "equal to" in correctness.two_ranks_are_one(probe)
     play(2, 3)
-    assert "another gradient" in trouble(lambda: ranks.two_ranks_are_one(patient)).found
+    assert "another gradient" in failed(lambda: correctness.two_ranks_are_one(probe)).found
     play(3, 3)
-    assert "did not put" in trouble(lambda: ranks.two_ranks_are_one(patient)).found
+    assert "did not average" in failed(lambda: correctness.two_ranks_are_one(probe)).found
 
 
 # the table
@@ -402,16 +402,16 @@ def test_ranks_that_differ_or_do_not_answer(patient, monkeypatch):
 
 def test_lines_fit_the_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "70")
-    text = line(Check("something", False, "word " * 30, "do " * 40))
+    text = format_check(Check("something", False, "word " * 30, "do " * 40))
     assert all(len(part) <= 70 for part in text.splitlines())
     assert "to do: do" in text
-    assert line(Check("x", True, "")).startswith("✓")
-    assert line(Check("x", None, ""), "ascii").startswith("--")
+    assert format_check(Check("x", True, "")).startswith("✓")
+    assert format_check(Check("x", None, ""), "ascii").startswith("--")
     assert summary([Check("x", True, ""), Check("y", None, "")], 3.2, "ascii") == "1 ok, 0 NO, 1 -- in 3 s"
 
 
 def test_a_check_that_falls_over_is_a_finding(monkeypatch):
     monkeypatch.delenv("ULLME_TRACEBACK", raising=False)
-    check = examine("it", lambda: 1 / 0)
+    check = run_check("it", lambda: 1 / 0)
     assert check.passed is False
     assert "ZeroDivisionError" in check.found

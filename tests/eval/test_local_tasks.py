@@ -23,6 +23,14 @@ def score(model, task) -> float:
     return row.score
 
 
+def evaluate_scores(model, task) -> dict[str, float]:
+    """All scores that mteb gives, not the main one alone."""
+    import mteb
+
+    [result] = mteb.evaluate(model, task, cache=None, show_progress_bar=False).task_results
+    return result.scores["test"][0]
+
+
 def ndcg_at_10(similarities: dict[str, float], grades: dict[str, int]) -> float:
     """By definition: sum of grade / log2(rank + 1) over that of the ideal order."""
 
@@ -67,19 +75,71 @@ def test_sts_is_spearman_of_the_cosine(model, sts_file):
     assert score(model, task) == pytest.approx(100 * expected, abs=1e-6)
 
 
-def test_pair_classification_is_average_precision(model, pairs_file):
+@pytest.fixture
+def angles(model, monkeypatch):
+    """From then on the model embeds a text as the point of the unit circle at its angle; other texts are an error."""
+
+    def use(degrees: dict[str, float]) -> None:
+        def encode(texts, **_):
+            radians = np.radians([degrees[text] for text in texts])
+            return np.stack([np.cos(radians), np.sin(radians)], axis=1).astype(np.float32)
+
+        monkeypatch.setattr(model.model, "encode", encode)
+
+    return use
+
+
+def test_pair_classification_is_average_precision(model, angles, tmp_path):
+    """Pairs by similarity: +, -, +, -, +. Precision where a positive is found: 1/1, 2/3, 3/5."""
+    labels = {10: 1, 25: 0, 40: 1, 60: 0, 80: 1}
+    rows = [{"sentence1": "east", "sentence2": f"{n} to the north", "label": label} for n, label in labels.items()]
+    # not in the order of their similarity
+    path = write_jsonl(tmp_path / "pairs.jsonl", [rows[n] for n in (3, 0, 4, 2, 1)])
+    angles({"east": 0.0, **{f"{n} to the north": float(n) for n in labels}})
+    expected = (1 / 1 + 2 / 3 + 3 / 5) / 3
+    assert score(model, local_tasks.pair_classification_task(path)) == pytest.approx(100 * expected, abs=1e-3)
+
+
+def test_pair_classification_uses_the_models_own_embeddings(model, pairs_file):
     task = local_tasks.pair_classification_task(pairs_file)
-    task.load_data()
-    labels = task.dataset["test"]["labels"]
-    assert list(labels) == [1, 0, 0, 1, 0, 0]
-    assert 100 * sum(labels) / len(labels) <= score(model, task) <= 100
+    instruction = model.instruction_for(task.metadata)
+    first, second = (
+        model.model.encode(texts, role="query", instruction=instruction)
+        for texts in (DOCUMENTS, [DOCUMENTS[n * 2 % 6] for n in range(6)])
+    )
+    similarities = (first * second).sum(1)
+    negatives = similarities[[1, 2, 4, 5]]  # the fixture's pairs 0 and 3 are labelled 1
+    assert similarities[0] == pytest.approx(1)  # a text and itself
+    assert np.abs(similarities[3] - negatives).min() > 1e-3  # so that rounding decides no rank
+    rank = 2 + (negatives > similarities[3]).sum()
+    expected = (1 / 1 + 2 / rank) / 2
+    assert 2 / 6 < expected < 1
+    assert evaluate_scores(model, task)["cosine_ap"] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_classification_and_clustering_run(model, classification_folder, clustering_file):
-    # Three of the six training texts are the test texts, so that a few right answers are certain.
-    assert 30 < score(model, local_tasks.classification_task(classification_folder)) <= 100
-    assert 0 <= score(model, local_tasks.clustering_task(clustering_file)) <= 100
+def test_clustering_is_v_measure(model, angles, tmp_path):
+    """Three places, one label each; then two labels on each place, of which a place says nothing."""
+    texts = {
+        f"{place} {n}": degrees for place, degrees in (("east", 0), ("north", 90), ("west", 180)) for n in range(8)
+    }
+    angles(texts)
+    rows = [{"text": text, "label": text.split()[0]} for text in texts]
+    assert score(model, local_tasks.clustering_task(write_jsonl(tmp_path / "places.jsonl", rows))) == 100
+    rows = [{"text": text, "label": "even" if int(text.split()[1]) % 2 == 0 else "odd"} for text in texts]
+    assert score(model, local_tasks.clustering_task(write_jsonl(tmp_path / "parity.jsonl", rows))) < 50
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_classification_is_accuracy(model, angles, tmp_path):
+    """One of four test texts lies where the training texts of the other label lie."""
+    labels = {"east": 0.0, "north": 90.0}
+    train = [{"text": f"{label} {n}", "label": label} for label in labels for n in range(10)]
+    test = [("east a", "east"), ("north a", "north"), ("east b", "east"), ("east c", "north")]
+    write_jsonl(tmp_path / "places" / "train.jsonl", train)
+    write_jsonl(tmp_path / "places" / "test.jsonl", [{"text": text, "label": label} for text, label in test])
+    angles({text: labels[text.split()[0]] for text in (*(row["text"] for row in train), *dict(test))})
+    assert score(model, local_tasks.classification_task(tmp_path / "places")) == 75
 
 
 def test_clustering_uses_every_text(clustering_file):

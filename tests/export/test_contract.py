@@ -11,15 +11,15 @@ from tiny import TEXTS, make_tokenizer
 
 from ullme.commands.export import contract, export_model
 from ullme.commands.export.texts import TEXTS as TRIED
-from ullme.commands.export.texts import too_long
+from ullme.commands.export.texts import long_text
 from ullme.prompts import Prompts, PromptTokenizer
 
 
 def fit(prompts: Prompts, tokenizer=None, max_length: int = 64, pooling: str = "mean"):
     tokenizer = tokenizer or make_tokenizer()
     plan = contract.layout(prompts, pooling, tokenizer)
-    fitted = contract.fitted_tokenizer(tokenizer, plan, max_length)
-    texts = [*TRIED, too_long(max_length)]
+    fitted = contract.exported_tokenizer(tokenizer, plan, max_length)
+    texts = [*TRIED, long_text(max_length)]
     contract.check_tokens(PromptTokenizer(tokenizer, prompts), fitted, plan, texts, max_length)
     return plan, fitted
 
@@ -62,7 +62,7 @@ def test_special_tokens_behind_the_text(make, prompts):
     tokenizer = make()
     plan, fitted = fit(prompts, tokenizer)
     assert plan.ending[-1] == "</s>"
-    for texts in (TEXTS, [too_long(64)]):
+    for texts in (TEXTS, [long_text(64)]):
         ours = PromptTokenizer(tokenizer, prompts).ids(texts, "query", max_length=64)
         theirs = fitted(["q " + text for text in texts], truncation=True, max_length=64)["input_ids"]
         assert ours == theirs
@@ -84,7 +84,7 @@ def test_a_tokenizer_that_ends_texts_itself_is_left_alone():
     [
         (Prompts(query="{text} {text}"), "mean", "holds {text} twice"),
         (Prompts(query='"{text}" in one word:', passage='"{text}" in one word:'), "mean", "words behind {text}"),
-        (Prompts(query="{text}</s>", passage="{text}"), "mean", "ends all texts alike"),
+        (Prompts(query="{text}</s>", passage="{text}"), "mean", "ends all texts the same way"),
         (Prompts(), "latent_attention", "trained weights"),
         (Prompts(), "my_file.my_pooling", "function of your own"),
         (Prompts(query="q: {text}", pooled="text"), "mean", "would leave out"),
@@ -109,10 +109,10 @@ def test_another_post_processor_is_refused():
 def test_a_tokenizer_that_reads_otherwise_is_noticed():
     tokenizer = make_tokenizer()
     plan = contract.layout(Prompts(), "mean", tokenizer)
-    fitted = contract.fitted_tokenizer(tokenizer, plan, 96)
+    fitted = contract.exported_tokenizer(tokenizer, plan, 96)
     fitted.truncation_side = "left"
-    with pytest.raises(ValueError, match="cannot say this contract"):
-        contract.check_tokens(PromptTokenizer(tokenizer, Prompts()), fitted, plan, [too_long(96)], 96)
+    with pytest.raises(ValueError, match="cannot express this contract"):
+        contract.check_tokens(PromptTokenizer(tokenizer, Prompts()), fitted, plan, [long_text(96)], 96)
 
 
 def test_instruction_that_is_not_pooled(make_model, tmp_path):

@@ -75,6 +75,7 @@ def test_adapter_only(run, tmp_path):
     front, text = card(tmp_path / "out")
     assert front["library_name"] == "peft"
     assert "InfoNCE" in text
+    exec(text.split("```python\n")[1].split("```")[0].replace('"FOLDER"', repr(str(tmp_path / "out"))), {})
     assert (embed(load_ullme(run)) - embed(load_ullme(tmp_path / "out"))).abs().max() <= 1e-6
     # and the adapter folder is a run that can be exported itself
     assert main([str(tmp_path / "out"), "--to", str(tmp_path / "merged"), "--progress", "false"]) == 0

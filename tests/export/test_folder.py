@@ -7,13 +7,13 @@ import os
 import pytest
 from safetensors import SafetensorError
 
-from ullme.commands.export.folder import UNFINISHED, check_target, whole_or_not_at_all
-from ullme.commands.export.texts import TEXTS, too_long, try_out
+from ullme.commands.export.folder import UNFINISHED, atomic_folder, check_target
+from ullme.commands.export.texts import TEXTS, long_text, read_texts
 
 
 def test_it_gets_its_name_at_the_end(tmp_path):
     target = tmp_path / "deep" / "out"
-    with whole_or_not_at_all(target) as folder:
+    with atomic_folder(target) as folder:
         (folder / "file").write_text("x")
         assert not target.exists()
     assert [p.name for p in target.iterdir()] == ["file"]
@@ -22,13 +22,13 @@ def test_it_gets_its_name_at_the_end(tmp_path):
 
 def test_an_empty_folder_is_taken(tmp_path):
     (tmp_path / "out").mkdir()
-    with whole_or_not_at_all(tmp_path / "out") as folder:
+    with atomic_folder(tmp_path / "out") as folder:
         (folder / "file").touch()
     assert (tmp_path / "out" / "file").is_file()
 
 
 def fail(target, error):
-    with whole_or_not_at_all(target) as folder:
+    with atomic_folder(target) as folder:
         (folder / "file").touch()
         raise error
 
@@ -51,7 +51,7 @@ def test_what_a_killed_export_left_is_removed(tmp_path):
     gone, alive = (tmp_path / f"{UNFINISHED}.{number}.out" for number in (2**22 + 1, os.getppid()))
     for left in (gone, alive, tmp_path / f"{UNFINISHED}.{2**22 + 1}.other"):
         left.mkdir()
-    with whole_or_not_at_all(tmp_path / "out"):
+    with atomic_folder(tmp_path / "out"):
         pass
     assert not gone.exists()
     assert alive.exists()
@@ -68,11 +68,11 @@ def test_targets_that_are_refused(tmp_path):
 
 
 def test_texts_to_compare_on(tmp_path):
-    assert try_out(None) == list(TEXTS)
+    assert read_texts(None) == list(TEXTS)
     (tmp_path / "texts.txt").write_text("one\n\ntwo\n")
-    assert try_out(tmp_path / "texts.txt") == ["one", "two"]
+    assert read_texts(tmp_path / "texts.txt") == ["one", "two"]
     (tmp_path / "empty.txt").write_text("\n")
     for name, message in (("empty.txt", "holds no text"), ("none.txt", "cannot be read")):
         with pytest.raises(ValueError, match=message):
-            try_out(tmp_path / name)
-    assert len(too_long(512)) >= 24 * 512
+            read_texts(tmp_path / name)
+    assert len(long_text(512)) >= 24 * 512

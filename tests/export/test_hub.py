@@ -54,7 +54,7 @@ def test_errors_are_one_line(fake_hub, monkeypatch, tmp_path):
     from huggingface_hub.errors import LocalTokenNotFoundError
 
     for error, message in (
-        (LocalTokenNotFoundError("Token is required\nlong advice"), "nobody is logged in"),
+        (LocalTokenNotFoundError("Token is required\nlong advice"), "not logged in"),
         (ConnectionError("no\nroute"), "ConnectionError: no route"),
     ):
         monkeypatch.setattr(Hub, "error", error)

@@ -336,7 +336,7 @@ def test_a_new_model_has_no_dropout_until_it_is_trained(make_model):
     [
         (["a", None], {}, r"texts\[1\]=None is a NoneType"),
         (["a", 3.5], {}, r"texts\[1\]=3.5 is a float"),
-        (["a"], {"role": "document"}, "role='document': choose query, passage, generation or None"),
+        (["a"], {"role": "document"}, "role='document': choose query, passage, generation, query_generation or None"),
     ],
 )
 def test_encode_refuses_what_it_cannot_embed(make_model, texts, options, message):

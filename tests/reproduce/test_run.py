@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -13,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from children import PATIENCE, start_process, wait_until
 from test_notebooks import run as run_notebook
 from tiny import save_llm
 
-from ullme.commands.reproduce import finish, preflight, run
+from ullme.commands.reproduce import collect, preflight, run
 from ullme.commands.reproduce.cells import Cell
 from ullme.commands.reproduce.cli import main, parser, read_table
 from ullme.commands.reproduce.run import Devices, Runner
@@ -62,7 +62,18 @@ class Failing(Fake):
 
 
 class Waiting(Fake):
-    ending = "open(f / 'started', 'w').close(); time.sleep(60)"
+    ending = f"open(f / 'started', 'w').close(); time.sleep({PATIENCE})"
+
+
+class Meeting(Fake):
+    """Goes on only when another one has started too."""
+
+    ending = (
+        "open(f / 'started', 'w').close();"
+        f"until = time.monotonic() + {PATIENCE};"
+        "exec(\"while len(list(f.parent.parent.glob('*/train/started'))) < 2 and time.monotonic() < until: time.sleep(.01)\");"
+        "time.monotonic() < until or sys.exit('alone')"
+    )
 
 
 @pytest.fixture
@@ -108,7 +119,7 @@ def test_a_failed_cell_is_named_and_the_others_go_on(cells, tmp_path, capsys):
     assert "no such data" in failed["tiny/grl/seed0"]
     assert [scores.seed for scores in read_scores(tmp_path)] == [1]
     failing = cells(Failing)[0]
-    assert finish.seconds(failing)["train"] > 0
+    assert collect.seconds(failing)["train"] > 0
     assert "tiny/grl/seed0 failed" in capsys.readouterr().err
 
 
@@ -129,9 +140,9 @@ def test_the_reason_is_this_start_s_and_a_signal_has_its_name(cells):
 
 def test_what_does_not_end_when_told_to_is_killed(cells, monkeypatch, capsys):
     class Deaf(Fake):
-        ending = "__import__('signal').signal(15, 1); open(f / 'started', 'w').close(); time.sleep(60)"
+        ending = f"__import__('signal').signal(15, 1); {Waiting.ending}"
 
-    monkeypatch.setattr(run, "PATIENCE", 0.5)
+    monkeypatch.setattr(run, "STOP_TIMEOUT", 0.5)
     [cell] = cells(Deaf)
     thread = threading.Thread(target=_terminate_once, args=[cell.folder / "train" / "started"])
     thread.start()
@@ -139,15 +150,14 @@ def test_what_does_not_end_when_told_to_is_killed(cells, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         runner([cell]).run()
     thread.join()
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < PATIENCE
     assert "did not end in 0.5 s: killed" in capsys.readouterr().err
     with run.locked(cell.folder):
         pass
 
 
 def _terminate_once(there):
-    while not there.exists():
-        time.sleep(0.01)
+    wait_until(there.exists, str(there))
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -178,25 +188,23 @@ def test_a_cell_made_with_other_settings_is_refused(cells):
 def test_two_runners_do_not_work_on_the_same_cell(cells):
     [cell] = cells(Fake)
     with run.locked(cell.folder):
-        assert "another process is at work" in runner([cell]).run()[cell.name]
+        assert "another process works on" in runner([cell]).run()[cell.name]
     assert runner([cell]).run() == {}
 
 
-def test_each_gpu_has_one_cell_at_a_time(cells, monkeypatch):
-    class OneGpu(Fake):
+def test_each_gpu_has_one_cell_at_a_time(cells):
+    class OneGpu(Meeting):
+        """Holds a file named after its GPU, which must not be there yet."""
+
         devices = 1
-        ending = "print('in', time.time(), file=open(f / 'times', 'a')); time.sleep(0.3); print('out', time.time(), file=open(f / 'times', 'a'))"
+        ending = (
+            "lock = f.parent.parent / ('gpu' + os.environ['CUDA_VISIBLE_DEVICES']); lock.open('x');"
+            f"{Meeting.ending}; time.sleep(0.2); lock.unlink()"
+        )
 
     made = cells(*[OneGpu] * 4)
     assert runner(made, parallel=4, devices=["0", "1"]).run() == {}
-    spans: dict[str, list[tuple[float, float]]] = {}
-    for cell in made:
-        start, end = (float(line.split()[1]) for line in (cell.folder / "train" / "times").read_text().splitlines())
-        spans.setdefault(trainings(cell)[0], []).append((start, end))
-    assert set(spans) == {"0", "1"}
-    for used in spans.values():
-        for (_, end), (start, _) in zip(sorted(used), sorted(used)[1:], strict=False):
-            assert end <= start
+    assert {gpu for cell in made for gpu in trainings(cell)} == {"0", "1"}
 
 
 def test_a_cell_gets_as_many_gpus_as_it_asks_for(cells):
@@ -213,16 +221,6 @@ def test_a_cell_gets_as_many_gpus_as_it_asks_for(cells):
 
 
 def test_cells_run_in_parallel(cells):
-    class Meeting(Fake):
-        """Ends only when the other one has started too."""
-
-        ending = (
-            "open(f / 'started', 'w').close();"
-            "t = time.time();"
-            "exec(\"while len(list(f.parent.parent.glob('*/train/started'))) < 2 and time.time() < t + 30: time.sleep(.01)\");"
-            "time.time() < t + 30 or sys.exit('alone')"
-        )
-
     assert runner(cells(Meeting, Meeting), parallel=2).run() == {}
 
 
@@ -235,7 +233,7 @@ def test_sigterm_is_handed_on_and_what_was_done_stays(cells, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         runner([first, second, third]).run()
     thread.join()
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < PATIENCE
     assert [scores.seed for scores in read_scores(tmp_path)] == [0]
     assert not (second.folder / "train" / "checkpoints" / "finished").exists()
     assert not third.folder.exists()
@@ -264,7 +262,7 @@ def test_visible_gpus(monkeypatch, told, expected):
 
 
 def test_names_lose_the_hash_of_a_local_file_only():
-    assert [finish.plain_name(n) for n in ("banking77-1a2b3c4d", "STS17", "msmarco-dev")] == [
+    assert [collect.plain_name(n) for n in ("banking77-1a2b3c4d", "STS17", "msmarco-dev")] == [
         "banking77",
         "STS17",
         "msmarco-dev",
@@ -298,11 +296,11 @@ def test_a_table_from_end_to_end_stopped_on_its_way(tmp_path, monkeypatch):
     table["train_options"] |= {"data.val": "{data}/val", **validation}
     (tmp_path / "table.yaml").write_text(yaml.safe_dump(table))
     options = [f"--config={tmp_path / 'table.yaml'}", f"--llm={llm}", f"--data={world.folder}"]
-    process = subprocess.Popen([sys.executable, "-m", "ullme", "reproduce", *options], cwd=tmp_path, env=_environment())
-    while not (tmp_path / "out" / "tiny" / "grl" / "seed0" / "train.log").exists():
-        time.sleep(0.1)
+    command = [sys.executable, "-m", "ullme", "reproduce", *options]
+    process = start_process(command, cwd=tmp_path, env=_environment())
+    wait_until((tmp_path / "out" / "tiny" / "grl" / "seed0" / "train.log").exists, "the second cell")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(300) == 130
+    assert process.wait(PATIENCE) == 130
     # what needs no training goes first
     assert sorted(scores.row for scores in read_scores(tmp_path / "out")) == ["base", "given"]
     assert main([*options, "--dry_run"]) == 0

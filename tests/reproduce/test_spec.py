@@ -103,7 +103,7 @@ BAD = {
     "models": ({"models": {}}, "models and rows"),
     "folder name": ({"models": {"a/b": {"label": "A"}}}, "'a/b'"),
     "order": ({"order": ["base", "dpo"]}, "'dpo'"),
-    "two sources": ({"rows": row(model="gpt2")}, "keep one of the two"),
+    "two sources": ({"rows": row(model="gpt2")}, "keep one of them"),
     "no stage": ({"rows": row(stages=[], train=False)}, "rows.grl.train=false"),
     "nothing": ({"rows": row(stages=[])}, "set model or checkpoint"),
     "seeds": ({"seeds": [1, 1]}, r"\[1, 1\]"),
@@ -139,7 +139,7 @@ def test_two_tasks_of_one_name_are_refused(table_file, tmp_path, capsys):
     tasks = {"sts": [str(places[0])], "clustering": [str(places[1])]}
     assert main([f"--config={table_file(configs=files, evaluate_options=tasks)}"]) == 2
     error = capsys.readouterr().err
-    assert "would have one name in the table" in error
+    assert "would have the same name in the table" in error
     assert all(str(place) in error for place in places)
 
 

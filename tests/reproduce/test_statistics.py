@@ -16,7 +16,7 @@ from ullme.commands.reproduce.statistics import (
     claims,
     compare_queries,
     compare_seeds,
-    corrected,
+    holm_corrected,
     paired_bootstrap,
 )
 
@@ -159,7 +159,7 @@ def test_bootstrap_interval_of_many_normal_values():
 def test_holm_by_hand():
     p = [0.01, 0.04, 0.03, None]
     made = [Comparison("m", "a", "b", "seeds", str(n), 1.0, (0.5, 1.5), x, x, 3, 3, HOLDS) for n, x in enumerate(p)]
-    found = corrected(made)
+    found = holm_corrected(made)
     assert [c.p_holm for c in found] == [pytest.approx(0.03), pytest.approx(0.06), pytest.approx(0.06), None]
     assert [c.verdict for c in found] == [HOLDS, UNCLEAR, UNCLEAR, HOLDS]
     assert [c.p for c in found] == p

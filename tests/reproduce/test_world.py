@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ullme.commands.reproduce import world
+from ullme.commands.reproduce import preflight
 from ullme.commands.reproduce.spec import Model, Table
 from ullme.demo import language_model
 
@@ -26,13 +26,13 @@ def test_a_world_that_was_not_finished_is_made_again_and_a_finished_one_is_kept(
 
     monkeypatch.setattr(language_model, "build_backbone", build_backbone)
     with pytest.raises(KeyboardInterrupt):
-        world.build(table)
-    assert not Path(world.llm(table)).exists()
-    made = {path: path.stat().st_mtime_ns for path in Path(world.data(table)).rglob("*")}
+        preflight.build_miniature(table)
+    assert not Path(preflight.miniature_llm(table)).exists()
+    made = {path: path.stat().st_mtime_ns for path in Path(preflight.miniature_data(table)).rglob("*")}
     assert {"train.jsonl", "pretrain.txt", "dev", "val"} <= {path.name for path in made}
-    world.build(table)
-    world.build(table)
+    preflight.build_miniature(table)
+    preflight.build_miniature(table)
     assert len(calls) == 2
     assert calls[0] == calls[1] > 1000
-    assert [path.name for path in Path(world.llm(table)).iterdir()] != []
-    assert {path: path.stat().st_mtime_ns for path in Path(world.data(table)).rglob("*")} == made
+    assert [path.name for path in Path(preflight.miniature_llm(table)).iterdir()] != []
+    assert {path: path.stat().st_mtime_ns for path in Path(preflight.miniature_data(table)).rglob("*")} == made

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ullme.training.resume import FINISHED
-from ullme.training.signals import Notice
+from ullme.training.signals import ShutdownSignal
 from ullme.utils import atomic_files
 
 
@@ -75,7 +75,7 @@ class Checkpoint(ModelCheckpoint):
         self._every_n_epochs = every_n_epochs or (0 if other else 1)
         self._train_time_interval = train_time_interval
         self._due = self._before_validation = False
-        self._notice = Notice()
+        self._shutdown = ShutdownSignal()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Decide whether checkpoints are ranked. Raises: ValueError: save_top_k above 1 without a validation metric."""
@@ -97,8 +97,8 @@ class Checkpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             Path(str(self.dirpath), FINISHED).unlink(missing_ok=True)
-        self._notice = Notice()
-        self._notice.listen(trainer)
+        self._shutdown = ShutdownSignal()
+        self._shutdown.install_handlers(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -190,17 +190,17 @@ class Checkpoint(ModelCheckpoint):
 
     def _asked_to_leave(self, trainer: L.Trainer) -> bool:
         """Whether any rank was; then Lightning makes all of them leave as soon as this step is logged."""
-        leave = self._notice.agreed(trainer)
+        leave = self._shutdown.received_by_any_rank(trainer)
         trainer._signal_connector.received_sigterm |= leave
         return leave
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """On a signal, print how to resume, and exit with the status of a process that the signal ended."""
         if isinstance(exception, SIGTERMException):
-            exception.code = self._notice.status
+            exception.code = self._shutdown.status
             if trainer.is_global_zero:
                 saved = f"saved {self.last_model_path} after step {self._last_global_step_saved}"
-                self._notice.say_goodbye(saved)
+                self._shutdown.announce(saved)
 
 
 def _validation_follows(trainer: L.Trainer) -> bool:

@@ -124,7 +124,7 @@ def similarities(
     """
     data, model = trainer.datamodule, module.model  # type: ignore[attr-defined]
     assert model is not None
-    candidates = [[record.positives[0], *record.negatives[:negatives]] for record in records]
+    candidates = [[*record.positives[:1], *record.negatives][: 1 + negatives] for record in records]
     passages = [text for texts in candidates for text in texts]
     instructions = [record.instruction for record in records]
     with trainer.precision_plugin.forward_context():

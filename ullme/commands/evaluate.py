@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
-from ullme.utils.errors import complain
+from ullme.utils.errors import print_error
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -21,24 +21,28 @@ if TYPE_CHECKING:
     from ullme.models import WrappedULLME
 
 DESCRIPTION = "Evaluate an LLM, a trained checkpoint or a sentence-transformers model on MTEB tasks and local files."
-# Options of WrappedULLME that are handed on when given, and their types.
+# Options that are passed on to WrappedULLME when given: name -> (type, help).
 MODEL_OPTIONS: dict[str, tuple[type, str]] = {
     "model_backbone_type": (str, "transformers' model_type; checked if given"),
-    "lora_name": (str, "name of the adapter; the checkpoint's unless given"),
-    "lora_r": (int, "rank of LoRA; the checkpoint's unless given"),
-    "lora_alpha": (float, "scale of LoRA; the checkpoint's unless given"),
-    "pooling": (str, "mean, weighted_mean, first, last, or module.name of your own function"),
-    "family_code": (str, "module of yours that registers a family with transformers"),
+    "lora_name": (str, "name of the adapter (default: the checkpoint's)"),
+    "lora_r": (int, "rank of LoRA (default: the checkpoint's)"),
+    "lora_alpha": (float, "scale of LoRA (default: the checkpoint's)"),
+    "pooling": (str, "mean, weighted_mean, first, last, or the dotted path of a function of yours"),
+    "family_code": (str, "a module of yours that registers a model type with transformers"),
     "attention": (str, "bidirectional or causal"),
-    "dtype": (str, "of the weights: auto, float32, bfloat16 or float16"),
-    "quantization": (str, "nf4, int8 or none; the checkpoint's unless given"),
-    "device": (str, "such as cuda:0 or cpu; a GPU if there is one, unless given"),
-    "max_length": (int, "in tokens, template included (default: 512)"),
+    "dtype": (
+        str,
+        "of the weights: auto (as stored, but float32 on a CPU that is slow in half precision), float32, bfloat16 or "
+        "float16",
+    ),
+    "quantization": (str, "nf4, int8 or none (default: the checkpoint's)"),
+    "device": (str, "such as cuda:0 or cpu (default: a GPU if there is one)"),
+    "max_length": (int, "in tokens, prompt template included (default: 512)"),
 }
 PROMPT_OPTIONS: dict[str, tuple[str, type, str]] = {
     "query_prompt": ("query", str, "template of a query, with {text} and {instruction}"),
     "passage_prompt": ("passage", str, "template of a passage, with {text}"),
-    "instruction": ("instruction", str, "the task, where an mteb task brings none of its own"),
+    "instruction": ("instruction", str, "the task instruction, where an mteb task has none"),
     "pooled": ("pooled", str, "which tokens become the embedding: all, or text (its last copy, and what follows)"),
     "append_eos": ("append_eos", bool, "end every text with the end token"),
 }
@@ -62,26 +66,28 @@ def parser() -> ArgumentParser:
     for name, (type_, text) in MODEL_OPTIONS.items():
         model.add_argument(f"--{name}", type=type_ | None, help=text)
     for name, (_, type_, text) in PROMPT_OPTIONS.items():
-        model.add_argument(f"--{name}", type=type_ | None, help=f"{text}; the checkpoint's unless given")
+        model.add_argument(f"--{name}", type=type_ | None, help=f"{text} (default: the checkpoint's)")
     model.add_argument(
-        "--use_task_instructions", type=bool, default=True, help="false: the prompt contract's instruction everywhere"
+        "--use_task_instructions", type=bool, default=True, help="false: use --instruction for every task"
     )
     model.add_argument("--instructions", type=dict[str, str], default={}, help="instruction by mteb task name or type")
     tasks = options.add_argument_group("Tasks")
     tasks.add_argument("--tasks", nargs="+", type=str, default=[], help='mteb tasks or benchmarks ("MTEB(eng, v1)")')
-    tasks.add_argument("--langs", nargs="+", type=str, default=[], help="ISO 639-3 codes to keep of --tasks; else all")
+    tasks.add_argument(
+        "--langs", nargs="+", type=str, default=[], help="ISO 639-3 codes to keep of --tasks (default: all)"
+    )
     for name, (metavar, text) in LOCAL_OPTIONS.items():
         tasks.add_argument(f"--{name}", nargs="+", type=str, default=[], metavar=metavar, help=text)
     output = options.add_argument_group("Output")
     output.add_argument("--output", type=str, default="results", help="folder of mteb's result files")
-    output.add_argument("--overwrite", action="store_true", help="compute again what is there")
+    output.add_argument("--overwrite", action="store_true", help="recompute existing results")
     output.add_argument("--scores", type=str | None, metavar="FILE", help="write the table as JSON too")
     output.add_argument(
         "--per_query", type=str | None, metavar="FOLDER", help="write TASK.json with each query's score (retrieval)"
     )
     output.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     output.add_argument("--wandb", type=str | None, metavar="PROJECT", help="log scores and table to this W&B project")
-    output.add_argument("--batch_size", type=int | None, help="texts a forward; what suits the device unless given")
+    output.add_argument("--batch_size", type=int | None, help="texts in a forward (default: by device)")
     output.add_argument("--progress", type=bool, default=True, help="progress bars")
     return options
 
@@ -93,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None takes those of the process.
 
     Returns:
-        The exit status: 0; 1 where a task could not be evaluated; 2 for a mistake of the user, explained in one line;
+        The exit status: 0; 1 where a task could not be evaluated; 2 for a mistake in the arguments, in one line;
         130 after Ctrl-C.
     """
     try:
@@ -101,17 +107,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check(options)
         return _run(options)
     except (ArgumentError, ValueError) as error:
-        if os.environ.get("RANK", "0") == "0":  # torchrun's other processes found the same
-            return complain(error)
+        if os.environ.get("RANK", "0") == "0":  # every process of torchrun found the same error
+            return print_error(error)
         return 2
     except KeyboardInterrupt:
-        done = f"what was finished is in {options.output}, and the same command goes on behind it"
+        done = f"finished tasks are in {options.output}; the same command goes on with the others"
         print(f"\nCtrl-C: {done}", file=sys.stderr)
         return 130
 
 
 def _check(options: Any) -> None:
-    """Refuse what can be refused before the slow imports."""
+    """Check the options before the slow imports. Raises: ValueError: a mistake in them."""
     if options.model is None and options.checkpoint is None:
         raise ValueError("nothing to evaluate: give --model NAME_OR_FOLDER, --checkpoint RUN, or both")
     if not options.tasks and not any(options[name] for name in LOCAL_OPTIONS):
@@ -125,16 +131,22 @@ def _check(options: Any) -> None:
         Path(options.output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output {options.output} cannot be made ({error.strerror}); name another folder") from None
+    for option in ("scores", "per_query"):
+        if options[option] is not None:
+            from ullme.utils.atomic_files import check_writable  # which imports torch
+
+            place = Path(options[option])
+            check_writable(place if option == "per_query" else place.absolute().parent, f"--{option}")
 
 
 def _run(options: Any) -> int:
-    """On the first of several processes; the others embed for it."""
-    _quiet()
+    """Evaluate; with several processes on the first, while the others embed for it."""
+    _silence_libraries()
     from ullme.distributed import leave_process_group, world
     from ullme.eval import ranks
 
     ranks.join()
-    with redirect_stdout(sys.stderr):  # what libraries print is no part of the table
+    with redirect_stdout(sys.stderr):  # keep the output of libraries out of the table
         tasks, model = ranks.on_every_rank(lambda: (_tasks(options), _model(options)))
     if world()[0] > 0:
         ranks.serve(model.model)
@@ -143,7 +155,7 @@ def _run(options: Any) -> int:
         if world()[1] > 1:
             model.model.embed_blocks = ranks.embed_over_ranks
         status = _evaluate(options, tasks, model)
-        ranks.let_go()
+        ranks.stop_serving()
     leave_process_group()
     return status
 
@@ -202,6 +214,8 @@ def _model(options: Any) -> WrappedULLME:
     given = {name: options[name] for name in MODEL_OPTIONS if options[name] is not None}
     if (device := own_device()) is not None:
         given.setdefault("device", device)
+    if (dtype := _dtype(options, given.get("device"))) is not None:
+        given["dtype"] = dtype
     prompts = {field: options[name] for name, (field, *_) in PROMPT_OPTIONS.items() if options[name] is not None}
     if prompts:
         given["prompts"] = prompts
@@ -214,8 +228,25 @@ def _model(options: Any) -> WrappedULLME:
     )
 
 
-def _quiet() -> None:
-    """Leave mteb's progress bars, and drop the warnings and the bars of the libraries below it."""
+def _dtype(options: Any, device: str | None) -> str | None:
+    """The dtype to load the weights in. Says so where it is another than asked for, and warns of a slow one."""
+    from ullme.commands.loading_dtype import dtype_to_load
+    from ullme.distributed import world
+    from ullme.models.checkpoint import usable_device
+    from ullme.utils.precision import cpu_rates, slow_choice
+
+    kind = usable_device(device).split(":")[0]
+    dtype = dtype_to_load(options.model, options.checkpoint, options.dtype, kind)
+    message = slow_choice("--dtype", dtype, kind)
+    if dtype != options.dtype:
+        message = f"--dtype: the weights are loaded in float32 (this CPU does {cpu_rates()})"
+    if message and world()[0] == 0:
+        print(f"evaluate: {message}", file=sys.stderr)
+    return dtype
+
+
+def _silence_libraries() -> None:
+    """Silence the warnings and progress bars of all libraries but mteb's bars."""
     warnings.filterwarnings("ignore")
     for library in ("mteb", "transformers", "sentence_transformers", "datasets", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The command line of ``ullme plan``: configurations as train.py reads them, and the paper's three backbones."""
+"""The command line of ``ullme plan``: memory and hours of a run of train.py, and of the paper's three backbones."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ullme.planning.devices import DEVICES, number_of
-from ullme.utils.errors import complain
+from ullme.planning.devices import DEVICES, number_of, this_cpu
+from ullme.utils.errors import print_error
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ullme.planning.plan import Job, Plan
     from ullme.prompts import Prompts
 
-# Published shapes, for planning where the hub cannot be reached: name -> (model type, what config.json says).
+# Published shapes, for planning without the hub: name -> (model type, fields of config.json).
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "microsoft/phi-1_5": (
         "phi",
@@ -48,41 +48,46 @@ PAPER_DAYS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan; 0 if it fits, 1 if not, 2 for a mistake."""
+    """Print the plan; the exit status is 0 if it fits, 1 if not, 2 for a mistake in the arguments."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # the rest of the command line is not for it
-    arguments, overrides = _parser().parse_known_args(argv)
+    warnings.filterwarnings(
+        "ignore", "LightningCLI's args parameter"
+    )  # its arguments are only a part of the command line
+    arguments, overrides = parser().parse_known_args(argv)
     try:
         if arguments.paper:
             print(paper_table(arguments.utilisation))
             return 0
         plan = plan_from(arguments, overrides)
     except (ValueError, argparse.ArgumentError) as error:
-        return complain(error)
-    from ullme.planning.description import describe
-
+        return print_error(error)
     print(describe(plan))
     return 0 if plan.fits else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The options; unknown ones override the configuration's."""
+    options = argparse.ArgumentParser(
         "ullme plan",
-        description="Memory and hours of a run, before it, without weights or a device. Exit status: 0 if it fits, 1 "
-        "if not.",
+        description="Predict memory and hours of a run, without weights or a device. Exit status: 0 if it fits, 1 if "
+        "not.",
         epilog="Further options override the configuration's, as they do for train.py: --data.batch_size=256.",
     )
-    add = parser.add_argument
-    add("--config", action="append", default=[], help="a file of train.py's; several are stacked")
-    add("--device", choices=sorted(DEVICES), default="a100-80gb", help="to plan for (default: a100-80gb)")
-    add("--num_devices", "--num-devices", type=int, help="how many of them (default: what the trainer says, or 1)")
-    add("--strategy", choices=("ddp", "fsdp"), help="default: what trainer.strategy says")
+    add = options.add_argument
+    add("--config", action="append", default=[], help="a configuration of train.py; several are stacked")
+    add(
+        "--device",
+        choices=["cpu", *sorted(DEVICES)],
+        default="a100-80gb",
+        help="device to plan for (default: a100-80gb); cpu is this machine's, at its measured speed",
+    )
+    add("--num_devices", "--num-devices", type=int, help="number of devices (default: the trainer's, or 1)")
+    add("--strategy", choices=("ddp", "fsdp"), help="default: trainer.strategy")
     add(
         "--utilisation",
         type=float,
-        default=0.6,
-        help="share of the device's peak to assume, by all that it runs, what is computed twice too (default: 0.6)",
+        help="assumed share of the device's peak FLOP/s, recomputation included (default: 0.6, of a CPU 0.75)",
     )
     add("--rows", type=int, help="queries in an epoch (default: data.max_rows, or the lines of local files)")
     add(
@@ -96,58 +101,47 @@ def _parser() -> argparse.ArgumentParser:
         "--query-tokens",
         type=float,
         default=10,
-        help="of an average query, template left out (default: MS MARCO's)",
+        help="tokens of an average query without template (default: 10, as MS MARCO's)",
     )
     add(
         "--passage_tokens",
         "--passage-tokens",
         type=float,
         default=75,
-        help="of an average passage (default: MS MARCO's)",
+        help="tokens of an average passage (default: 75, as MS MARCO's)",
     )
-    add("--paper", action="store_true", help="a table of the paper's three backbones; needs no configuration")
-    return parser
+    add("--paper", action="store_true", help="print a table of the paper's three backbones; needs no configuration")
+    return options
 
 
 def plan_from(arguments: argparse.Namespace, overrides: Sequence[str]) -> Plan:
-    """The plan that a command line asks for. Raises: ValueError: a mistake in it."""
+    """Make the plan of a command line. Raises: ValueError: a mistake in it."""
+    from ullme.commands.train import read_configs
     from ullme.planning.plan import make_plan
 
     if not arguments.config:
-        raise ValueError("--config: give at least one configuration of train.py's, or --paper")
-    config = read_configs([*(f"--config={path}" for path in arguments.config), *overrides])
+        raise ValueError("--config: give at least one configuration of train.py, or --paper")
+    kind = "cpu" if arguments.device == "cpu" else "cuda"
+    config = read_configs([*(f"--config={path}" for path in arguments.config), *overrides], device=kind)
     strategy = config.trainer.strategy
     named = strategy if isinstance(strategy, str) else strategy.class_path
     fsdp = arguments.strategy == "fsdp" or (
         arguments.strategy is None and any(word in named.lower() for word in ("fsdp", "modelparallel"))
     )
-    job = job_from(config, arguments)
+    job = job_from_config(config, arguments)
     count = _devices_of(config.trainer) if arguments.num_devices is None else arguments.num_devices
-    return make_plan(job, DEVICES[arguments.device], count, fsdp, arguments.utilisation)
+    device = this_cpu(job.half) if kind == "cpu" else DEVICES[arguments.device]
+    return make_plan(job, device, count, fsdp, arguments.utilisation)
 
 
 def _devices_of(trainer: Any) -> int:
-    """All processes of a run; where the trainer takes what it finds, one for each node."""
+    """The number of processes of a run; with trainer.devices=auto one for each node."""
     devices = number_of(trainer.devices)
     return trainer.num_nodes * (devices if isinstance(devices, int) else 1)
 
 
-def read_configs(arguments: Sequence[str]) -> Any:
-    """The configuration that train.py would run with, checked, nothing of it instantiated."""
-    from ullme.commands.train import ULLMECLI, build
-
-    class Reader(ULLMECLI):
-        def before_instantiate_classes(self) -> None:
-            pass
-
-        def instantiate_classes(self) -> None:
-            pass
-
-    return build([*arguments, "--seed_everything=false"], run=False, kind=Reader).config
-
-
-def job_from(config: Any, arguments: argparse.Namespace) -> Job:
-    """What a configuration is about to train. Raises: ValueError: the LLM or the number of rows is not known."""
+def job_from_config(config: Any, arguments: argparse.Namespace) -> Job:
+    """The job that a configuration trains. Raises: ValueError: the LLM or the number of rows is not known."""
     from jsonargparse import ArgumentParser, Namespace
 
     from ullme.callbacks import FullBatch, LossCallback
@@ -159,7 +153,7 @@ def job_from(config: Any, arguments: argparse.Namespace) -> Job:
     prompts = Prompts(**config.model.prompts.as_dict())
     chosen = config.loss.clone()
     frozen_copy = chosen.init_args.pop("reference", None) == "frozen_copy"
-    chosen.init_args.pop("cache_reference", None)  # it would be opened
+    chosen.init_args.pop("cache_reference", None)  # instantiating the loss would open it
     parser = ArgumentParser()
     parser.add_subclass_arguments(LossCallback, "loss")
     loss = parser.instantiate_classes(parser.parse_object(Namespace(loss=chosen))).loss
@@ -188,7 +182,7 @@ def job_from(config: Any, arguments: argparse.Namespace) -> Job:
 
 
 def _template_tokens(prompts: Prompts, role: Any) -> int:
-    """About four and a half characters of English make a token."""
+    """Estimated at 4.5 characters a token, as in English."""
     return math.ceil(len("".join(prompts.around(role))) / 4.5)
 
 
@@ -199,14 +193,12 @@ def _count_lines(train: str | list[str]) -> int:
     try:
         files = [path for name in names for path in expand_files(name, "train")]
     except ValueError as error:
-        raise ValueError(
-            f"--rows: how many rows has data.train={train!r}? It is no local file; say --rows=N"
-        ) from error
+        raise ValueError(f"data.train={train!r} is not a local file, so its size is unknown; pass --rows=N") from error
     return sum(line.strip() != b"" for path in files for line in path.open("rb"))
 
 
 def _llm_config(options: BackboneConfig, given: str | None) -> PretrainedConfig:
-    """From ``--backbone_config``, the model's own folder, the hub, or the published shapes, in this order."""
+    """The LLM's config from, in this order, ``--backbone_config``, its folder, the hub, or the published shapes."""
     from transformers import AutoConfig
 
     from ullme.models.loading import load_config
@@ -221,12 +213,66 @@ def _llm_config(options: BackboneConfig, given: str | None) -> PretrainedConfig:
             return load_config(replace(options, quantization="none"))  # which would ask for a GPU
         except ValueError as error:
             if name not in SHAPES:
-                raise ValueError(f"{error}; or say --backbone_config") from error
+                raise ValueError(f"{error}; or give --backbone_config") from error
     kind, sizes = SHAPES[name]
     return AutoConfig.for_model(kind, **sizes)
 
 
-def paper_table(utilisation: float) -> str:
+def describe(plan: Plan) -> str:
+    """The plan as lines of text for the terminal."""
+    from ullme.planning.memory import GIB
+
+    job, memory = plan.job, plan.memory
+    room = plan.device.memory_gib
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in vars(memory).items() if size >= 0.05 * GIB)
+    verdict = "fits" if plan.fits else f"does NOT fit ({plan.usable_memory / GIB:.1f} of {room:.1f} GiB is usable)"
+    strategy = ("fsdp" if plan.fsdp else "ddp") if plan.num_devices > 1 else "one device"
+    chunk = (
+        f"{job.chunk_size} queries" if job.chunk_size else f"{job.chunk_tokens:,} tokens" if job.chunk_tokens else "all"
+    )
+    checkpointing = "on" if job.options.gradient_checkpointing else "off"
+    lines = {
+        "model": f"{job.options.model_name_or_path}: {plan.weights / 1e9:.2f} B weights, "
+        f"{plan.trained / 1e6:.1f} M trained",
+        "step": f"{job.batch_size} queries x {job.candidates} passages; {job.query_tokens:.0f} tokens a query, "
+        f"{job.passage_tokens:.0f} a passage",
+        "devices": f"{plan.num_devices} x {plan.device.name}, {strategy}",
+        "chunks": f"{plan.chunks} of {chunk}, gradient checkpointing {checkpointing}",
+        "memory": f"{memory.total / GIB:.1f} of {room:.1f} GiB a device: {verdict}",
+        "": f"({parts})",
+        "time": f"{plan.seconds:.2f} s a step, {plan.hours:.2f} hours an epoch of {plan.steps} steps, "
+        f"at {plan.utilisation:.0%} of the device's peak (model FLOPs utilisation {plan.mfu:.0%})",
+    }
+    if plan.retained_tokens:
+        lines["retained"] = (
+            f"the memory left over keeps the graphs of {plan.retained_tokens:,} tokens "
+            f"({plan.retained_memory / GIB:.1f} GiB), which are embedded only once"
+        )
+    if not plan.fits:
+        lines["try"] = "; ".join(_remedies(plan))
+    if plan.utilisation > 0.75 and plan.device.kind == "cuda":
+        lines["note"] = "more than 75% of the peak is not realistic; lower --utilisation"
+    return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
+
+
+def _remedies(plan: Plan) -> list[str]:
+    """Changes that reduce memory, the cheapest first."""
+    job, options = plan.job, plan.job.options
+    tried = {
+        "loss.chunk_tokens=auto": not job.full_batch and (job.chunk_size or job.chunk_tokens is not None),
+        "loss=GradCache or GRL, which run in chunks": job.full_batch,
+        "model.backbone.gradient_checkpointing=auto": not options.gradient_checkpointing,
+        "trainer.strategy of configs/strategy/fsdp.yaml": plan.num_devices > 1 and not plan.fsdp,
+        "loss.reference=adapters_off": job.frozen_copy and options.lora_name is not None,
+        "model.backbone.dtype=bfloat16": options.dtype in ("float32", "float64"),
+        "model.backbone.quantization=nf4": options.quantization == "none" and options.lora_name is not None,
+        "lower data.passage_max_length or data.num_hard_negatives": True,
+        "more or larger devices": True,
+    }
+    return [remedy for remedy, helps in tried.items() if helps]
+
+
+def paper_table(utilisation: float | None = None) -> str:
     """The paper's runs as a Markdown table: GRL, batch 512, 8 negatives, 279,040 rows, LoRA r 16, bfloat16, DDP."""
     from ullme.engine.objective import Objective
     from ullme.engine.presets import grl_terms
@@ -246,10 +292,11 @@ def paper_table(utilisation: float) -> str:
             plan = make_plan(job, DEVICES[device], count, utilisation=utilisation)
             cells += [_hours(plan), _memory(plan)]
             reached.append(plan.mfu)
+            assumed = plan.utilisation
         lines.append(f"| {name.split('/')[-1]} | {days} days | {' | '.join(cells)} |")
     note = (
-        f"If {utilisation:.0%} of the devices' peak are used, which is {min(reached):.0%} to {max(reached):.0%} model "
-        "FLOPs utilisation, and what they tell each other costs nothing."
+        f"At {assumed:.0%} of the devices' peak, which is {min(reached):.0%} to {max(reached):.0%} model FLOPs "
+        "utilisation, and without the time of communication."
     )
     return "\n".join([*lines, "", note])
 

@@ -1,8 +1,8 @@
-"""The main job in a few minutes on two CPU cores, with nothing to download: ``python -m ullme quickstart``.
+"""``ullme quickstart``: the whole job in a few minutes on two CPU cores, with nothing to download.
 
-A miniature world is invented, a tiny Llama pre-trained on its training texts, turned into an embedder by the same
-entry point as ``train.py``, and evaluated before and after by the same entry point as ``evaluate.py`` on queries about
-entities that neither training has seen.
+It generates a miniature world of facts, pre-trains a tiny Llama on its texts, trains it as an embedder by the entry
+point of ``train.py``, and evaluates it before and after by that of ``evaluate.py``, on queries about entities that
+neither training has seen.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ullme.utils import config_files
-from ullme.utils.errors import complain
+from ullme.utils.errors import print_error
 
 if TYPE_CHECKING:
     from ullme.demo.world import World
 
-CONFIG = config_files.shipped() / "quickstart.yaml"
-# What the training step logs: the total and GRL's terms.
+CONFIG = config_files.configs_folder() / "quickstart.yaml"
+# Logged metric -> label in the plot: the loss and GRL's terms.
 TERMS = {"train/loss": "total", "train/info_nce": "InfoNCE", "train/dpo": "DPO", "train/kl": "KL"}
 COLORS = {"BM25": "0.7", "untrained": "C1", "trained": "C0"}
 
@@ -43,15 +43,15 @@ class Scores:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options; whatever it does not know goes to the training entry point."""
+    """The options; unknown ones are passed to train.py."""
     options = argparse.ArgumentParser(
         prog="ullme quickstart",
-        description="Invent a world, pre-train a tiny LLM, make it an embedder and evaluate it before and after.",
-        epilog="Further options go to train.py, for example --optimizer.lr=1e-3.",
+        description="Generate data, pre-train a tiny LLM, train it as an embedder and evaluate it before and after.",
+        epilog="Further options are passed to train.py, for example --model.optimizer.lr=1e-3.",
     )
-    options.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder of everything it makes")
+    options.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder of all files")
     options.add_argument("--config", type=Path, default=CONFIG, help="training options (default: quickstart.yaml)")
-    options.add_argument("--seed", type=int, default=0, help="of the world, the LLM and the training")
+    options.add_argument("--seed", type=int, default=0, help="seed of the data, the LLM and the training")
     options.add_argument("--entities", type=int, default=600, help="entities to train on, each with five facts")
     options.add_argument("--pretrain_steps", type=int, default=200, help="steps of language modelling")
     options.add_argument("--hidden_size", type=int, default=128, help="width of the LLM, a multiple of 32")
@@ -60,29 +60,29 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run everything and print the table.
+    """Run all steps and print the table.
 
     Args:
         argv: the arguments; None takes those of the process.
 
     Returns:
-        The exit status: 0, or 2 for a mistake of the user, explained in one line.
+        The exit status: 0, or 2 for a mistake in the arguments, printed in one line.
     """
     options, training_options = parser().parse_known_args(argv)
     try:
         scores = run(options, training_options)
     except ValueError as error:
-        return complain(error)
+        return print_error(error)
     print(f"\n{table(scores)}\n\nplot: {options.output / 'quickstart.png'}")
     return 0
 
 
 def run(options: argparse.Namespace, training_options: Sequence[str] = ()) -> dict[str, Scores]:
-    """All steps in order.
+    """Run all steps in order.
 
     Args:
-        options: what :func:`parser` returns.
-        training_options: handed on to training, after the options that this function sets.
+        options: of :func:`parser`.
+        training_options: for train.py, after the options that this function sets.
 
     Returns:
         Scores on the same queries of "BM25" (if bm25s is installed), "untrained" and "trained".
@@ -96,12 +96,12 @@ def run(options: argparse.Namespace, training_options: Sequence[str] = ()) -> di
     output = options.output
     if not options.config.is_file():
         raise ValueError(f"--config {options.config} does not exist; name a YAML file, or leave it out")
-    _start_afresh(output)
-    # Nothing here is on the hub, and asking it costs time where there is no network.
+    _clear_output(output)
+    # Nothing here comes from the hub, and a lookup takes long without a network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    with _step("inventing the world"):
+    with _step("generating the data"):
         world = build_world(output / "world", options.seed, train_entities=options.entities)
     with _step("pre-training the LLM"):
         build_backbone(
@@ -130,7 +130,7 @@ def run(options: argparse.Namespace, training_options: Sequence[str] = ()) -> di
 
 
 def train(config: Path, llm: Path, world: World, output: Path, seed: int, more: Sequence[str] = ()) -> None:
-    """What ``train.py fit --config configs/quickstart.yaml ...`` does."""
+    """Train by the entry point of ``train.py fit --config configs/quickstart.yaml ...``."""
     from ullme.commands.train import main as train_main
 
     train_main(
@@ -150,9 +150,12 @@ def train(config: Path, llm: Path, world: World, output: Path, seed: int, more: 
 
 
 def evaluate(config: Path, llm: Path, world: World, output: Path, checkpoint: Path | None = None) -> Scores:
-    """What ``evaluate.py --model LLM [--checkpoint RUN] --corpus FOLDER`` does, and the scores from mteb's own file.
+    """Evaluate by the entry point of ``evaluate.py --model LLM [--checkpoint RUN] --corpus FOLDER``.
 
-    The untrained model is given the prompts of the config, so that it reads the same texts as the trained one.
+    The untrained model gets the prompts of the config, so that it embeds the same texts as the trained one.
+
+    Returns:
+        The scores in mteb's result file.
     """
     import yaml
 
@@ -170,7 +173,7 @@ def evaluate(config: Path, llm: Path, world: World, output: Path, checkpoint: Pa
 
 
 def _read_scores(folder: Path) -> Scores:
-    """From the one result file that mteb wrote below ``folder`` (its other files describe the model)."""
+    """Read the one result file that mteb wrote below ``folder`` (its other files describe the model)."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in folder.rglob("*.json")]
     (scores,) = (result["scores"]["test"][0] for result in results if "scores" in result)
     return Scores(*(float(scores[field.name]) for field in fields(Scores)))
@@ -185,7 +188,7 @@ def bm25_scores(folder: Path) -> Scores | None:
     try:
         import bm25s
     except ImportError:
-        print("BM25 is left out of the table: pip install 'ullme[bm25]' to have it")
+        print("BM25 is left out of the table; pip install 'ullme[bm25]' adds it")
         return None
     from ullme.data.beir import read_beir
 
@@ -197,7 +200,7 @@ def bm25_scores(folder: Path) -> Scores | None:
     ranks = []
     for query_id, documents, row in zip(beir.queries, found.tolist(), weights.tolist(), strict=True):
         (positive,) = beir.qrels[query_id]
-        # bm25s fills up with documents that share no word with the query, in no order that means anything
+        # bm25s fills the list with documents that share no word with the query, in arbitrary order
         ranked = [beir.corpus_ids[n] for n, weight in zip(documents, row, strict=True) if weight > 0]
         ranks.append(ranked.index(positive) + 1 if positive in ranked else math.inf)
     return Scores(
@@ -230,7 +233,7 @@ def training_terms(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def table(scores: dict[str, Scores]) -> str:
-    """The scores, times 100 as papers print them, one system a line."""
+    """The scores times 100, one system a line."""
     lines = [f"{'':12}{'nDCG@10':>10}{'MRR@10':>10}{'Recall@100':>12}"]
     for name, row in scores.items():
         lines.append(f"{name:12}{100 * row.ndcg_at_10:10.1f}{100 * row.mrr_at_10:10.1f}{100 * row.recall_at_100:12.1f}")
@@ -238,7 +241,7 @@ def table(scores: dict[str, Scores]) -> str:
 
 
 def plot(terms: dict[str, list[tuple[int, float]]], scores: dict[str, Scores], file: Path) -> None:
-    """The loss and its terms over the steps beside a bar of nDCG@10 for each system, as PNG."""
+    """Plot the loss and its terms over the steps, and a bar of nDCG@10 for each system, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -256,11 +259,11 @@ def plot(terms: dict[str, list[tuple[int, float]]], scores: dict[str, Scores], f
     figure.savefig(file, dpi=150)
 
 
-def _start_afresh(output: Path) -> None:
-    """Remove an earlier quickstart, and nothing else.
+def _clear_output(output: Path) -> None:
+    """Remove the files of an earlier quickstart.
 
     Raises:
-        ValueError: the folder holds something else.
+        ValueError: the folder has other files in it.
     """
     if output.is_dir() and any(output.iterdir()):
         if not (output / "world" / "facts.jsonl").is_file():
@@ -271,7 +274,7 @@ def _start_afresh(output: Path) -> None:
 
 @contextmanager
 def _step(what: str) -> Iterator[None]:
-    """Say what is being done, then how many seconds it took."""
+    """Print the name of a step, and afterwards how many seconds it took."""
     print(f"== {what}", flush=True)
     start = time.perf_counter()
     yield

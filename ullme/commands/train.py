@@ -7,14 +7,15 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import yaml
 from jsonargparse import ArgumentError
+from lightning.fabric.connector import _PRECISION_INPUT
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from ullme.callbacks import LossCallback, Throughput
@@ -25,18 +26,44 @@ from ullme.training import resume
 from ullme.training.module import ULLMEModule
 from ullme.training.signals import INTERRUPTED
 from ullme.utils import atomic_files, config_files, errors
-from ullme.utils.dotted_names import look_here
+from ullme.utils.dotted_names import add_cwd_to_path
+from ullme.utils.precision import choose_precision, device_type, slow_choice, stored_dtype
 
 DESCRIPTION = """Train an embedder: fit --config configs/base.yaml --config configs/model/phi-1.5.yaml ...
-Configurations stack, and later ones win; every option can be given on the command line too. A run that was interrupted
-(Ctrl-C and SIGTERM save first) goes on with the same command."""
+Configurations stack, and later ones win; every option can also be given on the command line. A run that was
+interrupted (Ctrl-C and SIGTERM save first) goes on with the same command."""
+
+
+class Trainer(L.Trainer):
+    """Lightning's Trainer, whose ``precision`` may also be ``auto`` in a configuration.
+
+    The CLI puts Lightning's own value in its place before it builds the trainer, so that the saved configuration says
+    what was taken.
+    """
+
+    def __init__(self, *args: Any, precision: _PRECISION_INPUT | Literal["auto"] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, precision=precision, **kwargs)  # type: ignore[arg-type]
+
+
+class SamePrecision(L.Callback):
+    """Refuses ranks for which ``precision: auto`` became different things: they would train different models."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Raises: ValueError: the ranks have different precisions."""
+        half = str(trainer.precision).startswith("bf16")
+        decisions = [trainer.strategy.reduce_boolean_decision(half, all=all_ranks) for all_ranks in (True, False)]
+        if decisions[0] != decisions[1]:
+            raise ValueError(
+                "trainer.precision=auto: bfloat16 pays on some ranks' processors and not on others'; set "
+                "trainer.precision=32-true and model.backbone.dtype=float32 for all of them"
+            )
 
 
 class SaveConfig(SaveConfigCallback):
-    """config.yaml in the run's folder, and the same to the logger."""
+    """Writes config.yaml into the run folder and logs the same configuration."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        config = resume.redacted(plain(self.parser, self.config))
+        config = resume.redacted(plain_values(self.parser, self.config))
         text = yaml.safe_dump(config, sort_keys=False)
         atomic_files.write_atomically(
             Path(trainer.default_root_dir) / resume.CONFIG_FILE, lambda f: f.write(text.encode())
@@ -45,19 +72,20 @@ class SaveConfig(SaveConfigCallback):
             logger.log_hyperparams(config)
 
 
-def plain(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
-    """A configuration as it would be read from YAML."""
+def plain_values(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
+    """A configuration as plain values, as YAML would give them."""
     return yaml.safe_load(parser.dump(config, skip_none=False))
 
 
 class ULLMECLI(LightningCLI):
-    """LightningCLI with one loss, one checkpoint policy, and everything of a run in one folder."""
+    """LightningCLI with one loss, one checkpoint callback, and all files of a run in one folder."""
 
     start_from: str | None = None
+    precision_was_measured = False
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """fit and validate. Testing is evaluate.py's, so no parser is built for it."""
+        """fit and validate; evaluate.py is there for testing."""
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -68,7 +96,7 @@ class ULLMECLI(LightningCLI):
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=_checkpoint_folder)
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what would fail later with somebody else's words. Raises: ValueError."""
+        """Check options that would fail later with a less helpful message. Raises: ValueError."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         trainer = config.trainer
         if trainer.gradient_clip_val is not None:
@@ -78,29 +106,53 @@ class ULLMECLI(LightningCLI):
             )
         if trainer.accumulate_grad_batches != 1:
             raise ValueError(
-                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: accumulation would take the "
-                "negatives apart; raise data.batch_size instead, GradCache fits any batch into the memory of a chunk"
+                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: accumulation would split the "
+                "in-batch negatives; raise data.batch_size instead, GradCache fits any batch into the memory of a chunk"
             )
         if self.subcommand:
             errors.check_accelerator(trainer)
             errors.check_strategy(trainer)
+        folder, root = Path(config.checkpoint.dirpath), Path(trainer.default_root_dir)
+        saved = resume.saved_config(folder, root, config.ckpt_path) if self.subcommand else {}
+        self._choose_precision(config, saved)
         if self.subcommand == "fit" and not trainer.fast_dev_run:
-            folder, root = Path(config.checkpoint.dirpath), Path(trainer.default_root_dir)
             atomic_files.check_writable(root)
-            now = plain(self._parser("fit"), config)
+            now = plain_values(self._parser("fit"), config)
             self.start_from = resume.checkpoint_to_continue(folder, root, now, config.ckpt_path)
             if self.start_from:
-                rank_zero_info(f"ullme: going on from {self.start_from}")
+                rank_zero_info(f"ullme: resuming from {self.start_from}")
             if _is_first_rank():
                 resume.name_wandb_run(trainer.logger, root)
 
+    def _choose_precision(self, config: Any, saved: dict[str, Any]) -> None:
+        """Replace ``auto`` and log it; a resumed run keeps the precision that it was started with."""
+        device = device_type(str(config.trainer.accelerator))
+        options = ("trainer.precision", "model.backbone.dtype")
+        trainer, backbone = saved.get("trainer"), (saved.get("model") or {}).get("backbone")
+        if trainer and backbone and "auto" in (asked := [config[option] for option in options]):
+            for option, value in zip(options, (trainer.get("precision"), backbone.get("dtype", "auto")), strict=True):
+                config[option] = value if config[option] == "auto" else config[option]
+            if asked != [config[option] for option in options]:
+                taken = ", ".join(f"{option}={config[option]}" for option in options)
+                rank_zero_info(f"ullme: auto: {taken}, as the run was started")
+        else:
+            self.precision_was_measured = config.trainer.precision == "auto" and device == "cpu"
+            if reason := resolve_precision(config, download=True):
+                rank_zero_info(f"ullme: auto: {reason}")
+        for option in options:
+            if warning := slow_choice(option, config[option], device):
+                rank_zero_warn(warning)
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Raises: ValueError: a device, strategy or precision that is not there."""
+        """Build the trainer. Raises: ValueError: a device, strategy or precision that this machine does not have."""
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
             config = self.config[self.subcommand] if self.subcommand else self.config
-            raise errors.bad_trainer(config.trainer.as_dict(), error) from error
+            raise errors.explain_trainer_error(config.trainer.as_dict(), error) from error
+        if self.precision_was_measured:
+            trainer.callbacks.append(SamePrecision())  # type: ignore[attr-defined]
+        return trainer
 
     def _set_seed(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
@@ -116,7 +168,7 @@ class ULLMECLI(LightningCLI):
             self.config_init[self.subcommand]["ckpt_path"] = self.start_from
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would read options from the checkpoint here; ours come from the command line alone."""
+        """Keep Lightning from reading options out of the checkpoint; they come from the command line only."""
 
 
 def _is_first_rank() -> bool:
@@ -127,15 +179,24 @@ def _checkpoint_folder(root: str) -> str:
     return os.path.join(root, "checkpoints")
 
 
+def _with_one_subcommand(kind: type[ULLMECLI], argv: Sequence[str] | None) -> type[ULLMECLI]:
+    """``kind`` without the parsers of the subcommands that are not asked for: each takes a tenth of a second."""
+    every = kind.subcommands()
+    if not argv or argv[0] not in every:
+        return kind
+    only = {argv[0]: every[argv[0]]}
+    return type(kind.__name__, (kind,), {"subcommands": staticmethod(lambda: only)})
+
+
 def build(argv: Sequence[str] | None = None, run: bool = True, kind: type[ULLMECLI] = ULLMECLI) -> ULLMECLI:
-    """The CLI, run or only instantiated.
+    """Build the CLI and, unless ``run`` is false, run its subcommand.
 
     Args:
-        argv: arguments; None takes the command line's. With ``run=False`` there is no subcommand among them.
-        run: whether to run the subcommand.
-        kind: which CLI.
+        argv: arguments; None takes the command line's. With ``run=False`` they have no subcommand.
+        run: whether to run the subcommand, or only to instantiate model, data and trainer.
+        kind: the class of the CLI.
     """
-    # Defaults below any config. The sampler cuts global batches itself, so Lightning must not put in its own.
+    # Defaults below any config. The data module's sampler splits global batches over the ranks, not Lightning's.
     defaults: dict[str, Any] = {
         "use_distributed_sampler": False,
         "default_root_dir": "runs",
@@ -143,32 +204,79 @@ def build(argv: Sequence[str] | None = None, run: bool = True, kind: type[ULLMEC
         "log_every_n_steps": 1,
         "num_sanity_val_steps": 0,
     }
+    kind = _with_one_subcommand(kind, sys.argv[1:] if argv is None else argv)
     return kind(
         ULLMEModule,
         ULLMEDataModule,
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
+        trainer_class=Trainer,
         trainer_defaults=defaults,
         auto_configure_optimizers=False,
         parser_kwargs={
             "prog": "train.py" if Path(sys.argv[0]).name == "train.py" else "ullme train",
             "description": DESCRIPTION,
             "exit_on_error": False,
-            **{name: {"exit_on_error": False} for name in ULLMECLI.subcommands()},
+            **{name: {"exit_on_error": False} for name in kind.subcommands()},
         },
-        args=None if argv is None else config_files.located(argv),
+        args=None if argv is None else config_files.locate_in_arguments(argv),
         run=run,
     )
 
 
+def read_configs(arguments: Sequence[str], device: str | None = None) -> Any:
+    """The configuration that train.py would run with, checked, nothing of it instantiated, ``auto`` precision replaced.
+
+    Args:
+        arguments: as train.py takes them, without a subcommand.
+        device: "cpu" or "cuda", for which ``auto`` is replaced; None: where the trainer would run on this machine.
+
+    Raises:
+        ValueError, jsonargparse.ArgumentError: a mistake in it.
+    """
+
+    class Reader(ULLMECLI):
+        def before_instantiate_classes(self) -> None:
+            pass
+
+        def instantiate_classes(self) -> None:
+            pass
+
+    config = build([*arguments, "--seed_everything=false"], run=False, kind=Reader).config
+    resolve_precision(config, device)
+    return config
+
+
+def resolve_precision(config: Any, device: str | None = None, download: bool = False) -> str | None:
+    """Replace ``auto`` in trainer.precision and model.backbone.dtype of a configuration.
+
+    Args:
+        config: as parsed; changed in place.
+        device: "cpu" or "cuda"; None: where the trainer would run on this machine.
+        download: the LLM's config.json from the hub, where it is needed and not on this machine.
+
+    Returns:
+        What was taken and why, in words; None where nothing was left to ``auto``, or nothing changed.
+    """
+    backbone = config.model.backbone
+    chosen = choose_precision(
+        config.trainer.precision,
+        backbone.dtype,
+        device or device_type(str(config.trainer.accelerator)),
+        lambda: stored_dtype(backbone.model_name_or_path, download),
+    )
+    config.trainer.precision, backbone.dtype = chosen.precision, chosen.dtype
+    return chosen.reason
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train from the command line. A mistake in the configuration ends with one line and exit status 2."""
-    # Deprecations inside other libraries are no business of who trains a model.
+    # Deprecations inside other libraries do not concern users.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # they are the command line's
-    look_here()
-    argv = config_files.located(sys.argv[1:] if argv is None else argv)
+    add_cwd_to_path()
+    argv = config_files.locate_in_arguments(sys.argv[1:] if argv is None else argv)
     try:
         errors.check_config_files(argv)
         build(argv)
@@ -179,9 +287,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):
             raise
-        # Lightning makes status 1 of one that came while it was setting up
+        # Lightning exits with status 1 after a Ctrl-C during setup
         print(
-            "Ctrl-C: left at once; the same command goes on from the last checkpoint, if there is one", file=sys.stderr
+            "Ctrl-C: stopped at once; the same command goes on from the last checkpoint, if there is one",
+            file=sys.stderr,
         )
         raise SystemExit(INTERRUPTED) from None
     except (ValueError, ArgumentError, MisconfigurationException) as error:

@@ -96,6 +96,7 @@ class Collator:
             passages=self._passage_rows(passages, draws),
             passage_keys=torch.tensor([passage_key(text) for text in passages]).view(len(draws), -1),
             row_ids=torch.tensor([row for row, _ in items]),
+            labelled=draws[0].labelled,
             isolated=None if all(d.in_batch_negatives for d in draws) else torch.tensor([True] * len(draws)),
         )
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from ullme.batch import LikelihoodKind
+from ullme.batch import Batch, LikelihoodKind
 from ullme.data.beir import BeirFolder, read_beir
 from ullme.data.collator import Collator, EvalCollator, EvalDataset, TrainDataset, length_sorted_batches
-from ullme.data.loader import ResumableLoader, outlast_signals
+from ullme.data.loader import ResumableLoader, defer_worker_signals
 from ullme.data.mixture import Mixture, MixtureSampler, TrainSet
 from ullme.data.records import Schema, check_schema
 from ullme.data.sampler import GlobalBatchSampler, ShortRows, settle_short_rows
@@ -38,9 +38,10 @@ class ULLMEDataModule(L.LightningDataModule):
             split, name, schema and max_rows; every batch comes from one of them.
         train_split: split of the dataset.
         train_name: configuration of the dataset, if it has several.
-        schema: the columns: auto, bge, tevatron, sentence-transformers or ullme; text, one text per row (of a retrieval
-            row, the first positive), which is its own positive (SimCSE, arXiv 2104.08821); or the dotted path of a
-            function that parses a row.
+        schema: the columns: auto, bge, tevatron, sentence-transformers or ullme; candidates, a query and passages that
+            nobody has judged (for losses that need no label); text, one text per row (of a retrieval row, the first
+            positive), which is its own positive (SimCSE, arXiv 2104.08821); or the dotted path of a function that
+            parses a row.
         on_bad_row: stop at the first bad row, before training, with its file, line and reason; or skip bad rows and
             count them.
         short_rows: what to do if a row has too few hard negatives: borrow positives of other rows, repeat its
@@ -140,6 +141,11 @@ class ULLMEDataModule(L.LightningDataModule):
             self.source = self._open_train()
             self._sampler(*self._rank_and_world_size())  # raises now, if options do not fit the data
 
+    @property
+    def labelled(self) -> bool:
+        """Whether every training row says which text is a positive; known after :meth:`setup`."""
+        return self.source is None or self.source.labelled
+
     def _open_train(self) -> RowSource:
         """Open the training set, or all datasets of the mixture."""
         sources = [self._open(dataset) for dataset in self.sets or []]
@@ -214,6 +220,28 @@ class ULLMEDataModule(L.LightningDataModule):
         collator = Collator(prompt_tokenizer, *lengths, generation, self.source.longest_instruction)
         return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=collator, **self._loader_options())
 
+    def first_batches(
+        self,
+        prompt_tokenizer: PromptTokenizer,
+        generation: bool | Collection[LikelihoodKind] = False,
+        rows: int = 100,
+    ) -> Iterator[Batch]:
+        """This rank's part of the batches that training begins with, without worker processes.
+
+        Args:
+            prompt_tokenizer: the prompt contract with its tokenizer.
+            generation: as for :meth:`train_dataloader_for`.
+            rows: queries of each batch at the most, over all ranks.
+        """
+        self.setup("fit")
+        assert self.source is not None
+        dataset = TrainDataset(self.source, self.seed, self.num_hard_negatives, self.short_rows)
+        lengths = self.query_max_length, self.passage_max_length
+        collator = Collator(prompt_tokenizer, *lengths, generation, self.source.longest_instruction)
+        rank, ranks = self._rank_and_world_size()
+        for places in self._sampler(rank, ranks):
+            yield collator([dataset[place] for place in places[: -(-rows // ranks)]])
+
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Dataloaders of the corpus and the queries, in this order; an empty list without validation.
 
@@ -242,7 +270,7 @@ class ULLMEDataModule(L.LightningDataModule):
         return {
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
-            "worker_init_fn": outlast_signals,
+            "worker_init_fn": defer_worker_signals,
             "pin_memory": torch.cuda.is_available(),
             # else a dataloader draws from the global generator in each epoch, which would change dropout on resuming
             "generator": torch.Generator().manual_seed(self.seed),

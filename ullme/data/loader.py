@@ -1,4 +1,4 @@
-"""The loader of training batches, and what its workers do about signals."""
+"""The DataLoader of training batches, and the signal handling of its workers."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-# Seconds that a worker stays after SIGTERM: the step under way and its checkpoint.
+# Seconds that a worker lives on after SIGTERM: enough for the current step and its checkpoint.
 GRACE = 30
 
 
-def outlast_signals(worker: int) -> None:
-    """A terminal's Ctrl-C and a scheduler's SIGTERM reach workers too, but the main process wants batches until it has
-    saved. Ctrl-C is its business alone; SIGTERM, which it also sends to workers that are left over, ends them later.
+def defer_worker_signals(worker: int) -> None:
+    """Keep a worker alive through Ctrl-C and, for a while, SIGTERM: both reach every process of a run, and the main
+    process needs batches until it has saved. A ``worker_init_fn``.
 
     Args:
-        worker: its number, of no consequence.
+        worker: its number; not used.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader whose place follows the trainer's step counter. It has no state of its own to keep; the two methods
-    are how Lightning learns that it can be resumed inside an epoch.
+    """A DataLoader that can be resumed inside an epoch. Its position follows from the trainer's step counter, so its
+    state is empty; the two methods tell Lightning that it can be resumed.
 
     Attributes:
-        waited: seconds, over all epochs, in which a batch was asked for and not there.
+        waited: seconds, over all epochs, spent waiting for batches.
     """
 
     waited = 0.0

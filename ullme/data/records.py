@@ -21,12 +21,13 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """One row: a query, what answers it and what does not.
+    """One row: a query, what answers it and what does not; or a query and candidates that nobody has judged.
 
     Args:
         query: the query's text.
-        positives: at least one text, all different.
-        negatives: any number of texts, all different, none of them a positive of this row.
+        positives: texts, all different; none where no text is known to answer the query.
+        negatives: any number of texts, all different, none of them a positive of this row; without positives the
+            candidates, two at least.
         instruction: the task description of this row, or None for the prompt contract's own.
     """
 
@@ -34,6 +35,16 @@ class Record:
     positives: tuple[str, ...]
     negatives: tuple[str, ...]
     instruction: str | None = None
+
+    @property
+    def labelled(self) -> bool:
+        """Whether a positive is known."""
+        return bool(self.positives)
+
+    @property
+    def num_negatives(self) -> int:
+        """Texts beside the first candidate, which is a positive where one is known."""
+        return len(self.negatives) - (not self.labelled)
 
 
 def parse_record(row: Any, schema: Schema = "auto") -> Record:
@@ -97,9 +108,12 @@ def detect_schema(row: Mapping[str, Any]) -> Schema:
         return "sentence-transformers"
     if row.keys() & {"positive", "negative"}:
         return "ullme"
+    if "candidates" in row:
+        return "candidates"
     raise BadRow(
         f"missing key: {sorted(map(str, row))} fit no schema; expected query and pos (bge), query and "
-        "positive_passages (tevatron), anchor and positive (sentence-transformers) or query and positive (ullme)"
+        "positive_passages (tevatron), anchor and positive (sentence-transformers), query and positive (ullme) or, "
+        "without labels, query and candidates (candidates)"
     )
 
 
@@ -134,6 +148,21 @@ def _parse_sentence_transformers(row: Mapping[str, Any]) -> Record:
     )
 
 
+def _parse_candidates(row: Mapping[str, Any]) -> Record:
+    """A query and passages that may answer it, nobody knows which: texts, or objects with title and text."""
+    texts = [
+        join_title(value, f"candidates[{i}]") if isinstance(value, Mapping) else _text(value, f"candidates[{i}]")
+        for i, value in enumerate(_list(row, "candidates"))
+    ]
+    candidates = tuple(dict.fromkeys(texts))
+    if len(candidates) < 2:
+        raise BadRow(
+            f"'candidates' holds {len(candidates)} different texts; without a label a query's candidates are compared "
+            "with one another, so give at least 2"
+        )
+    return Record(_text(_get(row, "query"), "query"), (), candidates)
+
+
 def _parse_text(row: Mapping[str, Any]) -> Record:
     """The column ``text``; of a row of retrieval, which has none, the first positive."""
     if "text" not in row and row.keys() & {"pos", "positive", "positive_passages"}:
@@ -148,6 +177,7 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any]], Record]] = {
     "tevatron": _parse_tevatron,
     "sentence-transformers": _parse_sentence_transformers,
     "ullme": _parse_ullme,
+    "candidates": _parse_candidates,
     "text": _parse_text,
 }
 

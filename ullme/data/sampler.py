@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
+from ullme.data.records import Record
 from ullme.data.sources import RowSource, Subset
 
 ShortRows = Literal["borrow", "repeat", "drop"]
@@ -19,7 +20,8 @@ ShortRows = Literal["borrow", "repeat", "drop"]
 
 class Draw(NamedTuple):
     """What one row gives in one epoch: a query, a positive, N hard negatives, and the row's own instruction; and what
-    its dataset says (:class:`ullme.data.mixture.TrainSet`)."""
+    its dataset says (:class:`ullme.data.mixture.TrainSet`). Where ``labelled`` is False, positive and negatives are
+    1 + N of the row's candidates in no order."""
 
     query: str
     positive: str
@@ -27,6 +29,7 @@ class Draw(NamedTuple):
     instruction: str | None
     in_batch_negatives: bool = True
     symmetric: bool = False
+    labelled: bool = True
 
 
 def draw(
@@ -49,6 +52,9 @@ def draw(
     """
     record = source[row]
     rng = np.random.default_rng([seed, epoch, row])
+    if not record.labelled:
+        first, *others = _draw_candidates(source, record, num_hard_negatives + 1, rng, short_rows)
+        return Draw(record.query, first, others, record.instruction, labelled=False)
     positive = record.positives[rng.integers(len(record.positives))]
     order = rng.permutation(len(record.negatives))[:num_hard_negatives]
     negatives = [record.negatives[i] for i in order]
@@ -60,8 +66,18 @@ def draw(
     return Draw(record.query, positive, negatives, record.instruction)
 
 
+def _draw_candidates(
+    source: RowSource, record: Record, count: int, rng: np.random.Generator, short_rows: ShortRows
+) -> list[str]:
+    """``count`` of a row's candidates at random; ``short_rows`` says what stands in for missing ones."""
+    texts = [record.negatives[i] for i in rng.permutation(len(record.negatives))[:count]]
+    if len(texts) < count and short_rows == "repeat":
+        return [texts[i % len(texts)] for i in range(count)]
+    return texts + _borrow(source, count - len(texts), set(record.negatives), rng) if len(texts) < count else texts
+
+
 def _borrow(source: RowSource, count: int, taken: set[str], rng: np.random.Generator) -> list[str]:
-    """Positives of other rows, all different, none in ``taken``."""
+    """Positives (without labels, candidates) of other rows, all different, none in ``taken``."""
     borrowed: list[str] = []
     for text in _others(source, 8 * count, rng):
         if text not in taken:
@@ -76,13 +92,14 @@ def _borrow(source: RowSource, count: int, taken: set[str], rng: np.random.Gener
 
 
 def _others(source: RowSource, tries: int, rng: np.random.Generator) -> Iterator[str]:
-    """Positives of random rows; and of every row, where ``tries`` do not do because most rows have the same texts."""
+    """Texts of random rows; and of every row, where ``tries`` do not do because most rows have the same texts."""
     for row in rng.integers(len(source), size=tries).tolist():
-        positives = source[row].positives
+        positives = source[row].positives or source[row].negatives
         yield positives[rng.integers(len(positives))]
     start = int(rng.integers(len(source)))
     for i in range(len(source)):
-        yield from source[(start + i) % len(source)].positives
+        record = source[(start + i) % len(source)]
+        yield from record.positives or record.negatives
 
 
 def settle_short_rows(

@@ -38,11 +38,13 @@ class RowSource(Protocol):
         num_negatives: (rows,) number of hard negatives of each row.
         skipped: "file:line: reason" of every bad row that was skipped.
         longest_instruction: the longest instruction of a row, or None if no row has one.
+        labelled: whether rows say which text is a positive; in one source all do, or none.
     """
 
     num_negatives: np.ndarray
     skipped: list[str]
     longest_instruction: str | None
+    labelled: bool
 
     def __len__(self) -> int: ...
 
@@ -59,6 +61,7 @@ class _CheckedRows:
         self.num_negatives = array("q")
         self.skipped: list[str] = []
         self.longest_instruction: str | None = None
+        self.labelled: bool | None = None
 
     def add(self, position: int, where: str, raw: Any) -> None:
         """Check a row.
@@ -78,8 +81,15 @@ class _CheckedRows:
                 raise ValueError(f"{where}: {reason}; fix the row or set data.on_bad_row=skip") from None
             self.skipped.append(f"{where}: {reason}")
             return
+        if self.labelled is not None and record.labelled != self.labelled:
+            raise ValueError(
+                f"{where}: a row {'with' if record.labelled else 'without'} a positive among rows "
+                f"{'without' if record.labelled else 'with'} one; put the two kinds into two datasets (data.datasets), "
+                "so that a batch is of one kind"
+            )
+        self.labelled = record.labelled
         self.positions.append(position)
-        self.num_negatives.append(len(record.negatives))
+        self.num_negatives.append(record.num_negatives)
         if record.instruction is not None and len(record.instruction) > len(self.longest_instruction or ""):
             self.longest_instruction = record.instruction
 
@@ -124,6 +134,7 @@ class JsonlSource:
         self._offsets = np.asarray(checked.positions)
         self.num_negatives = np.asarray(checked.num_negatives)
         self.skipped, self.longest_instruction = checked.skipped, checked.longest_instruction
+        self.labelled = bool(checked.labelled)
         self._handles: dict[int, BinaryIO] = {}
         self._pid = os.getpid()
 
@@ -180,6 +191,7 @@ class HubSource:
         self._rows = np.asarray(checked.positions)
         self.num_negatives = np.asarray(checked.num_negatives)
         self.skipped, self.longest_instruction = checked.skipped, checked.longest_instruction
+        self.labelled = bool(checked.labelled)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -203,6 +215,7 @@ class Subset:
         self.rows = rows
         self.num_negatives = source.num_negatives[rows]
         self.skipped, self.longest_instruction = source.skipped, source.longest_instruction
+        self.labelled = source.labelled
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -293,9 +306,45 @@ def _load(path: str | Sequence[str], name: str | None, split: str) -> Dataset:
             if split not in saved:
                 raise ValueError(f"it has the splits {sorted(saved)}")
             return saved[split]
-        return load_dataset(files[0], name, split=split)
+        return _load_repository(files[0], name, split)
     except (FileNotFoundError, ConnectionError, ValueError) as error:
         raise ValueError(
             f"data.train={path!r}, data.train_split={split!r}, data.train_name={name!r} cannot be loaded ({error}); "
             "name a JSONL file, a folder or a dataset that can be reached, and a split it has"
         ) from error
+
+
+def _load_repository(path: str, name: str | None, split: str) -> Dataset:
+    """A dataset of the hub or a dataset folder; where a script would have to load it, its data files are read instead.
+
+    ``datasets`` runs no loading scripts since 4.0, and Tevatron/msmarco-passage, the default training set, has one.
+
+    Raises:
+        ValueError: only a script can load it.
+    """
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(path, name, split=split)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        reason = "a script loads it, which the installed version of datasets does not run"
+        if name is not None:
+            raise ValueError(f"{reason}; leave out data.train_name to read its files") from error
+        if not (files := _json_files(path, split)):
+            raise ValueError(f"{reason}, and it has no file {split}*.jsonl or {split}*.jsonl.gz") from error
+    return load_dataset("json", data_files={split: files}, split=split)
+
+
+def _json_files(path: str, split: str) -> list[str]:
+    """Paths or addresses of the files of JSON lines, compressed or not, that a folder or a dataset of the hub has for a
+    split (train.jsonl, train-00001.jsonl.gz)."""
+    from huggingface_hub import HfApi
+
+    if Path(path).is_dir():
+        found = {str(file.relative_to(path)): str(file) for file in Path(path).rglob("*")}
+    else:
+        found = {file: f"hf://datasets/{path}/{file}" for file in HfApi().list_repo_files(path, repo_type="dataset")}
+    wanted = re.compile(rf"{re.escape(split)}([-._].*)?\.jsonl?(\.(gz|zst|xz|bz2))?")
+    return [address for file, address in sorted(found.items()) if wanted.fullmatch(Path(file).name)]

@@ -106,8 +106,9 @@ class Objective:
             if isinstance(term, MNTP):
                 term.mask_token_id(model.tokenizer)
             if term.needs_negatives and num_hard_negatives < 1:
+                compared = "a positive with negatives" if term.needs_positive else "a query's candidates"
                 raise ValueError(
-                    f"loss term {term.name} compares a positive with negatives, and data.num_hard_negatives="
+                    f"loss term {term.name} compares {compared}, and data.num_hard_negatives="
                     f"{num_hard_negatives}; give at least 1"
                 )
         if self.uses_reference:

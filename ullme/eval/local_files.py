@@ -1,4 +1,4 @@
-"""Readers of local evaluation files. Each checks every row and says which file and line is wrong, and what to do."""
+"""Readers of local evaluation files. Each checks every row; errors name the file, the line and the remedy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def content_hash(*paths: Path) -> str:
 
 
 def existing_file(path: str | Path, option: str) -> Path:
-    """Raises: ValueError: no such file."""
+    """The path, checked. Raises: ValueError: no such file."""
     if not (found := Path(path)).is_file():
         raise ValueError(f"{option}={str(path)!r}: no such file; give the path of an existing file")
     return found
@@ -83,14 +83,14 @@ def texts(row: dict[str, Any], column: str, where: str) -> list[str]:
 
 
 def text(row: dict[str, Any], column: str, where: str) -> str:
-    """Raises: ValueError: the column does not hold a text."""
+    """A column that holds a text. Raises: ValueError: it holds anything else."""
     if not isinstance(value := row[column], str):
         raise ValueError(f"{where}: {column!r} must be a text, not {value!r:.80}")
     return value
 
 
 def number(row: dict[str, Any], column: str, where: str) -> float:
-    """Raises: ValueError: the column does not hold a finite number."""
+    """A column that holds a finite number. Raises: ValueError: it holds anything else."""
     try:
         value = float(row[column])
     except (TypeError, ValueError):

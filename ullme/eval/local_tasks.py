@@ -1,7 +1,7 @@
 """Local files as mteb tasks, made at run time and scored by mteb's own code.
 
 A task is called after its file or folder, followed by a hash of the content (``banking77-1a2b3c4d``), so that mteb's
-result cache never answers for a file that has changed since.
+result cache is not used for a file that has changed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ullme.eval.local_files import content_hash, existing_file, number, read_jso
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
-# Names that say nothing by themselves: the folder's name goes before them.
+# Names that need the name of their folder in front of them.
 GENERIC_NAMES = {"all", "corpus", "data", "dataset", "dev", "eval", "pairs", "rerank", "test", "train", "validation"}
 
 
@@ -59,7 +59,7 @@ def reranking_task(file: str | Path) -> AbsTask:
         ids = {passage: corpus.setdefault(passage, f"d{len(corpus)}") for passage in [*positives, *negatives]}
         queries[f"q{n}"] = text(row, "query", where)
         qrels[f"q{n}"] = {id_: int(passage in set(positives)) for passage, id_ in ids.items()}
-        # Sorted by id and not positives first: were all scores equal, the order given must not decide.
+        # Sorted by id, not positives first: with equal scores the given order would decide the ranking.
         candidates[f"q{n}"] = sorted(ids.values())
 
     def load() -> dict[str, Any]:
@@ -186,7 +186,7 @@ def _retrieval_data(
     qrels: dict[str, dict[str, int]],
     candidates: dict[str, list[str]] | None = None,
 ) -> dict[str, Any]:
-    """mteb's layout of a retrieval task."""
+    """The data of a retrieval task in mteb's layout."""
     from datasets import Dataset
 
     def texts_by_id(named: dict[str, str]) -> Dataset:
@@ -230,7 +230,7 @@ def _make_task(
 
 
 def task_name(path: Path) -> str:
-    """The name of a file or folder without its ending, with its parent's before it where it says little by itself."""
+    """The name of a file (without suffix) or folder, after that of its parent folder where it is a generic one."""
     resolved = path.resolve()
     name = resolved.stem if resolved.is_file() else resolved.name
     if set(name.lower().split(".")) <= GENERIC_NAMES:

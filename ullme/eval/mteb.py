@@ -40,16 +40,16 @@ def eval_mteb_dataset(
         dataset_name: name of an mteb task, such as "MSMARCO".
         langs: ISO 639-3 codes. A language's score is the mean over the subsets in that language alone, or, where
             there are none (bitext mining), over the subsets that contain it.
-        output: folder for mteb's result files; results already there are not computed again. None keeps no files.
-        overwrite: compute again what is there.
+        output: folder for mteb's result files; existing results are not recomputed. None keeps no files.
+        overwrite: recompute existing results.
         batch_size: texts a forward; None takes what suits the device.
 
     Returns:
         For example ``{"eng": 35.8}``.
 
     Raises:
-        ValueError: an unknown task, a language that the task does not have, or (TaskDataError) data that cannot be
-            had.
+        ValueError: an unknown task, a language that the task does not have, or (TaskDataError) data that cannot
+            be downloaded.
     """
     task = _one_task(dataset_name)
     subsets = {lang: _subsets(task, lang) for lang in langs}
@@ -70,16 +70,16 @@ def evaluate_tasks(
 ) -> list[Row]:
     """Evaluate tasks one after the other, each written to disk as soon as it is done.
 
-    A task whose data cannot be had gives a row without score and with the reason; the others go on.
+    A task whose data cannot be downloaded gives a row with the reason and no score; the others are evaluated.
 
     Args:
         model: a :class:`~ullme.models.WrappedULLME` or any other mteb encoder.
-        tasks: what :func:`find_tasks` and :mod:`ullme.eval.local_tasks` return. Tasks hold a random state that
-            evaluation advances: make them anew for every model.
+        tasks: from :func:`find_tasks` and :mod:`ullme.eval.local_tasks`. Evaluation changes their random state: make
+            new ones for every model.
         output: folder for mteb's result files (``results/MODEL/REVISION/TASK.json``); None keeps no files.
-        overwrite: compute again what is there.
+        overwrite: recompute existing results.
         batch_size: texts a forward; None takes what suits the device.
-        show_progress_bar: mteb's bars.
+        show_progress_bar: show mteb's progress bars.
 
     Returns:
         A row for each task, in order.
@@ -127,7 +127,7 @@ def find_tasks(names: Sequence[str], langs: Sequence[str] | None = None) -> list
 
 
 def nearest_names(name: str, count: int = 3) -> list[str]:
-    """The names of mteb tasks and benchmarks that look most like ``name``, upper and lower case alike."""
+    """The names of mteb tasks and benchmarks that are most similar to ``name``, ignoring case."""
     import mteb
     from mteb.get_tasks import TASK_LIST
 
@@ -145,12 +145,12 @@ def _one_task(name: str) -> AbsTask:
         return mteb.get_task(name)
     except KeyError:
         nearest = nearest_names(name)
-    advice = f"did you mean {' or '.join(nearest)}?" if nearest else "mteb.get_tasks() lists the known ones"
-    raise ValueError(f"tasks: {name!r} is not the name of an mteb task or benchmark; {advice}")
+    suggestion = f"did you mean {' or '.join(nearest)}?" if nearest else "mteb.get_tasks() lists the known ones"
+    raise ValueError(f"tasks: {name!r} is not the name of an mteb task or benchmark; {suggestion}")
 
 
 def _subsets(task: AbsTask, lang: str) -> list[str]:
-    """Subsets in this language alone, or else those that contain it."""
+    """The subsets in this language only, or else those that contain it."""
     languages = {
         subset: {code.split("-")[0] for code in codes}
         for subset, codes in task.metadata.hf_subsets_to_langscripts.items()
@@ -177,7 +177,7 @@ def _cache(output: str | Path | None) -> Iterator[ResultCache]:
 def _evaluate(
     model: Any, task: AbsTask, cache: ResultCache, *, overwrite: bool, batch_size: int | None, show_progress_bar: bool
 ) -> TaskResult:
-    """Raises: TaskDataError: the data cannot be had. Anything else that fails is a fault and is raised as it is."""
+    """Evaluate one task. Raises: TaskDataError: its data cannot be downloaded; other errors are passed on."""
     import mteb
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError

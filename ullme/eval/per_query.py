@@ -1,4 +1,4 @@
-"""Scores of single queries: what a paired test between two models needs, and mteb's result files leave out."""
+"""Scores of single queries, which paired tests between models need and mteb's result files do not have."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from ullme.utils import atomic_files
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
-# mteb's name of a main score -> pytrec_eval's of the same, which is what mteb has for each query.
+# mteb's name of a main score -> the name that pytrec_eval, which computes the scores of a query, gives it.
 _PYTREC = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P"}
 
 
 def keep_per_query(tasks: Sequence[AbsTask], folder: str | Path) -> None:
-    """Have every retrieval and reranking task write ``FOLDER/TASK.json``: {query id: main score of that query}.
+    """Make every retrieval and reranking task write ``FOLDER/TASK.json``: {query id: main score of that query}.
 
-    The numbers are those that mteb takes the mean of; they are caught where it offers them, in
-    ``task_specific_scores``. A query id of a subset other than "default" is written ``SUBSET:ID``. A task whose main
-    score has no value for a single query writes nothing, and neither does one that mteb's cache answers for.
+    The scores are those that mteb averages, taken from its hook ``task_specific_scores``. The query ids of a subset
+    other than "default" are written ``SUBSET:ID``. A task whose main score does not exist for a single query writes
+    nothing, and neither does one whose result comes from mteb's cache.
 
     Args:
-        tasks: as :func:`~ullme.eval.find_tasks` returns them; tasks that join others are opened.
+        tasks: as :func:`~ullme.eval.find_tasks` returns them; of aggregate tasks each part is wrapped.
         folder: made when the first file is written.
     """
     for task in tasks:
         if parts := getattr(task, "tasks", None):
             keep_per_query(parts, folder)
         elif hasattr(task, "task_specific_scores") and (key := pytrec_key(task.metadata.main_score)):
-            _catch(task, key, Path(folder))
+            _wrap_task(task, key, Path(folder))
 
 
 def pytrec_key(main_score: str) -> str | None:
@@ -46,17 +46,19 @@ def read_per_query(folder: str | Path) -> dict[str, dict[str, float]]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))}
 
 
-def _catch(task: Any, key: str, folder: Path) -> None:
+def _wrap_task(task: Any, key: str, folder: Path) -> None:
+    """Write the scores of each query whenever mteb hands them to the task."""
     own, kept = task.task_specific_scores, {}
 
-    def caught(
+    def scores_of_task(
         scores: Mapping[str, Mapping[str, float]], *rest: Any, hf_split: str, hf_subset: str
     ) -> dict[str, float]:
         place = "" if hf_subset == "default" else f"{hf_subset}:"
         kept.update({f"{place}{query}": values[key] for query, values in scores.items() if key in values})
         if kept:
             text = json.dumps(kept)
-            atomic_files.write_atomically(folder / f"{task.metadata.name}.json", lambda file: file.write(text.encode()))
+            file = folder / f"{task.metadata.name}.json"
+            atomic_files.write_atomically(file, lambda stream: stream.write(text.encode()), option="--per_query")
         return own(scores, *rest, hf_split=hf_split, hf_subset=hf_subset)
 
-    task.task_specific_scores = caught
+    task.task_specific_scores = scores_of_task

@@ -1,8 +1,8 @@
 """Evaluation over several processes (``torchrun --nproc-per-node N evaluate.py ...``).
 
-The first process runs mteb, alone: it loads the tasks, computes the scores, writes the results and prints. The others
-hold the model and embed their share of the texts. Batches are cut as in a single process and dealt out one by one, so
-every embedding, and with it every score, is the single process's to the last bit.
+Only the first process runs mteb: it loads the tasks, computes the scores, writes the results and prints them. The
+others load the model and embed their share of the texts. Batches are formed as in a single process and assigned to the
+ranks one by one, so every embedding, and every score, equals the single process's to the last bit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def join() -> None:
-    """Meet the other processes that torchrun started, if it did. They may wait for days, while scores are computed."""
+    """Join the process group of torchrun, if it started this process. Other ranks may wait days for scores."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(days=7))
 
@@ -40,18 +40,19 @@ def own_device() -> str | None:
 
 
 def on_every_rank(make: Callable[[], T]) -> T:
-    """``make()``, and the first rank's mistake on every rank. Raises: ValueError: it failed anywhere."""
-    made, mistake = None, None
+    """Call ``make`` on every rank. Raises: ValueError: on all ranks, with the first error, if it failed on any."""
+    made, own_error = None, None
     try:
         made = make()
     except ValueError as error:
-        mistake = error
-    mistakes: list[str | None] = [None if mistake is None else str(mistake)]
+        own_error = error
+    own_message = None if own_error is None else str(own_error)
+    messages = [own_message]
     if world()[1] > 1:
-        mistakes = [None] * world()[1]
-        dist.all_gather_object(mistakes, None if mistake is None else str(mistake))
-    if first := next((text for text in mistakes if text is not None), None):
-        raise mistake or ValueError(first)
+        messages = [None] * world()[1]
+        dist.all_gather_object(messages, own_message)
+    if first := next((message for message in messages if message is not None), None):
+        raise own_error or ValueError(first)
     assert made is not None
     return made
 
@@ -65,19 +66,19 @@ def embed_over_ranks(model: ULLME, blocks: Iterable[TokenRows]) -> Iterator[Tens
 
 
 def serve(model: ULLME) -> None:
-    """Embed for the first rank until it lets go."""
+    """Embed for the first rank until it calls :func:`stop_serving`."""
     while _exchange(model, None):
         pass
 
 
-def let_go() -> None:
+def stop_serving() -> None:
     """End :func:`serve` on the other ranks."""
     if world()[1] > 1:
         dist.scatter_object_list([None], [None] * world()[1])
 
 
 def _exchange(model: ULLME, shares: list[list[TokenRows]] | None) -> list[list[Tensor]]:
-    """Give every rank its share, embed one's own, and bring all back to the first rank; empty: there is no more."""
+    """Scatter the blocks, embed this rank's share, and gather the embeddings on the first rank; empty at the end."""
     rank, ranks = world()
     mine: list[list[TokenRows] | None] = [None]
     dist.scatter_object_list(mine, shares)

@@ -36,7 +36,7 @@ def mean_score(rows: Sequence[Row]) -> float | None:
 
 
 def write_rows(rows: Sequence[Row], file: str | Path) -> None:
-    """The rows as JSON, whole or not at all; :func:`read_rows` reads them.
+    """Write the rows as JSON, atomically; :func:`read_rows` reads them.
 
     Raises:
         ValueError: the file cannot be written.
@@ -44,11 +44,11 @@ def write_rows(rows: Sequence[Row], file: str | Path) -> None:
     from ullme.utils import atomic_files  # which imports torch
 
     text = json.dumps([asdict(row) for row in rows], indent=1)
-    atomic_files.write_atomically(file, lambda stream: stream.write(text.encode()))
+    atomic_files.write_atomically(file, lambda stream: stream.write(text.encode()), option="--scores")
 
 
 def read_rows(file: str | Path) -> list[Row]:
-    """What :func:`write_rows` wrote."""
+    """Read the rows that :func:`write_rows` wrote."""
     return [Row(**row) for row in json.loads(Path(file).read_text(encoding="utf-8"))]
 
 
@@ -63,7 +63,7 @@ def text_table(rows: Sequence[Row]) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The same table in Markdown."""
+    """The table in Markdown, the mean in the last row."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in _cells(rows)]
     return "\n".join([lines[0], "|---|---|---|---:|", *lines[1:]])
 

@@ -1,4 +1,4 @@
-"""What an evaluation found, in W&B: each score in the run's summary, and the table."""
+"""Logging an evaluation to W&B: each score in the run's summary, and the table."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ullme.training.resume import WANDB_FILE, redacted
 def wandb_run(
     project: str | None, checkpoint: str | None, config: dict[str, Any], folder: str
 ) -> Iterator[Callable[[Sequence[Row]], None]]:
-    """A W&B run, begun before anything is computed, so that a missing login is known in time.
+    """A W&B run, started before anything is computed, so that a missing login is noticed early.
 
-    Online, a checkpoint whose training logged to W&B goes on in the run of its training. Offline that would be two
-    files of one run, so it is a run of its own, with the other's id in its config.
+    Online, a checkpoint whose training logged to W&B resumes the run of its training. Offline a run cannot be resumed,
+    so a new one is made, with the id of the training's run in its config.
 
     Args:
         project: None logs nothing.
@@ -28,10 +28,10 @@ def wandb_run(
         folder: offline files go to ``wandb`` in it.
 
     Yields:
-        What to call with the rows of the table.
+        A function that logs the rows of the table.
 
     Raises:
-        ValueError: W&B cannot be reached, or nobody is logged in.
+        ValueError: W&B cannot be reached, or the user is not logged in.
     """
     if project is None:
         yield lambda rows: None

@@ -5,6 +5,7 @@ from ullme.losses.info_nce import InfoNCE, info_nce
 from ullme.losses.kl import KL, kl_loss
 from ullme.losses.mntp import MNTP
 from ullme.losses.preference import CPO, DPO, IPO, KTO, Hinge, SimPO
+from ullme.losses.pseudo_labels import PseudoLabelInfoNCE
 from ullme.losses.sft import SFT, sft_loss
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "ChunkLoss",
     "Hinge",
     "InfoNCE",
+    "PseudoLabelInfoNCE",
     "RepresentationLoss",
     "SimPO",
     "Term",

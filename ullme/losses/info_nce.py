@@ -26,12 +26,19 @@ def info_nce(
     Returns:
         A scalar in float32 (float64 for float64 inputs).
     """
+    return _info_nce(queries, passages, positives, excluded, temperature).mean()
+
+
+def _info_nce(
+    queries: Tensor, passages: Tensor, positives: Tensor, excluded: Tensor | None, temperature: float
+) -> Tensor:
+    """(B,), each query's part of the mean that :func:`info_nce` is."""
     wide = torch.promote_types(queries.dtype, torch.float32)
     with torch.autocast(queries.device.type, enabled=False):
         scores = queries.to(wide) @ passages.to(wide).T / temperature
         if excluded is not None:
             scores = scores.masked_fill(excluded, float("-inf"))
-        return cross_entropy(scores, positives)
+        return cross_entropy(scores, positives, reduction="none")
 
 
 class InfoNCE(RepresentationLoss):
@@ -78,29 +85,41 @@ class InfoNCE(RepresentationLoss):
             reps: queries (B, D), passages (B, C, D).
         """
         sizes = gather_sizes(len(reps), reps.queries.device)
+        first = torch.zeros(len(reps), dtype=torch.long, device=reps.queries.device)
+        return self.per_query(reps, first, sizes).mean() * global_mean_weight(sizes)
+
+    def per_query(self, reps: Representations, positive: Tensor, sizes: list[int]) -> Tensor:
+        """(B,) the loss of each of this rank's queries, in nats.
+
+        Args:
+            reps: queries (B, D), passages (B, C, D).
+            positive: (B,) which of a query's candidates counts as its positive.
+            sizes: queries of each rank, from :func:`~ullme.distributed.gather_sizes`.
+        """
         rank, _ = world()
         queries, keys = gather(reps.queries, sizes), gather(reps.passage_keys, sizes)
-        passages = gather(reps.passages, sizes)
+        passages, positive_of_all = gather(reps.passages, sizes), gather(positive, sizes)
         own = torch.arange(len(reps), device=queries.device) + sum(sizes[:rank])
-        c = passages.shape[1]
-        excluded = self._excluded(own, keys, reps.isolated)
-        loss = info_nce(reps.queries, passages.flatten(0, 1), own * c, excluded, self.temperature)
+        positive_keys = keys.gather(1, positive_of_all[:, None])[:, 0]
+        places = own * passages.shape[1] + positive
+        excluded = self._excluded(own, keys, positive_keys[own], places, reps.isolated)
+        loss = _info_nce(reps.queries, passages.flatten(0, 1), places, excluded, self.temperature)
         if self.bidirectional:
-            positive_keys = keys[:, 0]
             others = self._others(own, torch.arange(len(queries), device=own.device), reps.isolated)
             if self.mask_duplicates:
                 others = others | self._same_text(positive_keys[own], positive_keys, own)
-            back = info_nce(reps.passages[:, 0], queries, own, others, self.temperature)
-            loss = (loss + back) / 2
-        return loss * global_mean_weight(sizes)
+            answers = reps.passages[torch.arange(len(reps), device=own.device), positive]
+            loss = (loss + _info_nce(answers, queries, own, others, self.temperature)) / 2
+        return loss
 
-    def _excluded(self, own: Tensor, keys: Tensor, isolated: Tensor | None) -> Tensor:
+    def _excluded(
+        self, own: Tensor, keys: Tensor, positive_keys: Tensor, places: Tensor, isolated: Tensor | None
+    ) -> Tensor:
         """(B, M) bool: what is no negative of each own query, out of the M = B_global * C passages."""
-        c = keys.shape[1]
-        owner = torch.arange(keys.numel(), device=keys.device) // c
+        owner = torch.arange(keys.numel(), device=keys.device) // keys.shape[1]
         excluded = self._others(own, owner, isolated)
         if self.mask_duplicates:
-            excluded = excluded | self._same_text(keys[own, 0], keys.flatten(), own * c)
+            excluded = excluded | self._same_text(positive_keys, keys.flatten(), places)
         return excluded
 
     def _others(self, own: Tensor, owner: Tensor, isolated: Tensor | None) -> Tensor:

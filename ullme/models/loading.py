@@ -222,6 +222,7 @@ def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:
         return model
     assert options.lora_name is not None
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     from ullme.models import lora as lora_layers
 
@@ -235,9 +236,11 @@ def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:
         target_modules=targets,
         exclude_modules=(lora_layers.modules_to_exclude(model) or None) if targets == "all-linear" else None,
         task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 stores (in, out)
     )
     try:
-        wrapped = get_peft_model(model, lora, adapter_name=options.lora_name)
+        with lora_layers.without_deprecation_warning():
+            wrapped = get_peft_model(model, lora, adapter_name=options.lora_name)
     except ValueError as error:
         raise ValueError(f"lora_target_modules={options.lora_target_modules!r}: {error}") from error
     lora_layers.set_dropout(wrapped, options.lora_name, options.lora_dropout)

@@ -11,6 +11,9 @@ PEFT's modules, weight names and file formats do not change, only the class of :
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +24,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def without_deprecation_warning() -> Iterator[None]:
+    """Silence the one warning that wrapping a model with PEFT (up to 0.21) gives under transformers 5.2x.
+
+    PEFT reads ``is_gradient_checkpointing``, which transformers has renamed; nobody who calls ULLME can change that.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 class LoraLinear(Linear):
@@ -98,27 +112,27 @@ def set_dropout(model: nn.Module, adapter: str, probability: float) -> None:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, safe: bool = False) -> nn.Module:
+def merge(model: Any, safe: bool = False) -> Any:
     """The LLM with the adapter merged into its weights.
 
     A head that shares its weight with the embedding gets a copy of its own first, if either has an adapter: the adapter
     changes only one of them.
 
     Args:
-        model: the PEFT model; it is used up.
+        model: the PEFT model, which cannot be used afterwards.
         safe: check that the merged weights are finite.
 
     Raises:
         ValueError: they are not.
     """
-    llm: Any = model.get_base_model()  # type: ignore[operator]
+    llm: Any = model.get_base_model()
     table, head = llm.get_input_embeddings(), llm.get_output_embeddings()
     adapted = isinstance(table, LoraLayer) or isinstance(head, LoraLayer)
     if head is not None and adapted and head.weight is table.weight:
         inner = head.get_base_layer() if isinstance(head, LoraLayer) else head
-        inner.weight = nn.Parameter(inner.weight.clone(), requires_grad=False)
+        inner.weight = nn.Parameter(inner.weight.clone(), requires_grad=False)  # type: ignore[operator]
         llm.config.get_text_config().tie_word_embeddings = llm.config.tie_word_embeddings = False
-    return model.merge_and_unload(safe_merge=safe)  # type: ignore[operator]
+    return model.merge_and_unload(safe_merge=safe)
 
 
 def modules_to_exclude(model: nn.Module) -> list[str]:

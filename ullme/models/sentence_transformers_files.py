@@ -95,5 +95,5 @@ def _prompts(config: dict[str, Any]) -> tuple[Prompts, bool]:
     default = prompts.get(config.get("default_prompt_name") or "")
     query = prompts.get("query", default)
     passage = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), default)
-    templates = {"query": f"{query or ''}{{text}}", "passage": f"{passage or ''}{{text}}"}
-    return Prompts(**templates), query is not None or passage is not None
+    contract = Prompts(query=f"{query or ''}{{text}}", passage=f"{passage or ''}{{text}}")
+    return contract, query is not None or passage is not None

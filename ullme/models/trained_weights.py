@@ -335,7 +335,7 @@ def _check_experts(model: Embedder, stored: dict[str, Any], source: str | Path) 
     """Raises: ValueError: the adapter of the experts in a mixture of experts is another than the model's."""
     if "experts" not in stored or model.options.lora_name is None:
         return
-    config: Any = model.llm.peft_config[model.options.lora_name]  # type: ignore[union-attr,index]
+    config: Any = model.llm.peft_config[model.options.lora_name]  # type: ignore[index]
     for key in EXPERT_KEYS:
         theirs, ours = (
             sorted(value) if isinstance(value, list | set) else value or None

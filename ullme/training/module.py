@@ -182,8 +182,8 @@ class ULLMEModule(L.LightningModule):
         )
         if math.isinf(self.trainer.estimated_stepping_batches):
             raise ValueError(
-                "trainer.max_epochs=-1 without trainer.max_steps: the schedule needs a number of steps; set "
-                "trainer.max_steps"
+                "trainer.max_epochs=-1 without trainer.max_steps: the schedule needs a number of steps; "
+                "give trainer.max_steps"
             )
         total = int(self.trainer.estimated_stepping_batches)
         warmup = int(options.warmup if options.warmup >= 1 else options.warmup * total)

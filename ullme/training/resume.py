@@ -77,6 +77,23 @@ def checkpoint_to_continue(folder: Path, run_folder: Path, config: dict[str, Any
     return str(checkpoint)
 
 
+def saved_config(folder: Path, run_folder: Path, asked: str | None) -> dict[str, Any]:
+    """The configuration of the run that would go on, empty where none does or where it is not there.
+
+    Args:
+        folder: of the run's checkpoints.
+        run_folder: trainer.default_root_dir.
+        asked: ckpt_path, see :func:`checkpoint_to_continue`.
+    """
+    if asked in (None, "last"):
+        places = [run_folder] if atomic_files.newest_first(folder) else []
+    else:
+        places = [Path(str(asked)).parent, Path(str(asked)).parent.parent]
+    file = next((place / CONFIG_FILE for place in places if (place / CONFIG_FILE).is_file()), None)
+    content = None if file is None else yaml.safe_load(file.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
+
+
 def name_wandb_run(logger: Any, run_folder: Path) -> None:
     """Set the id of a WandbLogger in the configuration to one stored in the run folder, so that a resumed run continues
     the same W&B run.

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and that say so when they are damaged.
+"""Atomic writes, and reads that detect damage.
 
 Knows PyTorch only. A checkpoint is a zip archive of uncompressed records, each with a CRC-32, which ``torch.load``
 does not compare; :func:`read` does.
@@ -15,16 +15,16 @@ from typing import Any, BinaryIO
 
 import torch
 
-# Before the name of a file that is being written; the rest is <process>.<name>. Nobody else's files look like this.
+# Prefix of a file that is being written: .unfinished.<process id>.<name>.
 UNFINISHED = ".unfinished."
 
 
 class StorageError(ValueError):
-    """A file that cannot be written, or one that was written and is no longer what it was."""
+    """A file that cannot be written, or one that is damaged."""
 
 
 class _Sink:
-    """A file for ``torch.save``, which cannot be interrupted by an error: it is kept, to be raised afterwards."""
+    """A file for ``torch.save``, which must not see errors of the disk: the first is kept, to be raised afterwards."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -42,11 +42,18 @@ class _Sink:
         pass
 
 
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Let ``write`` fill a new file, bring it to the disk, and only then give it its name.
+def write_atomically(
+    path: str | Path, write: Callable[[BinaryIO], Any], option: str = "trainer.default_root_dir"
+) -> None:
+    """Write a new file, sync it to the disk, and only then rename it to ``path``.
+
+    Args:
+        path: of the file; its folder is made where it is missing.
+        write: fills the open file.
+        option: that says where the file goes, for the message.
 
     Raises:
-        StorageError: no space, no permission, no such folder. What stood under the name before stands there still.
+        StorageError: no space, no permission, no such folder. An earlier file of this name is unchanged.
     """
     path = Path(path)
     own = path.with_name(f"{UNFINISHED}{os.getpid()}.{path.name}")
@@ -60,8 +67,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
         _sync_folder(path.parent)
     except OSError as error:
         raise StorageError(
-            f"{str(path)!r} cannot be written ({error.strerror or error}); make room or mend the permissions, or "
-            f"name another folder (trainer.default_root_dir){last_good(path.parent)}"
+            f"{str(path)!r} cannot be written ({error.strerror or error}); free space or fix the permissions, or "
+            f"choose another place with {option}{last_good(path.parent)}"
         ) from error
     finally:
         with suppress(OSError):
@@ -69,10 +76,10 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
 
 
 def save(content: dict[str, Any], path: str | Path) -> None:
-    """``torch.save``, whole or not at all. Raises: StorageError: see :func:`write_atomically`."""
+    """An atomic ``torch.save`` into the run folder. Raises: StorageError: see :func:`write_atomically`."""
 
     def write(file: BinaryIO) -> None:
-        sink: Any = _Sink(file)  # all that torch.save asks of a file
+        sink: Any = _Sink(file)  # has all that torch.save needs of a file
         torch.save(content, sink)
         if sink.error is not None:
             raise sink.error
@@ -81,10 +88,10 @@ def save(content: dict[str, Any], path: str | Path) -> None:
 
 
 def read(path: str | Path, map_location: Any = "cpu") -> Any:
-    """The content of a file of :func:`save`. Nothing in it is run as code.
+    """Read a file of :func:`save`. Nothing in it is run as code.
 
     Raises:
-        StorageError: damaged, cut short, no checkpoint, or holding objects whose loading would run code.
+        StorageError: damaged, truncated, not a checkpoint, or with objects whose loading would run code.
     """
     path = Path(path)
     damage = find_damage(path)
@@ -94,13 +101,13 @@ def read(path: str | Path, map_location: Any = "cpu") -> Any:
         except Exception as error:  # whatever a foreign file makes of torch
             damage = type(error).__name__
     raise StorageError(
-        f"checkpoint={str(path)!r} cannot be read ({damage}); it is damaged, cut short, or holds objects that are "
+        f"checkpoint={str(path)!r} cannot be read ({damage}); it is damaged, truncated, or holds objects that are "
         f"refused because loading them would run code{last_good(path.parent, path)}"
     )
 
 
 def checked(path: str | Path) -> Any:
-    """The content, its checksums compared, with tensors that stay in the file until they are used.
+    """Check the checksums of a file and map it into memory: tensors are read only when they are used.
 
     Raises:
         StorageError: damaged, or holding objects whose loading would run code.
@@ -111,11 +118,13 @@ def checked(path: str | Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # whatever a foreign file makes of torch
             damage = f"{type(error).__name__}; it holds objects that are refused because loading them would run code"
-    raise StorageError(f"{str(path)!r} is damaged, cut short or foreign ({damage}){last_good(path.parent, path)}")
+    raise StorageError(
+        f"{str(path)!r} is damaged, truncated or not a checkpoint ({damage}){last_good(path.parent, path)}"
+    )
 
 
 def find_damage(path: str | Path) -> str | None:
-    """What is wrong with the bytes of a checkpoint, without interpreting them; None where they are as written."""
+    """What is wrong with the bytes of a checkpoint, found by its checksums; None where nothing is."""
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
@@ -130,8 +139,16 @@ def newest_first(folder: str | Path) -> list[Path]:
     return sorted(found, key=lambda p: p.stat().st_mtime_ns, reverse=True)
 
 
-def check_writable(folder: Path) -> None:
-    """Raises: StorageError: nothing can be written into this folder, or it cannot be made."""
+def check_writable(folder: Path, option: str = "trainer.default_root_dir") -> None:
+    """Make the folder and write a file into it.
+
+    Args:
+        folder: to write to.
+        option: that names it, for the message.
+
+    Raises:
+        StorageError: it cannot be made or written.
+    """
     probe = folder / f"{UNFINISHED}{os.getpid()}.probe"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,12 +156,12 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise StorageError(
-            f"trainer.default_root_dir={str(folder)!r} cannot be written ({error.strerror}); name another folder"
+            f"{option}={str(folder)!r} cannot be written ({error.strerror}); name another folder"
         ) from None
 
 
 def sweep(folder: str | Path) -> None:
-    """Remove what processes left unfinished that are no longer there."""
+    """Remove unfinished files of processes that no longer run."""
     for path in Path(folder).glob(f"{UNFINISHED}*"):
         process = path.name.removeprefix(UNFINISHED).split(".")[0]
         if not (process.isdigit() and _alive(int(process))):
@@ -152,7 +169,7 @@ def sweep(folder: str | Path) -> None:
 
 
 def last_good(folder: Path, damaged: Path | None = None) -> str:
-    """The part of a message that names the newest checkpoint in good order, if there is one."""
+    """The end of an error message that names the newest undamaged checkpoint, if there is one."""
     good = next((p for p in newest_first(folder) if p != damaged and find_damage(p) is None), None)
     return "" if good is None else f"; the last good checkpoint is {str(good)!r}"
 
@@ -168,7 +185,7 @@ def _alive(process: int) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """A new name is on the disk once its folder is; some file systems cannot do this, and then need not."""
+    """Make a rename durable by syncing the folder; file systems that cannot do this are skipped."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -1,4 +1,4 @@
-"""Where ``configs/...yaml`` is: in the current folder, in this checkout, or in the installed package."""
+"""Finding ``configs/...yaml`` in the current folder, in this checkout or in the installed package."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def shipped() -> Path:
-    """The folder of this project's configs: of the checkout that is imported, or inside the installed package."""
+def configs_folder() -> Path:
+    """The folder of this project's own configs: in the checkout, or inside the installed package."""
     package = Path(__file__).parents[1]  # ullme/
     inside, beside = package / "configs", package.parent / "configs"
     return inside if inside.is_dir() else beside
 
 
 def locate(name: str | Path) -> Path:
-    """``name`` as it is if there is such a file; else, if it begins with ``configs/``, the shipped file of that name.
+    """``name`` itself if there is such a file; else, if it begins with ``configs/``, this project's file of that name.
 
-    A file that is nowhere comes back as it was, for whoever opens it to complain.
+    A name that is found nowhere is returned unchanged; opening it gives the error.
     """
     path = Path(name)
-    if not path.exists() and path.parts[:1] == ("configs",) and (own := shipped().joinpath(*path.parts[1:])).is_file():
+    if (
+        not path.exists()
+        and path.parts[:1] == ("configs",)
+        and (own := configs_folder().joinpath(*path.parts[1:])).is_file()
+    ):
         return own
     return path
 
 
-def located(argv: Sequence[str]) -> list[str]:
+def locate_in_arguments(argv: Sequence[str]) -> list[str]:
     """Arguments with every ``--config configs/...`` located, so that an installed package needs no checkout."""
     found = []
     for before, argument in zip(["", *argv], argv, strict=False):

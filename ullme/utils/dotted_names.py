@@ -1,4 +1,4 @@
-"""Objects of a user's own files, by the dotted path under which Python imports them."""
+"""Importing a user's own objects by dotted path."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from importlib import import_module
 from typing import Any
 
 
-def look_here() -> None:
-    """Let imports find files of the folder in which the command was started, after everything else."""
+def add_cwd_to_path() -> None:
+    """Let Python import modules from the current folder, after every other place."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
 
 
 def named(path: str, option: str) -> Any:
-    """What a dotted path such as ``my_file.my_function`` names; the module alone where there is no dot.
+    """Import the object of a dotted path such as ``my_file.my_function``; a path without a dot is a module.
 
     Args:
         path: as in ``class_path``.
-        option: what it was given for, for the message.
+        option: that holds the path, for the message.
 
     Raises:
         ValueError: it cannot be imported.
     """
-    look_here()
+    add_cwd_to_path()
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name) if module else import_module(name)

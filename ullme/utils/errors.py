@@ -1,4 +1,4 @@
-"""Other libraries' complaints about a command line, in one line that names the option, the value and the remedy."""
+"""Errors of a command line in one line that names the option, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-# What jsonargparse says around the reason, once for every type that a value might have had.
-_AROUND = re.compile(
+# Lines that jsonargparse prints around the reason, once for every type that it tried.
+_PARSER_NOISE = re.compile(
     r"^(Does not validate against any of the Union|Subtypes: |Errors:$|(- )?Expected a <class 'NoneType'>"
     r"|Given value type|Given value: (Namespace|NestedArg)"
     r"|(- )?Problem with given class_path|Parsed value type)"
@@ -22,10 +22,10 @@ _TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "strategy", "precision",
 
 
 def check_config_files(argv: Sequence[str]) -> None:
-    """Before anything is parsed: each ``--config`` is there and is a mapping in plain YAML.
+    """Check, before anything is parsed, that each ``--config`` exists and is a mapping in plain YAML.
 
     Raises:
-        ValueError: it is not; the message names the file.
+        ValueError: one does not or is not; the message names the file.
     """
     files = [value for key, value in pairwise(argv) if key == "--config"]
     files += [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
@@ -37,35 +37,35 @@ def check_config_files(argv: Sequence[str]) -> None:
                 f"--config={file}: cannot be read ({error.strerror}); give the path of a YAML file"
             ) from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"--config={file}: is not plain YAML ({one_line(error)}); mend the file") from None
+            raise ValueError(f"--config={file}: is not plain YAML ({one_line(error)}); fix the file") from None
         if content is not None and not isinstance(content, dict):
             raise ValueError(f"--config={file}: holds a {type(content).__name__}, not options; write key: value lines")
 
 
 def check_strategy(trainer: Any) -> None:
-    """Before anything is built: the ranks that FSDP2 is told of are those there are.
+    """Check, before anything is built, that FSDP2's parallel sizes match the number of ranks.
 
     Raises:
-        ValueError: they are not.
+        ValueError: they do not.
     """
     options = getattr(trainer.strategy, "init_args", None)
     sizes = [options.get(f"{name}_parallel_size") for name in ("data", "tensor")] if options else []
     devices = str(trainer.devices)
     if not (sizes and all(isinstance(size, int) for size in sizes) and devices.isdigit()):
         return
-    if (told := sizes[0] * sizes[1]) != (ranks := int(devices) * trainer.num_nodes):
+    if (configured := sizes[0] * sizes[1]) != (ranks := int(devices) * trainer.num_nodes):
         raise ValueError(
-            f"trainer.strategy.data_parallel_size={sizes[0]} times tensor_parallel_size={sizes[1]} is {told}, but "
-            f"trainer.devices={devices} times trainer.num_nodes={trainer.num_nodes} is {ranks}; set data_parallel_size "
-            f"to {ranks // sizes[1] or ranks}"
+            f"trainer.strategy.data_parallel_size={sizes[0]} times tensor_parallel_size={sizes[1]} is {configured}, "
+            f"but trainer.devices={devices} times trainer.num_nodes={trainer.num_nodes} is {ranks}; set "
+            f"data_parallel_size to {ranks // sizes[1] or ranks}"
         )
 
 
 def check_accelerator(trainer: Any) -> None:
-    """Before anything is built: Apple's GPUs know no float64, in which the probe compares and sums are logged.
+    """Refuse Apple's GPUs before anything is built: they have no float64, which the probe and the logs need.
 
     Raises:
-        ValueError: the run would be on one.
+        ValueError: the trainer would use one.
     """
     import torch
 
@@ -78,11 +78,11 @@ def check_accelerator(trainer: Any) -> None:
         )
 
 
-def complain(error: BaseException) -> int:
-    """Tell the user of a mistake in one line, on stderr; ULLME_TRACEBACK=1 raises it where it was found.
+def print_error(error: BaseException) -> int:
+    """Print an error in one line on stderr; with ULLME_TRACEBACK=1 raise it instead.
 
     Returns:
-        2, the exit status of a command that was given something wrong.
+        2, the exit status of a mistake in the arguments.
     """
     if os.environ.get("ULLME_TRACEBACK"):
         raise error
@@ -91,14 +91,14 @@ def complain(error: BaseException) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text in one line, without the alternatives that a parser tried before it gave up."""
+    """An error's message in one line, without the list of types that a parser tried."""
     lines = [line.strip() for line in str(error).splitlines()]
-    kept = [line for line in lines if line and not _AROUND.match(line)]
+    kept = [line for line in lines if line and not _PARSER_NOISE.match(line)]
     return " ".join(kept or lines)
 
 
-def bad_trainer(options: dict[str, Any], error: BaseException) -> ValueError:
-    """What Lightning says when it cannot build a trainer, with the options it may mean."""
+def explain_trainer_error(options: dict[str, Any], error: BaseException) -> ValueError:
+    """Lightning's error from building a trainer, with the options that may have caused it."""
     given = ", ".join(
         f"trainer.{key}={options[key]!r}" for key in _TRAINER_KEYS if isinstance(options.get(key), str | int | list)
     )

@@ -9,10 +9,10 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# A larger model was not shrunk as it should have been.
-_MOST_PARAMETERS = 6_000_000
+# A model with more was not shrunk properly.
+_MAX_PARAMETERS = 6_000_000
 
-# What families call their sizes. A name that a configuration does not have is left out.
+# The names that families give their sizes; a name that a configuration does not have is left out.
 _SIZES: dict[int, tuple[str, ...]] = {
     1: ("n_group", "topk_group", "num_expert_group", "num_nextn_predict_layers", "first_k_dense_replace"),
     2: (
@@ -143,7 +143,7 @@ def make_tiny(family: str, **changes: Any) -> PreTrainedModel:
     config = AutoConfig.for_model(family, **_merged(_merged(overrides(default), _SPECIAL.get(family, {})), changes))
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    if size > _MOST_PARAMETERS:
+    if size > _MAX_PARAMETERS:
         raise ValueError(f"{family}: {size} parameters after shrinking")
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()

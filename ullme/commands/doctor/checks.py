@@ -1,4 +1,4 @@
-"""A check, what became of it, and the table of them."""
+"""Running a check, its result, and how results are printed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _NAME = 18
 
 @dataclass(frozen=True)
 class Check:
-    """What became of one check.
+    """The result of one check.
 
     Args:
-        name: of what was looked at.
-        passed: None where it could not be looked at, or need not be.
-        found: what was seen.
-        remedy: what to do, where it did not pass.
+        name: of the check.
+        passed: None where it does not apply or cannot be made.
+        found: what was found.
+        remedy: what to do, where the check failed.
     """
 
     name: str
@@ -32,11 +32,11 @@ class Check:
     remedy: str = ""
 
 
-class Trouble(Exception):
-    """Something is wrong.
+class CheckFailed(Exception):
+    """A check found something wrong.
 
     Args:
-        found: what.
+        found: what is wrong.
         remedy: what to do about it.
     """
 
@@ -46,38 +46,38 @@ class Trouble(Exception):
 
 
 class NotChecked(Exception):
-    """There is nothing to look at here; the text says why."""
+    """A check does not apply or cannot be made; the text says why."""
 
 
-def examine(name: str, look: Callable[[], str]) -> Check:
-    """Look at one thing.
+def run_check(name: str, check: Callable[[], str]) -> Check:
+    """Run one check and catch what it raises.
 
     Args:
-        name: of it.
-        look: returns what was found in order; raises Trouble, NotChecked, or ValueError as the rest of ULLME does,
-            with the remedy behind the last semicolon.
+        name: of the check.
+        check: returns what it found where all is well; raises CheckFailed, NotChecked, or a ValueError whose remedy
+            follows the last semicolon of its message.
     """
     try:
-        return Check(name, True, look())
+        return Check(name, True, check())
     except NotChecked as reason:
         return Check(name, None, str(reason))
-    except Trouble as trouble:
-        return Check(name, False, trouble.found, trouble.remedy)
+    except CheckFailed as failure:
+        return Check(name, False, failure.found, failure.remedy)
     except ValueError as error:
         found, _, remedy = one_line(error).rpartition("; ")
-        return Check(name, False, found or remedy, remedy if found else "mend what the message names")
-    except Exception as error:  # a check that falls over is a finding too, not the end of the others
+        return Check(name, False, found or remedy, remedy if found else "fix what the message names")
+    except Exception as error:  # an unexpected error fails this check and does not stop the others
         if os.environ.get("ULLME_TRACEBACK"):
             raise
         return Check(name, False, f"{type(error).__name__}: {one_line(error)[:300]}", "ULLME_TRACEBACK=1 shows where")
 
 
-def line(check: Check, encoding: str | None = "utf-8") -> str:
-    """A check as the table has it, wrapped to the terminal.
+def format_check(check: Check, encoding: str | None = "utf-8") -> str:
+    """A row of the printed table, wrapped to the width of the terminal.
 
     Args:
-        check: what to print.
-        encoding: of where it is printed; where ✓ cannot be, words are.
+        check: the result to print.
+        encoding: of the output; an encoding without ✓ gets words instead.
     """
     width = max(60, shutil.get_terminal_size((120, 24)).columns)
     mark = _marks(encoding)[check.passed]
@@ -93,7 +93,7 @@ def line(check: Check, encoding: str | None = "utf-8") -> str:
 
 
 def summary(checks: list[Check], seconds: float, encoding: str | None = "utf-8") -> str:
-    """How many of each kind."""
+    """The last line: how many checks passed, failed and were not made."""
     marks = _marks(encoding)
     counts = ", ".join(f"{sum(c.passed is kind for c in checks)} {mark}" for kind, mark in marks.items())
     return f"{counts} in {seconds:.0f} s"

@@ -1,46 +1,56 @@
-"""That training computes here what it should: each shortcut against the plain way, on a small model, in float32."""
+"""Whether training computes correct results on this machine: each optimised computation against the plain one, on a
+small model in float32."""
 
 from __future__ import annotations
 
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ullme.commands.doctor.checks import NotChecked, Trouble
+from ullme.commands.doctor.checks import CheckFailed, NotChecked
+from ullme.distributed import average_gradients, leave_process_group
 from ullme.engine.gradcache import chunk_slices
 from ullme.models import attention
 
 if TYPE_CHECKING:
-    from ullme.commands.doctor.patient import Patient
+    from ullme.commands.doctor.probe_model import ProbeModel
     from ullme.models.ullme import ULLME
 
-# Of the largest number; float32 sums in another order are some 1e-6 apart.
+# Allowed difference, relative to the largest number; float32 sums in another order differ by about 1e-6.
 TOLERANCE = 1e-4
+_RANKS = 2
 _REPORT = "do not train here: try the versions of constraints.txt (pip install -c constraints.txt), and report it"
 
 
-def probe(model: ULLME, device: torch.device) -> str:
-    """How embedding runs, as the load-time probe chose it; on a GPU asked for again there, in bfloat16 too."""
+def attention_path(model: ULLME, device: torch.device) -> str:
+    """The attention path that the load-time probe chose; on a GPU probed again there, in float32 and bfloat16."""
     layers = len(attention.decoder_layers(model.causal_lm.base_model))
-    said = f"{model.options.attention} attention in all {layers} layers, {model.attention_path} rows"
+    chosen = f"{model.options.attention} attention in all {layers} layers, {model.attention_path} rows"
     if device.type == "cpu":
-        return said
+        return chosen
     model.to(device)
     with model.adapters_off() if model.options.lora_name else torch.no_grad():
         causal = model.options.attention == "causal"
         path = attention.choose_path(model.causal_lm, causal, model.options.attention_path)
         with torch.autocast(device.type, torch.bfloat16):
             half, _ = attention.find_path(model.causal_lm, causal, path)
-    return f"{said}; on {device}: {path} in float32 and {half} in bfloat16"
+    return f"{chosen}; on {device}: {path} in float32 and {half} in bfloat16"
 
 
 @torch.no_grad()
-def packed_is_padded(model: ULLME, patient: Patient) -> str:
-    """Raises: NotChecked: this family is not packed; Trouble: packed rows give something else than padded ones."""
+def packed_is_padded(model: ULLME, probe: ProbeModel) -> str:
+    """Raises: NotChecked: this family is not packed; CheckFailed: packed and padded hidden states differ."""
     if model.attention_path != "packed":
         raise NotChecked(f"this family runs {model.attention_path}")
-    rows = patient.batch.passages.to(model.device)
+    rows = probe.batch.passages.to(model.device)
     base = model.causal_lm.base_model
     largest = 0.0
     for causal in (False, True):
@@ -49,24 +59,24 @@ def packed_is_padded(model: ULLME, patient: Patient) -> str:
             for name in ("packed", "padded")
         }
         largest = max(largest, difference(hidden["packed"], hidden["padded"]))
-    return _judge(largest, "packed rows differ from padded ones")
+    return _check_difference(largest, "packed rows differ from padded ones")
 
 
-def gradcache_is_full_batch(model: ULLME, patient: Patient) -> str:
-    """Every gradient, of chunks and of the whole batch. Raises: Trouble: they differ."""
-    batch = patient.batch.to(model.device)
-    whole = gradients(model, lambda: patient.objective.full_batch(model, batch))
+def gradcache_is_full_batch(model: ULLME, probe: ProbeModel) -> str:
+    """Compare the gradients of GradCache's chunks with those of the whole batch. Raises: CheckFailed: they differ."""
+    batch = probe.batch.to(model.device)
+    whole = gradients(model, lambda: probe.objective.full_batch(model, batch))
     slices = chunk_slices(batch, 3, None)  # uneven
-    chunked = gradients(model, lambda: patient.objective.grad_cache(model, batch, slices))
-    terms = ", ".join(term.name for term in patient.objective.terms)
+    chunked = gradients(model, lambda: probe.objective.grad_cache(model, batch, slices))
+    terms = ", ".join(term.name for term in probe.objective.terms)
     return f"{compare(chunked, whole, 'the gradient depends on the chunks')}; {len(whole)} gradients of {terms}"
 
 
-def likelihood_is_direct(model: ULLME, patient: Patient) -> str:
-    """log pi(p|q) without logits against transformers' own logits, a row at a time. Raises: Trouble: they differ."""
-    rows = patient.batch.to(model.device).generation
+def likelihood_is_direct(model: ULLME, probe: ProbeModel) -> str:
+    """Compare log pi(p|q) with transformers' own logits, a row at a time. Raises: CheckFailed: they differ."""
+    rows = probe.batch.to(model.device).generation
     assert rows is not None
-    candidates = patient.batch.num_candidates
+    candidates = probe.batch.num_candidates
     owner = torch.arange(len(rows.prompts)).repeat_interleave(candidates)
     prompts = rows.prompts
     with torch.no_grad():
@@ -77,31 +87,100 @@ def likelihood_is_direct(model: ULLME, patient: Patient) -> str:
             target = rows.targets.input_ids[n][rows.targets.attention_mask[n].bool()]
             logits = model(torch.cat([prompt, target])[None], is_generate=True).logits[0, len(prompt) - 1 : -1]
             direct.append(logits.float().log_softmax(-1).gather(1, target[:, None]).sum())
-    return _judge(difference(found, torch.stack(direct)), "likelihoods differ from transformers' own logits")
+    return _check_difference(difference(found, torch.stack(direct)), "likelihoods differ from transformers' own logits")
 
 
 def gradients(model: ULLME, step: object) -> dict[str, Tensor]:
-    """Of every trained weight, after ``step()``."""
+    """Name -> gradient of every trained weight after ``step()``."""
     model.zero_grad()
     step()  # type: ignore[operator]
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
-def compare(found: dict[str, Tensor], expected: dict[str, Tensor], complaint: str) -> str:
-    """Raises: Trouble: other weights have gradients, none has, or one is another."""
+def compare(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> str:
+    """Compare all gradients. Raises: CheckFailed: they differ, are of other weights, or are all zero."""
     if found.keys() != expected.keys() or not any(g.abs().max() > 0 for g in expected.values()):
-        raise Trouble(f"{complaint}: {len(found)} gradients and {len(expected)}", _REPORT)
+        raise CheckFailed(f"{what}: {len(found)} gradients and {len(expected)}", _REPORT)
     largest = max(float(g.abs().max()) for g in expected.values())
     apart = max(float((found[name] - g).abs().max()) for name, g in expected.items())
-    return _judge(apart / largest, complaint)
+    return _check_difference(apart / largest, what)
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """The largest, over the largest number."""
+    """The largest difference, relative to the largest number of ``b``."""
     return float((a - b).abs().max() / b.abs().max())
 
 
-def _judge(apart: float, complaint: str) -> str:
-    if not apart <= TOLERANCE:  # NaN is no agreement
-        raise Trouble(f"{complaint}: by {apart:.1e} of the largest, in float32", _REPORT)
-    return f"equal to {apart:.0e}"
+def _check_difference(relative: float, what: str) -> str:
+    if not relative <= TOLERANCE:  # NaN fails too
+        raise CheckFailed(f"{what}: relative difference {relative:.1e} in float32", _REPORT)
+    return f"equal to {relative:.0e}"
+
+
+def two_ranks_are_one(probe: ProbeModel, seconds: float = 90) -> str:
+    """Compare the averaged gradient of two gloo processes on the CPU with that of one process on the same batch.
+
+    Raises:
+        NotChecked: this torch has no gloo.
+        CheckFailed: the gradients differ, or the processes fail or do not end within ``seconds``.
+    """
+    if not (dist.is_available() and dist.is_gloo_available()):
+        raise NotChecked("this torch cannot run several processes over gloo")
+    model = probe.build()
+    whole = gradients(model, lambda: probe.objective.full_batch(model, probe.batch))
+    with tempfile.TemporaryDirectory() as folder:
+        _run_ranks(probe, Path(folder), seconds)
+        own, found = (torch.load(Path(folder, name), weights_only=True) for name in ("own.pt", "averaged.pt"))
+    if all(torch.equal(own[name], g) for name, g in found.items()):
+        raise CheckFailed("the ranks did not average their gradients", "check the network between processes")
+    return compare(found, whole, "two processes have another gradient than one")
+
+
+def _run_ranks(probe: ProbeModel, folder: Path, seconds: float) -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_rank, args=(n, probe, str(folder)), daemon=True) for n in range(_RANKS)]
+    until = time.monotonic() + seconds
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(max(0, until - time.monotonic()))
+        codes = [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+    remedy = "check firewalls and GLOO_SOCKET_IFNAME; train on one device until then"
+    if None in codes:
+        raise CheckFailed(f"two processes over gloo did not end within {seconds:.0f} s", remedy)
+    if any(codes):
+        errors = sorted(path.read_text() for path in folder.glob("*.error"))
+        raise CheckFailed(
+            f"a process of two ended with status {max(code or 0 for code in codes)}: {(errors or ['no message'])[0]}",
+            remedy,
+        )
+
+
+def _rank(rank: int, probe: ProbeModel, folder: str) -> None:
+    """The main function of each process: a failure is written to a file for the parent."""
+    try:
+        _rank_step(rank, probe, folder)
+    except BaseException as error:
+        Path(folder, f"{rank}.error").write_text(f"{type(error).__name__}: {str(error)[:300]}")
+        os._exit(1)
+
+
+def _rank_step(rank: int, probe: ProbeModel, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/init", timedelta(seconds=60), rank=rank, world_size=_RANKS)
+    model = probe.build()
+    share = len(probe.batch) // _RANKS
+    batch = probe.batch[rank * share : (rank + 1) * share]
+    step: Callable[[], object] = lambda: probe.objective.grad_cache(model, batch, chunk_slices(batch, 1, None))  # noqa: E731
+    own = gradients(model, step)
+    average_gradients(p for p in model.parameters() if p.requires_grad)
+    if rank == 0:
+        averaged = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+        torch.save(own, Path(folder, "own.pt"))
+        torch.save(averaged, Path(folder, "averaged.pt"))
+    leave_process_group()

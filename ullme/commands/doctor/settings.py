@@ -1,33 +1,30 @@
-"""What holds of a configuration on this machine: the LLM can be had, the data can be read, memory and disk suffice."""
+"""Checks of a configuration on this machine: LLM, memory, disk, run folder, data."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ullme.commands.doctor.checks import NotChecked, Trouble
+from ullme.commands.doctor.checks import CheckFailed, NotChecked
 from ullme.commands.doctor.machine import GIB, free_disk
 
 if TYPE_CHECKING:
     from ullme.models.config import BackboneConfig
     from ullme.planning.plan import Job, Plan
 
-# Rows of a file that are read.
+# Rows of each file that are checked.
 _ROWS = 100
-# Chunks for which a plan on a CPU is made where they are left open, see ullme.planning.auto_chunk.
-_CPU_CHUNK = 512
 
 
 class Settings:
-    """A configuration of train.py's.
+    """The checks of one configuration of train.py.
 
     Args:
-        config: as read and checked by :func:`ullme.commands.plan.read_configs`.
+        config: as read and checked by :func:`ullme.commands.train.read_configs`.
     """
 
     def __init__(self, config: Any) -> None:
@@ -42,11 +39,11 @@ class Settings:
 
     @cached_property
     def job(self) -> Job:
-        """Raises: ValueError: the LLM's config.json cannot be had, or an option is wrong."""
-        from ullme.commands.plan import _parser, job_from
+        """What to plan for. Raises: ValueError: the LLM's config.json cannot be loaded, or an option is wrong."""
+        from ullme.commands.plan import job_from_config, parser
 
-        arguments = _parser().parse_args([f"--rows={self.config.data.batch_size}"])  # only memory is asked for
-        return job_from(self.config, arguments)
+        arguments = parser().parse_args([f"--rows={self.config.data.batch_size}"])  # only memory is asked for
+        return job_from_config(self.config, arguments)
 
     @cached_property
     def is_local(self) -> bool:
@@ -59,7 +56,7 @@ class Settings:
 
     @property
     def logs_to_wandb(self) -> bool:
-        """Whether a logger would speak to W&B's server."""
+        """Whether a logger sends to W&B's server."""
         logger = self.config.trainer.logger
         loggers = logger if isinstance(logger, list) else [logger]
         return any(
@@ -76,21 +73,28 @@ class Settings:
         strategy = trainer.strategy if isinstance(trainer.strategy, str) else trainer.strategy.class_path
         return f"{trainer.devices} x {trainer.accelerator}, strategy {strategy}, precision {trainer.precision}"
 
+    def precision(self) -> str:
+        """Raises: NotChecked: on a GPU; CheckFailed: an option that makes this CPU many times slower than float32."""
+        from ullme.commands.doctor.machine import precision
+
+        chosen = {name: self.config[name] for name in ("trainer.precision", "model.backbone.dtype")}
+        return precision(str(self.config.trainer.accelerator), chosen)
+
     def backbone(self) -> str:
-        """Raises: ValueError, Trouble: there is no such LLM; NotChecked: it has yet to be downloaded."""
+        """Raises: ValueError, CheckFailed: there is no such LLM; NotChecked: it is not downloaded yet."""
         from huggingface_hub import constants
 
         name, plan = self.options.model_name_or_path, self.plan
         size = f"{self.job.config.model_type}, {plan.weights / 1e9:.2f} B weights, {plan.trained / 1e6:.1f} M trained"
         if not self.is_local and constants.HF_HUB_OFFLINE:
-            raise Trouble(f"{name} is not on this machine, and HF_HUB_OFFLINE is set", "unset it, or name a folder")
+            raise CheckFailed(f"{name} is not on this machine, and HF_HUB_OFFLINE is set", "unset it, or name a folder")
         if not self.is_local:
             raise NotChecked(f"{name} ({size}) is not on this machine yet; train.py downloads it from the hub")
         return f"{name}: {size}"
 
     @cached_property
     def plan(self) -> Plan:
-        """What ``ullme plan`` predicts for this machine's own device, as far as it is free."""
+        """What ``ullme plan`` predicts for this machine's device and its free memory."""
         import torch
 
         from ullme.planning.devices import Device, free_memory, peak_tflops
@@ -103,54 +107,54 @@ class Settings:
         if gpu:
             devices = str(self.config.trainer.devices)
             count = int(devices) if devices.isdigit() else torch.cuda.device_count()
-        elif job.chunk_tokens is None and job.chunk_size is None and not job.full_batch:
-            job = replace(job, chunk_tokens=_CPU_CHUNK)
         strategy = self.config.trainer.strategy
         named = strategy if isinstance(strategy, str) else strategy.class_path
         fsdp = any(word in named.lower() for word in ("fsdp", "modelparallel"))
-        device = Device(name, peak_tflops(name) or 1, free_memory(place) / GIB)
+        device = Device(name, peak_tflops(name) or 1, free_memory(place) / GIB, kind=place.type)
         return make_plan(job, device, count, fsdp)
 
     def memory(self) -> str:
-        """Raises: Trouble: the plan does not fit into what is free."""
+        """Raises: CheckFailed: the plan does not fit into free memory."""
         plan = self.plan
         need, free = plan.memory.total / GIB, plan.device.memory_gib
-        said = f"{need:.1f} GiB planned, {free:.1f} GiB free on {plan.device.name}"
+        planned = f"{need:.1f} GiB planned, {free:.1f} GiB free on {plan.device.name}"
         if not plan.fits:
             largest = max(vars(plan.memory), key=lambda part: getattr(plan.memory, part))
-            raise Trouble(f"{said}; most of it {largest}", _MEMORY_REMEDIES.get(largest, _MEMORY_REMEDIES["weights"]))
-        return said
+            raise CheckFailed(
+                f"{planned}; the largest part is {largest}", _MEMORY_REMEDIES.get(largest, _MEMORY_REMEDIES["weights"])
+            )
+        return planned
 
     def disk(self) -> str:
-        """Raises: Trouble: checkpoints, or an LLM yet to be downloaded, do not fit."""
+        """Raises: CheckFailed: checkpoints, or an LLM yet to be downloaded, do not fit."""
         from huggingface_hub import constants
 
         plan = self.plan
         kept = max(2, 2 + self.config.checkpoint.save_top_k)  # last, one that is being written, and the best
         checkpoints = kept * plan.trained * 3 * 4
-        said = [free_disk(self.root, checkpoints, f"{kept} checkpoints")]
+        results = [free_disk(self.root, checkpoints, f"{kept} checkpoints")]
         if not self.is_local:
             weights = plan.weights * 2
-            said.append(free_disk(Path(constants.HF_HUB_CACHE), weights, "the LLM's weights"))
-        return "; ".join(said)
+            results.append(free_disk(Path(constants.HF_HUB_CACHE), weights, "the LLM's weights"))
+        return "; ".join(results)
 
     def run_folder(self) -> str:
-        """Raises: ValueError, Trouble: it cannot be written, or holds a run that came to its end."""
+        """Raises: ValueError, CheckFailed: it cannot be written, or holds a finished run."""
         from ullme.commands.doctor.machine import existing
         from ullme.training.resume import FINISHED
         from ullme.utils.atomic_files import check_writable, newest_first
 
         if not existing(self.root).is_dir():
-            raise Trouble(f"{existing(self.root)} is a file", "name another folder with --trainer.default_root_dir")
+            raise CheckFailed(f"{existing(self.root)} is a file", "name another folder with --trainer.default_root_dir")
         check_writable(existing(self.root))
         checkpoints = Path(self.config.checkpoint.dirpath or self.root / "checkpoints")
         if (checkpoints / FINISHED).is_file():
-            raise Trouble(
+            raise CheckFailed(
                 f"{self.root} holds a finished run",
                 "name another folder with --trainer.default_root_dir, or go on there with --ckpt_path=last",
             )
         found = newest_first(checkpoints)
-        return f"{self.root} can be written" + (f"; train.py fit goes on from {found[0]}" if found else "")
+        return f"{self.root} can be written" + (f"; train.py fit resumes from {found[0]}" if found else "")
 
     def train_data(self) -> str:
         """Raises: ValueError: no such file, or a bad row; NotChecked: a dataset of the hub."""
@@ -158,7 +162,7 @@ class Settings:
 
         data = self.config.data
         whole = TrainSet(data.train, data.train_split, data.train_name, data.schema) if data.train else None
-        return "; ".join(_preview(one, data.on_bad_row) for one in ([whole] if whole else data.datasets or []))
+        return "; ".join(_check_first_rows(one, data.on_bad_row) for one in ([whole] if whole else data.datasets or []))
 
     def val_data(self) -> str:
         """Raises: ValueError: a file is missing, or its first rows cannot be read; NotChecked: no validation."""
@@ -168,7 +172,7 @@ class Settings:
         if data.val is None:
             raise NotChecked("no data.val: the run is not validated, and last.ckpt is the only checkpoint")
         preview(data.val, data.val_split, _ROWS)
-        return f"{data.val}: corpus, queries and qrels/{data.val_split}.tsv are there and begin well"
+        return f"{data.val}: corpus, queries and qrels/{data.val_split}.tsv are there, and their first rows are valid"
 
 
 _MEMORY_REMEDIES = {
@@ -181,8 +185,8 @@ _MEMORY_REMEDIES = {
 }
 
 
-def _preview(one: Any, on_bad_row: str) -> str:
-    """The first rows of a dataset of train.py's. Raises: as :meth:`Settings.train_data`."""
+def _check_first_rows(one: Any, on_bad_row: str) -> str:
+    """Parse the first rows of a training set. Raises: as :meth:`Settings.train_data`."""
     from ullme.data.jsonl import iter_lines, parse_line
     from ullme.data.records import parse_record
     from ullme.data.sources import expand_files, is_jsonl
@@ -199,8 +203,8 @@ def _preview(one: Any, on_bad_row: str) -> str:
 
                 read += _parses(parse, f"{path}:{number}", on_bad_row)
         if not read:
-            raise ValueError(f"data.train={one.train!r} begins with no usable row; look at the file")
-        return f"{one.train}: {len(files)} files, the first {read} rows are good"
+            raise ValueError(f"data.train={one.train!r} begins with no usable row; check the file")
+        return f"{one.train}: {len(files)} files, the first {read} rows are valid"
     missing = [name for name in names if Path(name).suffix and not Path(name).exists()]
     if missing:
         raise ValueError(f"data.train={missing[0]!r}: no such file; check the path (read relative to {Path.cwd()})")
@@ -219,13 +223,13 @@ def _parses(parse: Callable[[], Any], where: str, on_bad_row: str) -> bool:
     except BadRow as reason:
         if on_bad_row == "skip":
             return False
-        raise ValueError(f"{where}: {reason}; mend the row or set data.on_bad_row=skip") from None
+        raise ValueError(f"{where}: {reason}; fix the row or set data.on_bad_row=skip") from None
     return True
 
 
 def read(arguments: argparse.Namespace, overrides: list[str]) -> Settings:
-    """The configuration that a command line names. Raises: ValueError, ArgumentError: a mistake in it."""
-    from ullme.commands.plan import read_configs
+    """The configuration of a command line. Raises: ValueError, ArgumentError: a mistake in it."""
+    from ullme.commands.train import read_configs
     from ullme.utils.errors import check_config_files
 
     files = [f"--config={path}" for path in arguments.config]

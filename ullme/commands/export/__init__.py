@@ -1,7 +1,7 @@
-"""A trained model as a folder that needs no code of this project.
+"""Exporting a trained model to a folder that needs no code of this project.
 
-``contract`` writes the prompt contract in the terms of sentence-transformers, ``weights`` merges what was trained,
-``folder`` writes the files, ``check`` loads them with sentence-transformers and compares, ``job`` runs these in turn.
+``contract`` translates the prompt contract for sentence-transformers, ``weights`` merges what was trained, ``folder``
+writes the files, ``check`` loads them again, and ``job`` runs these steps and compares.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Load what was written as anybody would, and compare."""
+"""Loading the exported folder with sentence-transformers or PEFT alone, for comparison."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def need_sentence_transformers() -> None:
-    """Raises: ValueError: it is not installed, so that nothing could be checked."""
+    """Check that sentence-transformers is installed. Raises: ValueError: it is not."""
     from importlib.util import find_spec
 
     if find_spec("sentence_transformers") is None:
@@ -35,7 +35,7 @@ def as_sentence_transformer(folder: Path, dtype: torch.dtype, device: torch.devi
 def plain_embeddings(folder: Path, texts: Sequence[str], dtype: torch.dtype, device: torch.device) -> Tensor:
     """(2, 2 R, D): the R texts as queries, then as documents; in batches of unequal lengths, then one by one.
 
-    A text alone has no padding, and there are families that lose their attention then.
+    A single text has no padding, without which some families ignore bidirectional attention.
     """
     loaded = as_sentence_transformer(folder, dtype, device)
     names = PROMPT_NAMES.values()
@@ -55,10 +55,13 @@ def causal_outputs(model: ULLME, texts: Sequence[str]) -> list[Tensor]:
 
 @torch.no_grad()
 def peft_outputs(llm: nn.Module, adapter: Path, model: ULLME, texts: Sequence[str]) -> list[Tensor]:
-    """The same, with the adapter folder loaded by PEFT onto the pre-trained LLM."""
+    """(L, V) logits of each text, with the adapter folder loaded by PEFT onto the pre-trained LLM."""
     from peft import PeftModel
 
-    loaded = PeftModel.from_pretrained(llm, str(adapter)).eval()
+    from ullme.models.lora import without_deprecation_warning
+
+    with without_deprecation_warning():
+        loaded = PeftModel.from_pretrained(llm, str(adapter)).eval()
     return [loaded(**_ids(model, text)).logits[0].float().cpu() for text in texts]
 
 

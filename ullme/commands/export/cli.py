@@ -1,4 +1,4 @@
-"""``ullme export RUN --to FOLDER``: a trained model as a folder that needs no code of this project."""
+"""The command line of ``ullme export``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ullme.commands.export.source import Source
 
 DESCRIPTION = (
-    "Merge what a run trained into its LLM and write one folder that sentence-transformers and transformers load "
-    "without ullme: same texts, same embeddings, which is checked before the folder gets its name."
+    "Merge what a run trained into its LLM and write a folder that sentence-transformers and transformers load without "
+    "ullme. The embeddings are compared before the folder gets its name."
 )
 _FROM_EVALUATION = ("model_backbone_type", "pooling", "attention", "quantization", "device")
 
@@ -38,19 +38,19 @@ def parser() -> ArgumentParser:
     for name in _FROM_EVALUATION:
         model.add_argument(f"--{name}", type=MODEL_OPTIONS[name][0] | None, help=MODEL_OPTIONS[name][1])
     for name, (_, type_, text) in PROMPT_OPTIONS.items():
-        model.add_argument(f"--{name}", type=type_ | None, help=f"{text}; the run's unless given")
+        model.add_argument(f"--{name}", type=type_ | None, help=f"{text} (default: the run's)")
     output = options.add_argument_group("What is written")
     output.add_argument("--adapter_only", action="store_true", help="the adapter as a folder for PEFT, unmerged")
     output.add_argument("--dtype", type=str, default="auto", help="of the weights: auto, float32, bfloat16 or float16")
     output.add_argument(
         "--tolerance", type=float, default=1e-3, help="largest 1 - cosine by which the dtype may change an embedding"
     )
-    output.add_argument("--max_length", type=int, default=512, help="where a text is cut, in tokens, prompt included")
+    output.add_argument("--max_length", type=int, default=512, help="truncate texts to so many tokens, prompt included")
     output.add_argument("--texts", type=str | None, metavar="FILE", help="texts to compare on, one a line")
     output.add_argument("--progress", type=bool, default=True, help="progress bar")
     card = options.add_argument_group("Model card and hub")
     card.add_argument("--results", type=str | None, metavar="FOLDER", help="result files of evaluate.py, for the card")
-    card.add_argument("--title", type=str | None, help="of the card; the hub's name or the folder's unless given")
+    card.add_argument("--title", type=str | None, help="of the card (default: the name on the hub, or the folder's)")
     card.add_argument("--license", type=str | None, help="identifier of the hub's list, such as apache-2.0")
     card.add_argument("--push_to_hub", "--push-to-hub", type=str | None, metavar="NAME", help="organisation/name")
     card.add_argument("--private", action="store_true", help="make a new repository on the hub a private one")
@@ -58,13 +58,13 @@ def parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Export and say where.
+    """Export a model and print the folder.
 
     Args:
         argv: the arguments; None takes those of the process.
 
     Returns:
-        The exit status: 0, or 2 for a mistake of the user, explained in one line.
+        The exit status: 0, or 2 for a mistake in the arguments, printed in one line.
     """
     try:
         options = parser().parse_args(argv)
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(options: Any) -> None:
-    """Refuse what can be refused before the slow imports."""
+    """Check the options before the slow imports. Raises: ValueError: a mistake in them."""
     if options.run is None and options.model is None:
         raise ValueError("nothing to export: name a run folder, a .ckpt or a PEFT folder, or give --model NAME")
     if options.run is not None and not Path(options.run).exists():
@@ -90,31 +90,33 @@ def _check(options: Any) -> None:
     if options.adapter_only and options.dtype != "auto":
         raise ValueError(f"--dtype {options.dtype}: an adapter is written in float32; leave out --dtype")
     if options.private and options.push_to_hub is None:
-        raise ValueError("--private is for --push_to_hub NAME; give both or none")
+        raise ValueError("--private is for --push_to_hub NAME; give both or neither")
     from ullme.commands.export.folder import check_target
 
     check_target(Path(options.to))
 
 
 def _run(options: Any) -> int:
-    _quiet()
+    _silence_libraries()
     from ullme.commands.export import hub
     from ullme.commands.export.job import export_adapter, export_model
     from ullme.commands.export.model_card import Description, write_card
     from ullme.commands.export.scores import read_scores
     from ullme.commands.export.source import Source, find_source
-    from ullme.commands.export.texts import try_out
+    from ullme.commands.export.texts import read_texts
     from ullme.models.checkpoint import load_embedder, usable_device
 
     if options.push_to_hub is not None:
         hub.check_push(options.push_to_hub)
-    texts = try_out(options.texts)
+    texts = read_texts(options.texts)
     scores = [] if options.results is None else read_scores(options.results)
     source = Source() if options.run is None else find_source(options.run)
     title = options.title or options.push_to_hub or Path(options.to).resolve().name
     what = Description(title, source, scores, options.license)
-    model = load_embedder(options.model, source.checkpoint, _model_options(options, source))
-    model.to(usable_device(options.device))
+    device = usable_device(options.device)
+    dtype, loading = _dtypes(options, source, device.split(":")[0])
+    model = load_embedder(options.model, source.checkpoint, {**_model_options(options, source), **loading})
+    model.to(device)
 
     def describe(folder: Path, done: Exported) -> None:
         write_card(folder, model, done, what)
@@ -123,7 +125,7 @@ def _run(options: Any) -> int:
     if options.adapter_only:
         done = export_adapter(model, options.to, **common)
     else:
-        limits = {"dtype": options.dtype, "max_length": options.max_length, "tolerance": options.tolerance}
+        limits = {"dtype": dtype, "max_length": options.max_length, "tolerance": options.tolerance}
         done = export_model(model, options.to, **limits, **common)
     print(_summary(done))
     if options.push_to_hub is not None:
@@ -131,17 +133,27 @@ def _run(options: Any) -> int:
     return 0
 
 
+def _dtypes(options: Any, source: Source, device: str) -> tuple[str, dict[str, str]]:
+    """The dtype to write, and the option of the dtype to load: float32 where a CPU would be slow in the LLM's own."""
+    from ullme.commands.loading_dtype import dtype_to_load, known_dtype
+
+    if dtype_to_load(options.model, source.checkpoint, None, device) is None:
+        return options.dtype, {}
+    own = known_dtype(options.model, source.checkpoint) or "auto"
+    return own if options.dtype == "auto" else options.dtype, {"dtype": "float32"}
+
+
 def _model_options(options: Any, source: Source) -> dict[str, Any]:
-    """Raises: ValueError: a run on a quantised LLM, without being told what to merge its adapter into."""
+    """The options to load the model with. Raises: ValueError: a run on a quantised LLM, without --quantization."""
     if source.quantization != "none" and options.quantization is None:
         raise ValueError(
-            f"the run was trained on an LLM in few bits (quantization={source.quantization}), into which nothing is "
-            "merged; --quantization none takes the LLM as it is stored, on which the adapter was not trained, so that "
-            "embeddings differ a little: evaluate the exported folder"
+            f"the run was trained on a quantised LLM (quantization={source.quantization}), into which an adapter "
+            "cannot be merged; --quantization none merges it into the LLM as stored, on which it was not trained, so "
+            "that embeddings differ a little: evaluate the exported folder"
         )
     given = {name: options[name] for name in _FROM_EVALUATION if name != "device" and options[name] is not None}
     prompts = {field: options[name] for name, (field, *_) in PROMPT_OPTIONS.items() if options[name] is not None}
-    # it embeds a few texts and is thrown away: neither worth compiling nor short of memory for gradients
+    # a few texts are embedded once, without gradients
     fixed = {"compile": False, "gradient_checkpointing": False}
     return {**fixed, **given, **({"prompts": prompts} if prompts else {})}
 
@@ -156,8 +168,8 @@ def _summary(done: Exported) -> str:
     )
 
 
-def _quiet() -> None:
-    """Leave the progress bar, and drop the warnings and the bars of the libraries below it."""
+def _silence_libraries() -> None:
+    """Silence the warnings and progress bars of all libraries."""
     warnings.filterwarnings("ignore")
     for library in ("transformers", "sentence_transformers", "huggingface_hub", "peft"):
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
-"""The prompt contract in the terms of sentence-transformers: a prompt in front, a tokenizer that ends every text.
+"""Translating the prompt contract for sentence-transformers: a prompt before the text, special tokens after it.
 
-What sentence-transformers cannot say exactly is refused here, before any weight is touched.
+What sentence-transformers cannot express exactly is refused here, before any weight is touched.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _REMEDY = "evaluate it with ullme, or export with --adapter_only"
 
 @dataclass(frozen=True)
 class Layout:
-    """What sentence-transformers is told.
+    """The settings of sentence-transformers.
 
     Args:
-        pooling: as sentence-transformers calls it.
-        prompts: in front of a query and of a document; ``passage`` repeats the document's.
+        pooling: the name in sentence-transformers.
+        prompts: of queries and documents; ``passage`` repeats the document's.
         include_prompt: whether the prompt's tokens are pooled too.
-        ending: tokens that the tokenizer puts behind every text.
+        ending: special tokens that the tokenizer appends to every text.
     """
 
     pooling: str
@@ -46,16 +46,16 @@ class Layout:
 
 
 def layout(prompts: Prompts, pooling: str, tokenizer: PreTrainedTokenizerBase) -> Layout:
-    """The contract, if prompts in front and an ending of special tokens can say all of it.
+    """Express the contract as a prompt before the text and special tokens after it.
 
     Raises:
-        ValueError: a pooling with weights of its own; a text that comes twice; words behind the text; sides that end
-            differently.
+        ValueError: a pooling with trained weights; a template with the text twice or with words after it; query and
+            passage templates that end differently.
     """
     if pooling not in POOLINGS:
         why = "is a function of your own" if "." in pooling else "has trained weights"
         raise ValueError(f"pooling={pooling!r} {why} that sentence-transformers has no module for; {_REMEDY}")
-    in_front, behind = {}, {}
+    before, after = {}, {}
     for role in PROMPT_NAMES:
         pieces = prompts.around(role)
         template = getattr(prompts, role)
@@ -64,23 +64,23 @@ def layout(prompts: Prompts, pooling: str, tokenizer: PreTrainedTokenizerBase) -
                 f"prompts.{role}={template!r} holds {{text}} twice, and sentence-transformers puts a prompt in front "
                 f"of one text only; {_REMEDY}"
             )
-        in_front[role], behind[role] = pieces
-    if behind["query"] != behind["passage"]:
+        before[role], after[role] = pieces
+    if after["query"] != after["passage"]:
         raise ValueError(
-            f"prompts.query ends with {behind['query']!r} and prompts.passage with {behind['passage']!r}; "
-            f"sentence-transformers ends all texts alike; {_REMEDY}"
+            f"prompts.query ends with {after['query']!r} and prompts.passage with {after['passage']!r}; "
+            f"sentence-transformers ends all texts the same way; {_REMEDY}"
         )
-    ending = _special_tokens(behind["query"], tokenizer)
+    ending = _special_tokens(after["query"], tokenizer)
     if ending is None:
         raise ValueError(
-            f"prompts.query={prompts.query!r}: words behind {{text}} join its last tokens, which sentence-transformers "
-            f"cannot do: only special tokens may follow the text; {_REMEDY}"
+            f"prompts.query={prompts.query!r}: words after {{text}} merge with its last tokens, which "
+            f"sentence-transformers cannot do: only special tokens may follow the text; {_REMEDY}"
         )
     end = tokenizer.eos_token
     ends_already = (ending or _own_ending(tokenizer))[-1:] == [end]
     if prompts.append_eos and end is not None and not ends_already:
         ending = [*ending, end]
-    named = {name: in_front[role] for role, name in PROMPT_NAMES.items()}
+    named = {name: before[role] for role, name in PROMPT_NAMES.items()}
     return Layout(
         pooling=POOLINGS[pooling][0],
         prompts={**named, "passage": named["document"]},
@@ -90,13 +90,13 @@ def layout(prompts: Prompts, pooling: str, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _own_ending(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What the tokenizer puts behind a text by itself: its last special token, if it is not one in front."""
+    """The special token that the tokenizer itself appends to a text, if there is one."""
     ids = tokenizer("x")["input_ids"]
     return [str(tokenizer.convert_ids_to_tokens(ids[-1]))] if ids and ids[-1] in tokenizer.all_special_ids else []
 
 
 def _special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
-    """A text as added tokens, which join nothing in front of them; None if it holds anything else."""
+    """Split a text into added tokens, which never merge with their neighbours; None if it holds anything else."""
     found = []
     added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: -len(token.content))
     while text:
@@ -108,13 +108,13 @@ def _special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str] 
     return found
 
 
-def fitted_tokenizer(tokenizer: PreTrainedTokenizerBase, plan: Layout, max_length: int) -> PreTrainedTokenizerBase:
-    """A copy that ends, cuts and pads texts as the contract does.
+def exported_tokenizer(tokenizer: PreTrainedTokenizerBase, plan: Layout, max_length: int) -> PreTrainedTokenizerBase:
+    """A copy of the tokenizer that appends tokens, truncates and pads as the contract does.
 
-    Padding stands on the right: families with absolute positions (GPT-2) count them from the left.
+    It pads on the right: families with absolute positions (GPT-2) count them from the left.
 
     Raises:
-        ValueError: an ending is asked of a tokenizer without a post-processor (a slow one).
+        ValueError: a slow tokenizer, which cannot append tokens.
     """
     fitted = copy.deepcopy(tokenizer)
     fitted.padding_side = fitted.truncation_side = "right"
@@ -122,7 +122,7 @@ def fitted_tokenizer(tokenizer: PreTrainedTokenizerBase, plan: Layout, max_lengt
     if plan.ending:
         if not tokenizer.is_fast:
             raise ValueError(
-                f"{type(tokenizer).__name__} cannot be told to end texts with {' '.join(plan.ending)}: it is no fast "
+                f"{type(tokenizer).__name__} cannot end texts with {' '.join(plan.ending)}: it is not a fast "
                 f"tokenizer; {_REMEDY}"
             )
         _end_texts(fitted, plan.ending)
@@ -130,9 +130,9 @@ def fitted_tokenizer(tokenizer: PreTrainedTokenizerBase, plan: Layout, max_lengt
 
 
 def _end_texts(tokenizer: Any, ending: Sequence[str]) -> None:
-    """Let the tokenizer's template end with more special tokens; a tokenizer without one gets one.
+    """Append special tokens to the tokenizer's template; a tokenizer without one gets one.
 
-    One template behind another would not do: the second takes the begin token of the first for a text of its own.
+    A second template after the first would not work: it takes the first one's begin token for a text.
 
     Raises:
         ValueError: a post-processor of another kind.
@@ -145,8 +145,7 @@ def _end_texts(tokenizer: Any, ending: Sequence[str]) -> None:
     parts = [] if own is None else own["processors"] if own["type"] == "Sequence" else [own]
     if odd := [part["type"] for part in parts if part["type"] not in ("TemplateProcessing", "ByteLevel")]:
         raise ValueError(
-            f"the tokenizer cannot be told to end texts with {' '.join(ending)}: it has a {odd[0]} post-processor; "
-            f"{_REMEDY}"
+            f"the tokenizer cannot end texts with {' '.join(ending)}: it has a {odd[0]} post-processor; {_REMEDY}"
         )
     template = next((part for part in parts if part["type"] == "TemplateProcessing"), None)
     if template is None:
@@ -166,17 +165,17 @@ def _end_texts(tokenizer: Any, ending: Sequence[str]) -> None:
 def check_tokens(
     ours: PromptTokenizer, fitted: PreTrainedTokenizerBase, plan: Layout, texts: Sequence[str], max_length: int
 ) -> None:
-    """Whether the fitted tokenizer reads texts as the contract does, and pools from the same token on.
+    """Check that the exported tokenizer gives the same tokens as the contract, and that pooling starts at the same one.
 
     Args:
-        ours: the contract.
-        fitted: what will be written.
-        plan: what sentence-transformers is told.
-        texts: to try, some longer than ``max_length``.
+        ours: the contract's tokenizer.
+        fitted: the exported tokenizer.
+        plan: the settings of sentence-transformers.
+        texts: to compare, some longer than ``max_length``.
         max_length: in tokens, prompt included.
 
     Raises:
-        ValueError: one text comes out differently.
+        ValueError: the tokens of a text differ.
     """
     for role, name in PROMPT_NAMES.items():
         prompt = plan.prompts[name]
@@ -187,20 +186,20 @@ def check_tokens(
                 raise ValueError(
                     f"the {role} {text[:40]!r} has the tokens {row[:8]}...{row[-4:]} ({len(row)}) under the prompt "
                     f"contract and {other[:8]}...{other[-4:]} ({len(other)}) in sentence-transformers; its tokenizer "
-                    f"cannot say this contract; {_REMEDY}"
+                    f"cannot express this contract; {_REMEDY}"
                 )
         skipped = _prompt_tokens(fitted, prompt)
         for text, start in zip(texts, starts or [], strict=False):
             if start != skipped:
                 raise ValueError(
                     f"prompts.pooled=text: of the {role} {text[:40]!r} {start} tokens are left out of the pooling, and "
-                    f"sentence-transformers would leave out {skipped} (those of the prompt alone); take a template "
-                    f"whose end does not join the text and a tokenizer without a begin token, or {_REMEDY}"
+                    f"sentence-transformers would leave out {skipped} (those of the prompt alone); use a template "
+                    f"whose end does not merge with the text and a tokenizer without a begin token, or {_REMEDY}"
                 )
 
 
 def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
-    """How many tokens sentence-transformers takes a prompt for; without a prompt it leaves none out."""
+    """The number of tokens that sentence-transformers counts as the prompt, and leaves out of the pooling."""
     if not prompt:
         return 0
     ids = tokenizer(prompt)["input_ids"]

@@ -1,4 +1,4 @@
-"""The folder: weights and tokenizer as save_pretrained writes them, and the few files of sentence-transformers.
+"""Writing the exported folder: weights and tokenizer by save_pretrained, and the files of sentence-transformers.
 
 The module files are written in the form that every version of sentence-transformers reads, and vLLM and
 text-embeddings-inference too: those do not all know the shorter form that sentence-transformers itself writes since
@@ -22,17 +22,17 @@ from ullme.commands.export.contract import POOLINGS, Layout
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Before the name of a folder that is being written; behind it stand the process and the folder's name.
+# Prefix of a folder that is being written: .exporting.<process id>.<name>.
 UNFINISHED = ".exporting"
 _PLACE = "sentence_transformers.models"
 
 
 @contextmanager
-def whole_or_not_at_all(target: str | Path) -> Iterator[Path]:
-    """A new folder next to ``target``, which gets the target's name when all went well, and else is removed.
+def atomic_folder(target: str | Path) -> Iterator[Path]:
+    """A new folder next to ``target``, which is renamed to it at the end, or removed after an error.
 
     Raises:
-        ValueError: the target holds something, or cannot be written.
+        ValueError: the target is not empty or cannot be written.
     """
     target = Path(target)
     check_target(target)
@@ -48,25 +48,25 @@ def whole_or_not_at_all(target: str | Path) -> Iterator[Path]:
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(
-                f"--to {target} cannot be written ({reason}); make room or mend the permissions, or name another folder"
+                f"--to {target} cannot be written ({reason}); free space or fix the permissions, or name another folder"
             ) from error
     finally:
         shutil.rmtree(own, ignore_errors=True)
 
 
 def check_target(target: Path) -> None:
-    """Raises: ValueError: the target holds something, or is a file, or nothing can be written there."""
+    """Check the target. Raises: ValueError: it is not empty, is a file, or cannot be written."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"--to {target} is a file; name a new folder")
     if target.is_dir() and any(target.iterdir()):
-        raise ValueError(f"--to {target} is not empty, and nothing is written over; name a new folder or remove it")
+        raise ValueError(f"--to {target} is not empty, and files are not overwritten; name a new folder or remove it")
     parent = next(folder for folder in target.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"--to {target} cannot be written: {parent} allows no new folder; name another one")
+        raise ValueError(f"--to {target} cannot be written: {parent} is not writable; name another folder")
 
 
 def _sweep(target: Path) -> None:
-    """Remove what exports to the same folder left that were killed."""
+    """Remove the unfinished folders of killed exports to the same target."""
     for left in target.parent.glob(f"{UNFINISHED}.*.{target.name}"):
         process = left.name.removeprefix(f"{UNFINISHED}.").split(".")[0]
         if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc").is_dir():
@@ -76,12 +76,12 @@ def _sweep(target: Path) -> None:
 def write_model(
     folder: Path, decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Layout, max_length: int
 ) -> None:
-    """Everything that ``SentenceTransformer(folder)`` and ``AutoModel.from_pretrained(folder)`` need.
+    """Write all files that ``SentenceTransformer(folder)`` and ``AutoModel.from_pretrained(folder)`` need.
 
     Args:
         folder: an empty one.
         decoder: in the dtype to be written.
-        tokenizer: the fitted one.
+        tokenizer: of :func:`~ullme.commands.export.contract.exported_tokenizer`.
         plan: pooling and prompts.
         max_length: in tokens, prompt included.
     """
@@ -119,6 +119,6 @@ def _width(decoder: PreTrainedModel) -> int:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Indented, with a newline at the end; the folder is made."""
+    """Write indented JSON with a newline at the end; the folder is made."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

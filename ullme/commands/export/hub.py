@@ -7,10 +7,10 @@ from typing import Any
 
 
 def check_push(name: str) -> None:
-    """Before any work: a name that the hub takes, the hub in reach, and somebody logged in.
+    """Check the repository's name, the connection to the hub and the login before any work.
 
     Raises:
-        ValueError: one of these is not so.
+        ValueError: one of them is not in order.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import validate_repo_id
@@ -21,7 +21,7 @@ def check_push(name: str) -> None:
         raise ValueError(f"--push_to_hub {name}: {error}; give organisation/name") from None
     if constants.is_offline_mode():
         raise ValueError(f"--push_to_hub {name}: HF_HUB_OFFLINE is set; unset it, or leave --push_to_hub out")
-    with_hub(name, lambda: HfApi().whoami())
+    call_hub(name, lambda: HfApi().whoami())
 
 
 def push(folder: Path, name: str, private: bool) -> str:
@@ -31,13 +31,13 @@ def push(folder: Path, name: str, private: bool) -> str:
         The address of the repository.
 
     Raises:
-        ValueError: the hub refuses or is out of reach; the folder stays.
+        ValueError: the hub refuses or cannot be reached; the folder is kept.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
-    created = with_hub(name, lambda: api.create_repo(name, private=private, exist_ok=True, repo_type="model"))
-    with_hub(
+    created = call_hub(name, lambda: api.create_repo(name, private=private, exist_ok=True, repo_type="model"))
+    call_hub(
         name,
         lambda: api.upload_folder(
             folder_path=str(folder), repo_id=created.repo_id, repo_type="model", commit_message="Upload the model"
@@ -46,14 +46,14 @@ def push(folder: Path, name: str, private: bool) -> str:
     return str(created)
 
 
-def with_hub(name: str, call: Any) -> Any:
-    """Raises: ValueError: whatever the hub or the way there answered, in one line."""
+def call_hub(name: str, call: Any) -> Any:
+    """Call the hub. Raises: ValueError: its error or the network's, in one line."""
     from huggingface_hub.errors import LocalTokenNotFoundError
 
     try:
         return call()
     except LocalTokenNotFoundError:
-        reason = "nobody is logged in; run hf auth login, or set HF_TOKEN"
+        reason = "not logged in; run hf auth login, or set HF_TOKEN"
     except Exception as error:  # the hub's own errors, the network's, the proxy's
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}; check the network and the rights"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}; check the network and your permissions"
     raise ValueError(f"--push_to_hub {name}: {reason}")

@@ -1,4 +1,4 @@
-"""From a model in memory to a folder that is checked before it gets its name."""
+"""Exporting a model in memory to a folder, which is checked before it gets its name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ullme.commands.export import check, contract, folder, weights
-from ullme.commands.export.texts import TEXTS, too_long
+from ullme.commands.export.texts import TEXTS, long_text
 from ullme.models import loading
 from ullme.models.checkpoint import save_adapter
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# Largest 1 - cosine between an embedding of the weights as they are and as a half-precision type rounds them.
+# Largest 1 - cosine between the embeddings of the weights before and after rounding to a half-precision dtype.
 TOLERANCE = 1e-3
-# A text longer than this is no longer tried for how it is cut.
-_LONGEST = 8192
+# Longest text, in tokens, with which truncation is compared.
+_MAX_COMPARED = 8192
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and by how much it differs from the model in memory.
+    """The result of an export, and how much it differs from the model in memory.
 
     Args:
-        folder: where it lies.
+        folder: that was written.
         dtype: of the weights written.
         max_length: in tokens, prompt included.
-        layout: what sentence-transformers is told; None for an adapter.
+        layout: the settings of sentence-transformers; None for an adapter.
         merged: largest difference of a component between adapter and merged weights, in float32.
         rounded: largest 1 - cosine that the dtype costs.
         loaded: largest difference of a component between the rounded weights in memory and the folder as
@@ -62,7 +62,7 @@ def export_model(
 ) -> Exported:
     """Write a folder that sentence-transformers and ``AutoModel`` load without any code of this project.
 
-    The model is used up: its adapter is merged into its weights, which become those that were written.
+    The model is changed: its adapter is merged into its weights, which are rounded to the dtype.
 
     Args:
         model: trained, or an LLM as it is.
@@ -71,15 +71,15 @@ def export_model(
         max_length: where sentence-transformers cuts a text, in tokens, prompt included.
         tolerance: the largest 1 - cosine by which the dtype may change an embedding.
         texts: real texts, on which everything is compared.
-        extra: writes further files into the folder, which has not got its name yet.
+        extra: writes more files into the folder before it gets its name.
         show_progress_bar: count the steps on stderr.
 
     Returns:
-        What was written and measured.
+        The folder and the measured differences.
 
     Raises:
         ValueError: a contract that sentence-transformers cannot express, a family that does not keep its attention
-            without ullme, a dtype that changes too much, or a folder that cannot be written. Nothing is left then.
+            without ullme, a dtype that changes too much, or a folder that cannot be written. No partial folder is left.
     """
     folder.check_target(Path(to))
     check.need_sentence_transformers()
@@ -96,13 +96,13 @@ def export_model(
     target = own if dtype == "auto" else getattr(torch, dtype)
     max_length = min(max_length, model.max_positions)
     plan = contract.layout(model.prompts, model.options.pooling, model.tokenizer)
-    tokenizer = contract.fitted_tokenizer(model.tokenizer, plan, max_length)
-    tried = [*texts, too_long(min(max_length, _LONGEST))]
+    tokenizer = contract.exported_tokenizer(model.tokenizer, plan, max_length)
+    tried = [*texts, long_text(min(max_length, _MAX_COMPARED))]
     for role in contract.PROMPT_NAMES:
         model.prompt_tokenizer.check_length(role, max_length)
     contract.check_tokens(model.prompt_tokenizer, tokenizer, plan, tried, max_length)
     work = weights.working_dtype(model)
-    with _Steps(6, show_progress_bar) as step, folder.whole_or_not_at_all(to) as unnamed:
+    with _Steps(6, show_progress_bar) as step, folder.atomic_folder(to) as unnamed:
         step("embed with the adapter")
         model.to(work).eval()
         before = weights.embeddings(model, texts, max_length)
@@ -113,19 +113,19 @@ def export_model(
         step("round")
         weights.round_to(model, target)
         final = weights.embeddings(model, texts, max_length)
-        # float32 weights of a float64 model and half precision lose something; the others lose nothing
+        # rounding costs something in half precision, and in float32 for a float64 model
         cost = weights.check_rounded(merged, final, str(target).removeprefix("torch."), tolerance)
         step("write")
-        decoder = weights.prepare_for_others(model).to(dtype=target)  # type: ignore[call-arg]
+        decoder = weights.prepare_decoder(model).to(dtype=target)  # type: ignore[call-arg]
         folder.write_model(unnamed, decoder, tokenizer, plan, max_length)
         step("load and compare")
         try:
             found = check.plain_embeddings(unnamed, texts, work, model.device)
-        except Exception as error:  # whatever a family does to the libraries that load it
-            raise ValueError(weights.refusal(model, weights.short(error))) from error
+        except Exception as error:  # loading may fail in many ways, by family
+            raise ValueError(weights.unsupported(model, weights.short(error))) from error
         loaded = weights.difference(final, found)
         if not loaded <= weights.SAME:
-            raise ValueError(weights.refusal(model, f"a component differs by {loaded:.1e}"))
+            raise ValueError(weights.unsupported(model, f"a component differs by {loaded:.1e}"))
         name = str(target).removeprefix("torch.")
         done = Exported(Path(to), name, max_length, plan, same, cost, loaded)
         step("describe")
@@ -142,13 +142,13 @@ def export_adapter(
     extra: Callable[[Path, Exported], None] | None = None,
     show_progress_bar: bool = False,
 ) -> Exported:
-    """Write the adapter alone as a folder that PEFT loads onto the LLM, and ullme with its prompts and pooling.
+    """Write only the adapter, as a folder that PEFT loads onto the LLM, and ullme with prompts and pooling.
 
     Args:
         model: with an adapter.
         to: a new or empty folder.
-        texts: real texts, on which it is compared with what PEFT makes of the folder.
-        extra: writes further files into the folder, which has not got its name yet.
+        texts: real texts, on which it is compared with the folder as PEFT loads it.
+        extra: writes more files into the folder before it gets its name.
         show_progress_bar: count the steps on stderr.
 
     Raises:
@@ -165,7 +165,7 @@ def export_adapter(
             f"--adapter_only: the adapter was trained on top of {options.init_from!r}, so that it does not fit the "
             "LLM alone; leave --adapter_only out, and both are merged"
         )
-    with _Steps(4, show_progress_bar) as step, folder.whole_or_not_at_all(to) as unnamed:
+    with _Steps(4, show_progress_bar) as step, folder.atomic_folder(to) as unnamed:
         step("write")
         save_adapter(model, unnamed)
         step("run with the adapter")
@@ -187,7 +187,7 @@ def export_adapter(
 
 
 class _Steps:
-    """A progress bar whose line says what is being done."""
+    """A progress bar that names the current step."""
 
     def __init__(self, total: int, shown: bool) -> None:
         from tqdm.auto import tqdm

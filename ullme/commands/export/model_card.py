@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
 
 
-# Endings of data files: a relative path to one looks like a name on the hub.
+# Suffixes of data files: a relative path to one looks like a name on the hub.
 _FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst")
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a card says beside what can be read off the model.
+    """The contents of a card that the model itself does not have.
 
     Args:
         title: of the card.
@@ -41,7 +41,7 @@ class Description:
 
 
 def write_card(folder: Path, model: ULLME, done: Exported, what: Description) -> None:
-    """README.md, and the run's configuration without secrets beside it."""
+    """Write README.md, and beside it the run's configuration without secrets."""
     from huggingface_hub import ModelCard
 
     config = what.source.config
@@ -63,7 +63,7 @@ def write_card(folder: Path, model: ULLME, done: Exported, what: Description) ->
 
 
 def _metadata(model: ULLME, done: Exported, what: Description) -> Any:
-    """The YAML in front, which the hub reads."""
+    """The YAML header, which the hub reads."""
     from huggingface_hub import EvalResult, ModelCardData
 
     adapter = done.layout is None
@@ -95,14 +95,14 @@ def _metadata(model: ULLME, done: Exported, what: Description) -> Any:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name can stand for something on the hub: ``organisation/name``, and no path of a machine."""
+    """Whether a name may be a repository of the hub: ``organisation/name``, and not a local path."""
     parts = name.split("/")
     path = name.startswith((".", "~")) or Path(name).suffix in _FILES or os.path.exists(name)
     return len(parts) == 2 and all(parts) and not path
 
 
 def _shown(name: str) -> str:
-    """A hub name as it is, of a path the last part: a card says nothing about the machine it was written on."""
+    """A hub name, or the last part of a path: a card does not show paths of the machine that wrote it."""
     return name if is_hub_name(name) else Path(name).name
 
 
@@ -134,7 +134,7 @@ def _use(model: ULLME, done: Exported, title: str) -> str:
     if model.options.attention == "bidirectional":
         lines.append(
             "Attention looks both ways because config.json says `is_causal: false`, which transformers knows since "
-            "5.2; an older one would stay causal without a word."
+            "5.2; older versions ignore it and stay causal."
         )
     if done.layout.ending:
         ending = " ".join(f"`{token}`" for token in done.layout.ending)
@@ -145,7 +145,7 @@ def _use(model: ULLME, done: Exported, title: str) -> str:
 
 
 def _plain_use(model: ULLME, done: Exported, title: str) -> str:
-    """With transformers alone."""
+    """The example with transformers alone."""
     assert done.layout is not None
     pool = {
         "mean": "vectors = (hidden * mask).sum(1) / mask.sum(1)",
@@ -171,7 +171,7 @@ def _plain_use(model: ULLME, done: Exported, title: str) -> str:
 
 def _adapter_use(model: ULLME) -> str:
     return (
-        "## Use\n\n```python\nfrom ullme.models.trained_weights import load_ullme\n\n"
+        "## Use\n\n```python\nfrom ullme.models.checkpoint import load_ullme\n\n"
         'model = load_ullme("FOLDER")\n'
         'vectors = model.encode(["who founded the town?"], role="query")\n```\n\n'
         "PEFT loads it too (`PeftModel.from_pretrained(llm, FOLDER)`), for generation for example; attention, pooling "
@@ -183,10 +183,10 @@ def _prompts(model: ULLME) -> str:
     prompts = model.prompts
     rows = [("query", prompts.query), ("passage", prompts.passage), ("instruction", prompts.instruction)]
     table = "\n".join(f"| {name} | `{_cell(value)}` |" for name, value in rows)
-    pooled = "" if prompts.pooled == "all" else "\n\nOnly the text is pooled, not what stands in front of it."
+    pooled = "" if prompts.pooled == "all" else "\n\nOnly the text is pooled, not the prompt before it."
     return (
         f"## Prompts\n\n| | |\n|---|---|\n{table}\n\n"
-        "Another task than that of training: put its instruction into the query's template and give it as "
+        "For another task put its instruction into the query's template and pass that as "
         f"`model.encode(texts, prompt=...)`.{pooled}"
     )
 
@@ -229,7 +229,7 @@ def _training(source: Source, model: ULLME) -> str:
 
 
 def _objective(loss: dict[str, Any]) -> str:
-    """The terms by name, with their settings."""
+    """The names of the loss and its terms, with their settings."""
     init = loss.get("init_args") or {}
     terms = init.get("terms") or []
     named = [_term(term) for term in (terms if isinstance(terms, list) else [terms])]

@@ -1,4 +1,4 @@
-"""What lies behind a model that is exported: its checkpoint, its configuration, how long it trained."""
+"""Where an exported model comes from: its checkpoint, configuration and number of training steps."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ CONFIG_COPY = "training_config.yaml"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from.
+    """The origin of a model.
 
     Args:
         checkpoint: a ``.ckpt`` file or a PEFT folder; None for an LLM that was not trained.
-        config: the run's configuration without secrets, if it lies beside the checkpoint.
+        config: the run's configuration without secrets, if it is beside the checkpoint.
         step: optimizer steps up to the checkpoint, where it says so.
         quantization: of the run.
         merged_from: an earlier run that this one was built on.
@@ -37,10 +37,10 @@ class Source:
 
 
 def find_source(run: str | Path) -> Source:
-    """Look at a run without building its model.
+    """Read a run's origin without building its model.
 
     Raises:
-        ValueError: nothing there, or nothing of ullme's.
+        ValueError: there is no checkpoint, or it was not written by ullme.
     """
     path = find_checkpoint(run)
     step = None
@@ -65,7 +65,7 @@ def find_source(run: str | Path) -> Source:
 
 
 def _config(file: Path) -> dict[str, Any] | None:
-    """A run's configuration; another program's config.yaml is none."""
+    """A run's configuration; None for the config.yaml of another program."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):

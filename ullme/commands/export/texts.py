@@ -1,4 +1,4 @@
-"""The texts on which an export is tried: of many lengths, scripts and endings."""
+"""The texts on which an export is compared: of many lengths, scripts and endings."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ TEXTS = (
 )
 
 
-def try_out(file: str | Path | None) -> list[str]:
-    """The texts above, or those of a file, one a line.
+def read_texts(file: str | Path | None) -> list[str]:
+    """The texts to compare on: those of a file, one a line, or :data:`TEXTS`.
 
     Raises:
         ValueError: no such file, or no text in it.
@@ -38,7 +38,7 @@ def try_out(file: str | Path | None) -> list[str]:
     return texts
 
 
-def too_long(max_length: int) -> str:
+def long_text(max_length: int) -> str:
     """A text of more than ``max_length`` tokens under any tokenizer."""
     words = " ".join(TEXTS)
     return (words + " ") * (max_length * 24 // len(words) + 1)

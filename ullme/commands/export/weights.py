@@ -1,4 +1,4 @@
-"""What was trained, merged into the LLM, and what the merging and the dtype changed."""
+"""Merging the trained weights into the LLM, and measuring what merging and the dtype change."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
     from ullme.models.ullme import ULLME
 
-# Largest difference of one component of two unit vectors that are to be the same, computed in float32.
+# Largest difference between components of two unit vectors that count as the same, computed in float32.
 SAME = 1e-5
-# Families for which text-embeddings-inference reads another key than transformers, which has none of that name here.
-_OTHER_NAME = ("llama", "mistral", "qwen3")
+# Families for which text-embeddings-inference reads use_bidirectional_attention instead of is_causal.
+_TEI_KEY = ("llama", "mistral", "qwen3")
 
 
 def working_dtype(model: ULLME) -> torch.dtype:
-    """In which comparisons are computed: float32, or float64 for a float64 model."""
+    """The dtype of the comparisons: float32, or float64 for a float64 model."""
     return torch.promote_types(next(model.parameters()).dtype, torch.float32)
 
 
@@ -75,7 +75,7 @@ def angle(a: Tensor, b: Tensor) -> float:
 
 
 def check_merged(before: Tensor, after: Tensor) -> float:
-    """Raises: ValueError: merging alone, without rounding, changed the embeddings."""
+    """The difference that merging makes, before rounding. Raises: ValueError: it is more than :data:`SAME`."""
     if not (found := difference(before, after)) <= SAME:
         raise ValueError(
             f"the merged model gives other embeddings than the adapter does (a component differs by {found:.1e}, "
@@ -85,7 +85,7 @@ def check_merged(before: Tensor, after: Tensor) -> float:
 
 
 def check_rounded(before: Tensor, after: Tensor, dtype: str, tolerance: float) -> float:
-    """Raises: ValueError: the dtype asked for changes the embeddings more than ``tolerance`` (1 - cosine)."""
+    """The 1 - cosine that rounding to the dtype costs. Raises: ValueError: it is more than ``tolerance``."""
     if not (found := angle(before, after)) <= tolerance:
         raise ValueError(
             f"--dtype {dtype} changes the embeddings: 1 - cosine is up to {found:.1e} between the merged weights as "
@@ -95,13 +95,13 @@ def check_rounded(before: Tensor, after: Tensor, dtype: str, tolerance: float) -
     return found
 
 
-def prepare_for_others(model: ULLME) -> PreTrainedModel:
-    """The decoder without its head, set up so that transformers alone runs it with the model's attention.
+def prepare_decoder(model: ULLME) -> PreTrainedModel:
+    """The decoder without its head, configured so that transformers alone runs it with the model's attention.
 
-    ``is_causal: false`` in config.json is what transformers (5.2 and newer) goes by.
+    transformers (5.2 and newer) reads ``is_causal: false`` from config.json.
 
     Raises:
-        ValueError: the family does not go by it.
+        ValueError: the family ignores it.
     """
     causal_lm = model.causal_lm
     block = _block(model)
@@ -115,35 +115,35 @@ def prepare_for_others(model: ULLME) -> PreTrainedModel:
             config.is_causal = False
         elif "is_causal" in vars(config):
             del config.is_causal
-        if bidirectional and config.model_type in _OTHER_NAME:
+        if bidirectional and config.model_type in _TEI_KEY:
             config.use_bidirectional_attention = True
     pooling: Any = model.options.pooling
     try:
         found = plain_forward(decoder, *block, pooling)
-        # A batch without padding gets no mask in some families, and is causal then.
+        # In some families a batch without padding gets no mask, and is then causal.
         alone = plain_forward(decoder, block[0][:1], block[1][:1], pooling)
-    except Exception as error:  # whatever a family does when it is run without the path that the probe chose
-        raise ValueError(refusal(model, short(error))) from error
+    except Exception as error:  # the family may not support any other path than the one that the probe chose
+        raise ValueError(unsupported(model, short(error))) from error
     worst = max(difference(expected, found), difference(expected[:1], alone))
     if not worst <= SAME:
-        raise ValueError(refusal(model, f"a component differs by {worst:.1e}"))
+        raise ValueError(unsupported(model, f"a component differs by {worst:.1e}"))
     return decoder
 
 
 def short(error: Exception) -> str:
-    """The kind of an error and the beginning of its first line."""
+    """The type of an error and the beginning of its message."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
 
 
-def refusal(model: ULLME, reason: str) -> str:
-    """Why a family cannot leave this project as a folder."""
+def unsupported(model: ULLME, reason: str) -> str:
+    """The message for a model whose attention transformers alone cannot reproduce."""
     family = model.causal_lm.config.model_type
     kind = model.options.attention
     return (
         f"{family!r} with {kind} attention (path {model.attention_path}) does not embed the same when transformers "
         f"loads it without ullme ({reason}): "
         + (
-            "the family does not go by is_causal: false in its config.json. Train with attention: causal or on another "
+            "the family ignores is_causal: false in its config.json. Train with attention: causal or on another "
             "family (llama, mistral, qwen, gemma, phi ...), or export with --adapter_only and embed with ullme"
             if kind == "bidirectional"
             else "export with --adapter_only and embed with ullme"

@@ -1,17 +1,19 @@
-"""The commands of a cell: what train.py and evaluate.py are called with, so that every figure can be had by hand."""
+"""A cell of a table, and its commands: the arguments of train.py and evaluate.py, which also work by hand."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ullme.commands.reproduce import gpus
 from ullme.commands.reproduce.scores import cell_folder
 from ullme.commands.reproduce.spec import Model, Row, Stage, Table, path
+from ullme.planning.devices import number_of
+from ullme.utils.precision import device_type
 
 TRAIN = ("-m", "ullme", "train", "fit")
 EVALUATE = ("-m", "ullme", "evaluate")
@@ -20,7 +22,7 @@ _WANDB = "WandbLogger"
 
 @dataclass(frozen=True)
 class Overrides:
-    """What the command line puts in place of the table's own options: dotted name -> value."""
+    """Options of the command line that replace the table's own: dotted name -> value."""
 
     train: dict[str, Any] = field(default_factory=dict)
     evaluate: dict[str, Any] = field(default_factory=dict)
@@ -70,7 +72,7 @@ class Cell:
         return self.folder / ("train" if len(self.row.stages) == 1 else f"train{place + 1}")
 
     def configuration(self, stage: Stage) -> list[str]:
-        """Options that say what is trained; no seeds and no folders."""
+        """The arguments of train.py that say what is trained, without seeds and folders."""
         configs = [*self.table.configs, *self.model.configs, stage.config]
         options = {
             **self.table.train_options,
@@ -83,24 +85,24 @@ class Cell:
 
     @cached_property
     def parsed(self) -> list[Any]:
-        """What train.py reads from the configuration of each stage.
+        """The configuration of each stage as train.py parses it.
 
         Raises:
-            ValueError: train.py would refuse it.
+            ValueError: train.py would reject it.
         """
         return [parsed(tuple(self.configuration(stage))) for stage in self.row.stages]
 
     @property
     def devices(self) -> int | str | None:
-        """GPUs that a training of this cell takes; "auto" for all there are; None: it runs on the CPU."""
+        """The number of GPUs that a training of this cell uses; "auto" for all of them; None on the CPU."""
         if not self.parsed:
-            return 1 if gpus.count() else None
-        wanted = [gpus.wanted(config.trainer) for config in self.parsed]
+            return 1 if device_type("auto") == "cuda" else None
+        wanted = [_gpus_of(config.trainer) for config in self.parsed]
         counts = [count for count in wanted if isinstance(count, int)]
         return "auto" if "auto" in wanted else max(counts, default=None)
 
     def train_command(self, stage: Stage) -> list[str]:
-        """Arguments of Python that train a stage, or go on with it."""
+        """The arguments of Python that train a stage or resume its training."""
         folder, place = self.run_folder(stage), self.row.stages.index(stage)
         before = [f"--model.backbone.init_from={self.run_folder(self.row.stages[place - 1])}"] if place else []
         return [
@@ -108,13 +110,13 @@ class Cell:
             *self.configuration(stage),
             *(f"--seed_everything={self.seed}", f"--data.seed={self.seed}"),
             *before,
-            *gpus.renumbered(self.parsed[place].trainer),
+            *_renumbered_devices(self.parsed[place].trainer),
             f"--trainer.default_root_dir={folder}",
             *self._logger(self.parsed[place].trainer.logger, folder, stage),
         ]
 
     def evaluate_command(self) -> list[str]:
-        """Arguments of Python that evaluate the cell's embedder."""
+        """The arguments of Python that evaluate the cell's embedder."""
         options = {
             **self.table.evaluate_options,
             **self.model.evaluate_options,
@@ -133,7 +135,7 @@ class Cell:
         ]
 
     def evaluate_environment(self) -> dict[str, str]:
-        """What names the evaluation's W&B run; that of a training goes on under its own name."""
+        """Environment variables that name the evaluation's W&B run."""
         if not self.logs_to_wandb:
             return {}
         name, group, tags = self._wandb(self.stages[-1][0] if self.stages else None)
@@ -141,20 +143,20 @@ class Cell:
 
     @property
     def logs_to_wandb(self) -> bool:
-        """Whether this row's trainings log to W&B, or, where it has none, those of the table's first that has."""
+        """Whether this row's trainings log to W&B; a row without trainings follows the first row that has some."""
         rows = [self.row_id, *self.table.rows]
         configured = next((row for row in rows if self.table.rows[row].stages), None)
         return configured is not None and _kind(replace(self, row_id=configured).parsed[0].trainer.logger) == _WANDB
 
     def _embedder(self) -> list[str]:
-        """Which weights are evaluated, and for an LLM that is not trained the way it is run."""
+        """The options of evaluate.py that name the embedder, and for an untrained LLM how it is run."""
         row = self.row
         if row.trained:
             return [f"--checkpoint={self.stages[-1][1]}"]
         if not row.stages:
             named = {"model": row.model, "checkpoint": row.checkpoint}
             if not any(named.values()):
-                raise ValueError(f"rows.{self.row_id}: nothing is trained and nothing given; set model or checkpoint")
+                raise ValueError(f"rows.{self.row_id}: it has neither stages nor an embedder; set model or checkpoint")
             return [f"--{name}={value}" for name, value in named.items() if value]
         backbone, prompts = self.parsed[0].model.backbone, self.parsed[0].model.prompts
         options = {
@@ -181,7 +183,7 @@ class Cell:
         return {*table.evaluate_options, *model.evaluate_options, *row.evaluate_options, *self.overrides.evaluate}
 
     def _logger(self, logger: Any, folder: Path, stage: Stage) -> list[str]:
-        """The logger's options: its files in the cell's folder, and for W&B a table that can be read there."""
+        """The logger's options: files go to the cell's folder; W&B runs get names, groups and tags by table."""
         kind, prefix = _kind(logger), "--trainer.logger.init_args"
         if kind == "CSVLogger":
             return [f"{prefix}.save_dir={folder}", f"{prefix}.name=", f"{prefix}.version="]
@@ -194,7 +196,7 @@ class Cell:
         ]
 
     def _wandb(self, stage: Stage | None) -> tuple[str, str, list[str]]:
-        """(name, group, tags) of a W&B run, by which the table can be read there."""
+        """(name, group, tags) of a W&B run."""
         name = f"{self.row_id}-seed{self.seed}"
         if stage is not None and len(self.row.stages) > 1:
             name = f"{name}-{Path(str(stage.config)).stem}"
@@ -203,8 +205,8 @@ class Cell:
         return name, f"{table}/{self.model_id}", tags
 
     def settings(self) -> dict[str, Any]:
-        """What decides the cell's scores, flat: cells of one folder must not differ in it by mistake. How fast a run
-        goes, and where, is no part of it."""
+        """All settings that change the cell's scores, as dotted name -> value; speed and place are not among them. A
+        cell is not continued with other settings."""
         from ullme.training.resume import settings_of
 
         found = {
@@ -220,7 +222,7 @@ class Cell:
 
 
 def _kind(logger: Any) -> str:
-    """The class's name of a configured logger."""
+    """The class name of a configured logger."""
     return getattr(logger, "class_path", "").rsplit(".", 1)[-1]
 
 
@@ -228,14 +230,14 @@ _PARSED: dict[tuple[str, ...], Any] = {}
 
 
 def parsed(configuration: tuple[str, ...]) -> Any:
-    """What train.py reads, nothing of it instantiated; parsed once.
+    """A configuration as train.py parses it, not instantiated; cached.
 
     Raises:
-        ValueError: train.py would refuse it.
+        ValueError: train.py would reject it.
     """
     from jsonargparse import ArgumentError
 
-    from ullme.commands.plan import read_configs
+    from ullme.commands.train import read_configs
     from ullme.utils.errors import one_line
 
     if configuration not in _PARSED:
@@ -246,8 +248,25 @@ def parsed(configuration: tuple[str, ...]) -> Any:
     return _PARSED[configuration]
 
 
+def _gpus_of(trainer: Any) -> int | str | None:
+    """The number of GPUs of a configured trainer; "auto" for all of them; None on the CPU."""
+    return None if device_type(str(trainer.accelerator)) == "cpu" else number_of(trainer.devices)
+
+
+def _renumbered_devices(trainer: Any) -> list[str]:
+    """A cell sees only its own GPUs, numbered from 0: devices that are listed by number become their count."""
+    listed = isinstance(trainer.devices, list) or (isinstance(trainer.devices, str) and "," in trainer.devices)
+    count = _gpus_of(trainer)
+    return [f"--trainer.devices={count}"] if listed and count else []
+
+
+def shell_line(command: Sequence[str]) -> str:
+    """The arguments of Python as a line for a shell."""
+    return f"python {shlex.join(command)}"
+
+
 def _options(options: dict[str, Any], lists: bool = False) -> list[str]:
-    """``--name=value`` for each; a list of evaluate.py's as ``--name value value``."""
+    """``--name=value`` for each option; with ``lists`` a list becomes evaluate.py's ``--name value value``."""
     found: list[str] = []
     for name, value in options.items():
         if lists and isinstance(value, list):

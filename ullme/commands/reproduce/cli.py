@@ -1,4 +1,4 @@
-"""The command line of ``ullme reproduce``: a table of the paper, or one of your own, with one command."""
+"""The command line of ``ullme reproduce``: train and evaluate a table of the paper, or one of your own."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 
 from ullme.commands.reproduce.cells import Cell, Overrides, parse_options
 from ullme.commands.reproduce.spec import Table, check, chosen, filled
-from ullme.utils.config_files import located
+from ullme.utils.config_files import locate_in_arguments
 
 DESCRIPTION = (
-    "Train and evaluate every missing cell of a table (LLM x row x seed) and write the table. Stopped, it goes on "
-    "with the same command."
+    "Train and evaluate every missing cell of a table (LLM x row x seed) and write the table. The "
+    "same command continues a table that was stopped."
 )
 
 
 def parser() -> ArgumentParser:
-    """The options: the table's own, from --config, and how it is run."""
+    """The options: the table's own, from --config, and those that say how it is run."""
     options = ArgumentParser(prog="ullme reproduce", description=DESCRIPTION, exit_on_error=False)
     options.add_argument("--config", action=ActionConfigFile, help="the table's YAML file; several are stacked")
     run = options.add_argument_group("Run")
@@ -43,10 +43,15 @@ def parser() -> ArgumentParser:
         "--set", nargs="+", type=str, default=[], metavar="NAME=VALUE", help="an option of train.py, for every cell"
     )
     run.add_argument(
-        "--set_evaluate", nargs="+", type=str, default=[], metavar="NAME=VALUE", help="one of evaluate.py, likewise"
+        "--set_evaluate",
+        nargs="+",
+        type=str,
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of evaluate.py, for every cell",
     )
     run.add_argument("--dry_run", action="store_true", help="print the commands of the missing cells")
-    run.add_argument("--report_only", action="store_true", help="write the table from the cells that are done")
+    run.add_argument("--report_only", action="store_true", help="write the table from the finished cells")
     options.add_class_arguments(Table)
     return options
 
@@ -58,15 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None takes those of the process.
 
     Returns:
-        The exit status: 0; 1 where a cell failed; 2 for a mistake of the user, explained in one line; 130 if stopped.
+        The exit status: 0; 1 where a cell failed; 2 for a mistake in the arguments; 130 if stopped.
     """
     from ullme.utils.errors import one_line
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # the rest of the command line is not for it
+    warnings.filterwarnings(
+        "ignore", "LightningCLI's args parameter"
+    )  # its arguments are only a part of the command line
     try:
-        options = parser().parse_args(located(sys.argv[1:] if argv is None else argv))
+        options = parser().parse_args(locate_in_arguments(sys.argv[1:] if argv is None else argv))
         return run(options)
     except (ArgumentError, ValueError) as error:
         print(f"reproduce: error: {one_line(error)}", file=sys.stderr)
@@ -76,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(options: Any) -> int:
-    """All of it. Raises: ValueError: a mistake in the table or in an option."""
-    from ullme.commands.reproduce import world
+    """Run the missing cells and write the table. Raises: ValueError: a mistake in the table or in an option."""
+    from ullme.commands.reproduce.preflight import build_miniature, miniature_data, miniature_llm
     from ullme.commands.reproduce.run import done
 
     overrides = Overrides(parse_options(options.set, "--set"), parse_options(options.set_evaluate, "--set_evaluate"))
@@ -86,12 +93,12 @@ def run(options: Any) -> int:
         raise ValueError(f"--parallel {parallel} must be at least 1, or auto")
     table = read_table(options)
     check(table)
-    llm, data = (world.llm(table), world.data(table)) if table.world else (options.llm, options.data)
+    llm, data = (miniature_llm(table), miniature_data(table)) if table.world else (options.llm, options.data)
     table = filled(table, llm, data)
     if options.report_only:
         return report(table)
     overrides = Overrides(_fill(overrides.train, llm, data), _fill(overrides.evaluate, llm, data))
-    # of all cells: what --only leaves out stands in the same table, and must have been made with the same settings
+    # of all cells, also those that --only leaves out: they are in the same table and must have the same settings
     finished = {cell.name: done(cell) for cell in (Cell(table, *cell, overrides) for cell in chosen(table, []))}
     cells = [Cell(table, *cell, overrides) for cell in chosen(table, options.only)]
     missing = [cell for cell in cells if not finished[cell.name]]
@@ -103,10 +110,10 @@ def run(options: Any) -> int:
     if missing:
         from ullme.commands.reproduce.preflight import runner
 
-        do = runner(missing, parallel)
+        cell_runner = runner(missing, parallel)
         if table.world:
-            world.build(table)
-        failed = do.run()
+            build_miniature(table)
+        failed = cell_runner.run()
     status = report(table)
     for name, reason in failed.items():
         print(f"reproduce: failed: {name}: {reason}", file=sys.stderr)
@@ -114,7 +121,7 @@ def run(options: Any) -> int:
 
 
 def read_table(options: Any) -> Table:
-    """The table among the options, as dataclasses."""
+    """The options that describe the table, as dataclasses."""
     namespace = options.clone()
     own = {field.name for field in fields(Table)}
     for name in [name for name in namespace.as_dict() if name not in own]:
@@ -125,20 +132,21 @@ def read_table(options: Any) -> Table:
 
 
 def commands(cells: Sequence[Cell]) -> str:
-    """What would be run, as shell lines."""
-    from ullme.commands.reproduce.run import shell
+    """The commands of the cells, as lines for a shell."""
+    from ullme.commands.reproduce.cells import shell_line
 
     lines = []
     for cell in cells:
         lines.append(f"# {cell.name}")
         lines += [
-            shell(command) for command in (*(cell.train_command(s) for s, _ in cell.stages), cell.evaluate_command())
+            shell_line(command)
+            for command in (*(cell.train_command(s) for s, _ in cell.stages), cell.evaluate_command())
         ]
     return "\n".join(lines) or "# every cell is done"
 
 
-def check_alike(table: Table) -> None:
-    """Raises: ValueError: seeds of one row that were made with different settings, whose mean would mean nothing."""
+def check_same_settings(table: Table) -> None:
+    """Check that all seeds of a row have the same settings, so that their mean makes sense. Raises: ValueError."""
     from ullme.commands.reproduce.run import SETTINGS_FILE, differing
 
     first: dict[tuple[str, str], tuple[Cell, dict[str, Any]]] = {}
@@ -158,12 +166,12 @@ def check_alike(table: Table) -> None:
 
 
 def report(table: Table) -> int:
-    """Write the table from every cell that is done; 1 if there is none. Raises: ValueError: seeds do not fit."""
+    """Write the table from the finished cells. Returns: 1 if there are none. Raises: ValueError: settings differ."""
     from ullme.commands.reproduce.scores import read_scores
 
-    check_alike(table)
+    check_same_settings(table)
     folder = Path(table.output)
-    known = set(chosen(table, []))  # with their seeds: a folder may have more
+    known = set(chosen(table, []))  # a folder may have cells of other seeds
     cells = [cell for cell in read_scores(folder) if (cell.model, cell.row, cell.seed) in known]
     if not cells:
         print(f"reproduce: no cell below {folder} is done, so there is no table", file=sys.stderr)
@@ -173,7 +181,7 @@ def report(table: Table) -> int:
     models = {name: model.label for name, model in table.models.items()}
     rows = {name: row.label for name, row in table.rows.items()}
     write_report(table.title, models, rows, table.order, cells, folder, table.paper)
-    print(f"the table lies in {folder}{os.sep}")
+    print(f"the table is in {folder}{os.sep}")
     return 0
 
 

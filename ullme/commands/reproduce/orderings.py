@@ -1,4 +1,4 @@
-"""Which of the orderings that the paper claims hold in the results, in words and as CSV."""
+"""Which of the claimed orderings of rows hold in the results, as text and as CSV."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ullme.commands.reproduce.statistics import (
     claims,
     compare_queries,
     compare_seeds,
-    corrected,
+    holm_corrected,
 )
 from ullme.commands.reproduce.tables import UNKNOWN, markdown, number
 
@@ -44,16 +44,16 @@ def compare(
     seeds, queries = [], []
     for model in models:
         for name, tasks in columns.items():
-            seeds += corrected([compare_seeds(grid, model, pair, name, tasks) for pair in claims(order)])
+            seeds += holm_corrected([compare_seeds(grid, model, pair, name, tasks) for pair in claims(order)])
         for task in grid.query_tasks():
-            queries += corrected([compare_queries(grid, model, pair, task) for pair in claims(order)])
+            queries += holm_corrected([compare_queries(grid, model, pair, task) for pair in claims(order)])
     return seeds, queries
 
 
 def text(
     seeds: list[Comparison], queries: list[Comparison], models: dict[str, str], rows: dict[str, str], order: list[str]
 ) -> str:
-    """The section of the report."""
+    """The report's section about the orderings."""
     parts = [f"Claimed: {' < '.join(rows[row] for row in order)}.\n", METHOD]
     for model, label in models.items():
         parts.append(f"### {label}\n")
@@ -66,8 +66,8 @@ def text(
 
 def _summary(what: str, comparisons: list[Comparison]) -> str:
     counts = Counter(c.verdict for c in comparisons)
-    said = [f"{verdict} {counts[verdict]}" for verdict in (HOLDS, REVERSED, UNCLEAR, UNTESTED) if counts[verdict]]
-    return f"**{what}**, of {len(comparisons)} claims: {', '.join(said)}.\n"
+    verdicts = [f"{verdict} {counts[verdict]}" for verdict in (HOLDS, REVERSED, UNCLEAR, UNTESTED) if counts[verdict]]
+    return f"**{what}**, of {len(comparisons)} claims: {', '.join(verdicts)}.\n"
 
 
 def _table(comparisons: list[Comparison], rows: dict[str, str], scope: bool) -> str:
@@ -78,7 +78,7 @@ def _table(comparisons: list[Comparison], rows: dict[str, str], scope: bool) -> 
     for c in comparisons:
         interval = f"[{number(c.interval[0], True)}, {number(c.interval[1], True)}]" if c.interval else UNKNOWN
         favour = f"{c.agreeing} of {c.size}" if c.size else UNKNOWN
-        verdict = f"{c.verdict} ({_named(c.reason, rows)})" if c.reason else c.verdict
+        verdict = f"{c.verdict} ({_with_label(c.reason, rows)})" if c.reason else c.verdict
         claim = f"{rows[c.lower]} < {rows[c.higher]}"
         lines.append([claim, *([c.scope] if scope else []), number(c.difference, True), interval])
         lines[-1] += [_p(c.p), _p(c.p_holm), favour, verdict]
@@ -89,7 +89,7 @@ def _p(value: float | None) -> str:
     return UNKNOWN if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _named(reason: str, rows: dict[str, str]) -> str:
+def _with_label(reason: str, rows: dict[str, str]) -> str:
     """The reason with the row's label in place of its id."""
     row, colon, rest = reason.partition(": ")
     return f"{rows[row]}: {rest}" if colon and row in rows else reason
@@ -106,7 +106,7 @@ def as_csv(comparisons: list[Comparison], models: dict[str, str], rows: dict[str
             [
                 *(models[c.model], rows[c.lower], rows[c.higher], c.level, c.scope, c.difference),
                 *(c.interval or (None, None)),
-                *(c.p, c.p_holm, c.size, c.agreeing, c.verdict, _named(c.reason, rows)),
+                *(c.p, c.p_holm, c.size, c.agreeing, c.verdict, _with_label(c.reason, rows)),
             ]
         )
     return out.getvalue()

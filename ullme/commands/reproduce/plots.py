@@ -89,5 +89,5 @@ def _from_mean(scores: np.ndarray) -> np.ndarray:
 
 
 def save(figure: Figure, file: Path) -> None:
-    """As PNG."""
+    """Save a figure as PNG."""
     figure.savefig(file, dpi=150)

@@ -1,4 +1,4 @@
-"""What is written about a table: Markdown, LaTeX, CSV, plots, and which of the claimed orderings hold."""
+"""The report of a table: Markdown, LaTeX, CSV, plots, and which of the claimed orderings hold."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write_report(
         models: id -> label, in the table's order.
         rows: id -> label, in the table's order.
         order: ids of the rows whose order is claimed, the lowest first.
-        cells: what is there; a missing cell is shown as "not run". Cells of other models or rows are left out.
+        cells: the finished ones; a missing cell is shown as "not run". Cells of other models or rows are left out.
         folder: where the files go.
         paper: "table2" puts the paper's figures and the differences beside ours, and takes the averages over the 56
             tasks of MTEB(eng, v1); None takes them over the tasks that any cell has.
@@ -75,7 +75,7 @@ def write_report(
         *("## Which orderings hold", claimed),
         *("## Single tasks", texts["table3"], "![single tasks](table3.png)"),
         *(("## Cost", _cost(grid, models, figures)) if figures else ()),
-        *("## How the cells were made", _made(grid)),
+        *("## How the cells were made", _provenance(grid)),
     ]
     _write(folder / "report.md", "\n\n".join(section.strip() for section in sections) + "\n")
 
@@ -173,8 +173,8 @@ def _cost(grid: Grid, models: dict[str, str], paper: Paper) -> str:
     return f"{text}\n\n{markdown(lines)}"
 
 
-def _made(grid: Grid) -> str:
-    """Hardware and versions, as far as the cells note them, and where the commands are."""
+def _provenance(grid: Grid) -> str:
+    """The hardware and versions in the cells' notes, and where the commands are."""
     kinds: Counter[str] = Counter()
     for cell in (cell for seeds in grid.cells.values() for cell in seeds.values()):
         known = {name: value for name, value in cell.notes.items() if isinstance(value, str)}

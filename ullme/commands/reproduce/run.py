@@ -1,4 +1,4 @@
-"""Running cells: several at a time where devices allow, each as the commands it would be by hand."""
+"""Running the missing cells of a table: several at a time where there are devices, each in processes of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -18,25 +17,25 @@ from pathlib import Path
 from threading import Condition
 from typing import IO, Any
 
-from ullme.commands.reproduce.cells import Cell
-from ullme.commands.reproduce.finish import add_seconds, finish
+from ullme.commands.reproduce.cells import Cell, shell_line
+from ullme.commands.reproduce.collect import add_seconds, collect_scores
 from ullme.commands.reproduce.scores import SCORES_FILE
 from ullme.training.resume import FINISHED
 from ullme.utils import atomic_files
 
 SETTINGS_FILE = "settings.json"
-PATIENCE = 300  # seconds that a training has to save itself in when it is told to stop
+STOP_TIMEOUT = 300  # seconds that a training has to save a checkpoint after SIGTERM
 
 
 class CellError(Exception):
-    """A cell that could not be done, and why."""
+    """A cell failed or was stopped; the text says why."""
 
 
 class Devices:
-    """GPUs to be shared out: who asks for n waits until n are free.
+    """A pool of GPUs: :meth:`take` waits until enough of them are free.
 
     Args:
-        names: as CUDA_VISIBLE_DEVICES has them; empty on a machine without.
+        names: as in CUDA_VISIBLE_DEVICES; empty on a machine without GPUs.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -58,11 +57,11 @@ class Devices:
 
 
 class Runner:
-    """Does cells.
+    """Trains and evaluates cells.
 
     Args:
         cells: the missing ones, in order.
-        parallel: how many at a time; on GPUs no more than there are devices for.
+        parallel: how many at a time; on GPUs no more than the devices allow.
         devices: the GPUs.
         threads: of each process on a CPU.
     """
@@ -76,10 +75,13 @@ class Runner:
         self.stopping = False
 
     def run(self) -> dict[str, str]:
-        """Cell name -> why it failed; empty if all are done.
+        """Run all cells.
+
+        Returns:
+            Cell name -> why it failed; empty if all succeeded.
 
         Raises:
-            KeyboardInterrupt: SIGINT or SIGTERM came; trainings have been given the time to save themselves.
+            KeyboardInterrupt: after SIGINT or SIGTERM, once the trainings have saved their checkpoints.
         """
         earlier = signal.signal(signal.SIGTERM, _interrupt)
         failed: dict[str, str] = {}
@@ -97,36 +99,36 @@ class Runner:
         return failed
 
     def _try(self, cell: Cell) -> str | None:
-        """Why a cell failed; the others go on."""
+        """Run one cell. Returns: why it failed, or None."""
         if self.stopping:
             return "stopped"
         try:
-            with self.devices.take(self._wanted(cell)) as mine, locked(cell.folder) as lock:
-                self._do(cell, mine, lock)
+            with self.devices.take(self._gpus_for(cell)) as mine, locked(cell.folder) as lock:
+                self._run_cell(cell, mine, lock)
         except (CellError, ValueError, OSError) as error:
             if not self.stopping:
                 print(f"reproduce: {cell.name} failed: {error}", file=sys.stderr, flush=True)
             return str(error)
         return None
 
-    def _wanted(self, cell: Cell) -> int:
+    def _gpus_for(self, cell: Cell) -> int:
         wanted = cell.devices
         return self.devices.count if wanted == "auto" else int(wanted or 0)
 
-    def _do(self, cell: Cell, devices: list[str], lock: IO[str]) -> None:
+    def _run_cell(self, cell: Cell, devices: list[str], lock: IO[str]) -> None:
         settings = cell.folder / SETTINGS_FILE
         text = json.dumps(cell.settings(), indent=1)
-        atomic_files.write_atomically(settings, lambda file: file.write(text.encode()))
+        atomic_files.write_atomically(settings, lambda file: file.write(text.encode()), option="--output")
         for stage, folder in cell.stages:
             if not (folder / "checkpoints" / FINISHED).is_file():
                 log = cell.folder / f"{folder.name}.log"
-                self._call(cell, "training", cell.train_command(stage), devices, log, lock, {})
-        command = over_ranks(cell.evaluate_command(), len(devices))
+                self._run_process(cell, "training", cell.train_command(stage), devices, log, lock, {})
+        command = with_torchrun(cell.evaluate_command(), len(devices))
         named = cell.evaluate_environment()
-        self._call(cell, "evaluating", command, devices, cell.folder / "evaluate.log", lock, named)
-        finish(cell)
+        self._run_process(cell, "evaluating", command, devices, cell.folder / "evaluate.log", lock, named)
+        collect_scores(cell)
 
-    def _call(
+    def _run_process(
         self,
         cell: Cell,
         what: str,
@@ -136,7 +138,7 @@ class Runner:
         lock: IO[str],
         named: Mapping[str, str],
     ) -> None:
-        """Run it to its end, with ``named`` in its environment. Raises: CellError: it failed, or was stopped."""
+        """Run a command with ``named`` in its environment and wait. Raises: CellError: it failed or was stopped."""
         if self.stopping:
             raise CellError("stopped")
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **named}
@@ -150,7 +152,7 @@ class Runner:
         started = time.perf_counter()
         with log.open("ab") as file:
             begin = file.seek(0, os.SEEK_END)
-            file.write(f"$ {shell(command)}\n".encode())
+            file.write(f"$ {shell_line(command)}\n".encode())
             file.flush()
             process = subprocess.Popen(
                 [sys.executable, *command],
@@ -159,61 +161,63 @@ class Runner:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                pass_fds=[lock.fileno()],  # so that the cell stays locked as long as its process lives
+                pass_fds=[lock.fileno()],  # the cell stays locked as long as its process lives
             )
             self.running.add(process)
             if self.stopping:
-                self._tell(process)
+                self._signal(process)
             status = process.wait()
             self.running.discard(process)
         seconds = time.perf_counter() - started
         add_seconds(cell, log.stem, seconds)
         if status:
             ended = f"status {status}" if status > 0 else signal.Signals(-status).name
-            raise CellError("stopped" if self.stopping else f"{what} ended with {ended}: {why(log, begin)} (see {log})")
+            raise CellError(
+                "stopped" if self.stopping else f"{what} ended with {ended}: {failure_reason(log, begin)} (see {log})"
+            )
         print(f"== {cell.name}: {what}: {seconds:.0f} s", flush=True)
 
     def _stop(self) -> None:
-        """Let every process save itself and end."""
+        """Send SIGTERM to every process and wait until it has saved and ended."""
         self.stopping = True
-        print("reproduce: stopping; the same command goes on from here", file=sys.stderr, flush=True)
+        print("reproduce: stopping; the same command continues from here", file=sys.stderr, flush=True)
         for process in list(self.running):
-            self._tell(process)
-        deadline = time.monotonic() + PATIENCE
+            self._signal(process)
+        deadline = time.monotonic() + STOP_TIMEOUT
         for process in list(self.running):
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                print(f"reproduce: process {process.pid} did not end in {PATIENCE} s: killed", file=sys.stderr)
-                self._tell(process, signal.SIGKILL)
+                print(f"reproduce: process {process.pid} did not end in {STOP_TIMEOUT} s: killed", file=sys.stderr)
+                self._signal(process, signal.SIGKILL)
 
     @staticmethod
-    def _tell(process: subprocess.Popen[bytes], what: signal.Signals = signal.SIGTERM) -> None:
+    def _signal(process: subprocess.Popen[bytes], what: signal.Signals = signal.SIGTERM) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, what)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[IO[str]]:
-    """Nobody else works on this cell meanwhile.
+    """Lock a cell against other processes.
 
     Raises:
-        CellError: somebody does: another reproduce, or a training that an earlier one left behind.
+        CellError: it is locked, by another ``ullme reproduce`` or by a training that an earlier one left running.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CellError(f"another process is at work on {folder}; wait for it, or end it") from None
+            raise CellError(f"another process works on {folder}; wait for it or stop it") from None
         yield file
 
 
 def done(cell: Cell) -> bool:
-    """Whether the cell has its scores, made with these settings.
+    """Whether the cell has scores that were made with these settings.
 
     Raises:
-        ValueError: it, or what there is of it, was made with other settings.
+        ValueError: the folder was made with other settings.
     """
     file = cell.folder / SETTINGS_FILE
     if file.is_file():
@@ -222,14 +226,14 @@ def done(cell: Cell) -> bool:
             key = changed[0]
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise ValueError(
-                f"{cell.folder} holds a cell made with other settings: {key}={_short(then[key])} "
+                f"{cell.folder} holds results of other settings: {key}={_short(then[key])} "
                 f"(now {_short(now[key])}){more}; give another --output, or delete the folder"
             )
     return (cell.folder / SCORES_FILE).is_file()
 
 
 def differing(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Options with two values. One that only one side has does not count: another version may know more, or fewer."""
+    """The settings whose values differ. Those of only one side are ignored: they are another version's."""
     return [key for key in sorted(then.keys() & now.keys()) if then[key] != now[key]]
 
 
@@ -237,24 +241,19 @@ def _short(value: Any) -> str:
     return f"{value!r:.200}"
 
 
-def over_ranks(command: list[str], devices: int) -> list[str]:
-    """The evaluation spread over several GPUs."""
+def with_torchrun(command: list[str], devices: int) -> list[str]:
+    """The command of the evaluation, under torchrun where there are several GPUs."""
     if devices < 2:
         return command
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}", *command]
 
 
-def shell(command: Sequence[str]) -> str:
-    """As a shell line."""
-    return f"python {shlex.join(command)}"
-
-
-def why(log: Path, begin: int = 0) -> str:
-    """The last line of a log that says error, or else its last line; what stands before byte ``begin`` is older."""
+def failure_reason(log: Path, begin: int = 0) -> str:
+    """The last line of a log with the word error, or else its last line; text before byte ``begin`` is ignored."""
     text = log.read_bytes()[begin:].decode(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     wrong = [line for line in lines[-50:] if "error" in line.lower()]
-    return ([*lines[-1:], *wrong])[-1][:500] if lines else "it said nothing"
+    return ([*lines[-1:], *wrong])[-1][:500] if lines else "no output"
 
 
 def _interrupt(signum: int, frame: Any) -> None:

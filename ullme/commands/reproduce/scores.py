@@ -1,4 +1,4 @@
-"""What is known of a cell of a table: one LLM, one row of the table, one seed. Lies as JSON in the cell's folder."""
+"""scores.json: the results of a cell of a table (one LLM, one row, one seed)."""
 
 from __future__ import annotations
 
@@ -53,21 +53,21 @@ class CellScores:
 
 
 def cell_folder(root: Path, model: str, row: str, seed: int) -> Path:
-    """Where a cell lies below the table's folder."""
+    """The folder of a cell, below the table's folder."""
     return root / model / row / f"seed{seed}"
 
 
 def write_scores(folder: Path, scores: CellScores) -> None:
-    """Whole or not at all: a cell with this file is done."""
+    """Write a cell's scores atomically: a cell with this file is done."""
     text = json.dumps(asdict(scores), indent=1)
-    atomic_files.write_atomically(folder / SCORES_FILE, lambda file: file.write(text.encode()))
+    atomic_files.write_atomically(folder / SCORES_FILE, lambda file: file.write(text.encode()), option="--output")
 
 
 def read_scores(root: Path) -> list[CellScores]:
     """Every finished cell below a table's folder, ordered by path.
 
     Raises:
-        ValueError: a file that is no such scores.
+        ValueError: a file that does not hold the scores of a cell.
     """
     found = []
     for path in sorted(root.glob(f"*/*/seed*/{SCORES_FILE}")):
@@ -76,6 +76,6 @@ def read_scores(root: Path) -> list[CellScores]:
             found.append(CellScores(**{**values, "tasks": [TaskScore(**task) for task in values["tasks"]]}))
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{path} holds no scores of a cell ({error}); delete it, and the cell is done again"
+                f"{path} does not hold the scores of a cell ({error}); delete it to run the cell again"
             ) from error
     return found

@@ -1,4 +1,4 @@
-"""What a table's YAML file says: LLMs, rows, seeds, how a cell is trained and what it is evaluated on."""
+"""The configuration of a table: LLMs, rows, seeds, how a cell is trained and what it is evaluated on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from jsonargparse.typing import Path_fr
 
-# Of an option. Not Any: that would read a template such as "{text}\n" as YAML.
+# The value of an option. Not Any, which would parse a template such as "{text}\n" as YAML.
 Value = str | bool | int | float | list[Any] | dict[str, Any] | None
 _ID = re.compile(r"[\w.-]+")
 
@@ -20,8 +20,8 @@ class Stage:
     """One training.
 
     Args:
-        config: a file of train.py's, stacked on those of the table and of the LLM.
-        options: of train.py, in this stage alone: dotted name -> value.
+        config: a configuration of train.py, stacked on those of the table and of the LLM.
+        options: of train.py, in this stage only: dotted name -> value.
     """
 
     config: Path_fr
@@ -33,8 +33,8 @@ class Model:
     """An LLM of the table.
 
     Args:
-        label: what the table prints.
-        configs: files of train.py's that name it.
+        label: printed in the table.
+        configs: configurations of train.py that name it.
         train_options: further options of train.py, dotted name -> value.
         evaluate_options: options of evaluate.py for this LLM.
     """
@@ -50,15 +50,14 @@ class Row:
     """A row of the table: how an LLM becomes an embedder.
 
     Args:
-        label: what the table prints.
-        stages: trainings, one after the other; each later one starts from what the one before trained. Empty for an
-            embedder that is there already.
+        label: printed in the table.
+        stages: trainings, each of which starts from the result of the one before. Empty for an existing embedder.
         train: false: nothing is trained; the first stage's configuration says how the LLM is run (attention, pooling,
             prompts), and the row is evaluated once.
         model: without stages: an LLM or a sentence-transformers model to evaluate instead of the table's LLM, a hub
             name or a folder.
         checkpoint: without stages: a run folder, a checkpoint or an adapter (PEFT) folder to evaluate.
-        seeds: the table's unless given. An embedder that is there already has one, 0.
+        seeds: default: the table's. An existing embedder has one, 0.
         train_options: further options of train.py, in every stage.
         evaluate_options: options of evaluate.py for this row.
     """
@@ -85,16 +84,16 @@ class Table:
     Args:
         title: of the table.
         models: id -> LLM, in the table's order. The id is part of the cells' folders.
-        rows: id -> row, in the table's order; likewise.
-        output: folder of everything the table makes.
+        rows: id -> row, in the table's order. The id is part of the cells' folders.
+        output: folder of all files of the table.
         seeds: of the trainings.
-        order: ids of the rows whose order the paper claims, worst first.
-        paper: name of the paper's figures to stand beside the results; null for none.
-        configs: files of train.py's under every cell, before those of the LLM and of the row.
+        order: ids of rows in the order that the paper claims, worst first.
+        paper: name of the paper's table to compare with; null for none.
+        configs: configurations of train.py for every cell, before those of the LLM and of the row.
         train_options: further options of train.py for every cell, dotted name -> value.
         evaluate_options: options of evaluate.py for every cell, such as tasks, corpus or max_length.
         wandb_project: of the cells' W&B runs, where the configuration logs to W&B.
-        world: miniature: the runner invents the data and a tiny LLM first; {data} and {llm} are theirs.
+        world: miniature: generate data and a tiny LLM first; {data} and {llm} are their folders.
     """
 
     title: str
@@ -112,10 +111,10 @@ class Table:
 
 
 def check(table: Table) -> None:
-    """Refuse what would fail later.
+    """Check a table before anything is run.
 
     Raises:
-        ValueError: an id that is no folder name, a row in ``order`` that there is not, a row that both trains and
+        ValueError: an id that is not a folder name, an unknown row in ``order``, a row that both trains and
             names an embedder, or seeds that repeat or are negative.
     """
     if not table.models or not table.rows:
@@ -129,7 +128,7 @@ def check(table: Table) -> None:
     for name, row in table.rows.items():
         given = row.model or row.checkpoint
         if row.stages and given:
-            raise ValueError(f"rows.{name}: stages train an embedder and {given!r} is one; keep one of the two")
+            raise ValueError(f"rows.{name}: stages train an embedder and {given!r} is one; keep one of them")
         if not row.train and len(row.stages) != 1:
             raise ValueError(f"rows.{name}.train=false needs one stage, whose config says how the LLM is run")
         seeds = seeds_of(table, row)
@@ -138,7 +137,7 @@ def check(table: Table) -> None:
 
 
 def seeds_of(table: Table, row: Row) -> list[int]:
-    """The seeds of a row's cells: nothing is random about an embedder that is not trained."""
+    """The seeds of a row's cells; an untrained embedder has one, since nothing about it is random."""
     if not row.trained:
         return [0]
     return table.seeds if row.seeds is None else row.seeds
@@ -148,7 +147,7 @@ def fill(value: Any, llm: str | None, data: str | None) -> Any:
     """{llm} and {data} filled in, wherever they stand in a value.
 
     Raises:
-        ValueError: one of them is needed and not given.
+        ValueError: one is needed and not given.
     """
     if isinstance(value, str):
         for name, given in (("llm", llm), ("data", data)):
@@ -184,7 +183,7 @@ def filled(table: Table, llm: str | None, data: str | None) -> Table:
 
 
 def _label(label: str, llm: str | None, data: str | None) -> str:
-    """A label names the LLM by the last part of its name or path."""
+    """In a label {llm} is the last part of the LLM's name or path."""
     return fill(label, llm and Path(llm).name, data)
 
 
@@ -192,10 +191,10 @@ def chosen(table: Table, only: list[str]) -> Iterator[tuple[str, str, int]]:
     """The (model, row, seed) of every cell that ``only`` names: "model", "model/row" or "model/row/seed", and "*" for
     any of them. Nothing named: all.
 
-    The order is by seed, then row, then model, so that a table that is stopped early is whole for the seeds it has.
+    The order is by seed, then row, then model, so that a table that is stopped early has complete seeds.
 
     Raises:
-        ValueError: a filter that fits no cell.
+        ValueError: a filter that matches no cell.
     """
     cells = [
         (model, name, seed)
@@ -224,6 +223,6 @@ def _fits(pattern: str, cell: tuple[str, str, int]) -> bool:
 
 
 def path(file: Path_fr) -> Path:
-    """As it is written on a command line: relative to here where it lies below, else absolute."""
+    """The path for a command line: relative to the current folder where it is below it, else absolute."""
     full = Path(file.absolute).resolve()
     return full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full

@@ -27,8 +27,8 @@ class Entry:
 
     Args:
         values: seed -> mean over all the tasks; seeds that have every task.
-        partial: seed -> (mean over the tasks that are there, how many); the other seeds. They are in no average.
-        tasks: how many tasks the set has.
+        partial: seed -> (mean over its tasks, number of them), for seeds without every task. They are in no average.
+        tasks: the number of tasks in the set.
     """
 
     values: dict[int, float]
@@ -37,7 +37,7 @@ class Entry:
 
     @property
     def mean(self) -> float | None:
-        """Over the seeds in ``values``; None without any."""
+        """The mean over the seeds in ``values``; None if there are none."""
         return statistics.fmean(self.values.values()) if self.values else None
 
     @property
@@ -48,20 +48,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The claim that row ``lower`` scores less than row ``higher``, and what the results say.
+    """A test of the claim that row ``lower`` scores less than row ``higher``.
 
     Args:
         model: id of the LLM.
         lower: id of the row that the claim puts lower.
         higher: id of the row that the claim puts higher.
-        level: "seeds" or "queries": what is taken as the sample.
+        level: the sample of the test, "seeds" or "queries".
         scope: the column of the table (seeds) or the retrieval task (queries).
         difference: mean of higher - lower, in points; positive agrees with the claim. None where it is not known.
         interval: 95 % interval of the difference.
-        p: two-sided.
-        p_holm: p after Holm's correction for the claims that are tested together, see :func:`corrected`.
-        size: how many seeds or queries.
-        agreeing: in how many of them higher > lower.
+        p: the two-sided p value.
+        p_holm: p after Holm's correction for the claims that are tested together, see :func:`holm_corrected`.
+        size: the number of seeds or queries.
+        agreeing: the number of them in which higher > lower.
         verdict: "holds", "does not hold" (significantly the other way round), "not significant", "not tested".
         reason: why it was not tested.
     """
@@ -100,7 +100,7 @@ class Grid:
 
     @classmethod
     def of(cls, cells: Iterable[CellScores]) -> Grid:
-        """Sort the cells in."""
+        """Build the grid from the cells."""
         grid = cls()
         for cell in cells:
             seeds = grid.cells.setdefault((cell.model, cell.row), {})
@@ -112,7 +112,7 @@ class Grid:
                     if known.setdefault(task.name, value) != value:
                         raise ValueError(
                             f"task {task.name!r} was scored as {known[task.name]!r} in one cell and as {value!r} in "
-                            f"{cell.model}/{cell.row}/seed{cell.seed}; delete that cell, and it is done again"
+                            f"{cell.model}/{cell.row}/seed{cell.seed}; delete that cell to run it again"
                         )
         return grid
 
@@ -143,7 +143,7 @@ class Grid:
 
 
 def claims(order: list[str]) -> list[tuple[str, str]]:
-    """(lower, higher) for every two neighbours of the claimed order, then for its two ends."""
+    """(lower, higher) for all neighbours in the claimed order, then for its two ends."""
     pairs = list(pairwise(order))
     return [*pairs, (order[0], order[-1])] if len(order) > 2 else pairs
 
@@ -158,7 +158,7 @@ def compare_seeds(grid: Grid, model: str, pair: tuple[str, str], scope: str, tas
     lower, higher = pair
     result = Comparison(model, lower, higher, SEEDS, scope)
     wanted = list(tasks)
-    low, high = (_spread(grid, model, row, wanted, other) for row, other in ((lower, higher), (higher, lower)))
+    low, high = (_seed_means(grid, model, row, wanted, other) for row, other in ((lower, higher), (higher, lower)))
     for row, values in ((lower, low), (higher, high)):
         if not values:
             return replace(result, reason=f"{row}: no result on all the tasks")
@@ -166,7 +166,7 @@ def compare_seeds(grid: Grid, model: str, pair: tuple[str, str], scope: str, tas
     if not seeds:
         return replace(result, reason="no seed in common")
     differences = np.array([high[seed] - low[seed] for seed in seeds])
-    result = _described(result, differences)
+    result = _with_size(result, differences)
     if len(seeds) < 2:
         return replace(result, reason="one seed in common")
     if not np.isfinite(differences).all():
@@ -177,10 +177,10 @@ def compare_seeds(grid: Grid, model: str, pair: tuple[str, str], scope: str, tas
 
     test = ttest_1samp(differences, 0.0)
     interval = test.confidence_interval(1 - LEVEL)
-    return _judged(result, (float(interval.low), float(interval.high)), float(test.pvalue))
+    return _with_verdict(result, (float(interval.low), float(interval.high)), float(test.pvalue))
 
 
-def _spread(grid: Grid, model: str, row: str, tasks: list[str], other: str) -> dict[int, float]:
+def _seed_means(grid: Grid, model: str, row: str, tasks: list[str], other: str) -> dict[int, float]:
     """Seed -> mean over the tasks; the one value of an untrained row for every seed of the ``other`` row."""
     entry = grid.entry(model, row, tasks)
     values = entry.values if entry else {}
@@ -204,7 +204,7 @@ def compare_queries(grid: Grid, model: str, pair: tuple[str, str], task: str) ->
 
     Resampling the difference of a query resamples both rows together. Percentile interval; p is twice the smaller tail
     of the bootstrap distribution at zero, so that it agrees with the interval. For tests over queries see arXiv
-    1905.11096; for thousands of queries arXiv 2305.02461, which advises to look at the size of the difference too.
+    1905.11096; for thousands of queries arXiv 2305.02461, which recommends looking at the size of the difference too.
     """
     lower, higher = pair
     result = Comparison(model, lower, higher, QUERIES, task)
@@ -215,12 +215,12 @@ def compare_queries(grid: Grid, model: str, pair: tuple[str, str], task: str) ->
     if low.keys() != high.keys():
         return replace(result, reason="the two rows were evaluated on different queries")
     differences = np.array([high[query] - low[query] for query in low])
-    result = _described(result, differences)
+    result = _with_size(result, differences)
     if len(differences) < 2:
         return replace(result, reason="one query")
     if not np.isfinite(differences).all():
         return replace(result, reason="a score is not a number")
-    return _judged(result, *paired_bootstrap(differences))
+    return _with_verdict(result, *paired_bootstrap(differences))
 
 
 def paired_bootstrap(differences: np.ndarray, resamples: int = RESAMPLES) -> tuple[tuple[float, float], float]:
@@ -228,7 +228,7 @@ def paired_bootstrap(differences: np.ndarray, resamples: int = RESAMPLES) -> tup
 
     Args:
         differences: (Q,).
-        resamples: how often the sample is drawn again.
+        resamples: the number of bootstrap samples.
 
     Returns:
         The 95 % percentile interval of the mean, and the two-sided p value of a mean of zero.
@@ -242,7 +242,7 @@ def paired_bootstrap(differences: np.ndarray, resamples: int = RESAMPLES) -> tup
         confidence_level=1 - LEVEL,
         method="percentile",
         batch=max(1, 2_000_000 // len(differences)),  # 16 MB at a time
-        rng=np.random.default_rng(0),  # the same report twice from the same results
+        rng=np.random.default_rng(0),  # the same results give the same report
     )
     means = drawn.bootstrap_distribution
     tail = min(int((means <= 0).sum()), int((means >= 0).sum()))
@@ -250,12 +250,12 @@ def paired_bootstrap(differences: np.ndarray, resamples: int = RESAMPLES) -> tup
     return interval, min(1.0, 2 * (tail + 1) / (resamples + 1))
 
 
-def _described(result: Comparison, differences: np.ndarray) -> Comparison:
+def _with_size(result: Comparison, differences: np.ndarray) -> Comparison:
     agreeing = int((differences > 0).sum())
     return replace(result, difference=float(differences.mean()), size=len(differences), agreeing=agreeing)
 
 
-def _judged(result: Comparison, interval: tuple[float, float], p: float) -> Comparison:
+def _with_verdict(result: Comparison, interval: tuple[float, float], p: float) -> Comparison:
     return replace(result, interval=interval, p=p, p_holm=p, verdict=_verdict(result.difference or 0.0, p))
 
 
@@ -263,10 +263,10 @@ def _verdict(difference: float, p: float) -> str:
     return UNCLEAR if p >= LEVEL else HOLDS if difference > 0 else REVERSED
 
 
-def corrected(comparisons: list[Comparison]) -> list[Comparison]:
+def holm_corrected(comparisons: list[Comparison]) -> list[Comparison]:
     """The same claims as one family: with Holm's step-down p values, and the verdicts that these give.
 
-    Sorted upwards, the i-th of m p values is multiplied by m - i + 1, and none may be below the one before it.
+    In ascending order the i-th of m p values is multiplied by m - i + 1, and none may be below the one before it.
     """
     tested = sorted((c for c in comparisons if c.p is not None), key=lambda c: c.p or 0.0)
     adjusted: dict[int, float] = {}

@@ -39,7 +39,7 @@ LATEX = {
 
 @dataclass(frozen=True)
 class Table:
-    """What is printed: entries and figures by model, row and column.
+    """A table of entries and the paper's figures by model, row and column.
 
     Args:
         models: id -> label, in order.
@@ -66,14 +66,14 @@ class Table:
         return None if entry is None or entry.mean is None or figure is None else entry.mean - figure
 
     def only(self, model: str) -> Table:
-        """The part about one model."""
+        """The table of one model."""
         return Table({model: self.models[model]}, self.rows, self.columns, self.entries, self.paper)
 
 
 def table_of(
     models: dict[str, str], rows: dict[str, str], columns: Mapping[str, Sequence[str]], grid: Grid, paper: Paper | None
 ) -> Table:
-    """Every entry of a table."""
+    """Build the table from the grid."""
     entries = {
         (model, row, column): entry
         for model in models
@@ -93,7 +93,7 @@ def average_columns(types: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def number(value: float | None, signed: bool = False) -> str:
-    """Two digits, as the papers print scores; an em dash for what is not known."""
+    """A score with two decimals; an em dash for None."""
     if value is None:
         return UNKNOWN
     return f"{value:+.2f}".replace("-", "−") if signed else f"{value:.2f}"
@@ -131,7 +131,7 @@ def overview(table: Table) -> list[list[str]]:
 
 
 def by_column(table: Table, model: str, across: bool = True) -> list[list[str]]:
-    """One model: rows x columns (``across``), or columns x rows. The paper's figure stands in brackets if known."""
+    """One model: rows x columns (``across``), or columns x rows. The paper's figure is in brackets if it is known."""
 
     def cell(row: str, column: str) -> str:
         key = (model, row, column)
@@ -161,7 +161,7 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """Plain text that LaTeX prints as it is."""
+    """Escape plain text for LaTeX."""
     return "".join(LATEX.get(character, character) for character in text)
 
 
@@ -186,7 +186,7 @@ def latex(lines: list[list[str]], caption: str) -> str:
 
 
 def tidy_csv(table: Table) -> str:
-    """One line for each model, row and column, with what is known; numbers unrounded, what is unknown empty."""
+    """CSV with a line for each model, row and column; numbers are not rounded, unknown values are empty."""
     head = [
         *("model", "row", "column", "tasks", "status", "seeds"),
         *("mean", "deviation", "tasks_found", "paper", "difference", "paper_source"),

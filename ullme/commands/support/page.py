@@ -1,4 +1,4 @@
-"""docs/backbones.md: what ``ullme support`` found out, as a page."""
+"""The results of ``ullme support`` as a table, and as the page docs/backbones.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-# What must hold, in the order of the table's columns.
+# Name of a check -> what it checks, in the order of the table's columns.
 CHECKS = {
     "causal": "the plain forward is causal",
     "padding": "the embedding of a row is the same alone, in a batch and with padding",
@@ -21,7 +21,7 @@ CHECKS = {
 
 @dataclass
 class Support:
-    """What became of one family.
+    """The result of one family.
 
     Args:
         family: transformers' model_type.
@@ -46,7 +46,7 @@ class Support:
 
 
 def table(rows: Sequence[Support]) -> str:
-    """The Markdown table of the families that run, and the list of those that do not."""
+    """A Markdown table of the families that run, and lists of those that do not."""
     heads = ["family", "verdict", "path", *CHECKS, "stays causal"]
     lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for row in rows:
@@ -70,7 +70,7 @@ def _causal_parts(row: Support) -> str:
 
 
 def document(rows: Sequence[Support]) -> str:
-    """docs/backbones.md."""
+    """The page docs/backbones.md."""
     import transformers
 
     counts = Counter(row.verdict for row in rows)

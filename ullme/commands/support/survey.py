@@ -1,6 +1,6 @@
-"""``ullme support``: which decoder families of transformers work, found out on a tiny random model of each.
+"""``ullme support``: which decoder families of transformers work, tried on a tiny random model of each.
 
-Every line of the table comes from running the model: nothing is known beforehand about any family but its sizes.
+Every line of the table comes from running the model; only the sizes of a family are known beforehand.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 DESCRIPTION = (
-    "Which decoder families of transformers work, found out on a tiny random model of each. Exit status: 0, or 1 where "
-    "a family that was named cannot be used."
+    "Try every decoder family of transformers on a tiny random model. Exit status: 0, or 1 where a family given with "
+    "--family cannot be used."
 )
 
 
@@ -38,13 +38,13 @@ def families() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def examine(family: str) -> Support:
-    """Build a tiny model of the family and try everything that an embedder needs of it."""
-    if kind := _no_decoder(family):
+def check_family(family: str) -> Support:
+    """Build a tiny model of a family and check everything that an embedder needs."""
+    if kind := _not_a_decoder(family):
         return Support(family, "refused", reason=f"{kind}, not a decoder-only LLM")
     try:
         model = make_tiny(family)
-    except Exception as error:  # whatever a family's configuration objects to
+    except Exception as error:  # building may fail in many ways, by family
         return Support(family, "not built", reason=_first_line(error))
     try:
         path, finding = attention.find_path(model, causal=False)
@@ -69,8 +69,8 @@ def examine(family: str) -> Support:
     return support
 
 
-def _no_decoder(family: str) -> str:
-    """What a family is that ``load_config`` refuses, or nothing."""
+def _not_a_decoder(family: str) -> str:
+    """What kind of model a family is that ``load_config`` refuses; empty for a decoder-only LLM."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -90,7 +90,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _reason(error: ValueError) -> str:
-    """The failures of all paths, each different one once."""
+    """The failures of all attention paths, equal ones joined."""
     inside = str(error).split("attention here (", 1)[-1].split("). Take another", 1)[0]
     paths: dict[str, list[str]] = {}
     for part in inside.split("; "):
@@ -219,7 +219,7 @@ _CHECKS: dict[str, Callable[[PreTrainedModel, str], bool | None]] = dict(
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the advice that random tiny models draw from their libraries."""
+    """Without the warnings that the libraries print about tiny random models."""
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()
@@ -233,16 +233,16 @@ def _quietly() -> Iterator[None]:
 
 
 def survey(names: Iterable[str] | None = None) -> list[Support]:
-    """Examine the named families, or all."""
+    """Check the named families, or all."""
     with _quietly():
-        return [examine(name) for name in progress("families", list(families() if names is None else names))]
+        return [check_family(name) for name in progress("families", list(families() if names is None else names))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``ullme support [--family NAME ...] [--write FILE]``; 1 if a family named is not usable."""
+    """Print the table or write the page; the exit status is 1 if a family given with --family is not usable."""
     parser = argparse.ArgumentParser(prog="ullme support", description=DESCRIPTION)
-    parser.add_argument("--family", action="append", metavar="NAME", help="transformers' model_type; all if left out")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the page about all families there")
+    parser.add_argument("--family", action="append", metavar="NAME", help="transformers' model_type (default: all)")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the page about all families to this file")
     arguments = parser.parse_args(argv)
     known = families()
     if unknown := sorted(set(arguments.family or ()) - set(known)):

@@ -1,4 +1,4 @@
-"""From the files of a cell to its scores.json."""
+"""Collecting the results of a cell, once it is trained and evaluated, into its scores.json."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ullme.callbacks.throughput import TOTALS_FILE
-from ullme.commands.reproduce.cells import Cell
+from ullme.commands.reproduce.cells import Cell, shell_line
 from ullme.commands.reproduce.scores import CellScores, TaskScore, write_scores
 from ullme.eval.per_query import read_per_query
 from ullme.eval.table import read_rows
@@ -20,14 +20,12 @@ SECONDS_FILE = "seconds.json"
 _LIBRARIES = ("ullme", "torch", "transformers", "peft", "lightning", "mteb")
 
 
-def finish(cell: Cell) -> CellScores:
-    """Write the scores of a cell that is trained and evaluated.
+def collect_scores(cell: Cell) -> CellScores:
+    """Read what a cell's evaluation and training wrote, and write its scores.json.
 
     Raises:
         ValueError: a task has no score.
     """
-    from ullme.commands.reproduce.run import shell
-
     rows = read_rows(cell.folder / "tasks.json")
     if missing := [row for row in rows if row.score is None]:
         raise ValueError(f"{len(missing)} of {len(rows)} tasks have no score; the first: {missing[0].error}")
@@ -41,20 +39,20 @@ def finish(cell: Cell) -> CellScores:
         cell.seed,
         tasks,
         queries,
-        [shell(command) for command in commands],
-        {**machine(), "seconds": seconds(cell), **training(cell)},
+        [shell_line(command) for command in commands],
+        {**machine(), "seconds": seconds(cell), **training_totals(cell)},
     )
     write_scores(cell.folder, scores)
     return scores
 
 
 def plain_name(task: str) -> str:
-    """A local task's name without the hash of its files."""
+    """The name of a local task without the hash of its files."""
     return re.sub(r"-[0-9a-f]{8}$", "", task)
 
 
 def machine() -> dict[str, Any]:
-    """Hardware and versions."""
+    """The hardware and the versions of Python and the libraries."""
     import torch
 
     found: dict[str, Any] = {"python": platform.python_version(), "cpu": _cpu()}
@@ -78,21 +76,24 @@ def _cpu() -> str:
 
 
 def seconds(cell: Cell) -> dict[str, float]:
-    """Of each training and of the evaluation by the clock, the start of Python and all earlier starts included."""
+    """Wall-clock seconds of each training and of the evaluation, start-up and earlier attempts included."""
     file = cell.folder / SECONDS_FILE
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def add_seconds(cell: Cell, what: str, took: float) -> None:
-    """Also of a start that was stopped or failed."""
+    """Add the seconds of an attempt, also of one that was stopped or failed."""
     total = {**seconds(cell), what: round(seconds(cell).get(what, 0) + took, 3)}
-    atomic_files.write_atomically(cell.folder / SECONDS_FILE, lambda stream: stream.write(json.dumps(total).encode()))
+    text = json.dumps(total)
+    atomic_files.write_atomically(
+        cell.folder / SECONDS_FILE, lambda stream: stream.write(text.encode()), option="--output"
+    )
 
 
-def training(cell: Cell) -> dict[str, Any]:
-    """``tokens``, ``queries`` and ``training_seconds`` (validation left out) of the cell's stages together.
+def training_totals(cell: Cell) -> dict[str, Any]:
+    """The sums of ``tokens``, ``queries`` and ``training_seconds`` (without validation) over the cell's stages.
 
-    Zeros for an LLM that is not trained; empty for an embedder of others, whose training is not known.
+    Zeros for an untrained LLM; empty for an embedder from elsewhere, whose training is not known.
     """
     names = {"tokens": "tokens", "queries": "queries", "training_seconds": "seconds"}
     if cell.row.stages and not cell.row.trained:

@@ -1,4 +1,4 @@
-"""The model that is examined: the configuration's own where that is small, else a tiny random one of its family."""
+"""The model on which the doctor checks results: the configuration's LLM where it is small, else a tiny random one."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
 
 # A larger LLM takes too long on a CPU.
-_MOST_WEIGHTS = 100_000_000
+_MAX_WEIGHTS = 100_000_000
 # Sizes of the batch: B queries, C candidates each.
 _QUERIES, _CANDIDATES = 4, 3
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without the libraries' advice about models that are random and tiny on purpose, and their bars."""
+    """Without the libraries' warnings about tiny random models, and without their progress bars."""
     from transformers.utils import logging as transformers_logging
 
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
@@ -47,28 +47,28 @@ def quietly() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Patient:
-    """What is examined.
+class ProbeModel:
+    """A small embedder with a loss and a batch.
 
     Args:
         options: of the embedder, in float32 and without dropout, so that results can be compared.
         objective: the loss.
-        batch: what it is computed on.
-        what: the model, in words.
+        batch: random token rows.
+        description: of the model, in words.
     """
 
     options: BackboneConfig
     objective: Objective
     batch: Batch
-    what: str
+    description: str
 
     def build(self) -> ULLME:
-        """The embedder in evaluation mode, the same at every call. Its
-        adapter is away from zero: at zero it would hide its own faults."""
+        """The embedder in evaluation mode, the same at every call. Its adapter is away from zero, where it would have
+        no effect on the results that are compared."""
         from ullme.models.ullme import ULLME
 
         with torch.random.fork_rng(), quietly():
-            torch.manual_seed(0)  # an adapter begins at random, and two processes shall have the same one
+            torch.manual_seed(0)  # LoRA starts at random, and two processes must start the same
             model = ULLME(**self.options.to_dict()).eval()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -79,15 +79,15 @@ class Patient:
         return model
 
 
-def admit(settings: Settings | None, folder: Path) -> Patient:
-    """Choose the model, and save a tiny one where it is to be that.
+def select_model(settings: Settings | None, folder: Path) -> ProbeModel:
+    """Choose the model, and save a tiny one where the configuration's LLM is large or not on this machine.
 
     Args:
-        settings: None: a tiny Llama with GRL.
+        settings: None takes a tiny Llama with GRL.
         folder: an empty one, for the tiny model.
 
     Raises:
-        ValueError: the configuration's LLM cannot be had, or its family cannot be shrunk.
+        ValueError: the configuration's LLM cannot be loaded, or there is no tiny model of its family.
     """
     from ullme.engine.presets import grl_terms
     from ullme.engine.reference import make_reference
@@ -115,18 +115,20 @@ def admit(settings: Settings | None, folder: Path) -> Patient:
         gradient_checkpointing=False,
         probe=True,
     )
-    if settings is not None and settings.is_local and settings.plan.weights <= _MOST_WEIGHTS:
+    if settings is not None and settings.is_local and settings.plan.weights <= _MAX_WEIGHTS:
         vocabulary = settings.job.config.get_text_config().vocab_size
         batch = _batch(vocabulary, candidates)
-        return Patient(options, objective, batch, f"the configuration's own {options.model_name_or_path}, in float32")
+        return ProbeModel(
+            options, objective, batch, f"the configuration's own {options.model_name_or_path}, in float32"
+        )
     vocabulary = _save_tiny(family, folder)
     options = replace(options, model_name_or_path=str(folder), model_backbone_type=None, init_from=None)
     why = "" if settings is None else f", in place of {settings.options.model_name_or_path}"
-    return Patient(options, objective, _batch(vocabulary, candidates), f"a tiny random {family}{why}")
+    return ProbeModel(options, objective, _batch(vocabulary, candidates), f"a tiny random {family}{why}")
 
 
 def _save_tiny(family: str, folder: Path) -> int:
-    """Returns: tokens that may be drawn."""
+    """Save a tiny model with a tokenizer; returns the number of its tokens."""
     from ullme.utils.tiny_models import make_tiny
 
     with torch.random.fork_rng():
@@ -137,7 +139,7 @@ def _save_tiny(family: str, folder: Path) -> int:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """Of single letters, for the ids that :mod:`ullme.utils.tiny_models` gives special tokens."""
+    """A tokenizer of single letters, with the special tokens' ids of :mod:`ullme.utils.tiny_models`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
