@@ -138,7 +138,7 @@ BAD = {
     "dtype": (["--model", "{llm}", "--dtype", "int3", "--tasks", "SciFact"], "dtype='int3'"),
     "device": (["--model", "{llm}", "--device", "abacus", "--tasks", "SciFact"], "device='abacus' cannot be used"),
     "prompt": (["--model", "{llm}", "--query_prompt", "q:", "--tasks", "SciFact"], "must hold {text} once or twice"),
-    "corpus": (["--model", "{llm}", "--corpus", "{tmp}"], "corpus.jsonl: no such file"),
+    "corpus": (["--model", "{llm}", "--corpus", "{tmp}"], "no such file; a BEIR folder has corpus.jsonl"),
     "sts": (["--model", "{llm}", "--sts", "{tmp}/file"], "holds no rows"),
     "sentence-transformers": (["--model", "{tmp}/st", "--tasks", "SciFact"], "sentence-transformers cannot load it"),
 }

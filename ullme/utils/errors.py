@@ -61,6 +61,8 @@ def check_empty_options(parser: Any, config: Any) -> None:
         hint = getattr(action, "_typehint", None)
         if hint is None or action.dest not in config:
             continue
+        if config[action.dest] is None and action.default is None:  # it was not given
+            continue
         if (empty := _empty_option(action.dest, hint, config[action.dest])) is not None:
             default = parser.get_defaults().get(empty)
             remedy = f", or leave it out for its default, {default!r}" if default is not None else ", or leave it out"
