@@ -129,6 +129,14 @@ BAD = {
     "config": (["--config", "{tmp}/none.yaml"], "none.yaml"),
     "checkpoint": (["--checkpoint", "{tmp}/none", "--tasks", "SciFact"], "none does not exist"),
     "no checkpoint in it": (["--checkpoint", "{tmp}", "--tasks", "SciFact"], "give a run folder, a .ckpt file"),
+    "langs": (
+        ["--model", "{llm}", "--sts", "{tmp}/good.tsv", "--langs", "deu"],
+        "--langs deu keeps languages of --tasks",
+    ),
+    "instructions": (
+        ["--model", "{llm}", "--sts", "{tmp}/good.tsv", "--instructions", '{"simlar": "x"}'],
+        "instructions: 'simlar' is the name of no task",
+    ),
     "output": (["--model", "{llm}", "--tasks", "SciFact", "--output", "{tmp}/file/x"], "cannot be written"),
     "task": (["--model", "{llm}", "--tasks", "SciFatc"], "did you mean SciFact"),
     "language": (["--model", "{llm}", "--tasks", "SciFact", "--langs", "deu"], "has no language 'deu'; it has eng"),
@@ -147,6 +155,7 @@ BAD = {
 @pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
 def test_mistakes_are_one_line_and_status_2(arguments, message, tiny_llm, tmp_path, capsys):
     (tmp_path / "file").touch()
+    (tmp_path / "good.tsv").write_text("sentence1\tsentence2\tscore\na\tb\t1\nc\td\t2\n")
     write_jsonl(tmp_path / "st" / "modules.json", [{"broken": True}])
     places = {"{llm}": str(tiny_llm), "{tmp}": str(tmp_path)}
     filled = [part.replace("{llm}", places["{llm}"]).replace("{tmp}", places["{tmp}"]) for part in arguments]
