@@ -81,12 +81,12 @@ def _check_not_empty(name: str, hint: Any, value: Any, default: Any) -> None:
                 kind, usual = get_type_hints(hint)[field.name], field.default
                 _check_not_empty(f"{name}.{field.name}", kind, value[field.name], usual)
     elif (path := getattr(value, "class_path", None)) and (options := getattr(value, "init_args", None)):
-        module, _, kind = path.rpartition(".")
-        init = getattr(import_module(module), kind).__init__
-        known, hints = signature(init).parameters, get_type_hints(init)
+        module, _, class_name = path.rpartition(".")
+        init = getattr(import_module(module), class_name).__init__
+        parameters, hints = signature(init).parameters, get_type_hints(init)
         for key, one in vars(options).items():
-            if key in known:
-                _check_not_empty(f"{name}.init_args.{key}", hints.get(key, Any), one, known[key].default)
+            if key in parameters:
+                _check_not_empty(f"{name}.init_args.{key}", hints.get(key, Any), one, parameters[key].default)
 
 
 def _allows_none(hint: Any) -> bool:
