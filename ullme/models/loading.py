@@ -83,6 +83,13 @@ def load_config(options: BackboneConfig) -> PretrainedConfig:
     return config
 
 
+def max_positions(config: PretrainedConfig) -> int:
+    """The longest text, in tokens, for which an LLM has positions; 2^31 if there is no limit."""
+    config = config.get_text_config()
+    names = ("max_position_embeddings", "max_seq_len")  # the latter is MPT's
+    return next((limit for name in names if (limit := getattr(config, name, None))), 2**31)
+
+
 def load_tokenizer(options: BackboneConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer, with a pad token.
 

@@ -140,9 +140,7 @@ class ULLME(nn.Module):
     @property
     def max_positions(self) -> int:
         """The longest text, in tokens, for which the LLM has positions."""
-        config = self.causal_lm.config.get_text_config()
-        names = ("max_position_embeddings", "max_seq_len")  # the latter is MPT's
-        return next((limit for name in names if (limit := getattr(config, name, None))), 2**31)
+        return loading.max_positions(self.causal_lm.config)
 
     def _check_positions(self, attention_mask: Tensor, targets: TokenRows | None, owner: Tensor | None) -> None:
         """Raises: ValueError: a text, or a prompt with its passage, is longer than the LLM's positions."""

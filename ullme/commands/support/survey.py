@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ullme.commands.support.page import CHECKS, Support, document, table
+from ullme.commands.support.training import exports, trains_with_defaults
 from ullme.models import attention
+from ullme.models.loading import max_positions
 from ullme.utils.progress import progress
 from ullme.utils.tiny_models import make_tiny
 
@@ -212,8 +214,28 @@ def _packs(model: PreTrainedModel, path: str) -> bool | None:
     raise ValueError("no other path to compare with")
 
 
+@torch.no_grad()
+def _takes_all_lengths(model: PreTrainedModel, path: str) -> bool:
+    """A text of one token alone and beside a longer one, and one as long as the positions reach (at most 128)."""
+    ids, mask = _block()
+    run = attention.PATHS[path]
+    together = run(model.base_model, ids[:2], mask[:2] * (torch.arange(2)[:, None] + torch.arange(10) < 2), False)
+    alone = [run(model.base_model, ids[n : n + 1, : 2 - n], mask[n : n + 1, : 2 - n], False).flat for n in range(2)]
+    longest = min(max_positions(model.config), 128)
+    many = 3 + torch.arange(longest)[None] * 5 % 100
+    full = run(model.base_model, many, torch.ones_like(many), False).flat
+    return _close(together.flat, torch.cat(alone)) and bool(full.isfinite().all())
+
+
 _CHECKS: dict[str, Callable[[PreTrainedModel, str], bool | None]] = dict(
-    zip(CHECKS, (_is_causal, _ignores_padding, _alternates, _trains_lora, _checkpoints, _packs), strict=True)
+    zip(
+        CHECKS,
+        (
+            *(_is_causal, _ignores_padding, _alternates, _trains_lora, _checkpoints, _packs, _takes_all_lengths),
+            *(trains_with_defaults, exports),
+        ),
+        strict=True,
+    )
 )
 
 
