@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from torch import nn
 from ullme.models.attention.layers import token_table
 from ullme.models.config import BackboneConfig
 from ullme.utils.dotted_names import named
+from ullme.utils.precision import loading_dtype
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -88,6 +90,18 @@ def max_positions(config: PretrainedConfig) -> int:
     config = config.get_text_config()
     names = ("max_position_embeddings", "max_seq_len")  # the latter is MPT's
     return next((limit for name in names if (limit := getattr(config, name, None))), 2**31)
+
+
+def choose_dtype(options: BackboneConfig, config: PretrainedConfig) -> BackboneConfig:
+    """The options with ``dtype: auto`` replaced by float32, where there is no GPU and the CPU would compute slowly with
+    the half-precision weights that are stored."""
+    import torch
+
+    stored = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    dtype = loading_dtype(options.dtype, stored, "cuda" if torch.cuda.is_available() else "cpu")
+    if dtype != options.dtype:
+        logger.info("dtype=auto: %s weights are loaded in %s, which this CPU multiplies faster", stored, dtype)
+    return replace(options, dtype=dtype)
 
 
 def load_tokenizer(options: BackboneConfig) -> PreTrainedTokenizerBase:

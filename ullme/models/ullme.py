@@ -67,6 +67,7 @@ class ULLME(nn.Module):
         self.options = BackboneConfig(model_name_or_path, model_backbone_type, lora_name, **options)
         self.prompts = prompts or Prompts()
         config = loading.load_config(self.options)
+        self.options = loading.choose_dtype(self.options, config)
         self.tokenizer = loading.load_tokenizer(self.options)
         if self.options.init_from is not None and self.options.init_mode == "merge":
             model, earlier_pooler = stages.merged_backbone(type(self), self.options)
