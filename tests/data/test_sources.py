@@ -119,6 +119,12 @@ def test_a_forked_worker_does_not_move_the_parents_file_position(write_jsonl, ro
     assert source[0] == before
 
 
+def test_the_longest_instruction_is_the_longest_wherever_it_stands(write_jsonl):
+    prompts = ["short", None, "the longest", "longer"]
+    source = open_source(write_jsonl([{"query": "q", "pos": ["p"], "prompt": prompt} for prompt in prompts]))
+    assert source.longest_instruction == "the longest"
+
+
 def test_max_rows_are_the_first_after_a_seeded_shuffle(write_jsonl, rows):
     path = write_jsonl(rows)
 

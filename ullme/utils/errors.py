@@ -6,8 +6,9 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from importlib import import_module
+from inspect import Parameter, signature
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
@@ -46,7 +47,7 @@ def check_config_files(argv: Sequence[str]) -> None:
 
 
 def check_empty_options(parser: Any, config: Any) -> None:
-    """Refuse options without a value (``instruction:`` with nothing behind it in YAML) that need one.
+    """Refuse options that were given no value (``instruction:`` with nothing behind it in YAML) and need one.
 
     The parser takes them for None whatever their type is.
 
@@ -55,35 +56,37 @@ def check_empty_options(parser: Any, config: Any) -> None:
         config: as parsed.
 
     Raises:
-        ValueError: an option is None, and its type has no None.
+        ValueError: an option is None, and neither its type nor its default is.
     """
+    defaults = parser.get_defaults()
     for action in parser._actions:
         hint = getattr(action, "_typehint", None)
-        if hint is None or action.dest not in config:
-            continue
-        if (empty := _empty_option(action.dest, hint, config[action.dest])) is not None:
-            default = parser.get_defaults().get(empty)
-            remedy = f", or leave it out for its default, {default!r}" if default is not None else ", or leave it out"
-            raise ValueError(f"{empty} is empty; give it a value{remedy}")
+        if hint is not None and action.dest in config:
+            _check_not_empty(action.dest, hint, config[action.dest], defaults.get(action.dest))
 
 
-def _empty_option(name: str, hint: Any, value: Any) -> str | None:
-    """The first option at or below ``name`` that is None against its type; None if there is none."""
+def _check_not_empty(name: str, hint: Any, value: Any, default: Any) -> None:
+    """Raises: ValueError: the option, or one below it, is empty."""
     if value is None:
-        return None if _allows_none(hint) else name
-    path = value.get("class_path") if hasattr(value, "get") else None
-    options = value.get("init_args") if path else None
+        if default is not None and not _allows_none(hint):
+            known = "" if default is Parameter.empty else f", {default!r}"
+            raise ValueError(f"{name} is empty; give it a value, or leave it out for its default{known}")
+        return
     if isinstance(value, list):
-        pairs = [(f"{name}[{n}]", (get_args(hint) or (Any,))[0], one) for n, one in enumerate(value)]
-    elif path and options is not None:
-        module, _, kind = path.rpartition(".")
-        hints = get_type_hints(getattr(import_module(module), kind).__init__)
-        pairs = [(f"{name}.init_args.{key}", hints.get(key, Any), one) for key, one in vars(options).items()]
+        for n, one in enumerate(value):
+            _check_not_empty(f"{name}[{n}]", Any, one, None)
     elif is_dataclass(hint):
-        pairs = [(f"{name}.{key}", one, value.get(key)) for key, one in get_type_hints(hint).items() if key in value]
-    else:
-        return None
-    return next((found for pair in pairs if (found := _empty_option(*pair)) is not None), None)
+        for field in fields(hint):
+            if field.name in value:
+                kind, usual = get_type_hints(hint)[field.name], field.default
+                _check_not_empty(f"{name}.{field.name}", kind, value[field.name], usual)
+    elif (path := getattr(value, "class_path", None)) and (options := getattr(value, "init_args", None)):
+        module, _, class_name = path.rpartition(".")
+        init = getattr(import_module(module), class_name).__init__
+        parameters, hints = signature(init).parameters, get_type_hints(init)
+        for key, one in vars(options).items():
+            if key in parameters:
+                _check_not_empty(f"{name}.init_args.{key}", hints.get(key, Any), one, parameters[key].default)
 
 
 def _allows_none(hint: Any) -> bool:
