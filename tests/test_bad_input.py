@@ -229,7 +229,7 @@ EVALUATE: dict[str, tuple[str, list[str]]] = {
     "no such dtype": ("--model {llm} --corpus {beir} --dtype int3", ["dtype='int3'"]),
     "no tokens": ("--model {llm} --corpus {beir} --max_length 0", ["max_length", "0"]),
     "prompt without text": ("--model {llm} --corpus {beir} --query_prompt Q", ["query", "'Q'", "{{text}}"]),
-    "output is a file": ("--model {llm} --corpus {beir} --output {a_file}", ["--output {a_file}", "another folder"]),
+    "output is a file": ("--model {llm} --corpus {beir} --output {a_file}", ["--output=", "a_file", "another folder"]),
     "rank of another adapter": ("--checkpoint {good_run} --corpus {beir} --lora_r 8", ["lora_r", "4", "8"]),
     "another backbone": (
         "--checkpoint {good_run} --model {wide} --corpus {beir}",

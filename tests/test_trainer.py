@@ -41,6 +41,31 @@ def test_listing_2_runs_as_printed(gen_loss_type, use_kl_loss, make_model, loade
     assert moved == {n for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_in_the_mode_it_was_in(training, make_model, loader):
+    model = make_model(lora_dropout=0.5).train(training)
+    batches = list(loader(model))
+    modes = []
+    model.register_forward_pre_hook(lambda model, _: modes.append(model.training))
+    trainer = GradCacheTrainer(show_progress_bar=False)
+    trainer.fit_epoch(model, batches)
+    assert all(modes)  # trained with dropout
+    assert {module.training for module in model.modules()} == {training}
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(torch.nan)
+    with pytest.raises(ValueError, match="finite"):
+        trainer.fit_epoch(model, batches)
+    assert model.training == training
+
+
+def test_batches_without_any_negative_are_refused(make_model, tmp_path):
+    model = make_model()
+    data = ULLMEDataModule(train=write_rows(tmp_path)[0], batch_size=1, num_hard_negatives=0, num_workers=0)
+    batches = data.train_dataloader_for(model.prompt_tokenizer)
+    with pytest.raises(ValueError, match=r"num_hard_negatives=0 and data\.batch_size=1 there is no negative"):
+        GradCacheTrainer(show_progress_bar=False).fit_epoch(model, batches)
+
+
 def test_grl_learns_every_term(make_model, loader):
     model = make_model()
     trainer = GradCacheTrainer(

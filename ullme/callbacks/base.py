@@ -21,6 +21,7 @@ from ullme.engine.reference import ReferenceChoice, make_reference
 from ullme.engine.teacher_quality import measure_teacher
 from ullme.losses import InfoNCE, Term
 from ullme.planning.auto_chunk import Chunking
+from ullme.training.negatives import check_negatives
 
 if TYPE_CHECKING:
     from ullme.training.module import ULLMEModule
@@ -80,6 +81,7 @@ class LossCallback(L.Callback, ABC):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if data is not None:
             self._check_lengths(model, data)
+            self._check_negatives(data)
         half = sorted({str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype.itemsize < 4})
         if half:
             log.warning(
@@ -130,6 +132,12 @@ class LossCallback(L.Callback, ABC):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.chunking = Chunking.from_state(state_dict) if state_dict else None
+
+    def _check_negatives(self, data: Any) -> None:
+        rows, negatives = getattr(data, "batch_size", 0), getattr(data, "num_hard_negatives", 1)
+        check_negatives(self.objective.terms, rows, negatives)
+        for one in getattr(data, "datasets", None) or []:
+            check_negatives(self.objective.terms, rows, negatives, one.in_batch_negatives, f" of {one.train!r}")
 
     def _check_lengths(self, model: Any, data: Any) -> None:
         longest = {name: getattr(data, name, 0) for name in ("query_max_length", "passage_max_length")}

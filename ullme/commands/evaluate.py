@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
-from ullme.utils.errors import print_error
+from ullme.utils.errors import check_empty_options, print_error
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -103,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         130 after Ctrl-C.
     """
     try:
-        options = parser().parse_args(argv)
+        options_parser = parser()
+        options = options_parser.parse_args(argv)
+        check_empty_options(options_parser, options)
         _check(options)
         return _run(options)
     except (ArgumentError, ValueError) as error:
@@ -127,14 +129,15 @@ def _check(options: Any) -> None:
         raise ValueError(f"--batch_size {options.batch_size} must be at least 1")
     if options.checkpoint is not None and not Path(options.checkpoint).exists():
         raise ValueError(f"--checkpoint {options.checkpoint} does not exist; give a run folder or a checkpoint file")
-    try:
-        Path(options.output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output {options.output} cannot be made ({error.strerror}); name another folder") from None
+    if options.langs and not options.tasks:
+        raise ValueError(
+            f"--langs {' '.join(options.langs)} keeps languages of --tasks, and none are given; leave it out"
+        )
+    from ullme.utils.atomic_files import check_writable  # which imports torch
+
+    check_writable(Path(options.output), "--output")
     for option in ("scores", "per_query"):
         if options[option] is not None:
-            from ullme.utils.atomic_files import check_writable  # which imports torch
-
             place = Path(options[option])
             check_writable(place if option == "per_query" else place.absolute().parent, f"--{option}")
 
@@ -147,7 +150,7 @@ def _run(options: Any) -> int:
 
     ranks.join()
     with redirect_stdout(sys.stderr):  # keep the output of libraries out of the table
-        tasks, model = ranks.on_every_rank(lambda: (_tasks(options), _model(options)))
+        tasks, model = ranks.on_every_rank(lambda: _tasks_and_model(options))
     if world()[0] > 0:
         ranks.serve(model.model)
         status = 0
@@ -189,6 +192,15 @@ def _evaluate(options: Any, tasks: list[AbsTask], model: WrappedULLME) -> int:
     for row in failed:
         print(f"evaluate: {row.error}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _tasks_and_model(options: Any) -> tuple[list[AbsTask], WrappedULLME]:
+    """The tasks first, since they are sooner found to be wrong."""
+    from ullme.eval.mteb import check_instructions
+
+    tasks = _tasks(options)
+    options.instructions = check_instructions(options.instructions, tasks)
+    return tasks, _model(options)
 
 
 def _tasks(options: Any) -> list[AbsTask]:

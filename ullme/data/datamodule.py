@@ -137,6 +137,9 @@ class ULLMEDataModule(L.LightningDataModule):
                 self.beir = read_beir(self.val, self.val_split)
             except ValueError as error:
                 raise ValueError(f"data.val={self.val!r}, data.val_split={self.val_split!r}: {error}") from error
+            if self._rank_and_world_size()[0] == 0:
+                for note in self.beir.notes:
+                    log.warning("data.val: %s", note)
         if stage in ("fit", None) and self.source is None:
             self.source = self._open_train()
             self._sampler(*self._rank_and_world_size())  # raises now, if options do not fit the data
@@ -177,15 +180,23 @@ class ULLMEDataModule(L.LightningDataModule):
         overfit = bool(trainer.overfit_batches)  # type: ignore[attr-defined]
 
         def position() -> int:
-            return 0 if overfit else trainer.global_step
+            if overfit:
+                return 0
+            limit, whole = trainer.num_training_batches, len(loader)
+            if limit >= whole:
+                return trainer.global_step
+            # with limit_train_batches, each epoch has the first batches of its own order
+            epoch, batch = divmod(trainer.global_step, int(limit))
+            return epoch * whole + batch
 
         loss: Any = getattr(trainer.lightning_module, "loss", None)
-        return self.train_dataloader_for(
+        loader = self.train_dataloader_for(
             self._prompt_tokenizer(),
             *self._rank_and_world_size(),
             position=position,
             generation=() if loss is None else loss.objective.likelihoods,
         )
+        return loader
 
     def train_dataloader_for(
         self,

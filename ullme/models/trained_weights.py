@@ -71,17 +71,17 @@ def trainable_state(model: Embedder) -> dict[str, Tensor]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path stands for: in a run folder the best, else the last, else the newest one.
+    """The checkpoint that a path stands for: in a run folder the best, else the last, else that of the largest step.
 
     A checkpoint file or a PEFT folder stands for itself.
 
     Raises:
-        ValueError: there is no checkpoint.
+        ValueError: there is no checkpoint, or the folder has several runs.
     """
     path = Path(path)
     if path.is_file() or (path / "adapter_config.json").is_file():
         return path
-    checkpoints = atomic_files.newest_first(path) if path.is_dir() else []
+    checkpoints = _of_one_run(path, atomic_files.newest_first(path)) if path.is_dir() else []
     if not checkpoints:
         raise ValueError(
             f"checkpoint={str(path)!r}: no such file, or a folder without *.ckpt and without adapter_config.json; "
@@ -91,6 +91,22 @@ def find_checkpoint(path: str | Path) -> Path:
     chosen = _best_checkpoint(last, checkpoints) or last
     logger.info("checkpoint %s: using %s", path, chosen)
     return chosen
+
+
+def _of_one_run(folder: Path, checkpoints: list[Path]) -> list[Path]:
+    """The checkpoints of the folder's own run, or else of the one run below it.
+
+    Raises:
+        ValueError: there are several runs below it.
+    """
+    runs: dict[Path, list[Path]] = {}
+    for path in checkpoints:
+        runs.setdefault(path.parent.parent if path.parent.name == "checkpoints" else path.parent, []).append(path)
+    if folder in runs or len(runs) < 2:
+        return runs.get(folder, checkpoints)
+    names = [str(run) for run in sorted(runs)]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    raise ValueError(f"checkpoint={str(folder)!r} holds several runs: {', '.join(names[:3])}{more}; give one of them")
 
 
 def _best_checkpoint(last: Path, checkpoints: list[Path]) -> Path | None:

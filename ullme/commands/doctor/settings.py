@@ -189,9 +189,11 @@ def _check_first_rows(one: Any, on_bad_row: str) -> str:
     """Parse the first rows of a training set. Raises: as :meth:`Settings.train_data`."""
     from ullme.data.jsonl import iter_lines, parse_line
     from ullme.data.records import parse_record
-    from ullme.data.sources import expand_files, is_jsonl
+    from ullme.data.sources import check_kind, expand_files, is_jsonl
 
     names = [one.train] if isinstance(one.train, str) else list(one.train)
+    for name in names:
+        check_kind(name)
     if all(map(is_jsonl, names)):
         files = [path for name in names for path in expand_files(name, one.split)]
         read = 0
