@@ -60,13 +60,16 @@ def load_config(options: BackboneConfig) -> PretrainedConfig:
     if options.family_code is not None:
         named(options.family_code, "family_code")
     name = options.model_name_or_path
-    if is_adapter(name):
+    try:
+        with _loading_errors(name, "config.json"):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+    except ValueError as error:
+        if not is_adapter(name):
+            raise
         raise ValueError(
             f"model_name_or_path={name!r} is an adapter, not an LLM: to train from it, name its LLM there and set "
             f"init_from={name!r} (a folder); to embed with it, load_ullme({name!r}) or evaluate --checkpoint {name}"
-        )
-    with _loading_errors(name, "config.json"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+        ) from error
     expected_type = options.model_backbone_type
     if expected_type is not None and expected_type.lower() != config.model_type:
         raise ValueError(
