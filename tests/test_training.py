@@ -13,6 +13,7 @@ import torch
 from ullme.commands import train
 from ullme.models.checkpoint import load_ullme
 from ullme.models.trained_weights import find_checkpoint
+from ullme.utils.wandb_login import check_wandb_login
 
 NOUNS = [
     "river",
@@ -375,7 +376,7 @@ def test_a_contrastive_loss_without_negatives_is_refused_before_the_llm_is_loade
         ("model: {optimizer: {lr: }}", "model.optimizer.lr"),
         ("data: {batch_size: }", "data.batch_size"),
         ("checkpoint: {save_top_k: }", "checkpoint.save_top_k"),
-        ("seed_everything: ", "seed_everything"),
+        ("seed_everything: null\ndata: {seed: 1}", "seed_everything"),
         ("loss: {class_path: GradCache, init_args: {on_oom: }}", "loss.init_args.on_oom"),
         (
             "trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val/mrr@10, patience: }}]}",
@@ -424,34 +425,51 @@ def test_a_folder_in_use_is_refused_until_its_run_ends(arguments, tmp_path, caps
     train.main(arguments("run", "--trainer.max_steps=1", "--data.val=null"))
 
 
-@pytest.mark.parametrize("options", [(), ("--trainer.logger.offline=true",)])
-def test_without_a_login_to_wandb_the_remedies_are_named_before_the_llm_is_loaded(
-    arguments, tmp_path, capsys, monkeypatch, options
-):
+@pytest.fixture
+def not_logged_in(tmp_path, monkeypatch):
     import wandb
 
     def no_login():
         raise wandb.errors.UsageError("no API key configured")
 
-    class LoadedError(BaseException):
-        pass
-
-    def loaded(_):
-        raise LoadedError
-
     for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(wandb, "login", no_login)
-    monkeypatch.setattr(train.ULLMEModule, "configure_model", loaded)
-    monkeypatch.setattr(train.SaveConfig, "save_config", lambda *_: None)  # which would begin a run
+
+
+def test_without_a_login_to_wandb_the_remedies_are_named_before_the_llm_is_loaded(
+    arguments, capsys, monkeypatch, not_logged_in
+):
+    monkeypatch.setattr(train.ULLMECLI, "instantiate_classes", lambda _: pytest.fail("classes were instantiated"))
     given = [one for one in arguments("run") if "trainer.logger" not in one]
-    given += ["--trainer.logger=WandbLogger", f"--trainer.logger.save_dir={tmp_path}", *options]
-    with pytest.raises(LoadedError if options else SystemExit):
-        train.main(given)
-    if not options:
-        message = capsys.readouterr().err
-        assert all(remedy in message for remedy in ("wandb login", "WANDB_MODE=offline", "CSVLogger"))
+    with pytest.raises(SystemExit) as end:
+        train.main([*given, "--trainer.logger=WandbLogger"])
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert all(remedy in message for remedy in ("wandb login", "WANDB_MODE=offline", "CSVLogger"))
+
+
+def test_a_key_of_wandb_or_an_offline_mode_is_enough(not_logged_in, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="nobody is logged in"):
+        check_wandb_login("x")
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_MODE", "disabled"), ("WANDB_API_KEY", "k" * 40)):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            check_wandb_login("x")
+    (tmp_path / ".netrc").write_text("machine elsewhere.org\n  login user\n  password " + "k" * 40)
+    with pytest.raises(ValueError, match="nobody is logged in"):
+        check_wandb_login("x")
     (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password " + "k" * 40)
-    with pytest.raises(LoadedError):
-        train.main(given)
+    check_wandb_login("x")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(arguments, capsys, monkeypatch):
+    def refuse(_):
+        raise PermissionError(13, "Permission denied", "/home/nobody/.cache")
+
+    monkeypatch.setattr(train.ULLMEModule, "configure_model", refuse)
+    with pytest.raises(SystemExit) as end:
+        train.main(arguments("run"))
+    assert end.value.code == 2
+    assert "error: /home/nobody/.cache cannot be written or read (Permission denied); fix" in capsys.readouterr().err

@@ -73,6 +73,8 @@ class LossCallback(L.Callback, ABC):
                 "rounds small updates away; choose bf16-mixed, with model.backbone.dtype=bfloat16 for a frozen LLM in "
                 "half the memory"
             )
+        if (data := trainer.datamodule) is not None:  # type: ignore[attr-defined]
+            self._check_negatives(data)
         pl_module.loss = self
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -81,7 +83,6 @@ class LossCallback(L.Callback, ABC):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if data is not None:
             self._check_lengths(model, data)
-            self._check_negatives(data)
         half = sorted({str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype.itemsize < 4})
         if half:
             log.warning(

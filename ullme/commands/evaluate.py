@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
-from ullme.utils.errors import check_empty_options, print_error
+from ullme.utils.errors import check_empty_options, explain_permission, print_error
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -112,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":  # every process of torchrun found the same error
             return print_error(error)
         return 2
+    except PermissionError as error:
+        return print_error(explain_permission(error))
     except KeyboardInterrupt:
         done = f"finished tasks are in {options.output}; the same command goes on with the others"
         print(f"\nCtrl-C: {done}", file=sys.stderr)

@@ -310,11 +310,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         raise SystemExit(INTERRUPTED) from None
-    except (ValueError, ArgumentError, MisconfigurationException) as error:
+    except (ValueError, ArgumentError, MisconfigurationException, PermissionError) as error:
         if os.environ.get("ULLME_TRACEBACK"):
             raise
+        reason = errors.explain_permission(error) if isinstance(error, PermissionError) else error
         hint = "; --help lists the options" if isinstance(error, ArgumentError) else ""
-        print(f"error: {errors.one_line(error)}{hint}\n(ULLME_TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"error: {errors.one_line(reason)}{hint}\n(ULLME_TRACEBACK=1 shows where)", file=sys.stderr)
         raise SystemExit(2) from error
     finally:
         resume.unlock_run_folders()

@@ -143,6 +143,14 @@ def print_error(error: BaseException) -> int:
     return 2
 
 
+def explain_permission(error: PermissionError) -> ValueError:
+    """A file that cannot be written, often the cache of a library under a home folder that cannot be written."""
+    return ValueError(
+        f"{error.filename or error} cannot be written or read ({error.strerror or 'permission denied'}); fix the "
+        "permissions, or, if it is a cache, set HF_HOME and XDG_CACHE_HOME to a folder that can be written"
+    )
+
+
 def one_line(error: BaseException) -> str:
     """An error's message in one line, without the list of types that a parser tried."""
     lines = [line.strip() for line in str(error).splitlines()]
