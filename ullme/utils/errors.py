@@ -83,7 +83,11 @@ def _check_not_empty(name: str, hint: Any, value: Any, default: Any) -> None:
     elif (path := getattr(value, "class_path", None)) and (options := getattr(value, "init_args", None)):
         module, _, class_name = path.rpartition(".")
         init = getattr(import_module(module), class_name).__init__
-        parameters, hints = signature(init).parameters, get_type_hints(init)
+        parameters = signature(init).parameters
+        try:
+            hints = get_type_hints(init)
+        except NameError:  # names that a library imports for type checkers alone, as Lightning's FSDPStrategy has
+            hints = {}
         for key, one in vars(options).items():
             if key in parameters:
                 _check_not_empty(f"{name}.init_args.{key}", hints.get(key, Any), one, parameters[key].default)
