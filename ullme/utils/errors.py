@@ -83,7 +83,11 @@ def _check_not_empty(name: str, hint: Any, value: Any, default: Any) -> None:
     elif (path := getattr(value, "class_path", None)) and (options := getattr(value, "init_args", None)):
         module, _, kind = path.rpartition(".")
         init = getattr(import_module(module), kind).__init__
-        known, hints = signature(init).parameters, get_type_hints(init)
+        known = signature(init).parameters
+        try:
+            hints = get_type_hints(init)
+        except NameError:  # names that another library imports for type checkers only
+            return
         for key, one in vars(options).items():
             if key in known:
                 _check_not_empty(f"{name}.init_args.{key}", hints.get(key, Any), one, known[key].default)
