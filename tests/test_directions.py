@@ -21,7 +21,7 @@ from ullme.engine.objective import Objective
 from ullme.engine.presets import grl_terms
 from ullme.engine.reference import AdaptersOff, Cached
 from ullme.engine.scoring import score
-from ullme.losses import DPO, KL, SFT, Chunk, InfoNCE
+from ullme.losses import CPO, DPO, KL, KTO, SFT, Chunk, InfoNCE
 from ullme.losses.ranking import rank_of_first
 from ullme.models.trained_weights import contract
 from ullme.prompts import Prompts, PromptTokenizer
@@ -211,6 +211,15 @@ def test_the_preset_hands_its_options_on():
     assert [type(term) for term in terms] == [InfoNCE, SFT, KL]
     assert [term.direction for term in terms[1:]] == ["query_given_passage"] * 2
     assert (terms[2].teacher, terms[2].weight) == ("reference", 3.0)
+    for kind, made in (("dpo", DPO), ("sft", SFT), ("kto", KTO), ("cpo", CPO)):
+        given = {"temperature": 0.1, "beta": 0.2, "contrastive_weight": 0.3, "generation_weight": 0.4, "kl_weight": 0.6}
+        given |= {"retrieval_temperature": 0.7, "generation_temperature": 0.8, "detach_generation": True}
+        contrastive, generation, kl = grl_terms(kind, **given)
+        assert (contrastive.temperature, contrastive.weight) == (0.1, 0.3)
+        assert type(generation) is made
+        assert (getattr(generation, "beta", 0.2), generation.weight) == (0.2, 0.4)
+        assert (kl.retrieval_temperature, kl.generation_temperature, kl.weight) == (0.7, 0.8, 0.6)
+        assert kl.detach_generation
     gain: list[Any] = grl_terms(direction="gain")
     assert [term.direction for term in gain[1:]] == ["passage_given_query", "gain"]
 

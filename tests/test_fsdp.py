@@ -39,6 +39,19 @@ def test_every_wrap_is_given_the_precision(make_model, monkeypatch):
     assert all(mixed.buffer_dtype is None and mixed.param_dtype == torch.bfloat16 for mixed in given)
 
 
+@pytest.mark.parametrize(("largest", "factor"), [(None, 1), (10.0, 1), (2.0, 2 / 5)])
+def test_clipping_by_hand(largest, factor, make_model):
+    """Gradients of 3 and 4 in two weights, 0 elsewhere: their norm is 5."""
+    model = make_model("llama")
+    first, second, *_ = [p for p in model.parameters() if p.requires_grad]
+    for parameter, value in ((first, 3.0), (second, 4.0)):
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad[0, 0] = value
+    assert fsdp.clip_gradients(model, largest).item() == pytest.approx(5)
+    found = [first.grad[0, 0].item(), second.grad[0, 0].item()]
+    assert found == pytest.approx([3 * factor, 4 * factor], rel=1e-5)
+
+
 def test_the_module_hands_on_the_strategys_precision():
     """The name that training/module.py reads is Lightning's."""
     assert isinstance(FSDPStrategy.mixed_precision_config, property)

@@ -202,6 +202,32 @@ def test_gradients_are_synchronised_with_the_last_chunk_only(model):
     batch = make_batch()
     GradCache(embedder(model), InfoNCE(), no_sync=no_sync).step(batch, chunk_slices(batch, 2, None))
     assert events == ["no_sync"] * 2  # three pieces
+    events.clear()
+
+    def chunk_loss(chunk, reps, scale):
+        parameter = next(p for p in model.parameters() if p.requires_grad)
+        return scale * (parameter.sum() if reps is None else reps.queries.sum())
+
+    chunks = chunk_slices(batch, 2, None)
+    GradCache(embedder(model), InfoNCE(), chunk_loss, no_sync=no_sync).step(batch, chunks)
+    assert events == ["no_sync"] * 5  # of three chunks and three microbatches, the last of these alone synchronises
+    events.clear()
+    GradCache(None, None, chunk_loss, no_sync=no_sync).step(batch, chunks)
+    assert events == ["no_sync"] * 2
+
+
+def test_random_numbers_go_on_after_the_chunk_losses(model):
+    """Not where the last microbatch left off: the next step would draw the chunk losses' numbers once more."""
+    states = []
+
+    def chunk_loss(chunk, reps, scale):
+        drawn = torch.rand(())
+        states.append(torch.get_rng_state())
+        return scale * drawn * reps.queries.sum()
+
+    GradCache(embedder(model), InfoNCE(), chunk_loss).step(make_batch(), chunk_slices(make_batch(), 2, None))
+    assert not torch.equal(states[0], states[-1])
+    assert torch.equal(torch.get_rng_state(), states[-1])
 
 
 def test_memory_does_not_hold_the_batch(model):
@@ -242,6 +268,8 @@ def test_chunk_slices():
     assert [n for s in slices for n in range(s.start, s.stop)] == list(range(B))
     assert all(sum(tokens[s]) <= 60 for s in slices)
     assert chunk_slices(batch, None, 1) == [slice(n, n + 1) for n in range(B)]  # one that is too long stands alone
+    assert chunk_slices(batch, None, sum(tokens)) == [slice(0, B)]  # a chunk may have exactly as many
+    assert chunk_slices(batch, None, sum(tokens) - 1) == [slice(0, B - 1), slice(B - 1, B)]
 
 
 def test_batch_slices_keep_candidates_with_their_query():

@@ -154,6 +154,40 @@ def test_dpo_starts_at_ln_2_and_the_reference_is_the_pretrained_llm(make_model, 
     assert abs(moved["dpo"] - math.log(2)) > 1e-3
 
 
+class Watching(KTO):
+    """Keeps what it sees."""
+
+    def forward(self, chunk):
+        self.seen = chunk
+        return super().forward(chunk)
+
+
+@pytest.mark.parametrize("negatives", ["all", "random"])
+def test_ktos_reference_point_is_the_mean_ratio_of_first_negatives(negatives, make_model, batch, monkeypatch):
+    """Also where it learns from other candidates, and in several passes."""
+    model, every = make_model("gpt2").double().eval(), torch.ones(5, 3, dtype=torch.bool)
+    with torch.no_grad():
+        ratios = score(model, batch, every, True)[0] - AdaptersOff().logps(model, batch, every, True)
+    expected = ratios[:, 1].mean().item()
+    assert abs(expected) > 1e-2
+    for at_once in (99, 2):
+        monkeypatch.setattr("ullme.engine.objective.STATISTIC_QUERIES", at_once)
+        term = Watching(negatives=negatives)
+        Objective([term]).full_batch(model, batch)
+        assert term.seen.statistics["kto"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_statistic_under_autocast_leaves_the_gradient_alone(make_model, batch):
+    """Autocast keeps copies of weights; those made for the statistic, without gradient, must not be used for KTO."""
+    model, objective = make_model("gpt2").train(), Objective([KTO(5.0)])
+    _, expected = by(objective, model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, found = by(objective, model, batch)
+    assert found.keys() == expected.keys()
+    flat = [torch.cat([gradients[name].flatten() for name in expected]) for gradients in (found, expected)]
+    assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.9
+
+
 @pytest.mark.parametrize("kind", [AdaptersOff, Cached, FrozenCopy])
 def test_the_reference_has_no_dropout_while_the_policy_trains(kind, make_model, batch, tmp_path):
     """GPT-2 with its own dropout of 0.1: the policy's likelihoods differ from call to call, the reference's do not."""
@@ -172,6 +206,8 @@ def test_the_reference_has_no_dropout_while_the_policy_trains(kind, make_model, 
     with torch.no_grad(), model.adapters_off():
         expected = score(model.eval(), batch, mask, True)[0]
     torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-5)
+    reference.logps(model, batch, mask, True)
+    assert not model.training  # nor does a reference start dropout in a model that has none
 
 
 def test_one_generation_forward_serves_all_terms(model, batch):
@@ -313,6 +349,20 @@ def test_cached_reference_is_the_computed_one_and_is_not_computed_again(make_mod
         by(only, model, with_generation(make_batch(4, 3)))
 
 
+def test_a_cache_holds_what_other_ranks_have_computed(make_model, batch, tmp_path):
+    model, mask = make_model().train(), torch.ones(5, 3, dtype=torch.bool)
+    first = Cached(tmp_path / "cache", AdaptersOff())
+    first.prepare(model, "32-true")
+    expected = first.logps(model, batch, mask, True)
+    assert (expected < -1).all()
+    for file in first.files:
+        file.close()
+    (tmp_path / "cache" / "reference-0.sqlite").rename(tmp_path / "cache" / "reference-1.sqlite")
+    second = Cached(tmp_path / "cache", None)
+    second.prepare(model, "32-true")
+    torch.testing.assert_close(second.logps(model, batch, mask, True), expected, rtol=0, atol=0)
+
+
 def test_a_foreign_stale_or_damaged_cache_is_refused(make_model, tmp_path):
     folder = tmp_path / "cache"
     with pytest.raises(ValueError, match="holds no reference likelihoods"):
@@ -325,6 +375,10 @@ def test_a_foreign_stale_or_damaged_cache_is_refused(make_model, tmp_path):
     other = make_model()
     other.prompts = replace(other.prompts, generation="Q: {text} A:")
     with pytest.raises(ValueError, match="made with another generation"):
+        Cached(folder, AdaptersOff()).prepare(other, "32-true")
+    other = make_model()
+    other.prompts = replace(other.prompts, instruction="Another task")
+    with pytest.raises(ValueError, match="made with another instruction"):
         Cached(folder, AdaptersOff()).prepare(other, "32-true")
     (folder / "reference-0.sqlite").write_bytes(b"not a database at all" * 1000)
     with pytest.raises(ValueError, match=r"cannot be used .*; delete the folder"):

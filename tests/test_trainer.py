@@ -81,6 +81,16 @@ def test_grl_learns_every_term(make_model, loader):
     assert np.mean([s["reward_accuracy"] for s in history[-4:]]) > 0.7
 
 
+def test_prompts_and_passages_beyond_the_positions_are_refused(make_model, loader):
+    """GPT-2 has a table of positions; the query fits by itself, and with its passage it does not."""
+    model = make_model("gpt2", sizes={"max_position_embeddings": 40})
+    trainer = GradCacheTrainer(gen_loss_type="sft", show_progress_bar=False)
+    batches = list(loader(model))
+    with pytest.raises(ValueError, match=r"tokens, but .* has 40 positions; cut texts at fewer tokens"):
+        trainer.fit_epoch(model=model, train_loader=batches)
+    assert trainer.steps == 0
+
+
 def test_batches_of_the_wrong_kind_and_wrong_options(make_model, loader):
     model = make_model()
     trainer = GradCacheTrainer(gen_loss_type="dpo", show_progress_bar=False)

@@ -15,6 +15,7 @@ from tiny import make_tokenizer
 
 from ullme.batch import Batch, Representations
 from ullme.data.collator import Collator
+from ullme.data.mixture import Mixture, TrainSet
 from ullme.data.records import BadRow, Record, parse_record
 from ullme.data.sampler import draw
 from ullme.data.sources import JsonlSource
@@ -92,6 +93,14 @@ def test_labelled_and_unlabelled_rows_do_not_mix_in_one_file(tmp_path):
         JsonlSource(write(tmp_path / "rows.jsonl", rows))
 
 
+def test_a_mixture_has_labels_only_if_all_of_its_datasets_do(tmp_path):
+    rows = {"judged": {"query": "q", "pos": ["p"], "neg": ["n"]}, "unjudged": {"query": "q", "candidates": ["a", "b"]}}
+    sources = {name: JsonlSource(write(tmp_path / f"{name}.jsonl", [row])) for name, row in rows.items()}
+    for names, labelled in ((("judged",), True), (("judged", "unjudged"), False), (("unjudged", "judged"), False)):
+        mixture = Mixture([TrainSet(name) for name in names], [sources[name] for name in names])
+        assert mixture.labelled is labelled
+
+
 def test_a_batch_says_that_it_has_no_labels():
     draws = [(row, drawn._replace(labelled=False)) for row, drawn in DRAWS]
     collator = Collator(PromptTokenizer(make_tokenizer(), PROMPTS), 64, 64, generation=["query_given_passage"])
@@ -158,6 +167,7 @@ def test_pseudo_labels_by_hand():
     with_labels = PseudoLabelInfoNCE(0.05, margin=0.4, use_labels=True)
     torch.testing.assert_close(with_labels(labelled), InfoNCE(0.05)(labelled))
     assert (with_labels(labelled) - term(labelled)).abs() > 1e-3
+    torch.testing.assert_close(with_labels(given), term(given))  # a batch without labels has none to take
 
 
 def test_where_no_query_passes_there_is_no_loss_and_no_gradient():
@@ -167,6 +177,13 @@ def test_where_no_query_passes_there_is_no_loss_and_no_gradient():
     assert loss == 0
     assert given.queries.grad is not None
     assert not given.queries.grad.any()
+
+
+def test_a_margin_of_zero_takes_queries_whose_two_best_are_equal_too():
+    given = reps([[-1.0, -1.0, -3.0]])
+    term = PseudoLabelInfoNCE(margin=0)
+    assert term.metrics(given) == {"pseudo_label_share": 1}
+    assert term(given) > 1e-3
 
 
 def test_a_pseudo_positives_text_is_no_negative_of_its_query():

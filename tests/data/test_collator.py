@@ -57,6 +57,7 @@ def test_keys_are_stable_and_fit_int64():
     assert passage_key("a passage") == 0xDDC1A6194D980666 >> 1  # printf 'a passage' | b2sum -l 64
     assert all(0 <= passage_key(str(i)) < 2**63 for i in range(1000))
     assert len({passage_key(str(i)) for i in range(1000)}) == 1000
+    assert passage_key("long " * 1000 + "a") != passage_key("long " * 1000 + "b")
 
 
 def test_lengths_are_limited_each_on_its_side(prompt_tokenizer):

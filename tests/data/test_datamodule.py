@@ -159,9 +159,11 @@ def test_a_resumed_fit_sees_what_an_uninterrupted_one_sees(
     assert not [w for w in recwarn if "not resumable" in str(w.message) or "is zero" in str(w.message)]
 
 
-def test_an_epoch_that_is_cut_short_is_gone_on_with(make, prompt_tokenizer, tmp_path):
+def test_a_limited_epoch_has_the_first_batches_of_its_own_order(make, prompt_tokenizer, tmp_path):
     module, _ = fit(make(), prompt_tokenizer, tmp_path, limit_train_batches=2)
-    assert module.seen == epochs(make().train_dataloader_for(prompt_tokenizer), 1)[0]
+    whole = epochs(make().train_dataloader_for(prompt_tokenizer), 3)
+    assert len(whole[0]) > 2
+    assert module.seen == [batch for epoch in whole for batch in epoch[:2]]
 
 
 class WriteSeen(L.Callback):
@@ -204,6 +206,31 @@ def test_validation_gives_every_document_and_query(make, prompt_tokenizer, tmp_p
     assert sorted(module.validated) == [(0, i) for i in range(10)] + [(1, i) for i in range(3)]
     assert data.beir.corpus_ids[4] == "c4"
     assert data.beir.query_ids == ["q0", "q1", "q2"]
+
+
+def test_options_reach_rows_and_texts(make, prompt_tokenizer, tokenizer, write_jsonl):
+    """Each text is cut at its own length; a short row repeats its negatives; a row that is left out depends on the seed."""
+    rows = [{"query": f"{n}" * 90, "pos": ["p" * 90], "neg": [f"negative {n}"]} for n in range(4)]
+    path = write_jsonl(rows, "long.jsonl")
+    lengths = {"query_max_length": 40, "passage_max_length": 70, "num_workers": 0}
+    data = make(train=path, batch_size=4, short_rows="repeat", **lengths)
+    batch = next(iter(data.train_dataloader_for(prompt_tokenizer)))
+    assert (batch.queries.input_ids.shape[1], batch.passages.input_ids.shape[1]) == (40, 70)
+    assert all(len(set(keys[1:])) == 1 for keys in batch.passage_keys.tolist())  # its one negative, three times
+    kept = []
+    for seed in range(6):
+        data = make(train=path, batch_size=1, max_rows=1, num_hard_negatives=1, seed=seed)
+        data.setup("fit")
+        kept.append(data.source[0].query)
+    assert len(set(kept)) > 1
+
+
+def test_each_validation_text_is_cut_at_its_own_length(make, prompt_tokenizer, beir, monkeypatch):
+    data = make(val=beir, query_max_length=30, passage_max_length=9)
+    data.setup("validate")
+    monkeypatch.setattr(data, "_prompt_tokenizer", lambda: prompt_tokenizer)
+    widths = [max(rows.rows.input_ids.shape[1] for rows in loader) for loader in data.val_dataloader()]
+    assert widths == [9, len("Instruct: find\nQuery: a b c")]
 
 
 def test_validation_texts_match_their_indices(make, tokenizer, prompt_tokenizer, beir, monkeypatch):

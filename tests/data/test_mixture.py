@@ -75,12 +75,23 @@ def test_epochs_and_ranks_and_resuming_are_pure_functions(tmp_path):
     assert batches(MixtureSampler(both, 4, seed=4)) != epochs[0]
 
 
+def test_passes_and_epochs_put_other_rows_together_and_leave_none_out(tmp_path):
+    """13 rows in batches of 4, two passes an epoch: each pass leaves out one row, not always the same."""
+    sets = [TrainSet(write(tmp_path, "a", 13), weight=2)]
+    sampler = MixtureSampler(Mixture(sets, [open_source(one.train) for one in sets]), 4, seed=0)
+    found = [frozenset(batch) for _ in range(3) for batch in batches(sampler)]
+    assert len(found) == 3 * 6
+    assert len(set(found)) > 15  # by chance two of 715 possible ones may be equal
+    assert set().union(*found) == set(range(13))
+
+
 def test_datasets_follow_one_another_in_no_fixed_order(tmp_path):
     sets = [TrainSet(write(tmp_path, "a", 40)), TrainSet(write(tmp_path, "b", 40))]
     sampler = MixtureSampler(Mixture(sets, [open_source(one.train) for one in sets]), 4, seed=0)
     kinds = [batch[0] >= 40 for batch in batches(sampler)]
     changes = sum(a != b for a, b in pairwise(kinds))
     assert 3 < changes < 18
+    assert [batch[0] >= 40 for batch in batches(sampler)] != kinds  # in the next epoch
 
 
 def test_rows_carry_their_datasets_rules_and_borrow_from_it_alone(tmp_path):
@@ -92,6 +103,14 @@ def test_rows_carry_their_datasets_rules_and_borrow_from_it_alone(tmp_path):
     assert len(set(b.negatives)) == 4
     assert both[15].query == "b q2"
     assert both.num_negatives.tolist() == [2] * 18
+
+
+def test_a_rows_own_instruction_goes_before_its_datasets(tmp_path):
+    rows = [{"query": "q", "pos": ["p"]}, {"query": "r", "pos": ["s"], "prompt": "own"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    one = Mixture([TrainSet(str(path), instruction="the dataset's")], [open_source(str(path))])
+    assert [one.draw(row, 0, 0, 0, "borrow").instruction for row in range(2)] == ["the dataset's", "own"]
 
 
 def test_the_collator_puts_the_rules_into_the_batch():

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import pickle
 
 import numpy as np
 import pytest
+from datasets import load_dataset
 
 from ullme.data.sources import HubSource, JsonlSource, open_source
 
@@ -117,6 +119,12 @@ def test_a_forked_worker_does_not_move_the_parents_file_position(write_jsonl, ro
     assert source[0] == before
 
 
+def test_the_longest_instruction_is_the_longest_wherever_it_stands(write_jsonl):
+    prompts = ["short", None, "the longest", "longer"]
+    source = open_source(write_jsonl([{"query": "q", "pos": ["p"], "prompt": prompt} for prompt in prompts]))
+    assert source.longest_instruction == "the longest"
+
+
 def test_max_rows_are_the_first_after_a_seeded_shuffle(write_jsonl, rows):
     path = write_jsonl(rows)
 
@@ -215,6 +223,46 @@ def test_real_files_have_no_bad_row(shared_data, name):
     assert len(source) == lines
     raw = json.loads(source.files[-1].read_bytes().splitlines()[-1])
     assert source[len(source) - 1].query == raw["query"].strip()
+
+
+def script_dataset(folder, rows):
+    """A dataset as Tevatron/msmarco-passage: a loading script beside compressed files of JSON lines."""
+    folder.mkdir()
+    (folder / f"{folder.name}.py").write_text("raise AssertionError('a loading script must not run')")
+    for split, part in (("train", rows[:5]), ("dev", rows[5:7])):
+        with gzip.open(folder / f"{split}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in part)
+    return folder
+
+
+def test_a_dataset_with_a_loading_script_is_read_from_its_files(rows, tmp_path):
+    folder = script_dataset(tmp_path / "msmarco-passage", rows)
+    with pytest.raises(RuntimeError, match="scripts are no longer supported"):  # what datasets itself says
+        load_dataset(str(folder), split="train")
+    train, dev = (open_source(str(folder), split=split) for split in ("train", "dev"))
+    assert [train[i].query for i in range(len(train))] == [row["query"] for row in rows[:5]]
+    assert [dev[i].query for i in range(len(dev))] == [row["query"] for row in rows[5:7]]
+    with pytest.raises(ValueError, match=r"no file test\*\.jsonl"):
+        open_source(str(folder), split="test")
+    with pytest.raises(ValueError, match=r"leave out data\.train_name"):
+        open_source(str(folder), name="default")
+
+
+def test_a_loading_script_on_the_hub_is_passed_over_too(rows, tmp_path, monkeypatch):
+    folder = script_dataset(tmp_path / "msmarco-passage", rows)
+    asked = []
+
+    def load(path, name=None, *, split, data_files=None):
+        if path == "owner/msmarco-passage":
+            raise RuntimeError("Dataset scripts are no longer supported, but found msmarco-passage.py")
+        asked.append(data_files)
+        return load_dataset(path, data_files={split: str(folder / "train.jsonl.gz")}, split=split)
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    files = ["README.md", "msmarco-passage.py", "dev.jsonl.gz", "train.jsonl.gz", "training_log.jsonl"]
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, name, repo_type: files)
+    assert len(open_source("owner/msmarco-passage")) == 5
+    assert asked == [{"train": ["hf://datasets/owner/msmarco-passage/train.jsonl.gz"]}]
 
 
 WORDS = ["None", "NA", "null", "nan", "1984", "True"]

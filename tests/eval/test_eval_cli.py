@@ -3,12 +3,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from eval_helpers import write_jsonl
 
 from ullme.commands.evaluate import main
-from ullme.eval.per_query import pytrec_key, read_per_query
+from ullme.eval.per_query import keep_per_query, pytrec_key, read_per_query
 from ullme.eval.table import read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +76,16 @@ def test_every_kind_of_local_data(
 )
 def test_main_scores_that_single_queries_have(main_score, key):
     assert pytrec_key(main_score) == key
+
+
+def test_single_queries_of_subsets_are_kept_apart_and_the_tasks_own_scores_stay(tmp_path):
+    task = SimpleNamespace(metadata=SimpleNamespace(name="Task", main_score="ndcg_at_10"))
+    task.task_specific_scores = lambda scores, *rest, hf_split, hf_subset: {"own": len(scores)}
+    keep_per_query([task], tmp_path)
+    for subset, value in (("default", 0.5), ("de", 0.25)):
+        scores = {"q1": {"ndcg_cut_10": value, "ndcg_cut_5": 9.0}}
+        assert task.task_specific_scores(scores, "more", hf_split="test", hf_subset=subset) == {"own": 1}
+    assert read_per_query(tmp_path) == {"Task": {"q1": 0.5, "de:q1": 0.25}}
 
 
 def test_a_checkpoint_alone_brings_its_backbone(make_model, sts_file, tmp_path, capsys):
@@ -146,7 +157,7 @@ BAD = {
     "dtype": (["--model", "{llm}", "--dtype", "int3", "--tasks", "SciFact"], "dtype='int3'"),
     "device": (["--model", "{llm}", "--device", "abacus", "--tasks", "SciFact"], "device='abacus' cannot be used"),
     "prompt": (["--model", "{llm}", "--query_prompt", "q:", "--tasks", "SciFact"], "must hold {text} once or twice"),
-    "corpus": (["--model", "{llm}", "--corpus", "{tmp}"], "corpus.jsonl: no such file"),
+    "corpus": (["--model", "{llm}", "--corpus", "{tmp}"], "no such file; a BEIR folder has corpus.jsonl"),
     "sts": (["--model", "{llm}", "--sts", "{tmp}/file"], "holds no rows"),
     "sentence-transformers": (["--model", "{tmp}/st", "--tasks", "SciFact"], "sentence-transformers cannot load it"),
 }

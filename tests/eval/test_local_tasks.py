@@ -94,6 +94,20 @@ def test_a_querys_own_copy_is_not_ranked_in_evaluation_and_in_validation(tiny_ll
     assert validated["ndcg@10"] == pytest.approx(np.mean(expected), abs=1e-5)
 
 
+def test_the_tenth_rank_counts_and_the_eleventh_does_not(model, angles, tmp_path):
+    """Twelve documents in the order of their angles; the relevant one is seventh, tenth and eleventh."""
+    documents = {f"document {n}": 5.0 * n for n in range(1, 13)}
+    write_jsonl(
+        tmp_path / "corpus.jsonl", [{"_id": f"d{n}", "text": text} for n, text in enumerate(documents, start=1)]
+    )
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": f"q{n}", "text": f"query {n}"} for n in (7, 10, 11)])
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("".join(f"q{n}\td{n}\t1\n" for n in (7, 10, 11)))
+    angles(documents | {f"query {n}": 0.0 for n in (7, 10, 11)})
+    expected = (1 / math.log2(7 + 1) + 1 / math.log2(10 + 1) + 0) / 3
+    assert score(model, local_tasks.retrieval_task(tmp_path)) == pytest.approx(100 * expected, abs=1e-3)
+
+
 def test_reranking_is_mean_average_precision(model, reranking_file):
     def average_precision(query: str, relevant: str, candidates: list[str]) -> float:
         similarities = model.model.encode(candidates, role="passage") @ model.model.encode([query], role="query")[0]
@@ -187,6 +201,7 @@ def test_clustering_uses_every_text(clustering_file):
     task = local_tasks.clustering_task(clustering_file)
     assert task.max_fraction_of_documents_to_embed is None
     assert task.max_document_to_embed is None
+    assert task.max_documents_per_cluster == len(DOCUMENTS)  # in each of the bootstrap samples
 
 
 def test_a_changed_file_is_another_task(sts_file):
@@ -207,6 +222,23 @@ def test_every_file_of_a_beir_folder_counts(beir_folder):
         (beir_folder / file).write_text((beir_folder / file).read_text() + line)
         names.add(local_tasks.retrieval_task(beir_folder).metadata.name)
     assert len(names) == 4
+
+
+@pytest.mark.parametrize("changed", ["train.jsonl", "test.jsonl"])
+def test_both_files_of_a_classification_folder_count(classification_folder, changed):
+    before = local_tasks.classification_task(classification_folder).metadata.name
+    with (classification_folder / changed).open("a") as file:
+        file.write('{"text": "one more", "label": "other"}\n')
+    assert local_tasks.classification_task(classification_folder).metadata.name != before
+
+
+def test_quotes_in_a_tsv_file_are_ordinary_characters(tmp_path):
+    path = tmp_path / "quotes.tsv"
+    path.write_text('sentence1\tsentence2\tscore\n"open\tsay "no"\t1\nb"\t""\t2\n')
+    task = local_tasks.sts_task(path)
+    task.load_data()
+    assert list(task.dataset["test"]["sentence1"]) == ['"open', 'b"']
+    assert list(task.dataset["test"]["sentence2"]) == ['say "no"', '""']
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,19 @@ def test_kto_by_hand():
     chosen = 1.5 * (1 - sigmoid(0.5 * 1.5))
     rejected = 0.8 * ((1 - sigmoid(0.5 * 1.5)) + (1 - sigmoid(0.5 * -2.5))) / 2
     torch.testing.assert_close(found, tensor((chosen + rejected) / 2))
+    policy, point = tensor([2.0, -1.0, 3.0]), {"kto": torch.tensor(0.5, dtype=torch.double)}
+    keys = torch.arange(3)[None]
+    c = Chunk(None, policy, torch.zeros_like(policy), torch.ones(1, 3), torch.tensor([0]), keys, point)
+    torch.testing.assert_close(KTO(0.5, desirable_weight=1.5, undesirable_weight=0.8)(c), found)
+
+
+def test_ktos_statistic_is_the_ratio_of_the_first_negative():
+    """r = (1, −1, 3); the first negative has four tokens."""
+    policy, reference = tensor([-5.0, -9.0, -4.0]), tensor([-6.0, -8.0, -7.0])
+    lengths, keys = torch.tensor([[2, 4, 5]]), torch.arange(3)[None]
+    c = Chunk(None, policy, reference, lengths, torch.tensor([0]), keys, {})
+    torch.testing.assert_close(KTO().statistic(c), tensor(-1.0))
+    torch.testing.assert_close(KTO(length_normalized=True).statistic(c), tensor(-0.25))
 
 
 def test_kto_reference_point_is_never_negative():
@@ -82,10 +95,10 @@ def test_kto_reference_point_is_never_negative():
 
 
 def test_cpo_and_simpo_by_hand():
-    policy, lengths = tensor([-6.0, -8.0]), torch.tensor([[3, 2]])
+    policy, lengths = tensor([-6.0, -8.0]), torch.tensor([[3, 5]])
     c = Chunk(None, policy, None, lengths, torch.tensor([0]), torch.tensor([[1, 2]]), {})
     torch.testing.assert_close(CPO(0.5, nll_weight=0.25)(c), tensor(-math.log(sigmoid(1.0)) + 0.25 * 2))
-    torch.testing.assert_close(SimPO(2.0, gamma=0.5)(c), tensor(-math.log(sigmoid(2 * (-2 + 4) - 0.5))))
+    torch.testing.assert_close(SimPO(2.0, gamma=0.5)(c), tensor(-math.log(sigmoid(2 * (-2 + 1.6) - 0.5))))
     torch.testing.assert_close(simpo_loss(tensor(-2.0), tensor([-4.0]), 2.0, 0.5), tensor(-math.log(sigmoid(3.5))))
 
 
@@ -104,6 +117,18 @@ def test_kl_uses_cosines_and_mean_token_likelihoods():
     cosines = torch.stack([c.reps.passages[n] @ c.reps.queries[n] for n in range(3)])
     expected = kl_loss(cosines / 0.1, c.policy_logps / c.lengths / 0.5)
     torch.testing.assert_close(KL(retrieval_temperature=0.1, generation_temperature=0.5)(c), expected)
+
+
+def test_kl_of_half_precision_under_autocast_is_float32():
+    """Cosines in bfloat16 over a temperature of 0.02 would be wrong by tenths."""
+    c, kl = chunk(b=8, c=6), KL(retrieval_temperature=0.02)
+    exact = kl(c)
+    reps = Representations(c.reps.queries.float(), c.reps.passages.float(), c.passage_keys)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = kl(replace(c, reps=reps, policy_logps=c.policy_logps.float()))
+        rounded = torch.einsum("bd,bcd->bc", reps.queries, reps.passages)
+    assert rounded.dtype == torch.bfloat16  # what autocast would do
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +186,8 @@ def test_a_random_negative_belongs_to_the_row_and_varies():
     choice = random_negative(rows, keys)
     assert set(choice.tolist()) == set(range(1, 9))
     torch.testing.assert_close(random_negative(rows[200:], keys[200:]), choice[200:])
+    other_epoch = random_negative(rows, keys.roll(1, 0))  # the same rows with other candidates
+    assert 300 < (other_epoch != choice).sum() < 500  # about 7 of 8
 
 
 def test_metrics():

@@ -71,6 +71,12 @@ def test_which_tokens_are_masked(share):
         assert (counts[may] / 300).mean() == pytest.approx(share, abs=0.02)
 
 
+def test_a_texts_first_token_is_never_masked():
+    """Nor one that is no special token, as where a tokenizer puts none in front: nothing stands before it."""
+    _, masked = MNTP(1.0).mask(pad_rows([[40, 50, 60], [70, 80]], 0), make_tokenizer())
+    assert masked.tolist() == [[-100, 50, 60], [-100, 80, -100]]
+
+
 def test_bert_replacement():
     rows = pad_rows([[1, *range(10, 290)]] * 40, 0)
     tokenizer = make_tokenizer()

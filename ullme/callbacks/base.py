@@ -11,12 +11,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ullme.batch import Batch
 from ullme.callbacks.choose_chunking import choose_chunking
 from ullme.engine.fsdp import unsynchronised
 from ullme.engine.objective import Logs, Objective
 from ullme.engine.reference import ReferenceChoice, make_reference
+from ullme.engine.teacher_quality import measure_teacher
 from ullme.losses import InfoNCE, Term
 from ullme.planning.auto_chunk import Chunking
 from ullme.training.negatives import check_negatives
@@ -90,6 +92,20 @@ class LossCallback(L.Callback, ABC):
             )
         negatives = getattr(data, "num_hard_negatives", 1)
         self.objective.check(model, negatives, str(trainer.precision), getattr(data, "labelled", True))
+        self._measure_teacher(trainer, model)
+
+    def _measure_teacher(self, trainer: L.Trainer, model: Any) -> None:
+        """Say how well the teacher of a KL ranks, and warn where it is at chance; a resumed run has been told."""
+        first_batches = getattr(trainer.datamodule, "first_batches", None)  # type: ignore[attr-defined]
+        if first_batches is None or trainer.ckpt_path is not None:
+            return
+        batches = first_batches(model.prompt_tokenizer, self.objective.likelihoods)
+        with trainer.precision_plugin.forward_context():
+            quality = measure_teacher(self.objective, model, batches)
+        if quality is not None and quality.at_chance:
+            rank_zero_warn(f"{quality}: {quality.remedy}")
+        elif quality is not None:
+            rank_zero_info(str(quality))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ULLMEModule) -> None:  # type: ignore[override]
         """Decide ``gradient_checkpointing: auto``, for a batch whose activations are in memory all at once."""

@@ -61,8 +61,8 @@ def parser() -> ArgumentParser:
     options = ArgumentParser(prog="ullme evaluate", description=DESCRIPTION, exit_on_error=False)
     options.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options")
     model = options.add_argument_group("Model")
-    model.add_argument("--model", type=str, help="hub name or folder: LLM, LoRA adapter, sentence-transformers")
-    model.add_argument("--checkpoint", type=str, help="run folder, Lightning checkpoint or adapter folder")
+    model.add_argument("--model", type=str | None, help="hub name or folder: LLM, LoRA adapter, sentence-transformers")
+    model.add_argument("--checkpoint", type=str | None, help="run folder, Lightning checkpoint or adapter folder")
     for name, (type_, text) in MODEL_OPTIONS.items():
         model.add_argument(f"--{name}", type=type_ | None, help=text)
     for name, (_, type_, text) in PROMPT_OPTIONS.items():

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from ullme.batch import LikelihoodKind
+from ullme.batch import Batch, LikelihoodKind
 from ullme.data.beir import BeirFolder, read_beir
 from ullme.data.collator import Collator, EvalCollator, EvalDataset, TrainDataset, length_sorted_batches
 from ullme.data.loader import ResumableLoader, defer_worker_signals
@@ -230,6 +230,28 @@ class ULLMEDataModule(L.LightningDataModule):
         lengths = self.query_max_length, self.passage_max_length
         collator = Collator(prompt_tokenizer, *lengths, generation, self.source.longest_instruction)
         return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=collator, **self._loader_options())
+
+    def first_batches(
+        self,
+        prompt_tokenizer: PromptTokenizer,
+        generation: bool | Collection[LikelihoodKind] = False,
+        rows: int = 100,
+    ) -> Iterator[Batch]:
+        """This rank's part of the batches that training begins with, without worker processes.
+
+        Args:
+            prompt_tokenizer: the prompt contract with its tokenizer.
+            generation: as for :meth:`train_dataloader_for`.
+            rows: queries of each batch at the most, over all ranks.
+        """
+        self.setup("fit")
+        assert self.source is not None
+        dataset = TrainDataset(self.source, self.seed, self.num_hard_negatives, self.short_rows)
+        lengths = self.query_max_length, self.passage_max_length
+        collator = Collator(prompt_tokenizer, *lengths, generation, self.source.longest_instruction)
+        rank, ranks = self._rank_and_world_size()
+        for places in self._sampler(rank, ranks):
+            yield collator([dataset[place] for place in places[: -(-rows // ranks)]])
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Dataloaders of the corpus and the queries, in this order; an empty list without validation.

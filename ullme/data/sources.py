@@ -322,9 +322,8 @@ def check_kind(name: str) -> None:
 
 def _load(path: str | Sequence[str], name: str | None, split: str) -> Dataset:
     """Load a dataset with the ``datasets`` library. Raises: ValueError: it cannot be loaded, or has no such split."""
-    from datasets import DatasetDict, load_dataset, load_dataset_builder, load_from_disk
+    from datasets import DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
-    from datasets.packaged_modules.csv.csv import Csv
 
     files = [path] if isinstance(path, str) else list(path)
     try:
@@ -338,9 +337,7 @@ def _load(path: str | Sequence[str], name: str | None, split: str) -> Dataset:
             if split not in saved:
                 raise ValueError(f"it has the splits {sorted(saved)}")
             return saved[split]
-        # A folder or a hub dataset of CSV files
-        cells = _CELLS if isinstance(load_dataset_builder(files[0], name), Csv) else {}
-        return load_dataset(files[0], name, split=split, **cells)
+        return _load_repository(files[0], name, split)
     except PermissionError as error:
         raise ValueError(
             f"data.train={path!r}: the datasets library cannot write its cache ({error}); set HF_HOME (or "
@@ -351,6 +348,53 @@ def _load(path: str | Sequence[str], name: str | None, split: str) -> Dataset:
             f"data.train={path!r}, data.train_split={split!r}, data.train_name={name!r} cannot be loaded ({error}); "
             "name a JSONL file, a folder or a dataset that can be reached, and a split it has"
         ) from error
+
+
+def _load_repository(path: str, name: str | None, split: str) -> Dataset:
+    """A dataset of the hub or a dataset folder; where a script would have to load it, its data files are read instead.
+
+    ``datasets`` runs no loading scripts since 4.0, and Tevatron/msmarco-passage, the default training set, has one.
+
+    Raises:
+        ValueError: only a script can load it.
+    """
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(path, name, split=split, **_cell_options(path, name))
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        reason = "a script loads it, which the installed version of datasets does not run"
+        if name is not None:
+            raise ValueError(f"{reason}; leave out data.train_name to read its files") from error
+        if not (files := _json_files(path, split)):
+            raise ValueError(f"{reason}, and it has no file {split}*.jsonl or {split}*.jsonl.gz") from error
+    return load_dataset("json", data_files={split: files}, split=split)
+
+
+def _cell_options(path: str, name: str | None) -> dict[str, Any]:
+    """For a folder or a hub dataset of CSV files, in which every cell is to be read as text; else none."""
+    from datasets import load_dataset_builder
+    from datasets.packaged_modules.csv.csv import Csv
+
+    try:
+        return _CELLS if isinstance(load_dataset_builder(path, name), Csv) else {}
+    except Exception:  # whatever is wrong with it, loading it says so
+        return {}
+
+
+def _json_files(path: str, split: str) -> list[str]:
+    """Paths or addresses of the files of JSON lines, compressed or not, that a folder or a dataset of the hub has for a
+    split (train.jsonl, train-00001.jsonl.gz)."""
+    from huggingface_hub import HfApi
+
+    if Path(path).is_dir():
+        found = {str(file.relative_to(path)): str(file) for file in Path(path).rglob("*")}
+    else:
+        found = {file: f"hf://datasets/{path}/{file}" for file in HfApi().list_repo_files(path, repo_type="dataset")}
+    wanted = re.compile(rf"{re.escape(split)}([-._].*)?\.jsonl?(\.(gz|zst|xz|bz2))?")
+    return [address for file, address in sorted(found.items()) if wanted.fullmatch(Path(file).name)]
 
 
 def _reading(kind: str, file: str) -> dict[str, Any]:

@@ -158,12 +158,15 @@ def _walk(folder: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
         yield place, folders, names
 
 
-def _step(path: Path) -> int:
-    """The optimizer steps that a checkpoint was saved after; -1 if it cannot be read."""
+def _step(path: Path) -> float:
+    """The optimizer steps that a checkpoint was saved after; -1 if it cannot be read.
+
+    A damaged ``last.ckpt`` counts as the latest, so that it is reported instead of an older one taken in silence.
+    """
     try:
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
     except Exception:  # whatever a damaged or foreign file makes of torch
-        return -1
+        return float("inf") if path.stem == "last" else -1
 
 
 def check_writable(folder: Path, option: str = "trainer.default_root_dir") -> None:

@@ -81,16 +81,16 @@ def _check_not_empty(name: str, hint: Any, value: Any, default: Any) -> None:
                 kind, usual = get_type_hints(hint)[field.name], field.default
                 _check_not_empty(f"{name}.{field.name}", kind, value[field.name], usual)
     elif (path := getattr(value, "class_path", None)) and (options := getattr(value, "init_args", None)):
-        module, _, kind = path.rpartition(".")
-        init = getattr(import_module(module), kind).__init__
-        known = signature(init).parameters
+        module, _, class_name = path.rpartition(".")
+        init = getattr(import_module(module), class_name).__init__
+        parameters = signature(init).parameters
         try:
             hints = get_type_hints(init)
-        except NameError:  # names that another library imports for type checkers only
-            return
+        except NameError:  # names that a library imports for type checkers alone, as Lightning's FSDPStrategy has
+            hints = {}
         for key, one in vars(options).items():
-            if key in known:
-                _check_not_empty(f"{name}.init_args.{key}", hints.get(key, Any), one, known[key].default)
+            if key in parameters:
+                _check_not_empty(f"{name}.init_args.{key}", hints.get(key, Any), one, parameters[key].default)
 
 
 def _allows_none(hint: Any) -> bool:

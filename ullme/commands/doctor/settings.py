@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 
 # Rows of each file that are checked.
 _ROWS = 100
-# Chunks for which a plan on a CPU is made where they are left open, see ullme.planning.auto_chunk.
-_CPU_CHUNK = 512
 
 
 class Settings:
@@ -110,12 +107,10 @@ class Settings:
         if gpu:
             devices = str(self.config.trainer.devices)
             count = int(devices) if devices.isdigit() else torch.cuda.device_count()
-        elif job.chunk_tokens is None and job.chunk_size is None and not job.full_batch:
-            job = replace(job, chunk_tokens=_CPU_CHUNK)
         strategy = self.config.trainer.strategy
         named = strategy if isinstance(strategy, str) else strategy.class_path
         fsdp = any(word in named.lower() for word in ("fsdp", "modelparallel"))
-        device = Device(name, peak_tflops(name) or 1, free_memory(place) / GIB)
+        device = Device(name, peak_tflops(name) or 1, free_memory(place) / GIB, kind=place.type)
         return make_plan(job, device, count, fsdp)
 
     def memory(self) -> str:
