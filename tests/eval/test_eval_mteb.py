@@ -231,7 +231,7 @@ def test_a_benchmark_keeps_the_languages_asked_for(caplog):
 def test_an_instruction_for_no_task_is_refused(sts_file, caplog):
     task = local_tasks.sts_task(sts_file)
     with pytest.raises(
-        ValueError, match=r"'simlar' is the name of no task and of no task type; did you mean 'similar-"
+        ValueError, match=r"'simlar' is the name of no task and of no task type; did you mean 'similar'"
     ):
         check_instructions({"simlar": "x"}, [task])
     with pytest.raises(ValueError, match=r"'STSBenchmrk' is the name of no task .*did you mean 'STSBenchmark'"):

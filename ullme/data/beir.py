@@ -55,6 +55,7 @@ def read_beir(folder: str | Path, split: str = "test") -> BeirFolder:
             on unknown queries, or none on a document of the corpus.
     """
     folder = Path(folder)
+    _check_exists(folder / "corpus.jsonl")
     queries = _read_texts(folder / "queries.jsonl", _query)
     copies: set[str] = set()
 

@@ -251,7 +251,9 @@ def _make_task(
         eval_langs=["eng-Latn"],
         main_score=main_score,
     )
-    return type(f"Local{type_}", (base,), {"metadata": metadata, "load_data": load_data, **attributes})()
+    return type(
+        f"Local{type_}", (base,), {"__module__": __name__, "metadata": metadata, "load_data": load_data, **attributes}
+    )()
 
 
 def task_name(path: Path) -> str:
