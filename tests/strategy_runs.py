@@ -195,9 +195,9 @@ def validate(folder: str, strategy: str, ranks: int) -> tuple[dict[str, float], 
     """The validation scores, and the embeddings of corpus and queries that they come from."""
     seen = []
 
-    def recorded(queries: torch.Tensor, corpus: torch.Tensor, relevant: Any) -> dict[str, float]:
+    def recorded(queries: torch.Tensor, corpus: torch.Tensor, *others: Any) -> dict[str, float]:
         seen.append(torch.cat([corpus, queries]))
-        return retrieval_metrics(queries, corpus, relevant)
+        return retrieval_metrics(queries, corpus, *others)
 
     trainer = make_trainer(folder, strategy, ranks, [])
     with mock.patch("ullme.training.retrieval_metrics.retrieval_metrics", recorded):

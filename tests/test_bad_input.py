@@ -212,7 +212,7 @@ EVALUATE: dict[str, tuple[str, list[str]]] = {
     "corpus with foreign judgements": ("--model {llm} --corpus {unknown_judged}", ["nobody"]),
     "pairs with other columns": ("--model {llm} --sts {sts_header}", ["{sts_header}", "sentence1"]),
     "score in words": ("--model {llm} --sts {sts_text}", ["{sts_text}, row 1", "score", "high"]),
-    "label 2": ("--model {llm} --pair_classification {pair_label}", ["{pair_label}, row 1", "label"]),
+    "label 2": ("--model {llm} --pair_classification {pair_label}", ["{pair_label}, line 1", "label"]),
     "one class of pairs": ("--model {llm} --pair_classification {pair_one_class}", ["{pair_one_class}"]),
     "one cluster": ("--model {llm} --clustering {cluster_one}", ["{cluster_one}"]),
     "reranking without negatives": ("--model {llm} --reranking {rerank_no_neg}", ["{rerank_no_neg}, line 1", "neg"]),
@@ -229,7 +229,7 @@ EVALUATE: dict[str, tuple[str, list[str]]] = {
     "no such dtype": ("--model {llm} --corpus {beir} --dtype int3", ["dtype='int3'"]),
     "no tokens": ("--model {llm} --corpus {beir} --max_length 0", ["max_length", "0"]),
     "prompt without text": ("--model {llm} --corpus {beir} --query_prompt Q", ["query", "'Q'", "{{text}}"]),
-    "output is a file": ("--model {llm} --corpus {beir} --output {a_file}", ["--output {a_file}", "another folder"]),
+    "output is a file": ("--model {llm} --corpus {beir} --output {a_file}", ["--output=", "a_file", "another folder"]),
     "rank of another adapter": ("--checkpoint {good_run} --corpus {beir} --lora_r 8", ["lora_r", "4", "8"]),
     "another backbone": (
         "--checkpoint {good_run} --model {wide} --corpus {beir}",

@@ -37,8 +37,8 @@ def bytes_of(model, checkpointing: bool) -> float:
 def test_more_memory_gives_larger_chunks_then_held_graphs_and_never_needless_checkpointing(model):
     fixed = auto_chunk._fixed(model, "cpu")
     each = bytes_of(model, False)
-    small = largest_chunk(model, False, QUERY, None, free=2 * (fixed + 1.2 * 350 * each))
-    large = largest_chunk(model, False, QUERY, None, free=2 * (fixed + 1.2 * 9000 * each))
+    small = largest_chunk(model, False, QUERY, None, free=2 * (fixed + 1.6 * 350 * each))
+    large = largest_chunk(model, False, QUERY, None, free=2 * (fixed + 1.6 * 9000 * each))
     assert QUERY <= small.chunk_tokens <= 1.2 * 350
     assert (
         small.retained_tokens

@@ -76,7 +76,7 @@ OPTIONS = {
     "single_chunk": False,
     "head_logits": 7,
     "similarities": 3,
-    "cuda": False,
+    "kind": "cpu",
 }
 
 
@@ -88,7 +88,7 @@ def test_prediction_by_hand():
     assert one.activations == 12 * 105
     assert one.head == 7 * (2 * 2 + 2 * 4)
     assert one.batch == 12
-    assert one.overhead == pytest.approx(0.08 * (one.activations + one.head))
+    assert one.overhead == pytest.approx(0.4 * 2**30 + 0.5 * (one.activations + one.head))
     assert one.total == pytest.approx(sum(vars(one).values()))
 
 

@@ -15,10 +15,11 @@ from ullme.engine.objective import Objective
 from ullme.engine.presets import grl_terms
 from ullme.models.config import BackboneConfig
 from ullme.models.loading import load_config
-from ullme.planning.devices import DEVICES, Device
+from ullme.planning.devices import DEVICES, Device, this_cpu
 from ullme.planning.flops import model_cost, step_work
 from ullme.planning.memory import GIB
 from ullme.planning.plan import Job, make_plan, typical_batch
+from ullme.utils.precision import cpu_rates
 
 SMALL = Device("small", tflops=1.0, memory_gib=1.2)
 
@@ -222,3 +223,31 @@ def test_the_papers_table():
     for cells in rows:
         assert float(cells[2].split()[0]) < 24 * float(cells[1].split()[0])
         assert "does not fit" not in " ".join(cells)
+
+
+@pytest.fixture
+def a_cpu_of_50_gflops(monkeypatch):
+    monkeypatch.setenv("ULLME_CPU_GFLOPS", "float32=50,bfloat16=1")
+    monkeypatch.setattr("ullme.planning.devices.free_memory", lambda device: 2 * GIB)
+    cpu_rates.cache_clear()
+    yield
+    cpu_rates.cache_clear()
+
+
+@pytest.mark.usefixtures("a_cpu_of_50_gflops")
+def test_a_cpu_is_planned_as_auto_runs_there(job):
+    """Small chunks, half of the free memory, no CUDA context, and the measured speed of all threads."""
+    device = this_cpu(bfloat16=False)
+    assert device.tflops == pytest.approx(0.05 * torch.get_num_threads())
+    assert this_cpu(bfloat16=True).tflops == pytest.approx(0.001 * torch.get_num_threads())
+    many = with_(job, batch_size=100)
+    plan = make_plan(many, device)
+    assert plan.job.chunk_tokens == 512
+    assert plan.usable_memory == GIB
+    assert plan.retained_tokens == typical_batch(many, 100).num_tokens  # all of them
+    assert 0 < plan.retained_memory <= GIB - plan.memory.total
+    assert plan.seconds == pytest.approx(plan.hardware_flops / (0.75 * device.tflops * 1e12))
+    gpu = make_plan(many, replace(device, kind="cuda"))
+    assert gpu.job.chunk_tokens > 512
+    assert gpu.memory.overhead > plan.memory.overhead + 0.3 * GIB
+    assert "50 GFLOP/s a core in float32" in describe(plan)

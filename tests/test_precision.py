@@ -242,3 +242,21 @@ def test_the_doctor_shows_both_rates_and_refuses_a_slow_choice(rates):
     assert trouble.value.remedy == "--trainer.precision=32-true"
     rates(FAST)
     assert "bf16-mixed" in machine.precision("cpu", {"trainer.precision": "bf16-mixed"})
+
+
+@pytest.mark.parametrize(("text", "expected"), [(SLOW, "float32"), (FAST, "bfloat16")])
+def test_a_model_in_python_is_loaded_in_the_faster_dtype(text, expected, rates, llm_folder, tmp_path, monkeypatch):
+    """Stored in bfloat16 and loaded with ``dtype: auto``; the options say what was taken, and so does a checkpoint."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = llm_folder("llama")
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    rates(text)
+    model = ULLME(str(tmp_path), lora_name=None)
+    assert str(model.causal_lm.dtype) == f"torch.{expected}"
+    assert model.options.dtype == ("float32" if expected == "float32" else "auto")
+    assert (
+        ULLME(str(tmp_path), lora_name=None, dtype="bfloat16").causal_lm.dtype == torch.bfloat16
+    )  # an explicit choice

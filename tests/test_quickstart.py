@@ -74,7 +74,7 @@ def test_a_missing_config_is_explained(tmp_path, capsys):
 def test_an_earlier_quickstart_is_replaced(tmp_path):
     build_world(tmp_path / "run" / "world", train_entities=12, val_entities=12, dev_entities=12)
     (tmp_path / "run" / "old.txt").write_text("old")
-    quickstart._start_afresh(tmp_path / "run")
+    quickstart._clear_output(tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
 
 

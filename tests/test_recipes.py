@@ -31,9 +31,9 @@ def world(tmp_path_factory, llm_folder):
     queries = [json.loads(line)["query"] for line in Path(rows).read_text().splitlines()]
     texts.write_text("\n".join(json.dumps({"text": text}) for text in queries))
     unlabelled = root / "unlabelled.jsonl"
-    rows = [json.loads(line) for line in Path(train).read_text().splitlines()]
+    read = [json.loads(line) for line in Path(rows).read_text().splitlines()]
     unlabelled.write_text(
-        "\n".join(json.dumps({"query": row["query"], "candidates": [*row["neg"], *row["pos"]]}) for row in rows)
+        "\n".join(json.dumps({"query": row["query"], "candidates": [*row["neg"], *row["pos"]]}) for row in read)
     )
 
     def run(name: str) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ullme.models.trained_weights import find_checkpoint
 from ullme.utils import atomic_files
 from ullme.utils.atomic_files import StorageError
 
@@ -154,3 +155,39 @@ def test_a_payload_does_not_run(tmp_path, how):
     assert not flag.exists()
     pickle.loads(pickle.dumps(Payload(flag)))  # it does work
     assert flag.exists()
+
+
+def write_step(path, step):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"global_step": step}, path)
+    return path
+
+
+def test_the_newest_checkpoint_has_the_largest_step_whatever_its_time(tmp_path):
+    """Copied files have new times in any order; last.ckpt goes before others of its step; damaged ones come last."""
+    written = [write_step(tmp_path / name, step) for name, step in (("a.ckpt", 9), ("last.ckpt", 10), ("b.ckpt", 10))]
+    written += [write_step(tmp_path / "c.ckpt", 2)]
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(b"cut")
+    for age, path in enumerate([*written, broken]):
+        os.utime(path, (age, age))
+    a, last, b, c = written
+    assert atomic_files.newest_first(tmp_path) == [last, b, a, c, broken]
+
+
+def test_checkpoints_behind_a_link_are_found(tmp_path):
+    disk = write_step(tmp_path / "disk" / "last.ckpt", 3).parent
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(disk)
+    (disk / "loop").symlink_to(tmp_path / "run")
+    assert find_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "last.ckpt"
+
+
+def test_a_folder_of_several_runs_stands_for_none_of_them(tmp_path):
+    one = write_step(tmp_path / "runs/a/checkpoints/last.ckpt", 3)
+    assert find_checkpoint(tmp_path / "runs") == one
+    write_step(tmp_path / "runs/b/checkpoints/last.ckpt", 4)
+    with pytest.raises(ValueError, match=r"holds several runs: .*runs/a, .*runs/b; give one of them"):
+        find_checkpoint(tmp_path / "runs")
+    own = write_step(tmp_path / "runs/checkpoints/last.ckpt", 1)  # a run that has others below it
+    assert find_checkpoint(tmp_path / "runs") == own

@@ -41,6 +41,33 @@ def test_listing_2_runs_as_printed(gen_loss_type, use_kl_loss, make_model, loade
     assert moved == {n for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_in_the_mode_it_was_in(training, make_model, loader):
+    model = make_model(lora_dropout=0.5).train(training)
+    batches = list(loader(model))
+    modes = []
+    model.register_forward_pre_hook(lambda model, _: modes.append(model.training))
+    trainer = GradCacheTrainer(show_progress_bar=False)
+    trainer.fit_epoch(model, batches)
+    assert all(modes)  # trained with dropout
+    assert {module.training for module in model.modules()} == {training}
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(torch.nan)
+    with pytest.raises(ValueError, match="info_nce is nan"):
+        trainer.fit_epoch(model, batches)
+    assert model.training == training
+
+
+def test_batches_without_any_negative_are_refused(make_model, tmp_path):
+    model = make_model()
+    data = ULLMEDataModule(
+        train=write_rows(tmp_path)[0], batch_size=1, num_hard_negatives=0, num_workers=0, query_max_length=100
+    )
+    batches = data.train_dataloader_for(model.prompt_tokenizer)
+    with pytest.raises(ValueError, match=r"num_hard_negatives=0 and data\.batch_size=1 there is no negative"):
+        GradCacheTrainer(show_progress_bar=False).fit_epoch(model, batches)
+
+
 def test_grl_learns_every_term(make_model, loader):
     model = make_model()
     trainer = GradCacheTrainer(
@@ -52,6 +79,16 @@ def test_grl_learns_every_term(make_model, loader):
         first, last = (np.mean([step[name] for step in part]) for part in (history[:4], history[-4:]))
         assert last < first, name
     assert np.mean([s["reward_accuracy"] for s in history[-4:]]) > 0.7
+
+
+def test_prompts_and_passages_beyond_the_positions_are_refused(make_model, loader):
+    """GPT-2 has a table of positions; the query fits by itself, and with its passage it does not."""
+    model = make_model("gpt2", sizes={"max_position_embeddings": 40})
+    trainer = GradCacheTrainer(gen_loss_type="sft", show_progress_bar=False)
+    batches = list(loader(model))
+    with pytest.raises(ValueError, match=r"tokens, but .* has 40 positions; cut texts at fewer tokens"):
+        trainer.fit_epoch(model=model, train_loader=batches)
+    assert trainer.steps == 0
 
 
 def test_batches_of_the_wrong_kind_and_wrong_options(make_model, loader):

@@ -13,6 +13,7 @@ import torch
 from ullme.commands import train
 from ullme.models.checkpoint import load_ullme
 from ullme.models.trained_weights import find_checkpoint
+from ullme.utils.wandb_login import check_wandb_login
 
 NOUNS = [
     "river",
@@ -306,3 +307,169 @@ def test_two_processes_train_and_validate_as_one(arguments, tmp_path):
     )
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_limited_epochs_have_their_first_batches_and_the_schedule_ends(arguments, tmp_path):
+    """2 of an epoch's 6 batches, 3 epochs: 6 steps down to a rate of 0, and a resumed run goes on in its place."""
+    common = ("--trainer.limit_train_batches=2", "--trainer.max_epochs=3", "--data.val=null")
+    train.main(arguments("run", *common, "--checkpoint.save_top_k=-1", "--checkpoint.every_n_train_steps=3"))
+    losses, rates = logged(tmp_path / "run", "train/loss"), logged(tmp_path / "run", "lr")
+    assert sorted(losses) == list(range(6))
+    assert 0 < rates[5] < rates[4] < rates[1]
+    state = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert state["lr_schedulers"][0]["_last_lr"] == [0.0]
+    start = f"--ckpt_path={tmp_path / 'run/checkpoints/step3.ckpt'}"  # in the middle of the second epoch
+    train.main(arguments("again", *common, start))
+    assert logged(tmp_path / "again", "train/loss") == {step: losses[step] for step in (3, 4, 5)}
+
+
+def test_a_limited_epoch_begins_where_a_whole_one_does(arguments):
+    """The second epoch of 2 batches has the rows of the second whole epoch's first 2."""
+    seen = []
+    for limit in ("2", "1.0"):
+        cli = train.build(
+            arguments("run", f"--trainer.limit_train_batches={limit}", "--trainer.max_epochs=2", "--data.val=null")[1:],
+            run=False,
+        )
+        rows = []
+        step = type(cli.model).training_step
+        cli.model.training_step = lambda batch, n, rows=rows, cli=cli, step=step: (
+            rows.append(batch.row_ids.tolist()),
+            step(cli.model, batch, n),
+        )[1]
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        seen.append(rows)
+    limited, whole = seen
+    assert limited == [*whole[:2], *whole[6:8]]
+    assert whole[6] != whole[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        (["--data.batch_size=1"], "data.batch_size=1"),
+        (["--data.batch_size=1", "--data.schema=text"], "data.batch_size=1"),
+        (["--loss.terms=[{class_path: InfoNCE, init_args: {in_batch_negatives: false}}]"], "in_batch_negatives=false"),
+        (
+            ["--data.train=null", "--data.datasets=[{train: FILE, in_batch_negatives: false}]"],
+            "in_batch_negatives=false of '",
+        ),
+    ],
+)
+def test_a_contrastive_loss_without_negatives_is_refused_before_the_llm_is_loaded(
+    arguments, tmp_path, capsys, monkeypatch, options, missing
+):
+    monkeypatch.setattr(train.ULLMEModule, "configure_model", lambda _: pytest.fail("the LLM was loaded"))
+    options = [option.replace("FILE", str(tmp_path / "train.jsonl")) for option in options]
+    with pytest.raises(SystemExit) as end:
+        train.main(arguments("run", "--data.num_hard_negatives=0", "--data.val=null", *options))
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert f"data.num_hard_negatives=0 and {missing}" in message
+    assert "there is no negative" in message
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("model: {prompts: {query: }}", "model.prompts.query"),
+        ("model: {optimizer: {lr: }}", "model.optimizer.lr"),
+        ("data: {batch_size: }", "data.batch_size"),
+        ("checkpoint: {save_top_k: }", "checkpoint.save_top_k"),
+        ("seed_everything: null\ndata: {seed: 1}", "seed_everything"),
+        ("loss: {class_path: GradCache, init_args: {on_oom: }}", "loss.init_args.on_oom"),
+        (
+            "trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val/mrr@10, patience: }}]}",
+            "trainer.callbacks[0].init_args.patience",
+        ),
+    ],
+)
+def test_an_option_left_empty_is_named(arguments, tmp_path, capsys, option, name):
+    (tmp_path / "own.yaml").write_text(option)
+    given = [one for one in arguments("run") if not one.startswith(f"--{name}=") and "chunk_size" not in one]
+    with pytest.raises(SystemExit) as end:
+        train.main([given[0], *given[1:], f"--config={tmp_path / 'own.yaml'}"])
+    assert end.value.code == 2
+    assert f"error: {name} is empty; give it a value, or leave it out for its default" in capsys.readouterr().err
+
+
+def test_an_option_that_may_be_empty_is_taken(arguments, tmp_path):
+    (tmp_path / "own.yaml").write_text("model: {optimizer: {gradient_clip_val: }}\ncheckpoint: {monitor: }")
+    cli = train.build([*arguments("run")[1:], f"--config={tmp_path / 'own.yaml'}"], run=False)
+    assert cli.model.optimizer_config.gradient_clip_val is None
+
+
+def test_a_folder_in_use_is_refused_until_its_run_ends(arguments, tmp_path, capsys):
+    """Another process holds the folder; killed, it holds it no more."""
+    import multiprocessing
+
+    from ullme.training.resume import lock_run_folder
+
+    root = tmp_path / "run"
+    root.mkdir()
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+    other = context.Process(target=lambda: (lock_run_folder(root), held.set(), context.Event().wait()))
+    other.start()
+    try:
+        assert held.wait(60)
+        with pytest.raises(SystemExit) as end:
+            train.main(arguments("run"))
+        assert end.value.code == 2
+        message = capsys.readouterr().err
+        assert "trainer.default_root_dir=" in message
+        assert f"is in use by a run that still goes on (process {other.pid} on " in message
+    finally:
+        other.kill()
+        other.join()
+    train.main(arguments("run", "--trainer.max_steps=1", "--data.val=null"))
+
+
+@pytest.fixture
+def not_logged_in(tmp_path, monkeypatch):
+    import wandb
+
+    def no_login():
+        raise wandb.errors.UsageError("no API key configured")
+
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(wandb, "login", no_login)
+
+
+def test_without_a_login_to_wandb_the_remedies_are_named_before_the_llm_is_loaded(
+    arguments, capsys, monkeypatch, not_logged_in
+):
+    monkeypatch.setattr(train.ULLMECLI, "instantiate_classes", lambda _: pytest.fail("classes were instantiated"))
+    given = [one for one in arguments("run") if "trainer.logger" not in one]
+    with pytest.raises(SystemExit) as end:
+        train.main([*given, "--trainer.logger=WandbLogger"])
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert all(remedy in message for remedy in ("wandb login", "WANDB_MODE=offline", "CSVLogger"))
+
+
+def test_a_key_of_wandb_or_an_offline_mode_is_enough(not_logged_in, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="nobody is logged in"):
+        check_wandb_login("x")
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_MODE", "disabled"), ("WANDB_API_KEY", "k" * 40)):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            check_wandb_login("x")
+    (tmp_path / ".netrc").write_text("machine elsewhere.org\n  login user\n  password " + "k" * 40)
+    with pytest.raises(ValueError, match="nobody is logged in"):
+        check_wandb_login("x")
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password " + "k" * 40)
+    check_wandb_login("x")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(arguments, capsys, monkeypatch):
+    def refuse(_):
+        raise PermissionError(13, "Permission denied", "/home/nobody/.cache")
+
+    monkeypatch.setattr(train.ULLMEModule, "configure_model", refuse)
+    with pytest.raises(SystemExit) as end:
+        train.main(arguments("run"))
+    assert end.value.code == 2
+    assert "error: /home/nobody/.cache cannot be written or read (Permission denied); fix" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from ullme.engine.presets import Generation, grl_terms
 from ullme.engine.reference import ReferenceChoice, make_reference
 from ullme.losses.base import Direction
 from ullme.losses.kl import Teacher
+from ullme.training.negatives import check_negatives
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
@@ -106,7 +107,7 @@ class GradCacheTrainer:
         In a process group (torchrun) every rank calls it with a loader of its own share of each global batch.
 
         Args:
-            model: the embedder, on the device to train on.
+            model: the embedder, on the device to train on; afterwards it is in the mode (train or eval) it was in.
             train_loader: yields :class:`~ullme.batch.Batch`, with generation rows if a loss needs them:
                 ``train_dataloader_for(..., generation=trainer.objective.likelihoods)``.
 
@@ -126,19 +127,29 @@ class GradCacheTrainer:
             broadcast(parameters)  # every rank drew its own adapter
             self.optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
             self.steps = 0
-        model.train()
         history: list[dict[str, float]] = []
         bar = tqdm(train_loader, desc="train", unit="step", disable=not self.show_progress_bar)
-        for batch in bar:
-            if not history:
-                self.objective.check(model, batch.num_candidates - 1, self.precision, batch.labelled)
-            try:
-                history.append(self._step(model, batch.to(model.device), parameters))
-            except NotFiniteError as error:
-                raise NotFiniteError(f"step {self.steps}: {error}") from error
-            self.steps += 1
-            bar.set_postfix(loss=f"{history[-1]['loss']:.3f}")
+        was_training = model.training
+        model.train()
+        try:
+            for batch in bar:
+                if not history:
+                    self._check(model, batch)
+                try:
+                    history.append(self._step(model, batch.to(model.device), parameters))
+                except NotFiniteError as error:
+                    raise NotFiniteError(f"step {self.steps}: {error}") from error
+                self.steps += 1
+                bar.set_postfix(loss=f"{history[-1]['loss']:.3f}")
+        finally:
+            model.train(was_training)
         return history
+
+    def _check(self, model: ULLME, batch: Batch) -> None:
+        """Before the first step. Raises: ValueError: the batches do not have what the objective needs."""
+        hard_negatives = batch.num_candidates - 1
+        self.objective.check(model, hard_negatives, self.precision, batch.labelled)
+        check_negatives(self.objective.terms, len(batch) * world()[1], hard_negatives, batch.isolated is None)
 
     def _step(self, model: ULLME, batch: Batch, parameters: list[torch.nn.Parameter]) -> dict[str, float]:
         assert self.optimizer is not None

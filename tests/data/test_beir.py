@@ -26,7 +26,7 @@ def write(folder, corpus=CORPUS, queries=QUERIES, qrels=QRELS):
     (folder / "qrels").mkdir(exist_ok=True)
     for name, rows in (("corpus", corpus), ("queries", queries)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "qrels" / "test.tsv").write_text(qrels)
+    (folder / "qrels" / "test.tsv").write_bytes(qrels if isinstance(qrels, bytes) else qrels.encode())
 
 
 @pytest.mark.parametrize("header", [True, False])
@@ -60,7 +60,7 @@ def test_a_missing_split_names_the_others(folder):
         ({"queries": []}, r"queries\.jsonl is empty"),
         ({"qrels": "query-id\tcorpus-id\tscore\n"}, "has no relevance judgements"),
         ({"qrels": QRELS + "q9\td1\t1\n"}, r"has 1 ids that are not in queries\.jsonl, first \['q9'\]"),
-        ({"qrels": QRELS + "q1\td9\t1\n"}, r"has 1 ids that are not in corpus\.jsonl, first \['d9'\]"),
+        ({"qrels": "q1\td9\t1\n"}, r"no judgement on a document of corpus\.jsonl; it names \['d9'\]"),
         ({"qrels": QRELS + "q1 d1 1\n"}, r"test\.tsv:5: expected query id, document id"),
         ({"qrels": QRELS + "q1\td1\thigh\n"}, r"test\.tsv:5: expected query id, document id"),
         ({"corpus": [*CORPUS, {"_id": "d1", "text": "x"}]}, r"corpus\.jsonl:5: duplicate _id 'd1'"),
@@ -68,6 +68,11 @@ def test_a_missing_split_names_the_others(folder):
         ({"corpus": [{"_id": "d1"}]}, r"corpus\.jsonl:1: missing key 'text'"),
         ({"corpus": [{"_id": "d1", "text": None}]}, r"corpus\.jsonl:1: 'text' must be a text, not NoneType"),
         ({"queries": [{"_id": "q1", "text": " "}]}, r"queries\.jsonl:1: 'text' is an empty text"),
+        ({"corpus": [*CORPUS, {"_id": "d5", "text": "cut \ud83d"}]}, r"corpus\.jsonl:5: 'text' holds a character"),
+        ({"corpus": [{"_id": "d1", "title": "\udd25", "text": "x"}]}, r"corpus\.jsonl:1: 'title' holds a character"),
+        ({"queries": [{"_id": "q1", "text": "\ud83d"}]}, r"queries\.jsonl:1: 'text' holds a character"),
+        ({"queries": [{"_id": "\ud83d", "text": "x"}]}, r"queries\.jsonl:1: '_id' holds a character"),
+        ({"qrels": QRELS.encode() + b"q1\td\xff\t1\n"}, r"test\.tsv:5: not UTF-8"),
         ({"queries": [[1]]}, r"queries\.jsonl:1: the row is a list"),
     ],
 )
@@ -75,6 +80,39 @@ def test_what_is_wrong_is_said(folder, changed, message):
     write(folder, **changed)
     with pytest.raises(ValueError, match=message):
         read_beir(folder)
+
+
+def test_judgements_on_missing_documents_are_left_out_and_counted(folder):
+    """q1 keeps one judgement, q2 loses its only one."""
+    write(folder, qrels="q1\td1\t2\nq1\tgone\t1\nq2\tlost\t1\n")
+    beir = read_beir(folder)
+    assert beir.qrels == {"q1": {"d1": 2}}
+    assert list(beir.queries) == ["q1"]
+    (note,) = beir.notes
+    assert "2 judgements" in note
+    assert "'gone', 'lost'" in note
+    assert "1 queries without any other" in note
+    write(folder)
+    assert read_beir(folder).notes == ()
+
+
+def test_a_query_that_is_a_document_is_told_by_id_and_text(folder):
+    """The same text with or without the title; another text is no copy, and a judged copy is an answer."""
+    corpus = [
+        {"_id": "a", "title": "Title", "text": "first  text"},
+        {"_id": "b", "title": "", "text": "second text"},
+        {"_id": "c", "title": "", "text": "another text"},
+        {"_id": "d", "title": "In", "text": "full"},
+        {"_id": "e", "title": "", "text": "known item"},
+    ]
+    texts = {"a": "first text", "b": "second text", "c": "third text", "d": "In full", "e": "known item"}
+    queries = [{"_id": key, "text": text} for key, text in texts.items()]
+    qrels = "".join(f"{key}\tc\t1\n" for key in "abd") + "c\ta\t1\nb\tb\t0\ne\te\t1\n"
+    write(folder, corpus, queries, qrels)
+    beir = read_beir(folder)
+    assert beir.own_copies == {"a", "b", "d"}
+    (note,) = beir.notes
+    assert "3 of 5 queries" in note
 
 
 @pytest.mark.parametrize(("name", "documents", "queries"), [("msmarco/dev", 6978, 1000), ("trec-dl19", 14581, 43)])

@@ -159,9 +159,11 @@ def test_a_resumed_fit_sees_what_an_uninterrupted_one_sees(
     assert not [w for w in recwarn if "not resumable" in str(w.message) or "is zero" in str(w.message)]
 
 
-def test_an_epoch_that_is_cut_short_is_gone_on_with(make, prompt_tokenizer, tmp_path):
+def test_a_limited_epoch_has_the_first_batches_of_its_own_order(make, prompt_tokenizer, tmp_path):
     module, _ = fit(make(), prompt_tokenizer, tmp_path, limit_train_batches=2)
-    assert module.seen == epochs(make().train_dataloader_for(prompt_tokenizer), 1)[0]
+    whole = epochs(make().train_dataloader_for(prompt_tokenizer), 3)
+    assert len(whole[0]) > 2
+    assert module.seen == [batch for epoch in whole for batch in epoch[:2]]
 
 
 class WriteSeen(L.Callback):

@@ -92,3 +92,43 @@ def test_a_named_schema_is_not_guessed_around():
 )
 def test_a_row_of_retrieval_as_a_text_is_its_first_positive(row):
     assert parse_record(row, "text") == Record("p", ("p",), ())
+
+
+ST = {"anchor": "q", "positive": "p"}
+
+
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [
+        ({"query": "q", "pos": ["p"], "negatives": ["n"]}, "negatives"),
+        ({"query": "q", "pos": ["p"], "hard_neg": "n"}, "hard_neg"),
+        ({"query": "q", "pos": ["p"], "neg": ["n"], "positives": ["p2"]}, "positives"),
+        ({"query": "q", "positive": ["p"], "Negative": ["n"]}, "Negative"),
+        ({"query": "q", "positive": ["p"], "hardNegatives": [{"text": "n"}]}, "hardNegatives"),
+        ({**ST, "neg_1": "n"}, "neg_1"),
+        ({**ST, "negative1": "n"}, "negative1"),
+        ({**ST, "hard_negative": "n"}, "hard_negative"),
+        ({**ST, "negative_text": "n"}, "negative_text"),
+        ({**ST, "negative": "n", "positive_2": "p2"}, "positive_2"),
+    ],
+)
+def test_positives_and_negatives_under_other_names_are_refused_by_name(row, key):
+    with pytest.raises(BadRow, match=f"'{key}' is no column of the .* schema, which reads .*rename it"):
+        parse_record(row)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"neg_scores": [0.1], "pos_scores": [0.9], "neg_ids": ["d1"], "negative_id": "d1", "num_negatives": "7"},
+        {"negatives": None, "hard_neg": [], "neg_1": " "},
+        {"negation": "n", "position": "here", "posture": "p"},
+    ],
+)
+def test_columns_that_hold_no_texts_of_the_row_are_no_matter(extra):
+    assert parse_record({**BGE, **extra}) == parse_record(BGE)
+    assert parse_record({**ST, **extra}) == parse_record(ST)
+
+
+def test_a_schema_of_texts_or_of_ones_own_may_leave_columns_out():
+    assert parse_record({"text": "t", "negatives": ["n"]}, "text") == Record("t", ("t",), ())

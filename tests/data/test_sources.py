@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import pickle
 
 import numpy as np
 import pytest
+from datasets import load_dataset
 
 from ullme.data.sources import HubSource, JsonlSource, open_source
 
@@ -221,3 +223,117 @@ def test_real_files_have_no_bad_row(shared_data, name):
     assert len(source) == lines
     raw = json.loads(source.files[-1].read_bytes().splitlines()[-1])
     assert source[len(source) - 1].query == raw["query"].strip()
+
+
+def script_dataset(folder, rows):
+    """A dataset as Tevatron/msmarco-passage: a loading script beside compressed files of JSON lines."""
+    folder.mkdir()
+    (folder / f"{folder.name}.py").write_text("raise AssertionError('a loading script must not run')")
+    for split, part in (("train", rows[:5]), ("dev", rows[5:7])):
+        with gzip.open(folder / f"{split}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in part)
+    return folder
+
+
+def test_a_dataset_with_a_loading_script_is_read_from_its_files(rows, tmp_path):
+    folder = script_dataset(tmp_path / "msmarco-passage", rows)
+    with pytest.raises(RuntimeError, match="scripts are no longer supported"):  # what datasets itself says
+        load_dataset(str(folder), split="train")
+    train, dev = (open_source(str(folder), split=split) for split in ("train", "dev"))
+    assert [train[i].query for i in range(len(train))] == [row["query"] for row in rows[:5]]
+    assert [dev[i].query for i in range(len(dev))] == [row["query"] for row in rows[5:7]]
+    with pytest.raises(ValueError, match=r"no file test\*\.jsonl"):
+        open_source(str(folder), split="test")
+    with pytest.raises(ValueError, match=r"leave out data\.train_name"):
+        open_source(str(folder), name="default")
+
+
+def test_a_loading_script_on_the_hub_is_passed_over_too(rows, tmp_path, monkeypatch):
+    folder = script_dataset(tmp_path / "msmarco-passage", rows)
+    asked = []
+
+    def load(path, name=None, *, split, data_files=None):
+        if path == "owner/msmarco-passage":
+            raise RuntimeError("Dataset scripts are no longer supported, but found msmarco-passage.py")
+        asked.append(data_files)
+        return load_dataset(path, data_files={split: str(folder / "train.jsonl.gz")}, split=split)
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    files = ["README.md", "msmarco-passage.py", "dev.jsonl.gz", "train.jsonl.gz", "training_log.jsonl"]
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, name, repo_type: files)
+    assert len(open_source("owner/msmarco-passage")) == 5
+    assert asked == [{"train": ["hf://datasets/owner/msmarco-passage/train.jsonl.gz"]}]
+
+
+WORDS = ["None", "NA", "null", "nan", "1984", "True"]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The datasets library keeps what it has read; a folder of the test's own."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "CSV", "folder"])
+def test_every_word_in_a_table_is_a_text_and_an_empty_cell_is_none(tmp_path, cache, kind):
+    mark = "\t" if kind == "tsv" else ","
+    path = tmp_path / ("set/train.csv" if kind == "folder" else f"rows.{kind}")
+    path.parent.mkdir(exist_ok=True)
+    rows = [["anchor", "positive", "negative"], *([f"q{n}", word, f"not {word}"] for n, word in enumerate(WORDS))]
+    rows += [["q", "p", word] for word in WORDS] + [["q", "p", ""]]
+    path.write_text("".join(mark.join(row) + "\n" for row in rows))
+    source = open_source(str(path.parent if kind == "folder" else path))
+    assert [source[n].positives for n in range(6)] == [(word,) for word in WORDS]
+    assert [source[n].negatives for n in range(6, 13)] == [*((word,) for word in WORDS), ()]
+
+
+def test_numbers_alone_are_texts_in_a_table(tmp_path, cache):
+    path = tmp_path / "years.csv"
+    path.write_text("anchor,positive\nwhen?,1984\nand then?,007\n")
+    source = open_source(str(path))
+    assert [source[n].positives for n in range(2)] == [("1984",), ("007",)]
+
+
+def test_a_quotation_mark_in_a_tab_separated_file_is_text(tmp_path, cache):
+    path = tmp_path / "rows.tsv"
+    path.write_text('anchor\tpositive\n"a\tb\nc"\td\n')
+    source = open_source(str(path))
+    assert [source[n].query for n in range(len(source))] == ['"a', 'c"']
+
+
+@pytest.mark.parametrize("name", ["rows.ndjson", "ROWS.JSONL", "rows.Json"])
+def test_json_lines_under_other_endings(tmp_path, name):
+    (tmp_path / name).write_bytes(GOOD)
+    assert len(open_source(str(tmp_path / name))) == 1
+    assert len(open_source(str(tmp_path))) == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "files", "message"),
+    [
+        ("rows.jsonl.gz", ["rows.jsonl.gz"], r"rows\.jsonl\.gz is no file of a kind that is read .*; unpack it first"),
+        ("*.gz", ["a.jsonl.gz"], r"a\.jsonl\.gz is no file .*; unpack it first"),
+        (".", ["a.jsonl", "b.jsonl.gz"], r"b\.jsonl\.gz is no file .*; unpack it first"),
+        ("rows.xlsx", ["rows.xlsx"], r"rows\.xlsx is no file .*; convert it to JSONL"),
+        ("rows", ["rows"], r"rows is no file .*; convert it to JSONL"),
+    ],
+)
+def test_files_that_are_there_are_not_looked_for_on_the_hub(tmp_path, spec, files, message):
+    for name in files:
+        (tmp_path / name).write_bytes(GOOD)
+    with pytest.raises(ValueError, match=message):
+        open_source(str(tmp_path / spec))
+
+
+def test_a_cache_that_cannot_be_written_is_said_in_one_line(tmp_path, monkeypatch):
+    import datasets
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", "/home/nobody/.cache")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    (tmp_path / "rows.csv").write_text("anchor,positive\na,b\n")
+    with pytest.raises(ValueError, match=r"cannot write its cache .*set HF_HOME"):
+        open_source(str(tmp_path / "rows.csv"))

@@ -34,7 +34,7 @@ def config(tmp_path, llm_folder):
     base, own = tmp_path / "base.yaml", tmp_path / "own.yaml"
     base.write_text(
         f"model: {{backbone: {{model_name_or_path: {llm_folder()}, lora_r: 4}}}}\n"
-        f"data: {{train: {tmp_path / 'train.jsonl'}, batch_size: 4, num_hard_negatives: 2}}\n"
+        f"data: {{train: {tmp_path / 'train.jsonl'}, batch_size: 4, num_hard_negatives: 2, query_max_length: 128}}\n"
         f"trainer: {{accelerator: cpu, devices: 1, logger: false, default_root_dir: {tmp_path / 'run'}}}\n"
     )
     own.write_text(
@@ -80,6 +80,7 @@ def test_a_world_in_order(config, tmp_path, capsys):
         "training data",
         "attention probe",
         "likelihood",
+        "teacher",
     ):
         assert f"✓  {name}" in said, said
     assert "0 ✗" in said

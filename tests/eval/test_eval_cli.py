@@ -140,7 +140,15 @@ BAD = {
     "config": (["--config", "{tmp}/none.yaml"], "none.yaml"),
     "checkpoint": (["--checkpoint", "{tmp}/none", "--tasks", "SciFact"], "none does not exist"),
     "no checkpoint in it": (["--checkpoint", "{tmp}", "--tasks", "SciFact"], "give a run folder, a .ckpt file"),
-    "output": (["--model", "{llm}", "--tasks", "SciFact", "--output", "{tmp}/file/x"], "cannot be made"),
+    "langs": (
+        ["--model", "{llm}", "--sts", "{tmp}/good.tsv", "--langs", "deu"],
+        "--langs deu keeps languages of --tasks",
+    ),
+    "instructions": (
+        ["--model", "{llm}", "--sts", "{tmp}/good.tsv", "--instructions", '{"simlar": "x"}'],
+        "instructions: 'simlar' is the name of no task",
+    ),
+    "output": (["--model", "{llm}", "--tasks", "SciFact", "--output", "{tmp}/file/x"], "cannot be written"),
     "task": (["--model", "{llm}", "--tasks", "SciFatc"], "did you mean SciFact"),
     "language": (["--model", "{llm}", "--tasks", "SciFact", "--langs", "deu"], "has no language 'deu'; it has eng"),
     "model": (["--model", "{tmp}/none", "--tasks", "SciFact"], "model_name_or_path="),
@@ -149,7 +157,7 @@ BAD = {
     "dtype": (["--model", "{llm}", "--dtype", "int3", "--tasks", "SciFact"], "dtype='int3'"),
     "device": (["--model", "{llm}", "--device", "abacus", "--tasks", "SciFact"], "device='abacus' cannot be used"),
     "prompt": (["--model", "{llm}", "--query_prompt", "q:", "--tasks", "SciFact"], "must hold {text} once or twice"),
-    "corpus": (["--model", "{llm}", "--corpus", "{tmp}"], "corpus.jsonl: no such file"),
+    "corpus": (["--model", "{llm}", "--corpus", "{tmp}"], "no such file; a BEIR folder has corpus.jsonl"),
     "sts": (["--model", "{llm}", "--sts", "{tmp}/file"], "holds no rows"),
     "sentence-transformers": (["--model", "{tmp}/st", "--tasks", "SciFact"], "sentence-transformers cannot load it"),
 }
@@ -158,6 +166,7 @@ BAD = {
 @pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
 def test_mistakes_are_one_line_and_status_2(arguments, message, tiny_llm, tmp_path, capsys):
     (tmp_path / "file").touch()
+    (tmp_path / "good.tsv").write_text("sentence1\tsentence2\tscore\na\tb\t1\nc\td\t2\n")
     write_jsonl(tmp_path / "st" / "modules.json", [{"broken": True}])
     places = {"{llm}": str(tiny_llm), "{tmp}": str(tmp_path)}
     filled = [part.replace("{llm}", places["{llm}"]).replace("{tmp}", places["{tmp}"]) for part in arguments]

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from ullme.eval import eval_mteb_dataset, evaluate_tasks, find_tasks, local_tasks
-from ullme.eval.mteb import nearest_names
+from ullme.eval.mteb import check_instructions, nearest_names
 from ullme.models import WrappedULLME
 
 
@@ -203,3 +203,42 @@ def test_a_task_made_of_tasks_is_their_mean(model):
     together = type("BothTogether", (AbsTaskAggregate,), {"metadata": metadata})()
     first, second, both = evaluate_tasks(model, [*parts, together], show_progress_bar=False)
     assert both.score == pytest.approx((first.score + second.score) / 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "splits"), [("MassiveIntentClassification", ["test"]), ("MSMARCO", ["dev"]), ("SciFact", ["test"])]
+)
+def test_a_task_of_the_papers_benchmark_named_alone_has_its_splits_and_subsets(name, splits):
+    import mteb
+
+    of_benchmark = next(t for t in mteb.get_benchmark("MTEB(eng, v1)") if t.metadata.name == name)
+    (task,) = find_tasks([name], ["eng"])
+    assert list(task.eval_splits) == splits == list(of_benchmark.eval_splits)
+    assert sorted(task.hf_subsets) == sorted(of_benchmark.hf_subsets)
+
+
+def test_a_benchmark_keeps_the_languages_asked_for(caplog):
+    with pytest.raises(ValueError, match=r"langs: MTEB\(eng, v1\) has no task in deu; leave --langs out"):
+        find_tasks(["MTEB(eng, v1)"], ["deu"])
+    assert len(find_tasks(["MTEB(eng, v1)"], ["eng"])) == 56
+    assert not caplog.text
+    german = find_tasks(["MTEB(Multilingual, v2)"], ["deu"])
+    assert 0 < len(german) < 131
+    assert "tasks are in deu" in caplog.text
+    for task in german:
+        languages = task.metadata.hf_subsets_to_langscripts
+        assert all(any(code.startswith("deu") for code in languages[subset]) for subset in task.hf_subsets)
+
+
+def test_an_instruction_for_no_task_is_refused(sts_file, caplog):
+    task = local_tasks.sts_task(sts_file)
+    with pytest.raises(
+        ValueError, match=r"'simlar' is the name of no task and of no task type; did you mean 'similar-"
+    ):
+        check_instructions({"simlar": "x"}, [task])
+    with pytest.raises(ValueError, match=r"'STSBenchmrk' is the name of no task .*did you mean 'STSBenchmark'"):
+        check_instructions({"STSBenchmrk": "x"}, [task])
+    assert check_instructions({"similar": "x", "STS": "y"}, [task]) == {task.metadata.name: "x", "STS": "y"}
+    assert not caplog.text
+    assert check_instructions({"SciFact": "x"}, [task]) == {"SciFact": "x"}
+    assert "SciFact is not evaluated here" in caplog.text

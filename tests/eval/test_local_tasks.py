@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import re
 
@@ -9,7 +10,9 @@ from eval_helpers import DOCUMENTS, write_jsonl
 
 from ullme.data.beir import read_beir
 from ullme.eval import evaluate_tasks, local_tasks
+from ullme.eval.per_query import keep_per_query
 from ullme.models import WrappedULLME
+from ullme.training.retrieval_metrics import retrieval_metrics
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,44 @@ def test_retrieval_is_ndcg_of_the_models_own_embeddings(model, beir_folder):
     assert 0.1 < np.mean(expected) < 1
     # mteb rounds to five digits.
     assert score(model, local_tasks.retrieval_task(beir_folder)) == pytest.approx(100 * np.mean(expected), abs=1e-3)
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """Duplicate questions: q0 and q1 are documents too, under their own ids. The id q2 is another text's."""
+    folder = tmp_path / "questions"
+    corpus = {**{f"q{n}": text for n, text in enumerate(DOCUMENTS[:3])}, "d3": DOCUMENTS[3], "d4": DOCUMENTS[4]}
+    write_jsonl(folder / "corpus.jsonl", [{"_id": key, "title": "", "text": text} for key, text in corpus.items()])
+    queries = {"q0": DOCUMENTS[0], "q1": DOCUMENTS[1], "q2": "what shines over the sea"}
+    write_jsonl(folder / "queries.jsonl", [{"_id": key, "text": text} for key, text in queries.items()])
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").write_text("q0\td3\t1\nq1\tq0\t1\nq2\tq2\t1\n")
+    return folder
+
+
+def test_a_querys_own_copy_is_not_ranked_in_evaluation_and_in_validation(tiny_llm, questions, caplog, tmp_path):
+    model = WrappedULLME(str(tiny_llm), device="cpu", prompts={"query": "{text}"})  # as passages, so that copies win
+    beir = read_beir(questions)
+    documents = model.model.encode(list(beir.corpus.values()), role="passage", convert_to_tensor=True)
+    queries = model.model.encode(list(beir.queries.values()), role="query", convert_to_tensor=True)
+    ranked = {
+        query: dict(zip(beir.corpus, (documents @ vector).tolist(), strict=True))
+        for query, vector in zip(beir.queries, queries, strict=True)
+    }
+    with_copies = [ndcg_at_10(ranked[query], beir.qrels[query]) for query in beir.queries]
+    ranked["q0"].pop("q0"), ranked["q1"].pop("q1")  # q2 is no copy, and it is the answer
+    expected = [ndcg_at_10(ranked[query], beir.qrels[query]) for query in beir.queries]
+    assert np.mean(expected) > np.mean(with_copies) + 0.01
+    task = local_tasks.retrieval_task(questions)
+    assert "2 of 3 queries" in caplog.text
+    keep_per_query([task], tmp_path)
+    assert score(model, task) == pytest.approx(100 * np.mean(expected), abs=1e-3)
+    each = json.loads((tmp_path / f"{task.metadata.name}.json").read_text())
+    assert each == pytest.approx(dict(zip(beir.queries, expected, strict=True)))
+    index = {doc: n for n, doc in enumerate(beir.corpus)}
+    relevant = [{index[doc]: grade for doc, grade in beir.qrels[query].items()} for query in beir.queries]
+    validated = retrieval_metrics(queries, documents, relevant, [0, 1, None])
+    assert validated["ndcg@10"] == pytest.approx(np.mean(expected), abs=1e-5)
 
 
 def test_the_tenth_rank_counts_and_the_eleventh_does_not(model, angles, tmp_path):
@@ -217,6 +258,18 @@ def test_names_say_something(tmp_path, path, name):
     assert local_tasks.task_name(tmp_path / path) == name
 
 
+def test_a_long_text_is_a_text(tmp_path, model):
+    """Longer than the csv module takes by itself (131,072 characters)."""
+    path = tmp_path / "long.tsv"
+    long = "word " * 30_000
+    path.write_text(f'{STS_HEADER}{long}\tb\t1\na\t"b\t2\r\nc\td\t3')
+    task = local_tasks.sts_task(path)
+    task.load_data()
+    assert list(task.dataset["test"]["sentence1"]) == [long, "a", "c"]
+    assert list(task.dataset["test"]["sentence2"]) == ["b", '"b', "d"]
+    assert list(task.dataset["test"]["score"]) == [1, 2, 3]
+
+
 def test_line_separators_inside_a_text_are_text(tmp_path):
     rows = [{"text": "one\u2028two", "label": "a"}, {"text": "three\x85four", "label": "b"}]
     path = tmp_path / "odd.jsonl"
@@ -236,11 +289,22 @@ BAD_FILES = {
     "sts: not numeric": (
         "sts_task",
         STS_HEADER + "a\tb\t1\na\tb\thigh\n",
-        "row 2: 'score' must be a number, not 'high'",
+        "line 3: 'score' must be a number, not 'high'",
     ),
     "sts: nan": ("sts_task", STS_HEADER + "a\tb\t1\na\tb\tnan\n", "must be a number"),
     "sts: constant": ("sts_task", STS_HEADER + "a\tb\t1\nc\td\t1\n", "same score on every row"),
     "sts: encoding": ("sts_task", b"sentence1\tsentence2\tscore\n\xff\tb\t1\n", "not UTF-8"),
+    "pairs: half an emoji": (
+        "pair_classification_task",
+        '{"sentence1": "a", "sentence2": "\\ud83d", "label": 1}',
+        "line 1",
+    ),
+    "clustering: half an emoji": ("clustering_task", '\n{"text": "a \\ud83d", "label": "x"}\n', "line 2: 'text' holds"),
+    "reranking: half an emoji": (
+        "reranking_task",
+        '{"query": "q", "pos": ["\\udd25"], "neg": ["a"]}\n',
+        "line 1: 'pos' holds a character that cannot be written as UTF-8",
+    ),
     "clustering: empty": ("clustering_task", "", "holds no rows"),
     "clustering: json": ("clustering_task", '{"text": "a"\n', "line 1: broken JSON"),
     "clustering: list": ("clustering_task", '["a", "b"]\n', "must be a JSON object"),

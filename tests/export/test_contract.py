@@ -83,7 +83,7 @@ def test_a_tokenizer_that_ends_texts_itself_is_left_alone():
     ("prompts", "pooling", "message"),
     [
         (Prompts(query="{text} {text}"), "mean", "holds {text} twice"),
-        (Prompts(query='"{text}" in one word:', passage='"{text}" in one word:'), "mean", "words behind {text}"),
+        (Prompts(query='"{text}" in one word:', passage='"{text}" in one word:'), "mean", "words after {text}"),
         (Prompts(query="{text}</s>", passage="{text}"), "mean", "ends all texts the same way"),
         (Prompts(), "latent_attention", "trained weights"),
         (Prompts(), "my_file.my_pooling", "function of your own"),

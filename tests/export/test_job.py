@@ -235,6 +235,29 @@ def test_adapter_alone(make_model, tmp_path):
     assert same(expected, embed(load_ullme(tmp_path / "out")))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_adapters_on_the_embedding_and_the_head(target, tied, make_model, tmp_path):
+    """Both exports are read again, and merging changes only what the adapter is on."""
+
+    def make():
+        model = make_model(sizes={"tie_word_embeddings": tied}, prompts=PROMPTS, lora_target_modules=[target, "q_proj"])
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_embedding_" in name:
+                    parameter.add_(0.1)
+        return model
+
+    expected = embed(make())
+    export_model(make(), tmp_path / "merged")
+    assert same(expected, embed_elsewhere(tmp_path / "merged"))
+    export_adapter(make(), tmp_path / "adapter")
+    assert same(expected, embed(load_ullme(tmp_path / "adapter")))
+    with torch.no_grad():
+        bare = embed(make_model(sizes={"tie_word_embeddings": tied}, prompts=PROMPTS, lora_name=None))
+    assert not same(expected, bare)
+
+
 def test_no_adapter_to_export(make_model, tmp_path):
     with pytest.raises(ValueError, match="there is no adapter"):
         export_adapter(make_model(lora_name=None), tmp_path / "out")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from ullme.models import lora
@@ -124,3 +125,26 @@ def test_every_linear_layer_of_a_llm_is_ours(make_model):
     layers = [m for m in model.modules() if isinstance(m, Linear)]
     assert len(layers) >= 7
     assert all(type(m) is LoraLinear and m._single_plain_adapter() for m in layers)
+
+
+def test_dropout_is_where_it_can_be(tmp_path, caplog):
+    """In every linear layer; PEFT refuses it for experts, so the config that is saved with them has none."""
+    from ullme.models.config import BackboneConfig
+    from ullme.models.loading import add_adapter
+    from ullme.utils.tiny_models import make_tiny
+
+    dense = add_adapter(make_tiny("llama"), BackboneConfig("tiny", lora_r=2))
+    found = [m.lora_dropout["ullme"] for m in dense.modules() if isinstance(m, Linear)]
+    assert found
+    assert all(isinstance(dropout, nn.Dropout) and dropout.p == 0.2 for dropout in found)
+    assert dense.peft_config["ullme"].lora_dropout == 0.2
+    assert not caplog.records
+    experts = add_adapter(make_tiny("mixtral"), BackboneConfig("tiny", lora_r=2))
+    linear = [m.lora_dropout["ullme"] for m in experts.modules() if isinstance(m, Linear)]
+    wrapped = [m.lora_dropout["ullme"] for m in experts.modules() if isinstance(m, ParamWrapper)]
+    assert linear
+    assert wrapped
+    assert all(dropout.p == 0.2 for dropout in linear)
+    assert not any(isinstance(dropout, nn.Dropout) for dropout in wrapped)
+    assert experts.peft_config["ullme"].lora_dropout == 0
+    assert "adapters of experts have no dropout" in caplog.text

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny import FAMILIES, TEXTS, make_tokenizer, save_llm
 
-from ullme.models import ULLME
+from ullme.models import ULLME, encoding
 from ullme.models.encoding import token_batches
-from ullme.prompts import Prompts
+from ullme.prompts import Prompts, PromptTokenizer
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -117,6 +117,31 @@ def test_encode_edge_cases(make_model):
         model.encode("one text")
     with pytest.raises(ValueError, match="batch_size=0"):
         model.encode(TEXTS, batch_size=0)
+
+
+def test_encode_refuses_half_an_emoji(make_model):
+    with pytest.raises(ValueError, match=r"texts\[1\]='cut .*' holds half a surrogate pair"):
+        make_model().encode(["whole \U0001f525", "cut \ud83d"])
+
+
+def test_encode_tokenises_so_many_characters_at_a_time(make_model, monkeypatch):
+    """Long documents are cut to max_length a few at a time, and come back in their order."""
+    model = make_model()
+    texts = [f"{n} " + "word " * (10 * n) for n in range(8)] + ["x " * 300, "short", "last"]
+    expected = model.encode(texts, max_length=16)
+    monkeypatch.setattr(encoding, "_WINDOW_CHARACTERS", 500)
+    monkeypatch.setattr(encoding, "_WINDOW", 3)
+    tokenised, rows = [], PromptTokenizer.rows
+    monkeypatch.setattr(
+        PromptTokenizer,
+        "rows",
+        lambda self, part, *rest, **options: (tokenised.append(part), rows(self, part, *rest, **options))[1],
+    )
+    np.testing.assert_allclose(model.encode(texts, max_length=16), expected, atol=1e-6)
+    assert [text for part in tokenised for text in part] == texts
+    assert max(len(part) for part in tokenised) == 3
+    assert all(sum(map(len, part)) <= 500 or len(part) == 1 for part in tokenised)
+    assert any(len(part) == 1 and len(part[0]) > 500 for part in tokenised)
 
 
 def test_encode_takes_the_prompt_contract(make_model):

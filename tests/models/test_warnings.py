@@ -19,11 +19,12 @@ DEPRECATIONS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 class Messages(logging.Handler):
     """Warnings of libraries, through ``warnings`` or their loggers, from here on."""
 
-    def __init__(self, monkeypatch) -> None:
+    def __init__(self, monkeypatch, caplog) -> None:
         super().__init__(logging.WARNING)
         self.seen: list[str] = []
         for name in ("transformers", "peft", "huggingface_hub"):  # transformers' does not propagate
             logger = logging.getLogger(name)
+            caplog.set_level(logging.WARNING, logger=name)  # an earlier test may have silenced it
             monkeypatch.setattr(logger, "handlers", [*logger.handlers, self])
         monkeypatch.setattr(warnings, "showwarning", self.show)
         warnings.simplefilter("always")
@@ -37,12 +38,12 @@ class Messages(logging.Handler):
 
 
 @pytest.fixture
-def messages(monkeypatch):
+def messages(monkeypatch, caplog):
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.warning_once.cache_clear()  # what an earlier test saw is said again
     with warnings.catch_warnings():
-        yield Messages(monkeypatch).seen
+        yield Messages(monkeypatch, caplog).seen
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -42,11 +42,11 @@ def table_file(tmp_path):
     return write
 
 
-@pytest.mark.parametrize(("name", "cells"), [("table2", 3 * (1 + 7 * 3)), ("small", 1 + 7 * 3), ("miniature", 8)])
+@pytest.mark.parametrize(("name", "cells"), [("table2", 3 * (1 + 7 * 3)), ("small", 1 + 9 * 3), ("miniature", 8)])
 def test_the_papers_tables_have_all_rows(name, cells):
     table = shipped(name)
     check(table)
-    assert list(table.rows) == ROWS
+    assert [row for row in table.rows if row not in ("grl_query", "art")] == ROWS  # these two are not the paper's
     assert table.order == ROWS[:6]
     assert len(list(chosen(table, []))) == cells
     assert [cell for cell in chosen(table, []) if cell[1] == "base"] == [(model, "base", 0) for model in table.models]

@@ -11,14 +11,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ullme.batch import Batch
 from ullme.callbacks.choose_chunking import choose_chunking
 from ullme.engine.fsdp import unsynchronised
 from ullme.engine.objective import Logs, Objective
 from ullme.engine.reference import ReferenceChoice, make_reference
+from ullme.engine.teacher_quality import measure_teacher
 from ullme.losses import InfoNCE, Term
 from ullme.planning.auto_chunk import Chunking
+from ullme.training.negatives import check_negatives
 
 if TYPE_CHECKING:
     from ullme.training.module import ULLMEModule
@@ -70,6 +73,8 @@ class LossCallback(L.Callback, ABC):
                 "rounds small updates away; choose bf16-mixed, with model.backbone.dtype=bfloat16 for a frozen LLM in "
                 "half the memory"
             )
+        if (data := trainer.datamodule) is not None:  # type: ignore[attr-defined]
+            self._check_negatives(data)
         pl_module.loss = self
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -87,6 +92,20 @@ class LossCallback(L.Callback, ABC):
             )
         negatives = getattr(data, "num_hard_negatives", 1)
         self.objective.check(model, negatives, str(trainer.precision), getattr(data, "labelled", True))
+        self._measure_teacher(trainer, model)
+
+    def _measure_teacher(self, trainer: L.Trainer, model: Any) -> None:
+        """Say how well the teacher of a KL ranks, and warn where it is at chance; a resumed run has been told."""
+        first_batches = getattr(trainer.datamodule, "first_batches", None)  # type: ignore[attr-defined]
+        if first_batches is None or trainer.ckpt_path is not None:
+            return
+        batches = first_batches(model.prompt_tokenizer, self.objective.likelihoods)
+        with trainer.precision_plugin.forward_context():
+            quality = measure_teacher(self.objective, model, batches)
+        if quality is not None and quality.at_chance:
+            rank_zero_warn(f"{quality}: {quality.remedy}")
+        elif quality is not None:
+            rank_zero_info(str(quality))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ULLMEModule) -> None:  # type: ignore[override]
         """Decide ``gradient_checkpointing: auto``, for a batch whose activations are in memory all at once."""
@@ -114,6 +133,12 @@ class LossCallback(L.Callback, ABC):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.chunking = Chunking.from_state(state_dict) if state_dict else None
+
+    def _check_negatives(self, data: Any) -> None:
+        rows, negatives = getattr(data, "batch_size", 0), getattr(data, "num_hard_negatives", 1)
+        check_negatives(self.objective.terms, rows, negatives)
+        for one in getattr(data, "datasets", None) or []:
+            check_negatives(self.objective.terms, rows, negatives, one.in_batch_negatives, f" of {one.train!r}")
 
     def _check_lengths(self, model: Any, data: Any) -> None:
         longest = {name: getattr(data, name, 0) for name in ("query_max_length", "passage_max_length")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -11,10 +12,14 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
 from ullme.training.resume import FINISHED
 from ullme.training.signals import ShutdownSignal
 from ullme.utils import atomic_files
+
+_PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
+METRICS_KEY = "ullme_metrics"  # in a checkpoint: the metrics that callbacks see
 
 
 class Checkpoint(ModelCheckpoint):
@@ -75,6 +80,7 @@ class Checkpoint(ModelCheckpoint):
         self._every_n_epochs = every_n_epochs or (0 if other else 1)
         self._train_time_interval = train_time_interval
         self._due = self._before_validation = False
+        self._metrics: dict[str, Tensor] = {}
         self._shutdown = ShutdownSignal()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -95,6 +101,9 @@ class Checkpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        trainer._logger_connector._callback_metrics.update(
+            {name: value.to(pl_module.device) for name, value in self._metrics.items()}
+        )
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             Path(str(self.dirpath), FINISHED).unlink(missing_ok=True)
         self._shutdown = ShutdownSignal()
@@ -153,11 +162,23 @@ class Checkpoint(ModelCheckpoint):
             note = f"{trainer.global_step} steps\n"
             atomic_files.write_atomically(Path(str(self.dirpath), FINISHED), lambda file: _write(file, note))
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The best checkpoints so far, also if the run folder was moved or copied since."""
+        super().load_state_dict(_in_folder(state_dict, Path(str(self.dirpath))))
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the metrics for the start of training."""
+        self._metrics = dict(checkpoint.get(METRICS_KEY, {}))
+
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Mark Lightning's validation loop as in progress if a resumed run must begin with a validation, else as done.
+        """Add the latest metrics, which callbacks of a resumed run may ask for before the next validation; and mark
+        Lightning's validation loop as in progress if a resumed run must begin with a validation, else as done.
 
         Lightning's own counts stay in progress after a validation was resumed.
         """
+        checkpoint[METRICS_KEY] = {
+            name: value.detach().cpu().clone() for name, value in trainer.callback_metrics.items()
+        }
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
         done = progress["total"]["completed"]
         progress["total"].update(ready=done, started=done, processed=done, completed=done)
@@ -201,6 +222,20 @@ class Checkpoint(ModelCheckpoint):
             if trainer.is_global_zero:
                 saved = f"saved {self.last_model_path} after step {self._last_global_step_saved}"
                 self._shutdown.announce(saved)
+
+
+def _in_folder(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The state with its files in ``folder``, if they are all there."""
+    here = {name: str(folder / Path(name).name) for name in state.get("best_k_models", {})}
+    if state.get("dirpath") == str(folder) or not here or not all(map(os.path.isfile, here.values())):
+        return state
+    paths = {key: str(folder / Path(state[key]).name) for key in _PATHS if state.get(key)}
+    return {
+        **state,
+        **paths,
+        "dirpath": str(folder),
+        "best_k_models": {here[k]: v for k, v in state["best_k_models"].items()},
+    }
 
 
 def _validation_follows(trainer: L.Trainer) -> bool:

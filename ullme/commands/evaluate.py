@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
-from ullme.utils.errors import print_error
+from ullme.utils.errors import check_empty_options, explain_permission, print_error
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -61,8 +61,8 @@ def parser() -> ArgumentParser:
     options = ArgumentParser(prog="ullme evaluate", description=DESCRIPTION, exit_on_error=False)
     options.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options")
     model = options.add_argument_group("Model")
-    model.add_argument("--model", type=str, help="hub name or folder: LLM, LoRA adapter, sentence-transformers")
-    model.add_argument("--checkpoint", type=str, help="run folder, Lightning checkpoint or adapter folder")
+    model.add_argument("--model", type=str | None, help="hub name or folder: LLM, LoRA adapter, sentence-transformers")
+    model.add_argument("--checkpoint", type=str | None, help="run folder, Lightning checkpoint or adapter folder")
     for name, (type_, text) in MODEL_OPTIONS.items():
         model.add_argument(f"--{name}", type=type_ | None, help=text)
     for name, (_, type_, text) in PROMPT_OPTIONS.items():
@@ -103,13 +103,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         130 after Ctrl-C.
     """
     try:
-        options = parser().parse_args(argv)
+        options_parser = parser()
+        options = options_parser.parse_args(argv)
+        check_empty_options(options_parser, options)
         _check(options)
         return _run(options)
     except (ArgumentError, ValueError) as error:
         if os.environ.get("RANK", "0") == "0":  # every process of torchrun found the same error
             return print_error(error)
         return 2
+    except PermissionError as error:
+        return print_error(explain_permission(error))
     except KeyboardInterrupt:
         done = f"finished tasks are in {options.output}; the same command goes on with the others"
         print(f"\nCtrl-C: {done}", file=sys.stderr)
@@ -127,14 +131,15 @@ def _check(options: Any) -> None:
         raise ValueError(f"--batch_size {options.batch_size} must be at least 1")
     if options.checkpoint is not None and not Path(options.checkpoint).exists():
         raise ValueError(f"--checkpoint {options.checkpoint} does not exist; give a run folder or a checkpoint file")
-    try:
-        Path(options.output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output {options.output} cannot be made ({error.strerror}); name another folder") from None
+    if options.langs and not options.tasks:
+        raise ValueError(
+            f"--langs {' '.join(options.langs)} keeps languages of --tasks, and none are given; leave it out"
+        )
+    from ullme.utils.atomic_files import check_writable  # which imports torch
+
+    check_writable(Path(options.output), "--output")
     for option in ("scores", "per_query"):
         if options[option] is not None:
-            from ullme.utils.atomic_files import check_writable  # which imports torch
-
             place = Path(options[option])
             check_writable(place if option == "per_query" else place.absolute().parent, f"--{option}")
 
@@ -147,7 +152,7 @@ def _run(options: Any) -> int:
 
     ranks.join()
     with redirect_stdout(sys.stderr):  # keep the output of libraries out of the table
-        tasks, model = ranks.on_every_rank(lambda: (_tasks(options), _model(options)))
+        tasks, model = ranks.on_every_rank(lambda: _tasks_and_model(options))
     if world()[0] > 0:
         ranks.serve(model.model)
         status = 0
@@ -189,6 +194,15 @@ def _evaluate(options: Any, tasks: list[AbsTask], model: WrappedULLME) -> int:
     for row in failed:
         print(f"evaluate: {row.error}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _tasks_and_model(options: Any) -> tuple[list[AbsTask], WrappedULLME]:
+    """The tasks first, since they are sooner found to be wrong."""
+    from ullme.eval.mteb import check_instructions
+
+    tasks = _tasks(options)
+    options.instructions = check_instructions(options.instructions, tasks)
+    return tasks, _model(options)
 
 
 def _tasks(options: Any) -> list[AbsTask]:

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ullme.models.trained_weights import CONTRACT_FILE, CONTRACT_KEY, find_checkpoint
+from ullme.models.peft_folder import CONTRACT_FILE
+from ullme.models.trained_weights import CONTRACT_KEY, find_checkpoint
 from ullme.utils import atomic_files
 from ullme.utils.precision import loading_dtype, stored_dtype
 

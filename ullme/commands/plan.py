@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ullme.planning.devices import DEVICES, number_of
+from ullme.planning.devices import DEVICES, number_of, this_cpu
 from ullme.utils.errors import print_error
 
 if TYPE_CHECKING:
@@ -76,14 +76,18 @@ def parser() -> argparse.ArgumentParser:
     )
     add = options.add_argument
     add("--config", action="append", default=[], help="a configuration of train.py; several are stacked")
-    add("--device", choices=sorted(DEVICES), default="a100-80gb", help="device to plan for (default: a100-80gb)")
+    add(
+        "--device",
+        choices=["cpu", *sorted(DEVICES)],
+        default="a100-80gb",
+        help="device to plan for (default: a100-80gb); cpu is this machine's, at its measured speed",
+    )
     add("--num_devices", "--num-devices", type=int, help="number of devices (default: the trainer's, or 1)")
     add("--strategy", choices=("ddp", "fsdp"), help="default: trainer.strategy")
     add(
         "--utilisation",
         type=float,
-        default=0.6,
-        help="assumed share of the device's peak FLOP/s, recomputation included (default: 0.6)",
+        help="assumed share of the device's peak FLOP/s, recomputation included (default: 0.6, of a CPU 0.75)",
     )
     add("--rows", type=int, help="queries in an epoch (default: data.max_rows, or the lines of local files)")
     add(
@@ -117,7 +121,8 @@ def plan_from(arguments: argparse.Namespace, overrides: Sequence[str]) -> Plan:
 
     if not arguments.config:
         raise ValueError("--config: give at least one configuration of train.py, or --paper")
-    config = read_configs([*(f"--config={path}" for path in arguments.config), *overrides], device="cuda")
+    kind = "cpu" if arguments.device == "cpu" else "cuda"
+    config = read_configs([*(f"--config={path}" for path in arguments.config), *overrides], device=kind)
     strategy = config.trainer.strategy
     named = strategy if isinstance(strategy, str) else strategy.class_path
     fsdp = arguments.strategy == "fsdp" or (
@@ -125,7 +130,8 @@ def plan_from(arguments: argparse.Namespace, overrides: Sequence[str]) -> Plan:
     )
     job = job_from_config(config, arguments)
     count = _devices_of(config.trainer) if arguments.num_devices is None else arguments.num_devices
-    return make_plan(job, DEVICES[arguments.device], count, fsdp, arguments.utilisation)
+    device = this_cpu(job.half) if kind == "cpu" else DEVICES[arguments.device]
+    return make_plan(job, device, count, fsdp, arguments.utilisation)
 
 
 def _devices_of(trainer: Any) -> int:
@@ -215,12 +221,11 @@ def _llm_config(options: BackboneConfig, given: str | None) -> PretrainedConfig:
 def describe(plan: Plan) -> str:
     """The plan as lines of text for the terminal."""
     from ullme.planning.memory import GIB
-    from ullme.planning.plan import USABLE
 
     job, memory = plan.job, plan.memory
     room = plan.device.memory_gib
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in vars(memory).items() if size >= 0.05 * GIB)
-    verdict = "fits" if plan.fits else f"does NOT fit ({USABLE:.0%} of {room:.1f} GiB is usable)"
+    verdict = "fits" if plan.fits else f"does NOT fit ({plan.usable_memory / GIB:.1f} of {room:.1f} GiB is usable)"
     strategy = ("fsdp" if plan.fsdp else "ddp") if plan.num_devices > 1 else "one device"
     chunk = (
         f"{job.chunk_size} queries" if job.chunk_size else f"{job.chunk_tokens:,} tokens" if job.chunk_tokens else "all"
@@ -240,11 +245,12 @@ def describe(plan: Plan) -> str:
     }
     if plan.retained_tokens:
         lines["retained"] = (
-            f"the memory left over keeps the graphs of {plan.retained_tokens:,} tokens, which are embedded only once"
+            f"the memory left over keeps the graphs of {plan.retained_tokens:,} tokens "
+            f"({plan.retained_memory / GIB:.1f} GiB), which are embedded only once"
         )
     if not plan.fits:
         lines["try"] = "; ".join(_remedies(plan))
-    if plan.utilisation > 0.75:
+    if plan.utilisation > 0.75 and plan.device.kind == "cuda":
         lines["note"] = "more than 75% of the peak is not realistic; lower --utilisation"
     return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
 
@@ -266,7 +272,7 @@ def _remedies(plan: Plan) -> list[str]:
     return [remedy for remedy, helps in tried.items() if helps]
 
 
-def paper_table(utilisation: float) -> str:
+def paper_table(utilisation: float | None = None) -> str:
     """The paper's runs as a Markdown table: GRL, batch 512, 8 negatives, 279,040 rows, LoRA r 16, bfloat16, DDP."""
     from ullme.engine.objective import Objective
     from ullme.engine.presets import grl_terms
@@ -286,9 +292,10 @@ def paper_table(utilisation: float) -> str:
             plan = make_plan(job, DEVICES[device], count, utilisation=utilisation)
             cells += [_hours(plan), _memory(plan)]
             reached.append(plan.mfu)
+            assumed = plan.utilisation
         lines.append(f"| {name.split('/')[-1]} | {days} days | {' | '.join(cells)} |")
     note = (
-        f"At {utilisation:.0%} of the devices' peak, which is {min(reached):.0%} to {max(reached):.0%} model FLOPs "
+        f"At {assumed:.0%} of the devices' peak, which is {min(reached):.0%} to {max(reached):.0%} model FLOPs "
         "utilisation, and without the time of communication."
     )
     return "\n".join([*lines, "", note])

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from ullme.callbacks import LossCallback, Throughput
 from ullme.callbacks.checkpoint import Checkpoint
+from ullme.callbacks.unsupported import check_callbacks
 from ullme.data.datamodule import ULLMEDataModule
 from ullme.distributed import leave_process_group
 from ullme.training import resume
@@ -28,6 +29,7 @@ from ullme.training.signals import INTERRUPTED
 from ullme.utils import atomic_files, config_files, errors
 from ullme.utils.dotted_names import add_cwd_to_path
 from ullme.utils.precision import choose_precision, device_type, slow_choice, stored_dtype
+from ullme.utils.wandb_login import check_wandb_login
 
 DESCRIPTION = """Train an embedder: fit --config configs/base.yaml --config configs/model/phi-1.5.yaml ...
 Configurations stack, and later ones win; every option can also be given on the command line. A run that was
@@ -117,11 +119,14 @@ class ULLMECLI(LightningCLI):
         self._choose_precision(config, saved)
         if self.subcommand == "fit" and not trainer.fast_dev_run:
             atomic_files.check_writable(root)
+            if _is_first_rank():
+                resume.lock_run_folder(root)
             now = plain_values(self._parser("fit"), config)
             self.start_from = resume.checkpoint_to_continue(folder, root, now, config.ckpt_path)
             if self.start_from:
                 rank_zero_info(f"ullme: resuming from {self.start_from}")
             if _is_first_rank():
+                _check_wandb_login(trainer.logger)
                 resume.name_wandb_run(trainer.logger, root)
 
     def _choose_precision(self, config: Any, saved: dict[str, Any]) -> None:
@@ -156,12 +161,16 @@ class ULLMECLI(LightningCLI):
 
     def _set_seed(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
+        errors.check_empty_options(self._parser(self.subcommand), config)
         seed = config.seed_everything
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise ValueError(f"seed_everything={seed}: must be from 0 to {2**32 - 1}")
         super()._set_seed()
 
     def after_instantiate_classes(self) -> None:
+        """Check the callbacks, set old logs aside, and pass on where the run starts. Raises: ValueError."""
+        if self.subcommand == "fit":
+            check_callbacks(self.trainer, self.datamodule)
         if self.subcommand == "fit" and _is_first_rank():
             resume.keep_metrics(logger.log_dir for logger in self.trainer.loggers if isinstance(logger, CSVLogger))
         if self.start_from is not None:
@@ -173,6 +182,14 @@ class ULLMECLI(LightningCLI):
 
 def _is_first_rank() -> bool:
     return rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning keeps it on the decorator
+
+
+def _check_wandb_login(logger: Any) -> None:
+    """Raises: ValueError: a logger of W&B is configured, and nobody is logged in."""
+    for one in logger if isinstance(logger, list) else [logger]:
+        path, options = getattr(one, "class_path", ""), getattr(one, "init_args", None) or {}
+        if path.endswith("WandbLogger") and not options.get("offline") and options.get("mode") in (None, "online"):
+            check_wandb_login(f"trainer.logger={path.rpartition('.')[2]}")
 
 
 def _checkpoint_folder(root: str) -> str:
@@ -293,9 +310,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         raise SystemExit(INTERRUPTED) from None
-    except (ValueError, ArgumentError, MisconfigurationException) as error:
+    except (ValueError, ArgumentError, MisconfigurationException, PermissionError) as error:
         if os.environ.get("ULLME_TRACEBACK"):
             raise
+        reason = errors.explain_permission(error) if isinstance(error, PermissionError) else error
         hint = "; --help lists the options" if isinstance(error, ArgumentError) else ""
-        print(f"error: {errors.one_line(error)}{hint}\n(ULLME_TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"error: {errors.one_line(reason)}{hint}\n(ULLME_TRACEBACK=1 shows where)", file=sys.stderr)
         raise SystemExit(2) from error
+    finally:
+        resume.unlock_run_folders()

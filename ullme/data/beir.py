@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ullme.data.jsonl import iter_lines, parse_line
-from ullme.data.records import BadRow
+from ullme.data.jsonl import decode_line, iter_lines, parse_line
+from ullme.data.records import BadRow, check_utf8
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,18 @@ class BeirFolder:
     Args:
         corpus: document id -> title and text, joined by a space; a document may be empty.
         queries: query id -> text, for queries with relevance judgements.
-        qrels: query id -> document id -> relevance grade.
+        qrels: query id -> document id -> relevance grade; all ids are in the corpus.
+        own_copies: queries that are documents too, under the same id and with the same text, and are not judged
+            relevant to themselves. As in BEIR (arXiv 2104.08663; its Quora and ArguAna), such a document is left out
+            of its own query's ranking.
+        notes: what was left out in reading, one line each, for the user.
     """
 
     corpus: dict[str, str]
     queries: dict[str, str]
     qrels: dict[str, dict[str, int]]
+    own_copies: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
 
     @property
     def corpus_ids(self) -> list[str]:
@@ -41,19 +47,37 @@ def read_beir(folder: str | Path, split: str = "test") -> BeirFolder:
     """Read a folder with corpus.jsonl (_id, title, text), queries.jsonl (_id, text) and qrels/SPLIT.tsv (query id,
     document id, grade, with or without a header line).
 
+    Judgements on documents that the corpus lacks (BEIR's ArguAna has such) are left out, and so are queries of which
+    no judgement remains; ``notes`` has the counts.
+
     Raises:
-        ValueError: a missing or empty file, a bad line ("file:line: reason"), a duplicate id, or judgements
-            on unknown ids.
+        ValueError: a missing or empty file, a bad line ("file:line: reason"), a duplicate id, judgements
+            on unknown queries, or none on a document of the corpus.
     """
     folder = Path(folder)
-    corpus = _read_texts(folder / "corpus.jsonl", _document)
     queries = _read_texts(folder / "queries.jsonl", _query)
+    copies: set[str] = set()
+
+    def document(row: dict[str, Any]) -> str:
+        text = _document(row)
+        query = queries.get(key := str(row["_id"]))
+        if query is not None and _words(query) in (_words(text), _words(_text(row, "text"))):
+            copies.add(key)
+        return text
+
+    corpus = _read_texts(folder / "corpus.jsonl", document)
     path = folder / "qrels" / f"{split}.tsv"
-    qrels = _read_qrels(path)
-    _check_ids(path, "queries.jsonl", qrels, queries)
-    _check_ids(path, "corpus.jsonl", {doc: None for docs in qrels.values() for doc in docs}, corpus)
+    judgements = _read_qrels(path)
+    _check_ids(path, "queries.jsonl", judgements, queries)
+    qrels, notes = _known_documents(judgements, corpus, path)
     judged = {query: text for query, text in queries.items() if query in qrels}
-    return BeirFolder(corpus, judged, qrels)
+    own = frozenset(query for query in copies if query in qrels and qrels[query].get(query, 0) <= 0)
+    if own:
+        notes.append(
+            f"{folder / 'corpus.jsonl'} has {len(own)} of {len(judged)} queries as documents with the same id and "
+            "text; each is left out of its own query's ranking, as in BEIR"
+        )
+    return BeirFolder(corpus, judged, qrels, own, tuple(notes))
 
 
 def preview(folder: str | Path, split: str, rows: int) -> None:
@@ -93,7 +117,8 @@ def _id(row: Any) -> str:
         raise BadRow("missing key '_id'")
     if isinstance(row["_id"], bool) or not isinstance(row["_id"], str | int):
         raise BadRow(f"'_id' must be a text or a whole number, not {type(row['_id']).__name__}")
-    return str(row["_id"])
+    check_utf8(key := str(row["_id"]), "_id")
+    return key
 
 
 def _document(row: dict[str, Any]) -> str:
@@ -114,6 +139,7 @@ def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
         raise BadRow(f"missing key '{key}'")
     if not isinstance(value, str):
         raise BadRow(f"'{key}' must be a text, not {type(value).__name__}")
+    check_utf8(value, key)
     return value.strip()
 
 
@@ -125,7 +151,10 @@ def _read_qrels(path: Path, max_lines: int | None = None) -> dict[str, dict[str,
     _check_exists(path)
     qrels: dict[str, dict[str, int]] = {}
     for number, _, line in islice(iter_lines(path), max_lines):
-        columns = line.decode("utf-8", errors="replace").rstrip("\r\n").split("\t")
+        try:
+            columns = decode_line(line).rstrip("\r\n").split("\t")
+        except BadRow as reason:
+            raise ValueError(f"{path}:{number}: {reason}") from None
         try:
             query, document, grade = columns
             qrels.setdefault(query, {})[document] = int(grade)
@@ -138,6 +167,31 @@ def _read_qrels(path: Path, max_lines: int | None = None) -> dict[str, dict[str,
     if not qrels:
         raise ValueError(f"{path} has no relevance judgements")
     return qrels
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+def _known_documents(
+    judgements: dict[str, dict[str, int]], corpus: dict[str, str], path: Path
+) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """The judgements on documents of the corpus, and what to tell about the others.
+
+    Raises:
+        ValueError: there are none.
+    """
+    known = {q: {doc: grade for doc, grade in grades.items() if doc in corpus} for q, grades in judgements.items()}
+    kept = {query: grades for query, grades in known.items() if grades}
+    missing = [doc for grades in judgements.values() for doc in grades if doc not in corpus]
+    if not kept:
+        raise ValueError(f"{path} has no judgement on a document of corpus.jsonl; it names {missing[:3]}")
+    if not missing:
+        return kept, []
+    note = f"{path}: {len(missing)} judgements are on documents that are not in corpus.jsonl (first {missing[:3]})"
+    dropped = len(judgements) - len(kept)
+    without = f", and with them {dropped} queries without any other" if dropped else ""
+    return kept, [f"{note}; they are left out{without}"]
 
 
 def _check_exists(path: Path) -> None:

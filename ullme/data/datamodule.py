@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from ullme.batch import LikelihoodKind
+from ullme.batch import Batch, LikelihoodKind
 from ullme.data.beir import BeirFolder, read_beir
 from ullme.data.collator import Collator, EvalCollator, EvalDataset, TrainDataset, length_sorted_batches
 from ullme.data.loader import ResumableLoader, defer_worker_signals
@@ -137,6 +137,9 @@ class ULLMEDataModule(L.LightningDataModule):
                 self.beir = read_beir(self.val, self.val_split)
             except ValueError as error:
                 raise ValueError(f"data.val={self.val!r}, data.val_split={self.val_split!r}: {error}") from error
+            if self._rank_and_world_size()[0] == 0:
+                for note in self.beir.notes:
+                    log.warning("data.val: %s", note)
         if stage in ("fit", None) and self.source is None:
             self.source = self._open_train()
             self._sampler(*self._rank_and_world_size())  # raises now, if options do not fit the data
@@ -177,15 +180,23 @@ class ULLMEDataModule(L.LightningDataModule):
         overfit = bool(trainer.overfit_batches)  # type: ignore[attr-defined]
 
         def position() -> int:
-            return 0 if overfit else trainer.global_step
+            if overfit:
+                return 0
+            limit, whole = trainer.num_training_batches, len(loader)
+            if limit >= whole:
+                return trainer.global_step
+            # with limit_train_batches, each epoch has the first batches of its own order
+            epoch, batch = divmod(trainer.global_step, int(limit))
+            return epoch * whole + batch
 
         loss: Any = getattr(trainer.lightning_module, "loss", None)
-        return self.train_dataloader_for(
+        loader = self.train_dataloader_for(
             self._prompt_tokenizer(),
             *self._rank_and_world_size(),
             position=position,
             generation=() if loss is None else loss.objective.likelihoods,
         )
+        return loader
 
     def train_dataloader_for(
         self,
@@ -219,6 +230,28 @@ class ULLMEDataModule(L.LightningDataModule):
         lengths = self.query_max_length, self.passage_max_length
         collator = Collator(prompt_tokenizer, *lengths, generation, self.source.longest_instruction)
         return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=collator, **self._loader_options())
+
+    def first_batches(
+        self,
+        prompt_tokenizer: PromptTokenizer,
+        generation: bool | Collection[LikelihoodKind] = False,
+        rows: int = 100,
+    ) -> Iterator[Batch]:
+        """This rank's part of the batches that training begins with, without worker processes.
+
+        Args:
+            prompt_tokenizer: the prompt contract with its tokenizer.
+            generation: as for :meth:`train_dataloader_for`.
+            rows: queries of each batch at the most, over all ranks.
+        """
+        self.setup("fit")
+        assert self.source is not None
+        dataset = TrainDataset(self.source, self.seed, self.num_hard_negatives, self.short_rows)
+        lengths = self.query_max_length, self.passage_max_length
+        collator = Collator(prompt_tokenizer, *lengths, generation, self.source.longest_instruction)
+        rank, ranks = self._rank_and_world_size()
+        for places in self._sampler(rank, ranks):
+            yield collator([dataset[place] for place in places[: -(-rows // ranks)]])
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Dataloaders of the corpus and the queries, in this order; an empty list without validation.

@@ -30,12 +30,17 @@ def iter_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
                 yield number, start, line
 
 
-def parse_line(line: bytes) -> Any:
-    """Parse one line. Raises: BadRow: not UTF-8, or not valid JSON."""
+def decode_line(line: bytes) -> str:
+    """The text of a line. Raises: BadRow: it is not UTF-8."""
     try:
-        text = line.decode("utf-8")
+        return line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRow(f"not UTF-8 (byte {error.start} of the line: {error.reason}); save the file as UTF-8") from None
+
+
+def parse_line(line: bytes) -> Any:
+    """The value of a line. Raises: BadRow: the line is not UTF-8 or not JSON."""
+    text = decode_line(line)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

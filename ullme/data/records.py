@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from ullme.utils.dotted_names import named
@@ -13,6 +14,13 @@ from ullme.utils.dotted_names import named
 Schema = str
 
 _NUMBERED_NEGATIVE = re.compile(r"negative_(\d+)")
+# Words of the names that other projects give to columns of positives and negatives: hard_negs, neg_1, negativeTexts ...
+_POSITIVE_OR_NEGATIVE = re.compile(r"(pos|neg)(itive)?(ative)?s?")
+_OF_TEXTS = re.compile(
+    r"\d+|hard|easy|mined|random|in|batch|query|(text|passage|paragraph|doc|document|ctx|context|answer|response|example"
+    r"|sample|sentence|candidate)s?"
+)
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")
 
 
 class BadRow(ValueError):
@@ -66,7 +74,10 @@ def parse_record(row: Any, schema: Schema = "auto") -> Record:
         raise BadRow(f"the row is a {type(row).__name__}, not an object with keys; write one JSON object a line")
     if "." in schema:
         return _own_record(row, schema)
-    return _PARSERS[detect_schema(row) if schema == "auto" else schema](row)
+    schema = detect_schema(row) if schema == "auto" else schema
+    record = _PARSERS[schema](row)
+    _check_all_texts_are_read(row, schema)
+    return record
 
 
 def check_schema(schema: Schema, option: str = "data.schema") -> None:
@@ -117,11 +128,50 @@ def detect_schema(row: Mapping[str, Any]) -> Schema:
     )
 
 
+# Schema -> the columns of positives and negatives that it reads; "text" reads one text on purpose.
+_READ: dict[Schema, str] = {
+    "bge": "pos and neg (lists)",
+    "tevatron": "positive_passages and negative_passages (lists)",
+    "sentence-transformers": "positive, negative and negative_1, negative_2 ... (texts)",
+    "ullme": "positive and negative (lists)",
+}
+
+
+def _check_all_texts_are_read(row: Mapping[str, Any], schema: Schema) -> None:
+    """Raises: BadRow: a column has positives or negatives, by its name and content, and the schema does not read it."""
+    if schema not in _READ:
+        return
+    for key, value in row.items():
+        if _holds_texts(str(key)) and not _reads(schema, key) and _has_text(value):
+            raise BadRow(
+                f"{key!r} is no column of the {schema} schema, which reads {_READ[schema]}; rename it, or leave it out"
+            )
+
+
+def _reads(schema: Schema, key: str) -> bool:
+    columns = _READ[schema].partition(" (")[0].replace(",", " ").split()
+    return key in columns or (schema == "sentence-transformers" and _NUMBERED_NEGATIVE.fullmatch(key) is not None)
+
+
+@cache
+def _holds_texts(key: str) -> bool:
+    """Whether a column's name says positives or negatives, and not what belongs to them (neg_scores, positive_ids)."""
+    words = [word.lower() for word in _WORD.findall(key)]
+    named = [word for word in words if _POSITIVE_OR_NEGATIVE.fullmatch(word)]
+    return bool(named) and all(word in named or _OF_TEXTS.fullmatch(word) for word in words)
+
+
+def _has_text(value: Any) -> bool:
+    """Whether a value is a text that is not blank or a passage, or a list with one."""
+    values = value if isinstance(value, list) else [value]
+    return any(isinstance(one, Mapping) or (isinstance(one, str) and bool(one.strip())) for one in values)
+
+
 def _parse_bge(row: Mapping[str, Any]) -> Record:
     instruction = row.get("prompt")
     if not isinstance(instruction, str | None):
         raise BadRow(f"'prompt' must be a text, not {type(instruction).__name__}")
-    _check_utf8(instruction or "", "prompt")
+    check_utf8(instruction or "", "prompt")
     negatives = _texts(row, "neg") if row.get("neg") is not None else []
     return _record(_text(_get(row, "query"), "query"), _texts(row, "pos"), negatives, instruction or None)
 
@@ -234,12 +284,13 @@ def _text(value: Any, where: str) -> str:
     value = value.strip()
     if not value:
         raise BadRow(f"'{where}' is an empty text")
-    _check_utf8(value, where)
+    check_utf8(value, where)
     return value
 
 
-def _check_utf8(value: str, where: str) -> None:
+def check_utf8(value: str, where: str) -> None:
+    """Raises: BadRow: half a surrogate pair, which JSON can spell and no tokenizer takes."""
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:
         raise BadRow(f"'{where}' holds a character that cannot be written as UTF-8 ({error.reason})") from None

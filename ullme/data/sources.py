@@ -6,6 +6,7 @@ keep the texts in memory, and is cheap to pickle for dataloader workers.
 
 from __future__ import annotations
 
+import csv
 import glob
 import os
 import re
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
 
 OnBadRow = Literal["stop", "skip"]
 
-_JSONL = (".jsonl", ".json")
-_TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".txt": "text"}
+_JSONL = (".jsonl", ".json", ".ndjson")
+_TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz")
+# An empty cell of a CSV file has no value; the words None, NA and null are texts as any other.
+_CELLS: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
 _SAVED_TO_DISK = ("dataset_info.json", "dataset_dict.json")
 
 
@@ -255,9 +259,11 @@ def open_source(
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"data.max_rows={max_rows} must be at least 1; leave it out to use every row")
     source: RowSource
+    for one in specs:
+        check_kind(one)
     if all(map(is_jsonl, specs)):
         source = JsonlSource(specs, schema, on_bad_row, split)
-    elif len(specs) == 1 or all(Path(n).suffix in _TABLES for n in specs):
+    elif len(specs) == 1 or all(map(_is_table, specs)):
         source = HubSource(specs[0] if len(specs) == 1 else specs, name, split, schema, on_bad_row)
     else:
         raise ValueError(f"data.train={specs}: a list must hold JSONL files or table files only; name one dataset")
@@ -270,7 +276,7 @@ def expand_files(name: str, split: str) -> list[Path]:
     """The files of a path, a pattern or a folder, sorted. Raises: ValueError: there are none."""
     path = Path(name)
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in _JSONL and p.is_file())
+        files = sorted(p for p in path.iterdir() if _suffix(p) in _JSONL and p.is_file())
         of_split = [p for p in files if re.match(rf"{re.escape(split)}[-._]", p.name)]
         files = of_split or files
     elif path.is_file():
@@ -286,19 +292,44 @@ def is_jsonl(name: str) -> bool:
     """Whether a name in ``data.train`` is a JSONL file, pattern or folder, not a dataset."""
     path = Path(name)
     if not path.is_dir():
-        return path.suffix in _JSONL
+        return _suffix(path) in _JSONL
     saved = any((path / marker).exists() for marker in _SAVED_TO_DISK)
-    return not saved and any(p.suffix in _JSONL for p in path.iterdir())
+    return not saved and any(_suffix(p) in _JSONL for p in path.iterdir())
+
+
+def _suffix(path: str | Path) -> str:
+    return Path(path).suffix.lower()
+
+
+def _is_table(name: str) -> bool:
+    return _suffix(name) in _TABLES
+
+
+def check_kind(name: str) -> None:
+    """Raises: ValueError: a file that is there, or one beside the JSONL files of a folder, is of a kind that is not
+    read."""
+    if Path(name).is_dir():
+        folder = is_jsonl(name)
+        files = [p for p in sorted(Path(name).iterdir()) if folder and _suffix(p) in _COMPRESSED]
+    else:
+        there = [Path(name)] if Path(name).is_file() else sorted(map(Path, glob.glob(name, recursive=True)))
+        files = [p for p in there if p.is_file() and _suffix(p) not in (*_JSONL, *_TABLES)]
+    if files:
+        remedy = "unpack it first" if _suffix(files[0]) in _COMPRESSED else "convert it to JSONL"
+        read = ", ".join([*_JSONL, *_TABLES])
+        raise ValueError(f"data.train={name!r}: {files[0]} is no file of a kind that is read ({read}); {remedy}")
 
 
 def _load(path: str | Sequence[str], name: str | None, split: str) -> Dataset:
     """Load a dataset with the ``datasets`` library. Raises: ValueError: it cannot be loaded, or has no such split."""
     from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
 
     files = [path] if isinstance(path, str) else list(path)
     try:
-        if all(Path(f).suffix in _TABLES for f in files):
-            return load_dataset(_TABLES[Path(files[0]).suffix], data_files={split: files}, split=split)
+        if all(map(_is_table, files)):
+            kind = _suffix(files[0])
+            return load_dataset(_TABLES[kind], data_files={split: files}, split=split, **_reading(kind, files[0]))
         if any((Path(files[0]) / marker).exists() for marker in _SAVED_TO_DISK):
             saved = load_from_disk(files[0])
             if not isinstance(saved, DatasetDict):
@@ -306,9 +337,75 @@ def _load(path: str | Sequence[str], name: str | None, split: str) -> Dataset:
             if split not in saved:
                 raise ValueError(f"it has the splits {sorted(saved)}")
             return saved[split]
-        return load_dataset(files[0], name, split=split)
-    except (FileNotFoundError, ConnectionError, ValueError) as error:
+        return _load_repository(files[0], name, split)
+    except PermissionError as error:
+        raise ValueError(
+            f"data.train={path!r}: the datasets library cannot write its cache ({error}); set HF_HOME (or "
+            "HF_DATASETS_CACHE) to a folder that can be written"
+        ) from error
+    except (FileNotFoundError, ConnectionError, ValueError, DatasetsError) as error:
         raise ValueError(
             f"data.train={path!r}, data.train_split={split!r}, data.train_name={name!r} cannot be loaded ({error}); "
             "name a JSONL file, a folder or a dataset that can be reached, and a split it has"
         ) from error
+
+
+def _load_repository(path: str, name: str | None, split: str) -> Dataset:
+    """A dataset of the hub or a dataset folder; where a script would have to load it, its data files are read instead.
+
+    ``datasets`` runs no loading scripts since 4.0, and Tevatron/msmarco-passage, the default training set, has one.
+
+    Raises:
+        ValueError: only a script can load it.
+    """
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(path, name, split=split, **_cell_options(path, name))
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        reason = "a script loads it, which the installed version of datasets does not run"
+        if name is not None:
+            raise ValueError(f"{reason}; leave out data.train_name to read its files") from error
+        if not (files := _json_files(path, split)):
+            raise ValueError(f"{reason}, and it has no file {split}*.jsonl or {split}*.jsonl.gz") from error
+    return load_dataset("json", data_files={split: files}, split=split)
+
+
+def _cell_options(path: str, name: str | None) -> dict[str, Any]:
+    """For a folder or a hub dataset of CSV files, in which every cell is to be read as text; else none."""
+    from datasets import load_dataset_builder
+    from datasets.packaged_modules.csv.csv import Csv
+
+    try:
+        return _CELLS if isinstance(load_dataset_builder(path, name), Csv) else {}
+    except Exception:  # whatever is wrong with it, loading it says so
+        return {}
+
+
+def _json_files(path: str, split: str) -> list[str]:
+    """Paths or addresses of the files of JSON lines, compressed or not, that a folder or a dataset of the hub has for a
+    split (train.jsonl, train-00001.jsonl.gz)."""
+    from huggingface_hub import HfApi
+
+    if Path(path).is_dir():
+        found = {str(file.relative_to(path)): str(file) for file in Path(path).rglob("*")}
+    else:
+        found = {file: f"hf://datasets/{path}/{file}" for file in HfApi().list_repo_files(path, repo_type="dataset")}
+    wanted = re.compile(rf"{re.escape(split)}([-._].*)?\.jsonl?(\.(gz|zst|xz|bz2))?")
+    return [address for file, address in sorted(found.items()) if wanted.fullmatch(Path(file).name)]
+
+
+def _reading(kind: str, file: str) -> dict[str, Any]:
+    """Options of ``load_dataset`` for table files of a kind: every cell of a CSV or TSV file is a text."""
+    from datasets import Features, Value
+
+    if _TABLES[kind] != "csv":
+        return {}
+    # Quotation marks of a TSV file are ordinary characters, as in the STS files of evaluation.
+    options: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
+    first = next(iter(sorted(glob.glob(file, recursive=True))), file)
+    with open(first, encoding="utf-8-sig", newline="") as stream:
+        header = next(csv.reader(stream, delimiter=options.get("sep", ","), quoting=options.get("quoting", 0)), [])
+    return {**options, **_CELLS, "features": Features({column: Value("string") for column in header})}

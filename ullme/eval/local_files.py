@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ullme.data.jsonl import iter_lines, parse_line
-from ullme.data.records import BadRow
+from ullme.data.jsonl import decode_line, iter_lines, parse_line
+from ullme.data.records import BadRow, check_utf8
 
-Rows = list[dict[str, Any]]
+# Each row with its place, "option: file, line n", for messages.
+Rows = list[tuple[str, dict[str, Any]]]
 
 
-def content_hash(*paths: Path) -> str:
-    """Eight hexadecimal digits that change whenever the content of one of the files does."""
-    digest = hashlib.sha256()
+def content_hash(*paths: Path, rules: str = "") -> str:
+    """Eight hexadecimal digits that change with the content of the files, and with the rules by which it is scored."""
+    digest = hashlib.sha256(rules.encode())
     for path in paths:
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -46,7 +46,7 @@ def read_jsonl(path: Path, columns: Sequence[str], option: str) -> Rows:
             raise ValueError(f"{where}: {reason}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where} must be a JSON object with {_listed(columns)}")
-        rows.append(_checked(row, columns, where))
+        rows.append((where, _checked(row, columns, where)))
     return _not_empty(rows, path, option)
 
 
@@ -56,17 +56,20 @@ def read_tsv(path: Path, columns: Sequence[str], option: str) -> Rows:
     Raises:
         ValueError: an empty file, a missing column, or a row with more fields than the header.
     """
-    rows = []
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
-            for row in reader:
-                where = f"{option}: {path}, line {reader.line_num}"
-                if None in row:
-                    raise ValueError(f"{where} has more fields than the header; separate fields with one tab each")
-                rows.append(_checked(row, columns, where))
-    except UnicodeDecodeError:
-        raise ValueError(f"{option}: {path} is not UTF-8 text; save it as UTF-8") from None
+    rows: Rows = []
+    header: list[str] | None = None
+    for number, _, line in iter_lines(path):
+        where = f"{option}: {path}, line {number}"
+        try:
+            fields = decode_line(line).rstrip("\r\n").split("\t")
+        except BadRow as reason:
+            raise ValueError(f"{where}: {reason}") from None
+        if header is None:
+            header = fields
+            continue
+        if len(fields) > len(header):
+            raise ValueError(f"{where} has more fields than the header; separate fields with one tab each")
+        rows.append((where, _checked(dict(zip(header, fields, strict=False)), columns, where)))
     return _not_empty(rows, path, option)
 
 
@@ -103,6 +106,12 @@ def number(row: dict[str, Any], column: str, where: str) -> float:
 def _checked(row: dict[str, Any], columns: Sequence[str], where: str) -> dict[str, Any]:
     if missing := [column for column in columns if row.get(column) is None]:
         raise ValueError(f"{where} lacks {_listed(missing)}; every row needs {_listed(columns)}, it has {_listed(row)}")
+    for column in columns:
+        for value in row[column] if isinstance(row[column], list) else [row[column]]:
+            try:
+                check_utf8(value if isinstance(value, str) else "", column)
+            except BadRow as reason:
+                raise ValueError(f"{where}: {reason}") from None
     return row
 
 

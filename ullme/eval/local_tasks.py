@@ -6,6 +6,8 @@ result cache is not used for a file that has changed.
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +17,10 @@ from ullme.eval.local_files import content_hash, existing_file, number, read_jso
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
+
+    from ullme.data.beir import BeirFolder
+
+logger = logging.getLogger(__name__)
 
 # Names that need the name of their folder in front of them.
 GENERIC_NAMES = {"all", "corpus", "data", "dataset", "dev", "eval", "pairs", "rerank", "test", "train", "validation"}
@@ -32,12 +38,33 @@ def retrieval_task(folder: str | Path, split: str = "test") -> AbsTask:
 
     folder = Path(folder)
     beir = read_beir(folder, split)
+    if os.environ.get("RANK", "0") == "0":  # the other processes of torchrun read the same
+        for note in beir.notes:
+            logger.warning("corpus: %s", note)
     files = [folder / "corpus.jsonl", folder / "queries.jsonl", folder / "qrels" / f"{split}.tsv"]
+    # mteb's cache must not answer with a score in which own copies were ranked.
+    digest = content_hash(*files, rules="own copies are not ranked" if beir.own_copies else "")
 
     def load() -> dict[str, Any]:
-        return _retrieval_data(beir.corpus, beir.queries, beir.qrels)
+        return _retrieval_data(*_without_clashes(beir))
 
-    return _make_task(AbsTaskRetrieval, "Retrieval", "ndcg_at_10", folder, content_hash(*files), load)
+    # mteb then leaves every document out that has the query's id.
+    own_copies = {"ignore_identical_ids": bool(beir.own_copies)}
+    return _make_task(AbsTaskRetrieval, "Retrieval", "ndcg_at_10", folder, digest, load, **own_copies)
+
+
+def _without_clashes(beir: BeirFolder) -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, int]]]:
+    """Corpus, queries and judgements, with a new id for each document that has a query's id and is no copy of it."""
+    if not beir.own_copies:
+        return beir.corpus, beir.queries, beir.qrels
+    names = {doc: doc for doc in beir.corpus}
+    for doc in beir.queries.keys() & names.keys() - beir.own_copies:
+        new = f"{doc} (document)"
+        while new in names:
+            new += "'"
+        names[doc] = new
+    qrels = {query: {names[doc]: grade for doc, grade in grades.items()} for query, grades in beir.qrels.items()}
+    return {names[doc]: text for doc, text in beir.corpus.items()}, beir.queries, qrels
 
 
 def reranking_task(file: str | Path) -> AbsTask:
@@ -51,8 +78,7 @@ def reranking_task(file: str | Path) -> AbsTask:
     path = existing_file(file, "reranking")
     corpus: dict[str, str] = {}
     queries, qrels, candidates = {}, {}, {}
-    for n, row in enumerate(read_jsonl(path, ("query", "pos", "neg"), "reranking"), start=1):
-        where = f"reranking: {path}, row {n}"
+    for n, (where, row) in enumerate(read_jsonl(path, ("query", "pos", "neg"), "reranking"), start=1):
         positives, negatives = texts(row, "pos", where), texts(row, "neg", where)
         if both := set(positives) & set(negatives):
             raise ValueError(f"{where}: {both.pop()!r:.80} is both in 'pos' and in 'neg'; keep it in one of them")
@@ -78,10 +104,10 @@ def sts_task(file: str | Path) -> AbsTask:
 
     path = existing_file(file, "sts")
     rows = read_tsv(path, ("sentence1", "sentence2", "score"), "sts")
-    scores = [number(row, "score", f"sts: {path}, row {n}") for n, row in enumerate(rows, start=1)]
+    scores = [number(row, "score", where) for where, row in rows]
     if len(set(scores)) < 2:
         raise ValueError(f"sts: {path} has the same score on every row; a rank correlation needs at least two values")
-    columns = {**{name: [row[name] for row in rows] for name in ("sentence1", "sentence2")}, "score": scores}
+    columns = {**{name: [row[name] for _, row in rows] for name in ("sentence1", "sentence2")}, "score": scores}
     bounds = {"min_score": min(scores), "max_score": max(scores)}
     return _make_task(AbsTaskSTS, "STS", "cosine_spearman", path, content_hash(path), _splits(test=columns), **bounds)
 
@@ -97,8 +123,7 @@ def pair_classification_task(file: str | Path) -> AbsTask:
     path = existing_file(file, "pair_classification")
     rows = read_jsonl(path, ("sentence1", "sentence2", "label"), "pair_classification")
     columns: dict[str, list[Any]] = {"sentence1": [], "sentence2": [], "labels": []}
-    for n, row in enumerate(rows, start=1):
-        where = f"pair_classification: {path}, row {n}"
+    for where, row in rows:
         if (label := number(row, "label", where)) not in (0, 1):
             raise ValueError(f"{where}: 'label' must be 0 or 1, not {row['label']!r}")
         columns["labels"].append(int(label))
@@ -158,10 +183,10 @@ def clustering_task(file: str | Path) -> AbsTask:
 
 def _labelled(path: Path, option: str) -> tuple[list[str], list[str]]:
     sentences, labels = [], []
-    for n, row in enumerate(read_jsonl(path, ("text", "label"), option), start=1):
-        sentences.append(text(row, "text", f"{option}: {path}, row {n}"))
+    for where, row in read_jsonl(path, ("text", "label"), option):
+        sentences.append(text(row, "text", where))
         if not isinstance(row["label"], str | int):
-            raise ValueError(f"{option}: {path}, row {n}: 'label' must be a text or an integer, not {row['label']!r}")
+            raise ValueError(f"{where}: 'label' must be a text or an integer, not {row['label']!r}")
         labels.append(str(row["label"]))
     return sentences, labels
 

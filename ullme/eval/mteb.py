@@ -6,9 +6,11 @@ mteb itself is imported inside the functions, because that takes seconds.
 from __future__ import annotations
 
 import difflib
+import logging
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
     from mteb.cache import ResultCache
     from mteb.results import TaskResult
+
+
+logger = logging.getLogger(__name__)
 
 
 class TaskDataError(ValueError):
@@ -104,17 +109,17 @@ def find_tasks(names: Sequence[str], langs: Sequence[str] | None = None) -> list
 
     Args:
         names: such as "SciFact" or "MTEB(eng, v1)"; a benchmark brings its own splits and languages.
-        langs: ISO 639-3 codes to keep of tasks named one by one; None keeps all.
+        langs: ISO 639-3 codes to keep; None keeps all. A benchmark keeps its tasks in these languages.
 
     Raises:
-        ValueError: an unknown name (with the nearest known ones), or a task that has none of the languages.
+        ValueError: an unknown name (with the nearest known ones), or a task or benchmark with none of the languages.
     """
     import mteb
 
     found: dict[str, AbsTask] = {}
     for name in names:
         try:
-            tasks = [*mteb.get_benchmark(name)]
+            tasks = _in_languages(name, [*mteb.get_benchmark(name)], langs)
         except KeyError:
             task = _one_task(name)
             if langs:
@@ -124,6 +129,68 @@ def find_tasks(names: Sequence[str], langs: Sequence[str] | None = None) -> list
         for task in tasks:
             found.setdefault(task.metadata.name, task)
     return list(found.values())
+
+
+def _in_languages(benchmark: str, tasks: list[AbsTask], langs: Sequence[str] | None) -> list[AbsTask]:
+    """A benchmark's tasks with the subsets in these languages. Raises: ValueError: there are none."""
+    if not langs:
+        return tasks
+    kept = []
+    for task in tasks:
+        languages = _languages(task)
+        chosen = {
+            subset for lang in langs if lang in set().union(*languages.values()) for subset in _subsets(task, lang)
+        }
+        if subsets := sorted(chosen & set(task.hf_subsets)):
+            task.filter_languages(None, hf_subsets=subsets)
+            kept.append(task)
+    if not kept:
+        raise ValueError(f"langs: {benchmark} has no task in {', '.join(langs)}; leave --langs out for all of its own")
+    if len(kept) < len(tasks):
+        logger.warning("langs: %s: %d of %d tasks are in %s", benchmark, len(kept), len(tasks), ", ".join(langs))
+    return kept
+
+
+def check_instructions(instructions: Mapping[str, str], tasks: Sequence[AbsTask]) -> dict[str, str]:
+    """Instructions by the names of tasks or types, checked.
+
+    Args:
+        instructions: by name; a local task's name may be without the hash at its end.
+        tasks: that are evaluated.
+
+    Returns:
+        The same by full names. One for a known task or type that is not evaluated here stays, with a warning.
+
+    Raises:
+        ValueError: a name that no task and no type has.
+    """
+    from typing import get_args
+
+    from mteb.abstasks.task_metadata import TaskType
+    from mteb.get_tasks import TASK_LIST
+
+    found = {task.metadata.name for task in tasks} | {task.metadata.type for task in tasks}
+    short = {name.rpartition("-")[0]: name for name in found if name not in get_args(TaskType)}
+    local = {key: name for key, name in short.items() if any(t.metadata.name == name and is_local(t) for t in tasks)}
+    checked = {}
+    for name, instruction in instructions.items():
+        full = local.get(name, name)
+        if full not in found:
+            known = {task.metadata.name for task in TASK_LIST} | set(get_args(TaskType))
+            if full not in known:
+                nearest = difflib.get_close_matches(
+                    name, [*sorted(found), *sorted(local), *sorted(known)], 1, cutoff=0.5
+                )
+                advice = f"did you mean {nearest[0]!r}?" if nearest else f"evaluated are {', '.join(sorted(found))}"
+                raise ValueError(f"instructions: {name!r} is the name of no task and of no task type; {advice}")
+            logger.warning("instructions: %s is not evaluated here, so its instruction is not used", name)
+        checked[full] = instruction
+    return checked
+
+
+def is_local(task: AbsTask) -> bool:
+    """Whether a task was made of a local file."""
+    return type(task).__module__.startswith("ullme.")
 
 
 def nearest_names(name: str, count: int = 3) -> list[str]:
@@ -141,20 +208,39 @@ def nearest_names(name: str, count: int = 3) -> list[str]:
 def _one_task(name: str) -> AbsTask:
     import mteb
 
-    try:
-        return mteb.get_task(name)
-    except KeyError:
-        nearest = nearest_names(name)
-    suggestion = f"did you mean {' or '.join(nearest)}?" if nearest else "mteb.get_tasks() lists the known ones"
-    raise ValueError(f"tasks: {name!r} is not the name of an mteb task or benchmark; {suggestion}")
+    with suppress(KeyError):
+        task = mteb.get_task(name)
+        if task.metadata.name in (benchmark := _paper_benchmark()):
+            task.filter_eval_splits(benchmark[task.metadata.name].eval_splits)
+        elif len(task.eval_splits) > 1:
+            logger.warning("tasks: %s: the score is the mean of its splits %s", name, ", ".join(task.eval_splits))
+        return task
+    nearest = nearest_names(name)
+    advice = f"did you mean {' or '.join(nearest)}?" if nearest else "mteb.get_tasks() lists the known ones"
+    raise ValueError(f"tasks: {name!r} is not the name of an mteb task or benchmark; {advice}")
 
 
-def _subsets(task: AbsTask, lang: str) -> list[str]:
-    """The subsets in this language only, or else those that contain it."""
-    languages = {
+@cache
+def _paper_benchmark() -> dict[str, AbsTask]:
+    """The 56 tasks of MTEB(eng, v1) by name: which splits and English subsets of a task are scored in papers."""
+    import mteb
+
+    return {task.metadata.name: task for task in mteb.get_benchmark("MTEB(eng, v1)")}
+
+
+def _languages(task: AbsTask) -> dict[str, set[str]]:
+    """Subset -> the ISO 639-3 codes of its languages."""
+    return {
         subset: {code.split("-")[0] for code in codes}
         for subset, codes in task.metadata.hf_subsets_to_langscripts.items()
     }
+
+
+def _subsets(task: AbsTask, lang: str) -> list[str]:
+    """Subsets in this language alone, or else those that contain it."""
+    if lang == "eng" and (of_benchmark := _paper_benchmark().get(task.metadata.name)) is not None:
+        return list(of_benchmark.hf_subsets)
+    languages = _languages(task)
     alone = [subset for subset, codes in languages.items() if codes == {lang}]
     chosen = alone or [subset for subset, codes in languages.items() if lang in codes]
     if not chosen:

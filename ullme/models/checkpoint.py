@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from ullme.models.peft_folder import CONTRACT_FILE, POOLER_FILE
 from ullme.models.trained_weights import (
-    CONTRACT_FILE,
-    POOLER_FILE,
+    check_saved,
     contract,
     copy_weights,
     read_checkpoint,
@@ -54,7 +54,7 @@ def save_adapter(model: ULLME, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no adapter, or what was written cannot be read again.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -67,7 +67,8 @@ def save_adapter(model: ULLME, folder: str | Path) -> Path:
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(model.llm, adapter_name=name)
+    # without the copy of the frozen embedding that PEFT would write beside an adapter on it
+    state = get_peft_model_state_dict(model.llm, adapter_name=name, save_embedding_layers=False)
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
     if model.pooler is not None:
         pooler = {k: v.detach().cpu().contiguous() for k, v in model.pooler.state_dict().items()}
@@ -75,6 +76,7 @@ def save_adapter(model: ULLME, folder: str | Path) -> Path:
     model.llm.peft_config[name].save_pretrained(folder)  # type: ignore[union-attr,index]
     model.tokenizer.save_pretrained(folder)
     (folder / CONTRACT_FILE).write_text(json.dumps(contract(model), indent=2))
+    check_saved(model, folder)
     return folder
 
 

@@ -34,7 +34,8 @@ class BackboneConfig:
         pooling: mean, weighted_mean, first or last; latent_attention, a trained layer before the mean
             (NV-Embed, arXiv 2405.17428); or the dotted path of your own function, such as my_file.max_pool.
         attention: while embedding, bidirectional or causal; generation is always causal.
-        dtype: of the LLM's weights: auto (as stored), float32, bfloat16, float16, float64. Adapters stay in float32.
+        dtype: of the LLM's weights: auto (as stored; float32 where a CPU multiplies that faster), float32, bfloat16,
+            float16, float64. Adapters stay in float32.
         attn_implementation: transformers' choice (sdpa, eager, flash_attention_2 ...); null lets it choose.
         trust_remote_code: run code that comes with the model.
         family_code: a module of yours to import first, which registers a model family with transformers' Auto classes.

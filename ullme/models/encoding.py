@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 EmbedBlocks = Callable[["Embedder", Iterable[TokenRows]], Iterator[Tensor]]
 
-# Texts are tokenised and sorted this many at a time, so that the token ids of a large corpus need not fit into memory.
+# Texts are tokenised and sorted this many at a time, and no more than so many characters (about 150 bytes a token in a
+# tokenizer), so that the tokens of a large corpus, or of long documents, need not fit into memory.
 _WINDOW = 20_000
+_WINDOW_CHARACTERS = 4_000_000
 
 # Default tokens in a batch by device type: few enough for a CPU's cache, or enough to keep a GPU busy.
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -39,6 +41,18 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
+def windows(texts: Sequence[str]) -> Iterator[slice]:
+    """Consecutive texts, up to the limits above; a text that is longer by itself is alone."""
+    start = characters = 0
+    for n, text in enumerate(texts):
+        if n > start and (n - start == _WINDOW or characters + len(text) > _WINDOW_CHARACTERS):
+            yield slice(start, n)
+            start, characters = n, 0
+        characters += len(text)
+    if texts:
+        yield slice(start, len(texts))
+
+
 @torch.no_grad()
 def embed_blocks(model: Embedder, blocks: Iterable[TokenRows]) -> Iterator[Tensor]:
     """Embed padded blocks of R rows: yields (R, D) each, in float32 on the CPU."""
@@ -52,6 +66,14 @@ def _token_budget(batch_size: int | None, lengths: list[int], device: torch.devi
     if batch_size is None:
         return _BATCH_TOKENS.get(device.type, _BATCH_TOKENS["cuda"])
     return max(1, batch_size * sum(lengths) // len(lengths))
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def encode(
@@ -74,6 +96,8 @@ def encode(
     texts = list(texts)
     if (n := next((n for n, text in enumerate(texts) if not isinstance(text, str)), None)) is not None:
         raise ValueError(f"texts[{n}]={texts[n]!r} is a {type(texts[n]).__name__}; every text must be a str")
+    if (n := next((n for n, text in enumerate(texts) if not _is_utf8(text)), None)) is not None:
+        raise ValueError(f"texts[{n}]={texts[n]!r:.80} holds half a surrogate pair, which is no character; remove it")
     if role is not None and role not in get_args(Role):
         raise ValueError(f"role={role!r}: choose {', '.join(get_args(Role))} or None")
     max_length = min(max_length, model.max_positions)
@@ -90,8 +114,7 @@ def encode(
     model.eval()
     try:
         with tqdm(total=len(texts), unit="text", desc="encode", disable=not show_progress_bar) as bar:
-            for start in range(0, len(texts), _WINDOW):
-                window = slice(start, start + _WINDOW)
+            for window in windows(texts):
                 task = instruction if shared else instruction[window]  # type: ignore[index]
                 rows, starts = tokenizer.rows(texts[window], role, max_length=max_length, instruction=task)
                 lengths = [len(row) for row in rows]
@@ -101,7 +124,7 @@ def encode(
                     tokenizer.pad([rows[n] for n in batch], starts and [starts[n] for n in batch]) for batch in batches
                 )
                 for batch, rep in zip(batches, model.embed_blocks(model, blocks), strict=True):
-                    out[torch.tensor(batch) + start] = rep
+                    out[torch.tensor(batch) + window.start] = rep
                     bar.update(len(batch))
     finally:
         model.train(training)

@@ -59,6 +59,11 @@ def likelihood(
     """
     owners = owner.tolist()
     prompt_rows, target_rows = _unpad(prompts), _unpad(targets)
+    key = attention.length_key(attention.text_decoder(model.base_model))
+    if share_prompts and key is not None:
+        # A prompt is run once only for passages that give it the same rotary positions.
+        keys = [key(len(prompt_rows[o]) + len(row) - 1) for o, row in zip(owners, target_rows, strict=True)]
+        share_prompts = len(set(zip(owners, keys, strict=True))) == len(set(owners))
     if packed:
         hidden = _packed_hidden(model, prompt_rows, target_rows, owners, share_prompts)
     else:

@@ -7,7 +7,9 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -15,11 +17,33 @@ from torch import nn
 from ullme.models.attention.layers import token_table
 from ullme.models.config import BackboneConfig
 from ullme.utils.dotted_names import named
+from ullme.utils.precision import loading_dtype
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+
+def has_file(name: str, file: str) -> bool:
+    """Whether a folder or hub repository has the file; looks into the cache first, and on the hub unless offline."""
+    from huggingface_hub import constants, file_exists, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if (folder := Path(name)).is_dir():
+        return (folder / file).is_file()
+    try:
+        if isinstance(try_to_load_from_cache(name, file), str):
+            return True
+        return not constants.is_offline_mode() and file_exists(name, file)
+    except (HFValidationError, OSError):
+        # No valid hub name, or the hub cannot be reached: loading the LLM will report it.
+        return False
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a name is a PEFT adapter. An LLM that has an adapter in the same folder is an LLM."""
+    return has_file(name, "adapter_config.json") and not has_file(name, "config.json")
 
 
 def load_config(options: BackboneConfig) -> PretrainedConfig:
@@ -36,8 +60,16 @@ def load_config(options: BackboneConfig) -> PretrainedConfig:
     if options.family_code is not None:
         named(options.family_code, "family_code")
     name = options.model_name_or_path
-    with _loading_errors(name, "config.json"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+    try:
+        with _loading_errors(name, "config.json"):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+    except ValueError as error:
+        if not is_adapter(name):
+            raise
+        raise ValueError(
+            f"model_name_or_path={name!r} is an adapter, not an LLM: to train from it, name its LLM there and set "
+            f"init_from={name!r} (a folder); to embed with it, load_ullme({name!r}) or evaluate --checkpoint {name}"
+        ) from error
     expected_type = options.model_backbone_type
     if expected_type is not None and expected_type.lower() != config.model_type:
         raise ValueError(
@@ -54,6 +86,25 @@ def load_config(options: BackboneConfig) -> PretrainedConfig:
             f"{config.model_type!r}; take a decoder-only LLM"
         )
     return config
+
+
+def max_positions(config: PretrainedConfig) -> int:
+    """The longest text, in tokens, for which an LLM has positions; 2^31 if there is no limit."""
+    config = config.get_text_config()
+    names = ("max_position_embeddings", "max_seq_len")  # the latter is MPT's
+    return next((limit for name in names if (limit := getattr(config, name, None))), 2**31)
+
+
+def choose_dtype(options: BackboneConfig, config: PretrainedConfig) -> BackboneConfig:
+    """The options with ``dtype: auto`` replaced by float32, where there is no GPU and the CPU would compute slowly with
+    the half-precision weights that are stored."""
+    import torch
+
+    stored = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    dtype = loading_dtype(options.dtype, stored, "cuda" if torch.cuda.is_available() else "cpu")
+    if dtype != options.dtype:
+        logger.info("dtype=auto: %s weights are loaded in %s, which this CPU multiplies faster", stored, dtype)
+    return replace(options, dtype=dtype)
 
 
 def load_tokenizer(options: BackboneConfig) -> PreTrainedTokenizerBase:
@@ -205,7 +256,7 @@ def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:
     lora = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats too
-        lora_dropout=options.lora_dropout,
+        lora_dropout=0.0,  # set afterwards, for the layers that can have it
         target_modules=targets,
         exclude_modules=(lora_layers.modules_to_exclude(model) or None) if targets == "all-linear" else None,
         task_type="CAUSAL_LM",
@@ -216,6 +267,7 @@ def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:
             wrapped = get_peft_model(model, lora, adapter_name=options.lora_name)
     except ValueError as error:
         raise ValueError(f"lora_target_modules={options.lora_target_modules!r}: {error}") from error
+    lora_layers.set_dropout(wrapped, options.lora_name, options.lora_dropout)
     lora_layers.install(wrapped)
     return wrapped
 

@@ -10,16 +10,20 @@ PEFT's modules, weight names and file formats do not change, only the class of :
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -81,6 +85,54 @@ def install(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is Linear and type(module.base_layer) is nn.Linear:
             module.__class__ = LoraLinear
+
+
+def set_dropout(model: nn.Module, adapter: str, probability: float) -> None:
+    """Set LoRA's dropout in all layers but the experts of a mixture of experts.
+
+    Experts that are one parameter are adapted by adding ``s B A`` to it, so there is no input to drop from, and PEFT
+    refuses a config with dropout for them. So the config keeps 0 there, and what was saved can be loaded.
+    """
+    if probability == 0:
+        return
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and adapter in module.lora_dropout]
+    inputs = [layer for layer in layers if not isinstance(layer, ParamWrapper)]
+    for layer in inputs:
+        layer.lora_dropout[adapter] = nn.Dropout(probability)
+    if len(inputs) == len(layers):
+        config: Any = model.peft_config
+        config[adapter].lora_dropout = probability
+    else:
+        logger.warning(
+            "lora_dropout=%s: %d adapters of experts have no dropout, the other %d have it",
+            probability,
+            len(layers) - len(inputs),
+            len(inputs),
+        )
+
+
+@torch.no_grad()
+def merge(model: Any, safe: bool = False) -> Any:
+    """The LLM with the adapter merged into its weights.
+
+    A head that shares its weight with the embedding gets a copy of its own first, if either has an adapter: the adapter
+    changes only one of them.
+
+    Args:
+        model: the PEFT model, which cannot be used afterwards.
+        safe: check that the merged weights are finite.
+
+    Raises:
+        ValueError: they are not.
+    """
+    llm: Any = model.get_base_model()
+    table, head = llm.get_input_embeddings(), llm.get_output_embeddings()
+    adapted = isinstance(table, LoraLayer) or isinstance(head, LoraLayer)
+    if head is not None and adapted and head.weight is table.weight:
+        inner = head.get_base_layer() if isinstance(head, LoraLayer) else head
+        inner.weight = nn.Parameter(inner.weight.clone(), requires_grad=False)  # type: ignore[operator]
+        llm.config.get_text_config().tie_word_embeddings = llm.config.tie_word_embeddings = False
+    return model.merge_and_unload(safe_merge=safe)
 
 
 def modules_to_exclude(model: nn.Module) -> list[str]:

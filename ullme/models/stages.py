@@ -48,8 +48,10 @@ def merged_backbone(model_class: type[Any], options: BackboneConfig) -> tuple[Pr
         earlier = rebuild_model(model_class, options.init_from, strict=True, **overrides)
     except ValueError as error:
         raise _with_options(options, error) from error
+    from ullme.models import lora  # imports PEFT
+
     has_adapter = earlier.options.lora_name is not None
-    return (earlier.llm.merge_and_unload() if has_adapter else earlier.causal_lm), earlier.pooler
+    return (lora.merge(earlier.llm) if has_adapter else earlier.causal_lm), earlier.pooler
 
 
 def continue_training(model: Embedder) -> None:

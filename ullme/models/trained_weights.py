@@ -6,10 +6,9 @@ prompts from which the model is rebuilt, and the fingerprint of the LLM.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ullme.models.config import BackboneConfig
+from ullme.models.peft_folder import EXPERT_KEYS, read_adapter_folder
 from ullme.prompts import Prompts
 from ullme.utils import atomic_files
 
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONTRACT_KEY = "ullme"
-# In a PEFT folder, besides the adapter: the contract, and the weights of the pooler.
-CONTRACT_FILE = "ullme.json"
-POOLER_FILE = "pooler.safetensors"
 # The prefix of weight names in a Lightning checkpoint: the LightningModule's attribute that holds the model.
 STATE_PREFIX = "model."
 
@@ -74,17 +71,17 @@ def trainable_state(model: Embedder) -> dict[str, Tensor]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path stands for: in a run folder the best, else the last, else the newest one.
+    """The checkpoint that a path stands for: in a run folder the best, else the last, else that of the largest step.
 
     A checkpoint file or a PEFT folder stands for itself.
 
     Raises:
-        ValueError: there is no checkpoint.
+        ValueError: there is no checkpoint, or the folder has several runs.
     """
     path = Path(path)
     if path.is_file() or (path / "adapter_config.json").is_file():
         return path
-    checkpoints = atomic_files.newest_first(path) if path.is_dir() else []
+    checkpoints = _of_one_run(path, atomic_files.newest_first(path)) if path.is_dir() else []
     if not checkpoints:
         raise ValueError(
             f"checkpoint={str(path)!r}: no such file, or a folder without *.ckpt and without adapter_config.json; "
@@ -94,6 +91,22 @@ def find_checkpoint(path: str | Path) -> Path:
     chosen = _best_checkpoint(last, checkpoints) or last
     logger.info("checkpoint %s: using %s", path, chosen)
     return chosen
+
+
+def _of_one_run(folder: Path, checkpoints: list[Path]) -> list[Path]:
+    """The checkpoints of the folder's own run, or else of the one run below it.
+
+    Raises:
+        ValueError: there are several runs below it.
+    """
+    runs: dict[Path, list[Path]] = {}
+    for path in checkpoints:
+        runs.setdefault(path.parent.parent if path.parent.name == "checkpoints" else path.parent, []).append(path)
+    if folder in runs or len(runs) < 2:
+        return runs.get(folder, checkpoints)
+    names = [str(run) for run in sorted(runs)]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    raise ValueError(f"checkpoint={str(folder)!r} holds several runs: {', '.join(names[:3])}{more}; give one of them")
 
 
 def _best_checkpoint(last: Path, checkpoints: list[Path]) -> Path | None:
@@ -119,46 +132,6 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     check_contract(stored, path)
     state = {name.removeprefix(STATE_PREFIX): value for name, value in stored["state_dict"].items()}
     return stored[CONTRACT_KEY], state
-
-
-def read_adapter_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the contract (or the defaults, if there is none) and the weights, under the names of the model's parameters.
-
-    Raises:
-        ValueError: a file is missing or damaged, or the adapter is of a kind that is not supported.
-    """
-    from safetensors.torch import load_file
-
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise ValueError(f"checkpoint={str(folder)!r}: adapter_model.safetensors is missing; only safetensors are read")
-    try:
-        adapter_config = json.loads((folder / "adapter_config.json").read_text())
-        contract_file = folder / CONTRACT_FILE
-        stored = json.loads(contract_file.read_text()) if contract_file.is_file() else None
-        tensors = load_file(weights)
-        pooler = load_file(folder / POOLER_FILE) if (folder / POOLER_FILE).is_file() else {}
-    except Exception as error:
-        raise ValueError(f"checkpoint={str(folder)!r} is damaged ({type(error).__name__}: {error})") from error
-    unsupported = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save")
-    if used := [key for key in unsupported if adapter_config.get(key)]:
-        raise ValueError(
-            f"checkpoint={str(folder)!r}: the adapter uses {', '.join(used)}, which is not supported; merge it into "
-            "its LLM first and give the merged folder as the model"
-        )
-    if stored is None:
-        backbone = {
-            "model_name_or_path": adapter_config.get("base_model_name_or_path"),
-            "lora_name": "default",
-            "lora_r": adapter_config["r"],
-            "lora_alpha": adapter_config["lora_alpha"],
-            "lora_target_modules": adapter_config.get("target_modules"),
-        }
-        stored = {"backbone": backbone, "prompts": Prompts().to_dict()}
-    name = stored["backbone"]["lora_name"]
-    # PEFT drops the adapter's name when saving: ...lora_A.weight is ...lora_A.<name>.weight in the model.
-    state = {f"llm.{k.removesuffix('.weight')}.{name}.weight": v for k, v in tensors.items()}
-    return stored, {**state, **{f"pooler.{k}": v for k, v in pooler.items()}}
 
 
 def check_contract(stored: Any, source: str | Path) -> None:
@@ -190,9 +163,56 @@ def rebuild_model(model_class: type[Any], checkpoint: str | Path, strict: bool =
             f"checkpoint={str(checkpoint)!r} uses a pooling function of the user, and loading a checkpoint does not "
             f"run code that it names; to allow it, pass pooling={stored['backbone']['pooling']!r}"
         )
+    _warn_undeclared(stored, overrides, checkpoint)
     model = model_class(**options, prompts=Prompts.from_dict(stored["prompts"]))
+    if "undeclared" in stored:
+        _compare_tokenizer(model, find_checkpoint(checkpoint))
     copy_weights(model, stored, state, checkpoint, strict)
     return model.eval()
+
+
+def _warn_undeclared(stored: dict[str, Any], overrides: dict[str, Any], source: str | Path) -> None:
+    """Warn about the options that an adapter from elsewhere says nothing about, and that the caller does not set."""
+    undeclared = {name: value for name, value in stored.get("undeclared", {}).items() if name not in overrides}
+    if undeclared:
+        logger.warning(
+            "checkpoint %s was not written by ullme and does not say how it embeds; it is used with %s. If it was "
+            "trained otherwise its embeddings are wrong: pass %s as it was trained",
+            source,
+            ", ".join(f"{name}: {value}" for name, value in undeclared.items()),
+            ", ".join(undeclared),
+        )
+
+
+def _compare_tokenizer(model: Any, folder: Path) -> None:
+    """For an adapter from elsewhere: end texts as the tokenizer beside it does; warn if it differs in other ways."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # damaged or foreign files make the loader raise errors of many types
+        raise ValueError(
+            f"checkpoint={str(folder)!r}: the tokenizer beside the adapter cannot be loaded ({type(error).__name__}: "
+            f"{str(error).splitlines()[0][:200] if str(error) else ''}); remove its files to use the LLM's"
+        ) from error
+    texts = ["a", "The mill, 1984: größer!"]
+    own = model.tokenizer(texts)["input_ids"]
+    beside = theirs(texts)["input_ids"]
+    if beside == own:
+        return
+    end = model.tokenizer.eos_token_id
+    if beside == [[*ids, end] for ids in own]:
+        model.prompts = replace(model.prompts, append_eos=True)
+        return
+    logger.warning(
+        "checkpoint %s has a tokenizer that reads texts otherwise than the LLM's (%s and %s), which is used; to use "
+        "it, save the LLM and that tokenizer in one folder and give it as model_name_or_path",
+        folder,
+        beside[0],
+        own[0],
+    )
 
 
 def copy_weights(
@@ -212,6 +232,8 @@ def copy_weights(
     """
     renamed = _rename_adapter(state, stored["backbone"].get("lora_name"), model.options.lora_name)
     renamed = _add_head_prefix(renamed, trainable_shapes(model))
+    renamed = _drop_frozen(renamed, model, source)
+    _check_experts(model, stored, source)
     _check_weights_fit(model, stored, renamed, source)
     if mismatch := _backbone_mismatch(model, stored):
         if strict:
@@ -220,6 +242,20 @@ def copy_weights(
     with torch.no_grad():
         for name, parameter in trainable_state(model).items():
             parameter.copy_(renamed[name])
+
+
+def check_saved(model: Embedder, folder: str | Path) -> None:
+    """Check that a folder, read as :func:`read_checkpoint` does, holds the model's trained weights.
+
+    Raises:
+        ValueError: it cannot be read, or holds other weights.
+    """
+    stored, state = read_checkpoint(folder)
+    _check_experts(model, stored, folder)
+    _check_weights_fit(model, stored, state, folder)
+    for name, parameter in trainable_state(model).items():
+        if not torch.equal(state[name], parameter.cpu()):
+            raise ValueError(f"{str(folder)!r} was written with another {name} than the model's; write it again")
 
 
 def check_can_resume(model: Embedder, checkpoint: dict[str, Any], source: str = "ckpt_path") -> None:
@@ -290,6 +326,42 @@ def _check_weights_fit(model: Embedder, stored: dict[str, Any], state: dict[str,
             raise ValueError(
                 f"checkpoint={str(source)!r}: {name} has shape {tuple(state[name].shape)}, the model's is "
                 f"{tuple(shape)}; lora_r must be that of the training"
+            )
+
+
+def _drop_frozen(state: dict[str, Tensor], model: Embedder, source: str | Path) -> dict[str, Tensor]:
+    """Leave out copies of the LLM's own weights, such as the embedding that PEFT saves beside an adapter on it.
+
+    Raises:
+        ValueError: a copy has other values than the model.
+    """
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad and name in state}
+    for name, parameter in frozen.items():
+        copy = state[name].to(parameter)
+        if copy.shape != parameter.shape or not torch.equal(copy, parameter):
+            raise ValueError(
+                f"checkpoint={str(source)!r} brings its own {name.removeprefix('llm.base_model.model.')}, which is not "
+                f"that of {model.options.model_name_or_path!r}; merge it into its LLM with PEFT, save the result and "
+                "the tokenizer with save_pretrained, and give that folder as model_name_or_path"
+            )
+    return {name: value for name, value in state.items() if name not in frozen}
+
+
+def _check_experts(model: Embedder, stored: dict[str, Any], source: str | Path) -> None:
+    """Raises: ValueError: the adapter of the experts in a mixture of experts is another than the model's."""
+    if "experts" not in stored or model.options.lora_name is None:
+        return
+    config: Any = model.llm.peft_config[model.options.lora_name]  # type: ignore[index]
+    for key in EXPERT_KEYS:
+        theirs, ours = (
+            sorted(value) if isinstance(value, list | set) else value or None
+            for value in (stored["experts"].get(key), getattr(config, key, None))
+        )
+        if (theirs or None) != (ours or None):
+            raise ValueError(
+                f"checkpoint={str(source)!r}: the adapter has {key}={theirs!r}, and this model's has {ours!r}; merge "
+                "it into its LLM with PEFT, save the result and the tokenizer with save_pretrained, and give that "
+                "folder as model_name_or_path"
             )
 
 

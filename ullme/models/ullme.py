@@ -67,6 +67,7 @@ class ULLME(nn.Module):
         self.options = BackboneConfig(model_name_or_path, model_backbone_type, lora_name, **options)
         self.prompts = prompts or Prompts()
         config = loading.load_config(self.options)
+        self.options = loading.choose_dtype(self.options, config)
         self.tokenizer = loading.load_tokenizer(self.options)
         if self.options.init_from is not None and self.options.init_mode == "merge":
             model, earlier_pooler = stages.merged_backbone(type(self), self.options)
@@ -140,7 +141,24 @@ class ULLME(nn.Module):
     @property
     def max_positions(self) -> int:
         """The longest text, in tokens, for which the LLM has positions."""
-        return getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None) or 2**31
+        return loading.max_positions(self.causal_lm.config)
+
+    def _check_positions(self, attention_mask: Tensor, targets: TokenRows | None, owner: Tensor | None) -> None:
+        """Raises: ValueError: a text, or a prompt with its passage, is longer than the LLM's positions."""
+        limit = self.max_positions
+        if attention_mask.shape[1] + (0 if targets is None else targets.input_ids.shape[1]) <= limit:
+            return  # without looking at the lengths, which a GPU would have to wait for
+        lengths = attention_mask.sum(1)
+        if targets is not None:
+            assert owner is not None
+            # a target's last token is predicted, and never run
+            lengths = lengths[owner.to(lengths.device)] + targets.attention_mask.sum(1) - 1
+        if len(lengths) and (longest := int(lengths.max())) > limit:
+            what = "a text has" if targets is None else "a prompt and its passage together have"
+            raise ValueError(
+                f"{what} {longest} tokens, but {self.options.model_name_or_path!r} has {limit} positions; cut texts at "
+                "fewer tokens (query_max_length and passage_max_length of the data, max_length of encode)"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -183,7 +201,8 @@ class ULLME(nn.Module):
             causal LM; with ``targets`` or ``masked`` a :class:`~ullme.models.likelihood.Likelihood`.
 
         Raises:
-            ValueError: a row without a real token, or extra arguments without ``is_generate=True``.
+            ValueError: a row without a real token or with more tokens than the LLM has positions, or extra arguments
+                without ``is_generate=True``.
         """
         self._probe_again_on_new_device(input_ids.device)
         if self.options.compile and not self._compiled:
@@ -193,6 +212,7 @@ class ULLME(nn.Module):
         if is_generate and targets is not None:
             self._check_lm_head()
             owner = torch.arange(len(targets)) if owner is None else owner
+            self._check_positions(attention_mask, targets, owner)
             prompts = TokenRows(input_ids, attention_mask)
             packed = self.attention_path == "packed"
             return likelihood.likelihood(self.causal_lm, packed, prompts, targets, owner, share_prompts)
@@ -200,6 +220,7 @@ class ULLME(nn.Module):
             return self.causal_lm(input_ids=input_ids, attention_mask=attention_mask, is_causal=True, **kwargs)
         if kwargs:
             raise ValueError(f"{sorted(kwargs)}: arguments of transformers' forward; they need is_generate=True")
+        self._check_positions(attention_mask, None, None)
         causal = self.options.attention == "causal"
         hidden = attention.PATHS[self.attention_path](self.causal_lm.base_model, input_ids, attention_mask, causal)
         if masked is not None:

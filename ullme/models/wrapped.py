@@ -5,26 +5,24 @@ Importing this module imports mteb.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
 from ullme.models.checkpoint import load_embedder, usable_device
+from ullme.models.loading import has_file, is_adapter
+from ullme.models.revision import revision
 
 if TYPE_CHECKING:
     import numpy as np
     from mteb.abstasks.task_metadata import TaskMetadata
     from mteb.types import Array, BatchedInput
-    from torch import nn
     from torch.utils.data import DataLoader
 
     from ullme.models.ullme import ULLME
@@ -187,16 +185,14 @@ class WrappedULLME(AbsEncoder):
         return super().similarity_pairwise(embeddings1, embeddings2)
 
     def _model_meta(self, name: str | None, checkpoint: str | Path | None) -> ModelMeta:
-        """The metadata for mteb. Its name and revision (a hash of weights and settings) identify stored results."""
+        """The metadata for mteb. Its name and revision identify stored results."""
         settings = self._settings()
-        identity = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-        identity.update(weights_digest(self.model))
         model_name = name if name is not None else self.model.options.model_name_or_path
         similarity = None if self.delegate is not None else ScoringFunction.COSINE
         return ModelMeta.create_empty(
             overwrites={
                 "name": result_name(model_name, checkpoint),
-                "revision": identity.hexdigest()[:12],
+                "revision": revision(self.model, settings),
                 "loader_kwargs": settings,
                 "n_parameters": sum(p.numel() for p in self.model.parameters()),
                 "embed_dim": _embedding_size(self.model),
@@ -208,7 +204,7 @@ class WrappedULLME(AbsEncoder):
         )
 
     def _settings(self) -> dict[str, Any]:
-        """Everything besides the weights on which embeddings depend."""
+        """How the model is used, for mteb's records; what it is besides is in its revision."""
         settings: dict[str, Any] = {"max_length": self.max_length, "dtype": str(next(self.model.parameters()).dtype)}
         if self.delegate is not None:
             return {**settings, "prompts": self.model.prompts}
@@ -257,7 +253,7 @@ def _embedding_size(model: Any) -> int | None:
 
 def is_sentence_transformer(name: str) -> bool:
     """Whether a name is a sentence-transformers model: a folder or hub model with a modules.json."""
-    return _has_file(name, "modules.json")
+    return has_file(name, "modules.json")
 
 
 def adapter_folder(name: str) -> Path | None:
@@ -265,29 +261,13 @@ def adapter_folder(name: str) -> Path | None:
 
     An LLM that has an adapter in the same folder is an LLM.
     """
-    if not _has_file(name, "adapter_config.json") or _has_file(name, "config.json"):
+    if not is_adapter(name):
         return None
     if (folder := Path(name)).is_dir():
         return folder
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-
-
-def _has_file(name: str, file: str) -> bool:
-    """Whether a folder or hub repository has the file; looks into the cache first, and on the hub unless offline."""
-    from huggingface_hub import constants, file_exists, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    if (folder := Path(name)).is_dir():
-        return (folder / file).is_file()
-    try:
-        if isinstance(try_to_load_from_cache(name, file), str):
-            return True
-        return not constants.is_offline_mode() and file_exists(name, file)
-    except (HFValidationError, OSError):
-        # No valid hub name, or the hub cannot be reached: loading the LLM will report it.
-        return False
 
 
 def result_name(model_name: str, checkpoint: str | Path | None) -> str:
@@ -307,13 +287,3 @@ def result_name(model_name: str, checkpoint: str | Path | None) -> str:
 def _run_folder(file: Path) -> Path:
     """The run folder of a checkpoint file."""
     return next((folder for folder in file.parents if folder.name != "checkpoints"), file.parent)
-
-
-def weights_digest(module: nn.Module) -> bytes:
-    """SHA-256 of the names, dtypes, shapes and values of all weights, sorted by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        value = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy())
-    return digest.digest()

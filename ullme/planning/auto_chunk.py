@@ -77,7 +77,7 @@ def largest_chunk(
     dtype = next(model.causal_lm.parameters()).dtype
     acts = activations(meta_model(model.causal_lm.config, model.options, dtype), torch.bfloat16 if half else dtype)
     room = _USABLE[kind] * (free_memory(model.device) if free is None else free)
-    room = (room - _fixed(model, kind)) / (1 + FRAGMENTATION) * (1 if model.attention_path == "packed" else 0.5)
+    room = (room - _fixed(model, kind)) / (1 + FRAGMENTATION[kind]) * (1 if model.attention_path == "packed" else 0.5)
     wanted = model.options.gradient_checkpointing
     enough = max(least, chunk_tokens or _LEAST[kind])
     checkpointing = _bytes(acts, False) * enough > room if wanted == "auto" else bool(wanted)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ullme.utils.precision import cpu_rates
+
 # Vendors' peak for dense bfloat16 products with float32 accumulation, in TFLOP/s, by the words in a device's name; the
 # first entry that matches is used.
 _PEAK_TFLOPS: list[tuple[tuple[str, ...], float]] = [
@@ -45,17 +47,19 @@ def peak_tflops(device_name: str) -> float | None:
 
 @dataclass(frozen=True)
 class Device:
-    """An accelerator to plan for.
+    """A device to plan for.
 
     Args:
         name: for display.
-        tflops: peak dense bfloat16 TFLOP/s.
+        tflops: peak dense TFLOP/s, in bfloat16; of a CPU as measured, in the dtype that it computes in.
         memory_gib: GiB that a process can use.
+        kind: ``cuda`` or ``cpu``.
     """
 
     name: str
     tflops: float
     memory_gib: float
+    kind: str = "cuda"
 
 
 DEVICES = {
@@ -71,6 +75,14 @@ DEVICES = {
     "rtx-4090": Device("RTX 4090", 165, 23.5),
     "rtx-3090": Device("RTX 3090", 71, 23.5),
 }
+
+
+def this_cpu(bfloat16: bool) -> Device:
+    """This machine's CPU with as many cores as torch has threads: its measured speed and its free memory."""
+    threads, rates = torch.get_num_threads(), cpu_rates()
+    rate = rates.bfloat16 if bfloat16 else rates.float32
+    name = f"CPU ({rate:.3g} GFLOP/s a core in {'bfloat16' if bfloat16 else 'float32'}, {threads} threads)"
+    return Device(name, threads * rate / 1000, free_memory(torch.device("cpu")) / 2**30, "cpu")
 
 
 def free_memory(device: torch.device) -> float:

@@ -26,11 +26,14 @@ if TYPE_CHECKING:
     from ullme.engine.objective import Objective
     from ullme.models.config import BackboneConfig
 
-# Fraction of a device's memory that a plan may use; the rest is a margin for what is not predicted.
-USABLE = 0.92
+# Fraction of a device's memory that a plan may use; the rest is a margin for what is not predicted, and on a CPU for
+# other processes.
+USABLE = {"cuda": 0.92, "cpu": 0.5}
+# Assumed fraction of the peak, where none is given; a CPU's peak is measured.
+UTILISATION = {"cuda": 0.6, "cpu": 0.75}
 # Chunk sizes in tokens that are tried with chunk_tokens: auto, and the smallest one before gradient checkpointing is.
-_CHUNK_TOKENS = [2**n for n in range(16, 9, -1)]
-_MIN_TOKENS_BEFORE_CHECKPOINTING = 2**12
+_CHUNK_TOKENS = {"cuda": [2**n for n in range(16, 9, -1)], "cpu": [512, 256]}
+_MIN_TOKENS_BEFORE_CHECKPOINTING = {"cuda": 2**12, "cpu": 256}
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Plan:
         chunks: number of chunks in a step.
         memory: on one device.
         retained_tokens: tokens whose graphs fit beside a chunk, so that they are embedded only once.
+        retained_memory: bytes of these graphs.
         step_flops: model FLOPs of a step on one device.
         hardware_flops: FLOPs that the device computes in a step, including recomputation and π_ref.
         utilisation: assumed hardware FLOPs per second, as a fraction of the device's peak.
@@ -106,6 +110,7 @@ class Plan:
     chunks: int
     memory: Memory
     retained_tokens: int
+    retained_memory: float
     step_flops: float
     hardware_flops: float
     utilisation: float
@@ -113,7 +118,12 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the predicted memory fits, with a margin."""
-        return self.memory.total <= USABLE * self.device.memory_gib * GIB
+        return self.memory.total <= self.usable_memory
+
+    @property
+    def usable_memory(self) -> float:
+        """Bytes of a device that the plan may use."""
+        return USABLE[self.device.kind] * self.device.memory_gib * GIB
 
     @property
     def seconds(self) -> float:
@@ -136,19 +146,23 @@ class Plan:
         return self.utilisation * self.step_flops / self.hardware_flops
 
 
-def make_plan(job: Job, device: Device, num_devices: int = 1, fsdp: bool = False, utilisation: float = 0.6) -> Plan:
+def make_plan(
+    job: Job, device: Device, num_devices: int = 1, fsdp: bool = False, utilisation: float | None = None
+) -> Plan:
     """Predict memory and duration of a training run, and choose what it leaves to ``auto``.
 
     Args:
         job: the training run.
-        device: the accelerator.
+        device: the device.
         num_devices: how many of them; the batch is split over them.
         fsdp: whether FSDP shards the LLM over them.
-        utilisation: assumed hardware FLOPs per second, as a fraction of the device's peak.
+        utilisation: assumed hardware FLOPs per second, as a fraction of the device's peak; None for ``UTILISATION``.
 
     Raises:
         ValueError: the batch size is not a multiple of the number of devices, or utilisation is out of range.
     """
+    if utilisation is None:
+        utilisation = UTILISATION[device.kind]
     if not 0 < utilisation <= 1:
         raise ValueError(f"--utilisation={utilisation}: give a fraction of the peak, above 0 and at most 1")
     if num_devices < 1 or job.batch_size % num_devices:
@@ -158,7 +172,7 @@ def make_plan(job: Job, device: Device, num_devices: int = 1, fsdp: bool = False
     model = meta_model(job.config, job.options, weight_dtype)
     cost = count_weights(model, job.options)
     acts = activations(model, torch.bfloat16 if job.half else weight_dtype)
-    for candidate in _candidates(job):
+    for candidate in _candidates(job, device.kind):
         plan = _plan(candidate, batch, cost, acts, device, num_devices, fsdp, utilisation, _chooses_chunk_tokens(job))
         if plan.fits:
             break
@@ -170,7 +184,7 @@ def _chooses_chunk_tokens(job: Job) -> bool:
     return job.chunk_tokens is None and job.chunk_size is None and not job.full_batch
 
 
-def _candidates(job: Job) -> list[Job]:
+def _candidates(job: Job, kind: str) -> list[Job]:
     """The job with every value to try for options that are ``auto``, the fastest first.
 
     Gradient checkpointing is tried before chunks get very small.
@@ -179,10 +193,10 @@ def _candidates(job: Job) -> list[Job]:
     candidates = []
     for checkpointing in (False, True) if setting == "auto" else (bool(setting),):
         options = replace(job.options, gradient_checkpointing=checkpointing)
-        least = _MIN_TOKENS_BEFORE_CHECKPOINTING if setting == "auto" and not checkpointing else 0
+        least = _MIN_TOKENS_BEFORE_CHECKPOINTING[kind] if setting == "auto" and not checkpointing else 0
         sizes: list[int | None] = [job.chunk_tokens]
         if _chooses_chunk_tokens(job):
-            sizes = [size for size in _CHUNK_TOKENS if size >= least]
+            sizes = [size for size in _CHUNK_TOKENS[kind] if size >= least]
         candidates += [replace(job, options=options, chunk_tokens=size) for size in sizes]
     return candidates
 
@@ -209,7 +223,7 @@ def _plan(
     chunks = [batch[s] for s in slices]
     generation = [learned_work(chunk, job.objective, job.objective.share_prompts) for chunk in chunks]
     vocabulary = cost.head // job.config.get_text_config().hidden_size
-    block = max(64 * vocabulary, _BLOCK_LOGITS["cuda"])
+    block = max(64 * vocabulary, _BLOCK_LOGITS[device.kind])
     memory = predict(
         cost,
         acts,
@@ -225,13 +239,15 @@ def _plan(
         head_logits=min(block, max(float(w.targets) for w in generation) * vocabulary),
         similarities=_num_similarities(job, len(batch), num_devices),
         quantized=job.options.quantization == "nf4",
+        kind=device.kind,
     )
-    left = USABLE * device.memory_gib * GIB - memory.total
-    retain = retain and left > 0 and not (checkpointing or fsdp)
-    retained = int(left / (1 + FRAGMENTATION) / acts.saved) if retain else 0
+    left = USABLE[device.kind] * device.memory_gib * GIB - memory.total
+    retain = retain and left > 0 and len(chunks) > 1 and not (checkpointing or fsdp)
+    bytes_per_token = (1 + FRAGMENTATION[device.kind]) * acts.saved
+    retained = min(int(left / bytes_per_token), batch.num_tokens) if retain else 0
     hardware = float(cost.hardware_step(work, False, checkpointing))
     if len(chunks) > 1 and job.objective.uses_reps:
-        hardware += float(cost.forward(work.embed)) * max(0.0, 1 - retained / batch.num_tokens)
+        hardware += float(cost.forward(work.embed)) * (1 - retained / batch.num_tokens)
     return Plan(
         job=job,
         device=device,
@@ -241,7 +257,8 @@ def _plan(
         trained=cost.trainable,
         chunks=len(chunks),
         memory=memory,
-        retained_tokens=min(retained, batch.num_tokens) if len(chunks) > 1 else 0,
+        retained_tokens=retained,
+        retained_memory=retained * bytes_per_token,
         step_flops=float(cost.step(work)),
         hardware_flops=hardware,
         utilisation=utilisation,

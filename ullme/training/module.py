@@ -104,7 +104,15 @@ class ULLMEModule(L.LightningModule):
         self.model: ULLME = None  # type: ignore[assignment]  # until configure_model
 
     def setup(self, stage: str) -> None:
-        """Make checkpoints atomic, also for a trainer that was not built by the command line."""
+        """Check the callbacks, and install atomic checkpoints, also if the trainer was built without the CLI.
+
+        Raises:
+            ValueError: a callback that cannot work here; see :mod:`ullme.callbacks.unsupported`.
+        """
+        from ullme.callbacks.unsupported import check_callbacks
+
+        if stage == "fit":
+            check_callbacks(self.trainer, self.trainer.datamodule)  # type: ignore[attr-defined]
         install_atomic_io(self.trainer)
 
     def configure_model(self) -> None:
@@ -191,6 +199,17 @@ class ULLMEModule(L.LightningModule):
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        self._monitors_checked = False
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """After the first step, check what callbacks monitor. Raises: ValueError: it is not logged."""
+        from ullme.callbacks.unsupported import check_monitors_of_training
+
+        if not self._monitors_checked:
+            check_monitors_of_training(self.trainer)
+            self._monitors_checked = True
+
     def on_validation_epoch_start(self) -> None:
         """Allocate the embeddings of all corpus texts and queries."""
         beir = self._beir()
@@ -217,7 +236,8 @@ class ULLMEModule(L.LightningModule):
                 "fast_dev_run), so no retrieval metrics are logged"
             )
             return
-        scores = retrieval_metrics(queries, corpus, relevant)
+        own = [index[query] if query in beir.own_copies else None for query in beir.queries]
+        scores = retrieval_metrics(queries, corpus, relevant, own)
         self.log_dict({f"val/{name}": value for name, value in scores.items()}, prog_bar=True, rank_zero_only=True)
 
     def _beir(self) -> BeirFolder:

@@ -7,12 +7,13 @@ nor overwrite it.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import uuid
 from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -22,6 +23,8 @@ from ullme.utils import atomic_files
 FINISHED = "finished"  # file in the checkpoint folder of a finished run
 CONFIG_FILE = "config.yaml"
 WANDB_FILE = "wandb_run_id"
+LOCK_FILE = ".lock"
+_locks: dict[Path, TextIO] = {}
 # A run is the same if all options under these keys are equal ...
 _COMPARED_KEYS = ("seed_everything", "model", "data", "loss")
 _COMPARED_TRAINER_OPTIONS = (
@@ -75,6 +78,46 @@ def checkpoint_to_continue(folder: Path, run_folder: Path, config: dict[str, Any
     if not isinstance(content, dict) or CONTRACT_KEY not in content:
         raise ValueError(f"ckpt_path={str(checkpoint)!r} was not written by ullme; give a checkpoint of ullme")
     return str(checkpoint)
+
+
+def lock_run_folder(run_folder: Path) -> None:
+    """Keep other processes from training in this folder as long as this one lives, however it ends.
+
+    Raises:
+        ValueError: one does.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    file = run_folder / LOCK_FILE
+    if file in _locks:
+        return
+    stream = file.open("a+")
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the data loader's workers
+    except BlockingIOError:
+        stream.seek(0)
+        owner = stream.read().strip() or "another process"
+        stream.close()
+        raise ValueError(
+            f"trainer.default_root_dir={str(run_folder)!r} is in use by a run that still goes on ({owner}); wait for "
+            "it, stop it, or give another trainer.default_root_dir"
+        ) from None
+    except OSError:  # a file system without locks
+        stream.close()
+        return
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()} on {platform.node()}\n")
+    stream.flush()
+    _locks[file] = stream
+
+
+def unlock_run_folders() -> None:
+    """Let other processes train there again."""
+    for stream in _locks.values():
+        stream.close()
+    _locks.clear()
 
 
 def saved_config(folder: Path, run_folder: Path, asked: str | None) -> dict[str, Any]:

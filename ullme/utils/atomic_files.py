@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -134,9 +134,39 @@ def find_damage(path: str | Path) -> str | None:
 
 
 def newest_first(folder: str | Path) -> list[Path]:
-    """The checkpoints in a folder and below it, the newest first, unfinished ones left out."""
-    found = [p for p in Path(folder).rglob("*.ckpt") if p.is_file() and not p.name.startswith(UNFINISHED)]
-    return sorted(found, key=lambda p: p.stat().st_mtime_ns, reverse=True)
+    """The checkpoints in a folder and below it, links followed, that of the largest step first.
+
+    Times of files say nothing once a folder was copied. Of several at a step ``last.ckpt`` is the latest.
+    """
+    found = [
+        Path(place, name)
+        for place, _, names in _walk(folder)
+        for name in names
+        if name.endswith(".ckpt") and not name.startswith(UNFINISHED) and os.path.isfile(os.path.join(place, name))
+    ]
+    return sorted(found, key=lambda p: (_step(p), p.stem == "last", p.stat().st_mtime_ns), reverse=True)
+
+
+def _walk(folder: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As ``os.walk`` with links followed, each folder once."""
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield place, folders, names
+
+
+def _step(path: Path) -> float:
+    """The optimizer steps that a checkpoint was saved after; -1 if it cannot be read.
+
+    A damaged ``last.ckpt`` counts as the latest, so that it is reported instead of an older one taken in silence.
+    """
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except Exception:  # whatever a damaged or foreign file makes of torch
+        return float("inf") if path.stem == "last" else -1
 
 
 def check_writable(folder: Path, option: str = "trainer.default_root_dir") -> None:

@@ -6,9 +6,13 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from importlib import import_module
+from inspect import Parameter, signature
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -40,6 +44,59 @@ def check_config_files(argv: Sequence[str]) -> None:
             raise ValueError(f"--config={file}: is not plain YAML ({one_line(error)}); fix the file") from None
         if content is not None and not isinstance(content, dict):
             raise ValueError(f"--config={file}: holds a {type(content).__name__}, not options; write key: value lines")
+
+
+def check_empty_options(parser: Any, config: Any) -> None:
+    """Refuse options that were given no value (``instruction:`` with nothing behind it in YAML) and need one.
+
+    The parser takes them for None whatever their type is.
+
+    Args:
+        parser: that made the configuration.
+        config: as parsed.
+
+    Raises:
+        ValueError: an option is None, and neither its type nor its default is.
+    """
+    defaults = parser.get_defaults()
+    for action in parser._actions:
+        hint = getattr(action, "_typehint", None)
+        if hint is not None and action.dest in config:
+            _check_not_empty(action.dest, hint, config[action.dest], defaults.get(action.dest))
+
+
+def _check_not_empty(name: str, hint: Any, value: Any, default: Any) -> None:
+    """Raises: ValueError: the option, or one below it, is empty."""
+    if value is None:
+        if default is not None and not _allows_none(hint):
+            known = "" if default is Parameter.empty else f", {default!r}"
+            raise ValueError(f"{name} is empty; give it a value, or leave it out for its default{known}")
+        return
+    if isinstance(value, list):
+        for n, one in enumerate(value):
+            _check_not_empty(f"{name}[{n}]", Any, one, None)
+    elif is_dataclass(hint):
+        for field in fields(hint):
+            if field.name in value:
+                kind, usual = get_type_hints(hint)[field.name], field.default
+                _check_not_empty(f"{name}.{field.name}", kind, value[field.name], usual)
+    elif (path := getattr(value, "class_path", None)) and (options := getattr(value, "init_args", None)):
+        module, _, class_name = path.rpartition(".")
+        init = getattr(import_module(module), class_name).__init__
+        parameters = signature(init).parameters
+        try:
+            hints = get_type_hints(init)
+        except NameError:  # names that a library imports for type checkers alone, as Lightning's FSDPStrategy has
+            hints = {}
+        for key, one in vars(options).items():
+            if key in parameters:
+                _check_not_empty(f"{name}.init_args.{key}", hints.get(key, Any), one, parameters[key].default)
+
+
+def _allows_none(hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(map(_allows_none, get_args(hint)))
+    return hint in (Any, None, type(None)) or (get_origin(hint) is Literal and None in get_args(hint))
 
 
 def check_strategy(trainer: Any) -> None:
@@ -88,6 +145,14 @@ def print_error(error: BaseException) -> int:
         raise error
     print(f"error: {one_line(error)}", file=sys.stderr)
     return 2
+
+
+def explain_permission(error: PermissionError) -> ValueError:
+    """A file that cannot be written, often the cache of a library under a home folder that cannot be written."""
+    return ValueError(
+        f"{error.filename or error} cannot be written or read ({error.strerror or 'permission denied'}); fix the "
+        "permissions, or, if it is a cache, set HF_HOME and XDG_CACHE_HOME to a folder that can be written"
+    )
 
 
 def one_line(error: BaseException) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import string
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # A model with more was not shrunk properly.
 _MAX_PARAMETERS = 6_000_000
@@ -147,6 +148,19 @@ def make_tiny(family: str, **changes: Any) -> PreTrainedModel:
         raise ValueError(f"{family}: {size} parameters after shrinking")
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def make_character_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with a token for each printable character, small enough for the vocabulary of a tiny model."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    vocabulary = {token: n for n, token in enumerate([*special, *string.printable[:95]])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 # Fields that the general rules get wrong.

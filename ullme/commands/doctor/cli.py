@@ -84,6 +84,7 @@ def run(settings: Settings | None, fast: bool = False, started: float | None = N
 def _all_checks(settings: Settings | None, folder: Path, fast: bool) -> Iterator[tuple[str, Callable[[], str]]]:
     """The names and functions of all checks, in the order of the table."""
     from ullme.commands.doctor import machine
+    from ullme.commands.doctor.teacher import teacher
 
     yield "versions", machine.versions
     if settings is None:
@@ -105,6 +106,7 @@ def _all_checks(settings: Settings | None, folder: Path, fast: bool) -> Iterator
         yield "run folder", settings.run_folder
         yield "training data", settings.train_data
         yield "validation data", settings.val_data
+        yield "teacher", lambda: teacher(settings)
     yield from _correctness_checks(settings, folder, fast)
 
 

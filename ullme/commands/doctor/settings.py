@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 
 # Rows of each file that are checked.
 _ROWS = 100
-# Chunks for which a plan on a CPU is made where they are left open, see ullme.planning.auto_chunk.
-_CPU_CHUNK = 512
 
 
 class Settings:
@@ -110,12 +107,10 @@ class Settings:
         if gpu:
             devices = str(self.config.trainer.devices)
             count = int(devices) if devices.isdigit() else torch.cuda.device_count()
-        elif job.chunk_tokens is None and job.chunk_size is None and not job.full_batch:
-            job = replace(job, chunk_tokens=_CPU_CHUNK)
         strategy = self.config.trainer.strategy
         named = strategy if isinstance(strategy, str) else strategy.class_path
         fsdp = any(word in named.lower() for word in ("fsdp", "modelparallel"))
-        device = Device(name, peak_tflops(name) or 1, free_memory(place) / GIB)
+        device = Device(name, peak_tflops(name) or 1, free_memory(place) / GIB, kind=place.type)
         return make_plan(job, device, count, fsdp)
 
     def memory(self) -> str:
@@ -194,9 +189,11 @@ def _check_first_rows(one: Any, on_bad_row: str) -> str:
     """Parse the first rows of a training set. Raises: as :meth:`Settings.train_data`."""
     from ullme.data.jsonl import iter_lines, parse_line
     from ullme.data.records import parse_record
-    from ullme.data.sources import expand_files, is_jsonl
+    from ullme.data.sources import check_kind, expand_files, is_jsonl
 
     names = [one.train] if isinstance(one.train, str) else list(one.train)
+    for name in names:
+        check_kind(name)
     if all(map(is_jsonl, names)):
         files = [path for name in names for path in expand_files(name, one.split)]
         read = 0

@@ -46,8 +46,10 @@ def merge(model: ULLME) -> None:
     """
     if model.options.lora_name is None:
         return
+    from ullme.models import lora  # imports PEFT
+
     try:
-        model.llm = model.llm.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+        model.llm = lora.merge(model.llm, safe=True)
     except ValueError as error:
         raise ValueError(f"the adapter cannot be merged: {error}") from error
     model.options = replace(model.options, lora_name=None, train=None)

@@ -16,6 +16,11 @@ CHECKS = {
     "LoRA": "an adapter receives gradients and changes the embedding",
     "checkpointing": "gradient checkpointing gives the same gradients (where transformers supports it for the family)",
     "packed": "packed rows give the same result as another path, with both kinds of attention (if it can be packed)",
+    "lengths": "texts of one token, and of as many as the model has positions, embed",
+    "training": "with the default options: a training step changes the embedding, the adapter can be switched off, "
+    "saved, loaded, and exported for PEFT",
+    "export": "the merged model embeds the same in sentence-transformers (– where transformers alone does not keep the "
+    "attention, which `ullme export` says)",
 }
 
 

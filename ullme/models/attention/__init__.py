@@ -13,6 +13,7 @@ from ullme.models.attention.paths import (
     text_decoder,
 )
 from ullme.models.attention.probe import choose_path, find_path
+from ullme.models.attention.rotary import length_key
 
 __all__ = [
     "PATHS",
@@ -20,6 +21,7 @@ __all__ = [
     "choose_path",
     "decoder_layers",
     "find_path",
+    "length_key",
     "run_flags",
     "run_mask4d",
     "run_packed",

@@ -62,6 +62,15 @@ class PackedRows:
         """The most tokens that a row attends to, its parent's included."""
         return max(map(sum, zip(self.host_lengths, self.host_offsets, strict=True)))
 
+    @property
+    def full_lengths(self) -> list[int]:
+        """Tokens of the text that each row is a part of: its parent's included, or its longest child's."""
+        full = [sum(pair) for pair in zip(self.host_lengths, self.host_offsets, strict=True)]
+        for row, parent in enumerate(self.parents or ()):
+            if parent >= 0:
+                full[parent] = max(full[parent], full[row])
+        return full
+
     @cached_property
     def position_ids(self) -> Tensor:
         """(1, T) position ids, which start at 0 in every row, or at the length of its parent."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ullme.models.attention import rotary
 from ullme.models.attention.packed_rows import PackedRows, real_lengths
 from ullme.models.attention.packing import ROWS_KEYWORD, no_mask
 
@@ -42,14 +43,18 @@ def run_packed(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, ca
 
 def run_rows(decoder: nn.Module, tokens: Tensor, rows: PackedRows, causal: bool) -> Tensor:
     """(T, D) last hidden states of T packed tokens with the given layout."""
-    out = text_decoder(decoder)(
-        input_ids=tokens[None],
-        attention_mask=no_mask(tokens.device),
-        position_ids=rows.position_ids,
-        is_causal=causal,
-        use_cache=False,
-        **{ROWS_KEYWORD: rows},
-    )
+    decoder = text_decoder(decoder)
+    key = rotary.length_key(decoder)
+    groups = [] if key is None else rotary.packed_groups(rows.host_lengths, rows.full_lengths, key)
+    with rotary.frequencies_by_group(decoder, groups, 1) if groups else nullcontext():
+        out = decoder(
+            input_ids=tokens[None],
+            attention_mask=no_mask(tokens.device),
+            position_ids=rows.position_ids,
+            is_causal=causal,
+            use_cache=False,
+            **{ROWS_KEYWORD: rows},
+        )
     return out.last_hidden_state[0]
 
 
@@ -74,7 +79,7 @@ def run_flags(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, cau
     if "flash" in (getattr(decoder.config, "_attn_implementation", None) or ""):
         raise NotImplementedError("flash attention takes no mask; set attn_implementation to sdpa or eager")
     lengths = set(real_lengths(attention_mask))
-    if extra_row := len(lengths) == 1 and lengths != {1}:
+    if extra_row := len(lengths) == 1 and lengths != {1}:  # a block of one-token rows is padded anyway
         input_ids = torch.cat([input_ids, input_ids[:1]])
         first_only = torch.arange(attention_mask.shape[1], device=attention_mask.device)[None] == 0
         attention_mask = torch.cat([attention_mask, first_only.to(attention_mask)])
@@ -188,18 +193,22 @@ def _run_block(
 ) -> Hidden:
     """Run the decoder on right-padded rows: left padding is moved to the right, so that positions start at 0."""
     decoder = text_decoder(decoder)
-    lengths = torch.tensor(real_lengths(attention_mask), device=input_ids.device)
-    real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
-    ids = torch.zeros_like(input_ids).masked_scatter(real, input_ids[attention_mask.bool()])
-    width = int(lengths.max())
-    real, ids = real[:, :width], ids[:, :width]
+    host_lengths = real_lengths(attention_mask)
+    lengths = torch.tensor(host_lengths, device=input_ids.device)
+    # At least two columns: MPT makes no mask, and fails, for a block of one.
+    width = max(2, *host_lengths)
+    real = torch.arange(width, device=input_ids.device) < lengths[:, None]
+    ids = input_ids.new_zeros(real.shape).masked_scatter(real, input_ids[attention_mask.bool()])
     parameter = next(decoder.parameters())
-    out = decoder(
-        input_ids=ids,
-        attention_mask=make_mask(real.long(), parameter.dtype),
-        **keywords,
-        **without_cache(type(decoder).forward),
-    )
+    key = rotary.length_key(decoder)
+    groups = [] if key is None else rotary.padded_groups(host_lengths, key)
+    with rotary.frequencies_by_group(decoder, groups, len(host_lengths)) if groups else nullcontext():
+        out = decoder(
+            input_ids=ids,
+            attention_mask=make_mask(real.long(), parameter.dtype),
+            **keywords,
+            **without_cache(type(decoder).forward),
+        )
     return Hidden(out.last_hidden_state[real], lengths)
 
 

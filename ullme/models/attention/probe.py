@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ullme.models.attention import packing
+from ullme.models.attention import packing, rotary
 from ullme.models.attention.layers import (
     LayerCall,
     LayerCallRecorder,
@@ -156,6 +156,10 @@ def _check_path(model: PreTrainedModel, name: str, causal: bool, plain: Tensor) 
     )
     if differ(together, separate):
         return ProbeResult("a row's result depends on the other rows or on padding")
+    with rotary.short_limits(text_decoder(decoder)) as has_limits:
+        rows = [run(decoder, x, m, causal).flat for x, m in ((ids, mask), (ids[:1], mask[:1]), (ids[1:], mask[1:]))]
+    if has_limits and differ(rows[0], torch.cat(rows[1:])):
+        return ProbeResult("a row's rotary positions depend on the length of other rows")
     other = ids.clone()
     other[1] = (other[1] + vocab_size // 2) % vocab_size
     before, after = together[:12].double(), run(decoder, other, mask, causal).flat[:12].double()

@@ -1,0 +1,55 @@
+"""Whether the teacher of a KL ranks better than chance: the configuration's own LLM on its own training rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ullme.commands.doctor.checks import NotChecked
+
+if TYPE_CHECKING:
+    from ullme.commands.doctor.settings import Settings
+
+# A larger LLM takes too long on a CPU.
+_MOST_WEIGHTS_ON_CPU = 500_000_000
+
+
+def teacher(settings: Settings) -> str:
+    """Measure it, with a warning where it is at chance: the run is sound all the same.
+
+    Raises:
+        NotChecked: there is no KL, no label, or the LLM is not here or too large.
+    """
+    import torch
+
+    from ullme.data.datamodule import ULLMEDataModule
+    from ullme.data.mixture import TrainSet
+    from ullme.engine.reference import AdaptersOff
+    from ullme.engine.teacher_quality import measure_teacher
+    from ullme.losses import KL
+    from ullme.models.ullme import ULLME
+    from ullme.prompts import Prompts
+
+    objective = settings.job.objective
+    if not any(isinstance(term, KL) for term in objective.terms):
+        raise NotChecked("the loss has no KL, so nothing is taught by likelihoods")
+    name = settings.options.model_name_or_path
+    if not settings.is_local:
+        raise NotChecked(f"{name} is not on this machine yet; the run measures its teacher before the first step")
+    gpu = torch.cuda.is_available() and settings.config.trainer.accelerator != "cpu"
+    if not gpu and settings.plan.weights > _MOST_WEIGHTS_ON_CPU:
+        raise NotChecked(f"{name} is too large for a CPU; the run measures its teacher before the first step")
+    options = {**settings.config.data.as_dict(), "val": None}
+    if options.get("datasets"):
+        options["datasets"] = [TrainSet(**vars(one)) for one in settings.config.data.datasets]
+    data = ULLMEDataModule(**options)
+    data.setup("fit")
+    if not data.labelled:
+        raise NotChecked("the training rows have no labels to measure the teacher by")
+    prompts = Prompts(**settings.config.model.prompts.as_dict())
+    model = ULLME(**settings.options.to_dict(), prompts=prompts).eval().to("cuda" if gpu else "cpu")
+    if settings.options.lora_name is not None:
+        objective.reference = AdaptersOff()
+    quality = measure_teacher(objective, model, data.first_batches(model.prompt_tokenizer, objective.likelihoods))
+    if quality is None:
+        raise NotChecked("data.num_hard_negatives=0 leaves the teacher nothing to rank")
+    return f"warning: {quality}: {quality.remedy}" if quality.at_chance else str(quality)

@@ -1,0 +1,125 @@
+"""How well the teacher of a KL ranks the positives, measured on some rows before a run is paid for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+
+from ullme.batch import PARTS, Batch, Direction
+from ullme.distributed import mean_over_ranks, world
+from ullme.engine.scoring import score_by_chunk
+from ullme.losses.kl import KL
+from ullme.losses.ranking import rank_of_first
+
+if TYPE_CHECKING:
+    from ullme.engine.objective import Objective
+    from ullme.models.ullme import ULLME
+
+# Queries, over all ranks, that are measured at the most; and after how many it is looked whether fewer do.
+ROWS, BLOCK = 100, 20
+# Queries in one forward of each rank.
+_CHUNK = 4
+
+
+@dataclass(frozen=True)
+class TeacherQuality:
+    """How a teacher ranks positives.
+
+    Args:
+        direction: what it scores by.
+        accuracy: the share of queries whose positive it ranks first.
+        mrr: the mean reciprocal rank of the positive.
+        candidates: C.
+        rows: queries measured.
+    """
+
+    direction: Direction
+    accuracy: float
+    mrr: float
+    candidates: int
+    rows: int
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of a teacher that knows nothing."""
+        return 1 / self.candidates
+
+    @property
+    def deviations(self) -> float:
+        """By how many of chance's standard deviations the accuracy is above chance."""
+        return (self.accuracy - self.chance) / math.sqrt(self.chance * (1 - self.chance) / self.rows)
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether so many right answers, or more, come by chance in one case of forty."""
+        return self.deviations < 2
+
+    def __str__(self) -> str:
+        return (
+            f"the teacher of the KL ({self.direction}) ranks {100 * self.accuracy:.0f} % of {self.rows} positives "
+            f"first among {self.candidates} candidates (chance {100 * self.chance:.0f} %), MRR {self.mrr:.2f}"
+        )
+
+    @property
+    def remedy(self) -> str:
+        """What to change about a teacher at chance."""
+        other = "" if self.direction == "query_given_passage" else "direction=query_given_passage, "
+        return f"such a KL teaches noise; try {other}another LLM, or a kl_weight of 0"
+
+
+@torch.no_grad()
+def measure_teacher(objective: Objective, model: ULLME, batches: Iterable[Batch]) -> TeacherQuality | None:
+    """Rank the candidates of up to :data:`ROWS` queries by the likelihoods of the objective's KL.
+
+    A teacher that is far above chance after some queries is not measured on more.
+
+    Args:
+        objective: prepared (:meth:`Objective.check`).
+        model: the policy, on its device; every rank calls this with its own.
+        batches: this rank's, with the rows for the likelihoods; every rank has as many.
+
+    Returns:
+        None where there is no KL, one candidate only, or no positive is known.
+    """
+    term = next((term for term in objective.chunk_terms if isinstance(term, KL)), None)
+    if term is None:
+        return None
+    found: list[torch.Tensor] = []
+    quality = None
+    size = max(1, BLOCK // world()[1])
+    for batch in islice(batches, ROWS):
+        if not batch.labelled or batch.num_candidates < 2:
+            continue
+        for start in range(0, len(batch), size):
+            part = batch[start : start + size].to(model.device)
+            found.append(torch.stack(rank_of_first(_scores(objective, term, model, part))))
+            accuracy, mrr = (mean_over_ranks(values).item() for values in torch.cat(found, 1))
+            rows = sum(part.shape[1] for part in found) * world()[1]
+            quality = TeacherQuality(term.direction, accuracy, mrr, batch.num_candidates, rows)
+            if rows >= ROWS or quality.deviations > 5:
+                return quality
+    return quality
+
+
+def _scores(objective: Objective, term: KL, model: ULLME, batch: Batch) -> torch.Tensor:
+    """(b, C) what the term ranks by, before its temperature."""
+    everything = torch.ones_like(batch.passage_keys, dtype=torch.bool)
+    chunks = [slice(n, min(n + _CHUNK, len(batch))) for n in range(0, len(batch), _CHUNK)]
+    total = torch.zeros(everything.shape, dtype=torch.double, device=everything.device)
+    training = model.training
+    model.eval()
+    try:
+        for kind, sign in PARTS[term.direction].items():
+            if term.uses_reference:
+                logps = objective.reference.logps(model, batch, everything, objective.share_prompts, kind, chunks)
+            else:
+                logps = score_by_chunk(model, batch, everything, objective.share_prompts, kind, chunks)
+            total += sign * logps
+    finally:
+        model.train(training)
+    return total / batch.generation_rows(next(iter(PARTS[term.direction]))).lengths(everything.shape)

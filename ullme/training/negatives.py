@@ -1,0 +1,38 @@
+"""Whether a contrastive loss has anything to tell a positive from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ullme.losses import InfoNCE, Term
+
+
+def check_negatives(
+    terms: Iterable[Term],
+    batch_size: int,
+    num_hard_negatives: int,
+    in_batch_negatives: bool = True,
+    where: str = "",
+) -> None:
+    """Refuse a contrastive loss without any negative: its value and its gradient are 0 throughout.
+
+    Args:
+        terms: of the objective.
+        batch_size: queries of a global batch.
+        num_hard_negatives: N.
+        in_batch_negatives: whether the data lets queries use each other's passages.
+        where: the dataset, for the message.
+
+    Raises:
+        ValueError: a term has no negatives.
+    """
+    for term in terms:
+        if not isinstance(term, InfoNCE) or num_hard_negatives > 0:
+            continue
+        shared = in_batch_negatives and term.in_batch_negatives
+        if batch_size == 1 or not shared:
+            missing = "data.batch_size=1" if batch_size == 1 else "in_batch_negatives=false"
+            raise ValueError(
+                f"loss term {term.name} compares a positive with negatives, and with data.num_hard_negatives=0 and "
+                f"{missing}{where} there is no negative; give hard negatives, or larger batches with in-batch negatives"
+            )
