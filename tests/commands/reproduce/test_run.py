@@ -23,7 +23,7 @@ from ullme.commands.reproduce.run import Devices, Runner
 from ullme.commands.reproduce.scores import read_scores
 from ullme.demo.world import build_world
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 ROWS = [{"task": "facts-0123abcd", "type": "Retrieval", "main_score": "ndcg_at_10", "score": 50.0, "error": None}]
 
 

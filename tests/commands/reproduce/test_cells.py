@@ -13,7 +13,7 @@ from ullme.commands.train import read_configs
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI")
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TRAIN = ["-m", "ullme", "train", "fit"]
 TERMS = {
     "causal_cl": ("causal", "GradCache", ["InfoNCE"]),

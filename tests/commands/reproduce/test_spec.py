@@ -9,7 +9,7 @@ import yaml
 from ullme.commands.reproduce.cli import main, parser, read_table
 from ullme.commands.reproduce.spec import check, chosen, filled
 
-PAPER = Path(__file__).parents[2] / "configs" / "paper"
+PAPER = Path(__file__).parents[3] / "configs" / "paper"
 ROWS = ["base", "causal_cl", "bi_cl", "bi_cl_sft", "grl_sft", "grl", "echo", "llm2vec"]
 
 

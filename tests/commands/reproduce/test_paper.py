@@ -9,7 +9,7 @@ from synthetic_cells import cell
 from ullme.commands.reproduce import paper
 from ullme.commands.reproduce.paper import aggregate, parts_of_aggregates, read_paper, task_name
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
