@@ -83,6 +83,8 @@ PAPER_TERMS = {
     "grl": {"info_nce": 1.0, "dpo": 0.5, "kl": 1.0},
     "grl_query": {"info_nce": 1.0, "kl": 1.0},
     "art": {"kl": 1.0, "pseudo_label_info_nce": 1.0},
+    "query_distillation": {"info_nce": 1.0, "kl": 1.0},
+    "query_distillation_unlabelled": {"kl": 1.0},
     "echo": {"info_nce": 1.0},
     "llm2vec_mntp": {"mntp": 1.0},
     "llm2vec": {"info_nce": 1.0},

@@ -141,6 +141,8 @@ def test_paper_api_gives_percent_by_language(model, two_languages, tmp_path):
     assert scores["eng"] == pytest.approx(-scores["fra"])
     assert abs(scores["eng"]) == pytest.approx(100)
     assert eval_mteb_dataset(model=model, dataset_name="MockSTSTask") == pytest.approx({"eng": scores["eng"]})
+    [both] = evaluate_tasks(model, find_tasks([two_languages]), show_progress_bar=False)
+    assert both.score == pytest.approx(0, abs=1e-6)  # their mean
 
 
 @pytest.mark.usefixtures("registered")

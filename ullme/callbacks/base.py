@@ -92,12 +92,14 @@ class LossCallback(L.Callback, ABC):
             )
         negatives = getattr(data, "num_hard_negatives", 1)
         self.objective.check(model, negatives, str(trainer.precision), getattr(data, "labelled", True))
-        self._measure_teacher(trainer, model)
 
-    def _measure_teacher(self, trainer: L.Trainer, model: Any) -> None:
-        """Say how well the teacher of a KL ranks, and warn where it is at chance; a resumed run has been told."""
+    def measure_teacher(self, trainer: L.Trainer, model: Any) -> None:
+        """Log how well the teacher of a KL ranks, with a warning where it is at chance; not in a resumed run.
+
+        To be called once a checkpoint is restored: FSDP2 cannot copy weights in after a forward.
+        """
         first_batches = getattr(trainer.datamodule, "first_batches", None)  # type: ignore[attr-defined]
-        if first_batches is None or trainer.ckpt_path is not None:
+        if first_batches is None or trainer.global_step > 0:
             return
         batches = first_batches(model.prompt_tokenizer, self.objective.likelihoods)
         with trainer.precision_plugin.forward_context():
@@ -108,7 +110,8 @@ class LossCallback(L.Callback, ABC):
             rank_zero_info(str(quality))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ULLMEModule) -> None:  # type: ignore[override]
-        """Decide ``gradient_checkpointing: auto``, for a batch whose activations are in memory all at once."""
+        """Measure the teacher, and decide ``gradient_checkpointing: auto`` for a batch that is in memory whole."""
+        self.measure_teacher(trainer, pl_module.model)
         if pl_module.model.options.gradient_checkpointing == "auto":
             self.decide_chunking(trainer, pl_module, lambda query_tokens, queries: query_tokens * queries)
 

@@ -74,7 +74,8 @@ class GradCache(LossCallback):
         self.retained_tokens = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ULLMEModule) -> None:  # type: ignore[override]
-        """Decide ``chunk_tokens: auto`` and ``gradient_checkpointing: auto``."""
+        """Measure the teacher, and decide ``chunk_tokens: auto`` and ``gradient_checkpointing: auto``."""
+        self.measure_teacher(trainer, pl_module.model)
         automatic = self.chunk_size is None and self.chunk_tokens is None
         resumed = self.chunking is not None
         if automatic or resumed or pl_module.model.options.gradient_checkpointing == "auto":
