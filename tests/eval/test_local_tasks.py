@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from eval_helpers import DOCUMENTS, write_jsonl
 
 from ullme.data.beir import read_beir
@@ -106,6 +107,17 @@ def test_the_tenth_rank_counts_and_the_eleventh_does_not(model, angles, tmp_path
     angles(documents | {f"query {n}": 0.0 for n in (7, 10, 11)})
     expected = (1 / math.log2(7 + 1) + 1 / math.log2(10 + 1) + 0) / 3
     assert score(model, local_tasks.retrieval_task(tmp_path)) == pytest.approx(100 * expected, abs=1e-3)
+
+
+def test_an_own_copy_takes_no_place_among_those_retrieved(monkeypatch):
+    """Cosines 1 (the copy), 0.9, 0.8 and 0.6 (relevant): without the copy the relevant one is third, below depth 2."""
+    monkeypatch.setattr("ullme.training.retrieval_metrics.DEPTH", 2)
+    cosines = torch.tensor([1.0, 0.9, 0.8, 0.6])
+    corpus = torch.stack([cosines, (1 - cosines**2).sqrt()], dim=1)
+    query = torch.tensor([[1.0, 0.0]])
+    assert retrieval_metrics(query, corpus, [{3: 1}], [0])["recall@100"] == 0
+    assert retrieval_metrics(query, corpus, [{2: 1}], [0])["recall@100"] == 1
+    assert retrieval_metrics(query, corpus, [{2: 1}])["recall@100"] == 0
 
 
 def test_reranking_is_mean_average_precision(model, reranking_file):
