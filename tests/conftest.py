@@ -5,6 +5,7 @@ import gc
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,8 @@ def _nothing_of_earlier_tests() -> Iterator[None]:
     np.random.seed(0)
     torch.manual_seed(0)
     yield
+    if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
+        wandb.finish()  # or the next test's logger would write into this test's run
     kept = {"PYTEST_CURRENT_TEST"}  # pytest's own
     for name in {*before, *os.environ} - kept:
         if name not in before or name == "PL_GLOBAL_SEED":
