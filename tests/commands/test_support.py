@@ -98,7 +98,7 @@ def test_a_family_without_attention_is_refused_with_the_reason():
 
 def test_a_hybrid_names_what_stays_causal():
     (row,) = survey.survey(["jamba"], LONG)
-    assert (row.verdict, row.blind, row.layers) == ("hybrid", (0,), 2)
+    assert (row.verdict, row.recurrent_layers, row.layers) == ("hybrid", (0,), 2)
     assert "layers [0] of 2" in page.table([row])
 
 
@@ -216,9 +216,9 @@ def test_every_architecture_of_transformers_has_a_verdict(everything):
         if row.path:  # bidirectional by this path, or the probe would have refused it
             assert row.checks["causal"], row
         if row.verdict == "hybrid":
-            assert row.blind or row.mixed, row
+            assert row.recurrent_layers or row.mixed, row
         if row.verdict == "verified":
-            assert not row.blind, row
+            assert not row.recurrent_layers, row
             assert not row.mixed, row
 
 

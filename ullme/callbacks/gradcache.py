@@ -40,9 +40,10 @@ class GradCache(LossCallback):
             generation terms. auto takes the largest that fits before training starts, says so, and embeds as many
             chunks only once as the rest of the memory holds: a batch that fits whole is done without GradCache's
             first forward.
-        reference: as in :class:`~ullme.callbacks.LossCallback`.
-        cache_reference: likewise.
-        share_prompts: likewise.
+        reference: π_ref of preference losses: the LLM with its adapters off; a frozen second copy, for full
+            fine-tuning; or only what cache_reference holds.
+        cache_reference: folder that keeps reference likelihoods for later epochs, seeds and methods.
+        share_prompts: run a generation prompt once for all its targets, where the backbone can be packed.
         on_oom: out of memory: ``fail`` with the chunk to try next; ``halve_chunk`` does the step again with half of
             it, from then on, in a run of one process. The result does not depend on the chunk.
 

@@ -22,16 +22,17 @@ class GRL(GradCache):
         beta: β of the preference loss.
         contrastive_weight: λ_CL.
         generation_weight: λ_DPO; 0 leaves the term out.
-        kl_weight: λ_KL; 0 likewise.
+        kl_weight: λ_KL; 0 leaves the term out.
         retrieval_temperature: divides the cosines in P_rt.
         generation_temperature: divides the mean log-probabilities in P_gen.
         detach_generation: no gradient of the KL through P_gen.
-        chunk_size: as in :class:`~ullme.callbacks.GradCache`.
-        chunk_tokens: likewise.
-        reference: likewise.
-        cache_reference: likewise.
-        share_prompts: likewise.
-        on_oom: likewise.
+        chunk_size: queries in a chunk, each with all its candidates; null leaves it to chunk_tokens.
+        chunk_tokens: real tokens in a chunk; auto takes the largest that fits.
+        reference: π_ref of DPO and KTO, and of the KL with ``teacher: reference``: the LLM with its adapters off, a
+            frozen copy, or only what cache_reference holds.
+        cache_reference: folder that keeps reference likelihoods for later epochs, seeds and methods.
+        share_prompts: run a generation prompt once for all its targets, where the backbone can be packed.
+        on_oom: out of memory: ``fail`` with the chunk to try next, or ``halve_chunk`` and go on.
         direction: what is generated, in the generation term and the KL: ``passage_given_query``, as in the paper;
             ``query_given_passage``, which ranks far better; or ``gain``, of the KL alone.
         teacher: whose likelihoods the KL's P_gen is of: the ``policy``, as in the paper, or the ``reference``, the

@@ -85,7 +85,7 @@ def reranking_task(file: str | Path) -> AbsTask:
         ids = {passage: corpus.setdefault(passage, f"d{len(corpus)}") for passage in [*positives, *negatives]}
         queries[f"q{n}"] = text(row, "query", where)
         qrels[f"q{n}"] = {id_: int(passage in set(positives)) for passage, id_ in ids.items()}
-        # Sorted by id, not positives first: with equal scores the given order would decide the ranking.
+        # mteb breaks ties of equal scores by id, whatever the order here.
         candidates[f"q{n}"] = sorted(ids.values())
 
     def load() -> dict[str, Any]:

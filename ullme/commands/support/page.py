@@ -35,7 +35,7 @@ class Support:
         path: how it embeds with bidirectional attention.
         reason: why it is refused, not built or limited.
         checks: name of each check made, and whether it held.
-        blind: layers that stay causal because they have no attention.
+        recurrent_layers: layers that stay causal because they have no attention.
         mixed: layers with attention beside a recurrence or convolution, which stays causal.
         layers: how many layers the tiny model has.
     """
@@ -45,7 +45,7 @@ class Support:
     path: str = ""
     reason: str = ""
     checks: dict[str, bool] = field(default_factory=dict)
-    blind: tuple[int, ...] = ()
+    recurrent_layers: tuple[int, ...] = ()
     mixed: tuple[int, ...] = ()
     layers: int = 0
 
@@ -69,7 +69,7 @@ def table(rows: Sequence[Support]) -> str:
 
 
 def _causal_parts(row: Support) -> str:
-    parts = [f"layers {list(row.blind)} of {row.layers}"] if row.blind else []
+    parts = [f"layers {list(row.recurrent_layers)} of {row.layers}"] if row.recurrent_layers else []
     parts += [f"the recurrent part of layers {list(row.mixed)}"] if row.mixed else []
     return ", ".join(parts)
 

@@ -54,7 +54,7 @@ def check_family(family: str, leave_out: Collection[str] = ()) -> Support:
         return Support(family, "refused", reason=_reason(error))
     layers = attention.decoder_layers(model.base_model)
     mixed = tuple(n for n, layer in enumerate(layers) if n not in finding.recurrent_layers and _has_recurrence(layer))
-    support = Support(family, "", path, blind=finding.recurrent_layers, mixed=mixed, layers=len(layers))
+    support = Support(family, "", path, recurrent_layers=finding.recurrent_layers, mixed=mixed, layers=len(layers))
     problems = []
     for name, check in _CHECKS.items():
         if name in leave_out:
@@ -68,7 +68,7 @@ def check_family(family: str, leave_out: Collection[str] = ()) -> Support:
             problems += [name] if passed is False else []
         if passed is not None:
             support.checks[name] = passed
-    support.verdict = "limited" if problems else "hybrid" if support.blind or mixed else "verified"
+    support.verdict = "limited" if problems else "hybrid" if support.recurrent_layers or mixed else "verified"
     support.reason = "; ".join(problems)
     return support
 
