@@ -44,6 +44,8 @@ class ULLME(nn.Module):
         prompts: the prompt contract.
         llm: the (PEFT-wrapped) causal LM.
         pooler: the trained layer of latent_attention pooling; None for other poolings.
+        matryoshka_dims: the numbers of leading dimensions that training made embeddings of, the largest first
+            (:class:`~ullme.losses.Matryoshka`); empty for none.
         fingerprint: hash that identifies the pre-trained LLM in its dtype.
         attention_path: how the LLM is run to embed (packed, padded, flags or mask4d), as chosen by the probe.
 
@@ -66,6 +68,7 @@ class ULLME(nn.Module):
         super().__init__()
         self.options = BackboneConfig(model_name_or_path, model_backbone_type, lora_name, **options)
         self.prompts = prompts or Prompts()
+        self.matryoshka_dims: tuple[int, ...] = ()
         config = loading.load_config(self.options)
         self.options = loading.choose_dtype(self.options, config)
         self.tokenizer = loading.load_tokenizer(self.options)
