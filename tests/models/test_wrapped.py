@@ -311,10 +311,10 @@ def test_the_revision_is_that_of_the_content(adapters, tiny_llm):
 
 def test_from_model_uses_the_model_as_it_is(tiny_llm):
     ullme = ULLME(str(tiny_llm), lora_name=None)
-    wrapped = WrappedULLME.from_model(ullme, "run/step-10", max_length=32, truncate_dim=4)
+    wrapped = WrappedULLME.from_model(ullme, "run/step-10", max_length=64, truncate_dim=4)
     assert wrapped.model is ullme
     assert wrapped.mteb_model_meta.name == "run/step-10"
-    assert wrapped.max_length == 32
+    assert wrapped.max_length == 64
     assert wrapped.mteb_model_meta.embed_dim == 4
     task = mock("MockSTSTask")
     found = wrapped.encode([{"text": ["a"]}], task_metadata=task.metadata, hf_split="test", hf_subset="default")
