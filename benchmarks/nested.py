@@ -2,9 +2,9 @@
 
     python benchmarks/nested.py --model FOLDER --data FOLDER [--seeds 0 1 2] [--corpora msmarco/dev trec-dl19]
 
-Trains an adapter with InfoNCE (CL, contrastive learning) and one with Matryoshka around it, on the same batches, embeds each corpus once, and
-scores its embeddings at every width in float32, int8 and binary. A training whose lines are there is not done again.
-Leaves a line for each training and corpus in results/nested.jsonl and draws results/nested.png.
+Trains an adapter with InfoNCE (CL, contrastive learning) and one with Matryoshka around it, on the same batches, embeds
+each corpus once, and scores its embeddings at every width in float32, int8 and binary. Leaves a line for each training
+and corpus in results/nested.jsonl, and draws results/nested.png. What has its line there is not done again.
 
 int8 has the ranges of the corpus for queries and documents; similarities are of the numbers that the steps stand for.
 binary keeps signs; the similarity is the number of equal signs.
