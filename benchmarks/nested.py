@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--corpora", nargs="+", default=["msmarco/dev"], help="BEIR folders to evaluate on, in --data")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--dims", nargs="+", type=int, help="below the hidden size (default: a half, quarter, eighth)")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--negatives", type=int, default=1)
     parser.add_argument("--max_length", type=int, default=64, help="tokens of a passage, in training and evaluation")
