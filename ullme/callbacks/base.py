@@ -92,6 +92,7 @@ class LossCallback(L.Callback, ABC):
             )
         negatives = getattr(data, "num_hard_negatives", 1)
         self.objective.check(model, negatives, str(trainer.precision), getattr(data, "labelled", True))
+        model.matryoshka_dims = self.objective.matryoshka_dims  # kept in checkpoints
 
     def measure_teacher(self, trainer: L.Trainer, model: Any) -> None:
         """Log how well the teacher of a KL ranks, with a warning where it is at chance; not in a resumed run.

@@ -75,6 +75,11 @@ class Objective:
         self.uses_reps = bool(self.representation_terms) or any(t.uses_reps for t in self.chunk_terms)
 
     @property
+    def matryoshka_dims(self) -> tuple[int, ...]:
+        """The numbers of leading dimensions that are trained as embeddings, the largest first; empty for none."""
+        return tuple(sorted({dim for term in self.representation_terms for dim in term.matryoshka_dims}, reverse=True))
+
+    @property
     def needs_generation(self) -> bool:
         """Whether batches must carry :class:`~ullme.batch.GenerationRows`."""
         return bool(self.likelihoods)
@@ -102,6 +107,8 @@ class Objective:
         """
         if not labelled:
             self._check_without_labels()
+        for representation_term in self.representation_terms:
+            representation_term.check_width(model.hidden_size)
         for term in self.chunk_terms:
             if isinstance(term, MNTP):
                 term.mask_token_id(model.tokenizer)

@@ -42,6 +42,11 @@ class RepresentationLoss(Term):
     """
 
     teacher_direction: Direction | None = None
+    # the numbers of leading dimensions, the largest first, that the term trains as embeddings besides the full width
+    matryoshka_dims: tuple[int, ...] = ()
+
+    def check_width(self, width: int) -> None:
+        """Before training. Raises: ValueError: the term does not fit embeddings of D = ``width`` dimensions."""
 
     def forward(self, reps: Representations) -> Tensor:
         """The unweighted term: a scalar, the mean over this rank's queries (see :mod:`ullme.distributed`)."""
