@@ -18,6 +18,7 @@ from ullme.batch import PARTS, Batch, Direction, LikelihoodKind, Representations
 from ullme.distributed import all_reduce_max, any_rank, gather_sizes, global_mean_weight, mean_over_ranks
 from ullme.engine.finite import FiniteChecks
 from ullme.engine.gradcache import GradCache, backward_outside_autocast, chunk_rows, embed_batch
+from ullme.engine.mismatched import mismatched_pairs
 from ullme.engine.reference import AdaptersOff, Reference
 from ullme.engine.scoring import (
     Scored,
@@ -214,7 +215,7 @@ class Objective:
         """(chunk, representations, scale) -> the chunk's part of the mean over the global batch, times ``scale``."""
         sizes = gather_sizes(len(batch), batch.row_ids.device)
         weight = global_mean_weight(sizes) / len(batch)
-        statistics = self._statistics(model, batch, scoring, references)
+        statistics = self._statistics(model, batch, scoring, references, sizes)
 
         def total(chunk: slice, reps: Representations | None, scale: float = 1.0) -> Tensor:
             part, scale = batch[chunk], weight * scale
@@ -256,19 +257,34 @@ class Objective:
         }
 
     @torch.no_grad()
-    def _statistics(self, model: ULLME, batch: Batch, scoring: Scoring, references: References) -> dict[str, Tensor]:
-        """Means over the global batch that a term must know before its gradient."""
-        terms = [term for term in self.chunk_terms if term.statistic_candidates(batch[:1]) is not None]
-        if not terms:
-            return {}
+    def _statistics(
+        self, model: ULLME, batch: Batch, scoring: Scoring, references: References, sizes: list[int]
+    ) -> dict[str, Tensor]:
+        """Means over the global batch that a term must know before its gradient; ``sizes``: queries of each rank."""
         chunks = [slice(n, min(n + STATISTIC_QUERIES, len(batch))) for n in range(0, len(batch), STATISTIC_QUERIES)]
         found = {}
-        for term in terms:
+        for term in self.chunk_terms:
+            kinds = PARTS[term.direction]
+            if term.statistic_of_mismatched_pairs:
+                if sum(sizes) == 1:
+                    found[term.name] = torch.zeros((), device=batch.row_ids.device)
+                    continue
+                pairs = mismatched_pairs(batch, kinds)
+                every = torch.ones_like(pairs.passage_keys, dtype=torch.bool)
+                masks = dict.fromkeys(kinds, every)
+                under_reference = {
+                    kind: self.reference.logps(model, pairs, every, self.share_prompts, kind, chunks) for kind in kinds
+                }
+            elif term.statistic_candidates(batch[:1]) is not None:
+                pairs, under_reference = batch, references
+                masks = {kind: scoring[kind].statistic for kind in kinds}
+            else:
+                continue
             policy = {
-                kind: score_by_chunk(model, batch, scoring[kind].statistic, self.share_prompts, kind, chunks)
-                for kind in PARTS[term.direction]
+                kind: score_by_chunk(model, pairs, mask, self.share_prompts, kind, chunks)
+                for kind, mask in masks.items()
             }
-            values = term.statistic(_chunk(batch, term.direction, None, policy, references, {}, None))
+            values = term.statistic(_chunk(pairs, term.direction, None, policy, under_reference, {}, None))
             found[term.name] = mean_over_ranks(values)
         return found
 

@@ -14,7 +14,7 @@ from ullme.models import attention, encoding, likelihood, loading, stages
 from ullme.models.config import BackboneConfig
 from ullme.models.encoding import EmbedBlocks
 from ullme.models.latent_attention import make_pooler
-from ullme.models.loading import set_attention_dropout
+from ullme.models.loading import set_attention_dropout, turn_off_dropout
 from ullme.models.pooling import pool, select_pooled
 from ullme.prompts import Prompts, PromptTokenizer, Role
 
@@ -78,6 +78,8 @@ class ULLME(nn.Module):
             model, earlier_pooler = stages.merged_backbone(type(self), self.options)
         else:
             model, earlier_pooler = loading.load_backbone(self.options, config), None
+        if not self.options.llm_dropout:
+            turn_off_dropout(model)
         if self.options.attention_dropout is not None:
             set_attention_dropout(model, self.options.attention_dropout)
         loading.check_vocabulary(self.tokenizer, model, model_name_or_path)
