@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from ullme.batch import HostMasks, TokenRows
 from ullme.models import attention, encoding, likelihood, loading, stages
 from ullme.models.config import BackboneConfig
 from ullme.models.encoding import EmbedBlocks
+from ullme.models.fused import fuse
 from ullme.models.latent_attention import make_pooler
 from ullme.models.loading import set_attention_dropout, turn_off_dropout
 from ullme.models.pooling import pool, select_pooled
@@ -80,12 +81,14 @@ class ULLME(nn.Module):
             model, earlier_pooler = loading.load_backbone(self.options, config), None
         if not self.options.llm_dropout:
             turn_off_dropout(model)
+        fuse(model)
         if self.options.attention_dropout is not None:
             set_attention_dropout(model, self.options.attention_dropout)
         loading.check_vocabulary(self.tokenizer, model, model_name_or_path)
         self.attention_path = self._choose_attention_path(model)
         self._probed_device_type = model.device.type
         self._head_checked = self._compiled = False
+        self._autocast_is_needless: tuple[tuple[torch.dtype, torch.dtype], bool] | None = None
         self.fingerprint = loading.fingerprint(model)
         self.llm = loading.add_adapter(model, self.options)
         self.pooler = make_pooler(self.options, self.hidden_size, earlier_pooler)
@@ -224,19 +227,22 @@ class ULLME(nn.Module):
             owners = np.arange(len(targets)) if owner is None else np.asarray(torch.as_tensor(owner).cpu())
             self._check_positions(rows, targets, owners)
             packed = self.attention_path == "packed"
-            return likelihood.likelihood(self.causal_lm, packed, rows, targets, owners, share_prompts)
+            with self._precision_of_weights():
+                return likelihood.likelihood(self.causal_lm, packed, rows, targets, owners, share_prompts)
         if is_generate:
-            return self.causal_lm(input_ids=input_ids, attention_mask=attention_mask, is_causal=True, **kwargs)
+            with self._precision_of_weights():
+                return self.causal_lm(input_ids=input_ids, attention_mask=attention_mask, is_causal=True, **kwargs)
         if kwargs:
             raise ValueError(f"{sorted(kwargs)}: arguments of transformers' forward; they need is_generate=True")
         self._check_positions(rows, None, None)
         causal, masks = self.options.attention == "causal", rows.host_masks
-        hidden = attention.PATHS[self.attention_path](
-            self.causal_lm.base_model, input_ids, attention_mask, causal, masks
-        )
-        if masked is not None:
-            self._check_lm_head()
-            return likelihood.masked_likelihood(self.causal_lm, hidden.flat, attention_mask, masked)
+        with self._precision_of_weights():
+            hidden = attention.PATHS[self.attention_path](
+                self.causal_lm.base_model, input_ids, attention_mask, causal, masks
+            )
+            if masked is not None:
+                self._check_lm_head()
+                return likelihood.masked_likelihood(self.causal_lm, hidden.flat, attention_mask, masked)
         states, lengths = (hidden.flat, hidden.lengths) if pool_mask is None else select_pooled(hidden.flat, masks)
         if self.options.pooling == "latent_attention":
             assert self.pooler is not None
@@ -244,6 +250,21 @@ class ULLME(nn.Module):
         else:
             pooled = pool(states, lengths, self.options.pooling)
         return {"rep": nn.functional.normalize(pooled, dim=-1)}
+
+    def _precision_of_weights(self) -> AbstractContextManager:
+        """Context without autocast, if all weights of the LLM already have autocast's dtype.
+
+        Autocast would only add casts there: of LoRA's float32 matrices, which LoRA's layers cast themselves, and of
+        norms and softmax to float32, which the kernels compute in float32 anyway. Pooling and losses stay outside.
+        """
+        device = self.device.type
+        if not torch.is_autocast_enabled(device):
+            return nullcontext()
+        key = (torch.get_autocast_dtype(device), next(self.causal_lm.parameters()).dtype)
+        if self._autocast_is_needless is None or self._autocast_is_needless[0] != key:
+            dtypes = {p.dtype for name, p in self.causal_lm.named_parameters() if ".lora_" not in name}
+            self._autocast_is_needless = key, dtypes == {key[0]}
+        return torch.autocast(device, enabled=False) if self._autocast_is_needless[1] else nullcontext()
 
     def _check_lm_head(self) -> None:
         """Check, once, that likelihoods are computed with the LM head as the model itself uses it."""

@@ -144,11 +144,14 @@ def meta_model(config: PretrainedConfig, options: BackboneConfig, dtype: torch.d
     """The LLM of ``config`` with its adapter, without memory."""
     from transformers import AutoModelForCausalLM
 
+    from ullme.models.fused import fuse
     from ullme.models.loading import add_adapter
 
     config = deepcopy(config)  # a model built from it writes to it
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=options.trust_remote_code)
+    fuse(model)
+    with torch.device("meta"):
         return add_adapter(model, options)
 
 
