@@ -198,7 +198,7 @@ def _cached_group_mask(
     """
     key = (n, causal, window, dtype)
     if key not in rows.masks:
-        mask = _group_mask(rows.groups[n], causal, window)
+        mask = _group_mask(rows.grouping.groups[n], causal, window)
         if mask is not None and dtype is not None:
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
         rows.masks[key] = mask
