@@ -33,7 +33,13 @@ class Draw(NamedTuple):
 
 
 def draw(
-    source: RowSource, row: int, epoch: int, seed: int, num_hard_negatives: int, short_rows: ShortRows = "borrow"
+    source: RowSource,
+    row: int,
+    epoch: int,
+    seed: int,
+    num_hard_negatives: int,
+    short_rows: ShortRows = "borrow",
+    positives_of: Callable[[str], set[str]] | None = None,
 ) -> Draw:
     """One positive and N hard negatives of a row, the same for the same (seed, epoch, row) everywhere.
 
@@ -44,16 +50,18 @@ def draw(
         seed: of the run, not negative.
         num_hard_negatives: N.
         short_rows: what stands in for missing negatives. ``borrow`` takes positives of other rows, never a text that
-            is a positive or already a negative of this row; ``repeat`` goes round the row's own negatives, and
-            borrows where there are none.
+            is a positive of this row or of another one with the same query, or already a negative of this row;
+            ``repeat`` goes round the row's own negatives, and borrows where there are none.
+        positives_of: query -> all texts known to be its positives; None asks the source.
 
     Raises:
         ValueError: there are not enough other texts to borrow.
     """
     record = source[row]
     rng = np.random.default_rng([seed, epoch, row])
+    positives_of = positives_of or source.positives_of
     if not record.labelled:
-        first, *others = _draw_candidates(source, record, num_hard_negatives + 1, rng, short_rows)
+        first, *others = _draw_candidates(source, record, num_hard_negatives + 1, rng, short_rows, positives_of)
         return Draw(record.query, first, others, record.instruction, labelled=False)
     positive = record.positives[rng.integers(len(record.positives))]
     order = rng.permutation(len(record.negatives))[:num_hard_negatives]
@@ -62,18 +70,26 @@ def draw(
     if missing and short_rows == "repeat" and negatives:
         negatives = [negatives[i % len(negatives)] for i in range(num_hard_negatives)]
     elif missing:
-        negatives += _borrow(source, missing, {*record.positives, *negatives}, rng)
+        taken = {*record.positives, *positives_of(record.query), *negatives}
+        negatives += _borrow(source, missing, taken, rng)
     return Draw(record.query, positive, negatives, record.instruction)
 
 
 def _draw_candidates(
-    source: RowSource, record: Record, count: int, rng: np.random.Generator, short_rows: ShortRows
+    source: RowSource,
+    record: Record,
+    count: int,
+    rng: np.random.Generator,
+    short_rows: ShortRows,
+    positives_of: Callable[[str], set[str]],
 ) -> list[str]:
     """``count`` of a row's candidates at random; ``short_rows`` says what stands in for missing ones."""
     texts = [record.negatives[i] for i in rng.permutation(len(record.negatives))[:count]]
     if len(texts) < count and short_rows == "repeat":
         return [texts[i % len(texts)] for i in range(count)]
-    return texts + _borrow(source, count - len(texts), set(record.negatives), rng) if len(texts) < count else texts
+    if len(texts) < count:
+        texts += _borrow(source, count - len(texts), {*record.negatives, *positives_of(record.query)}, rng)
+    return texts
 
 
 def _borrow(source: RowSource, count: int, taken: set[str], rng: np.random.Generator) -> list[str]:
@@ -123,6 +139,35 @@ def settle_short_rows(
         return Subset(source, np.flatnonzero(~short)), count
     draw(source, int(source.num_negatives.argmin()), 0, seed, num_hard_negatives, short_rows)
     return source, count
+
+
+def check_no_row_borrows(source: RowSource, num_hard_negatives: int, short_rows: ShortRows, whose: str) -> None:
+    """Without in-batch negatives, positives of other rows must not come back as hard negatives.
+
+    Args:
+        source: the rows that are trained on.
+        num_hard_negatives: N.
+        short_rows: see :func:`draw`.
+        whose: what has ``in_batch_negatives: false``, for messages.
+
+    Raises:
+        ValueError: some row would borrow.
+    """
+    # an unlabelled row has candidates of its own, two at least, which it can repeat
+    lacking = source.num_negatives < (num_hard_negatives if short_rows == "borrow" else min(1, num_hard_negatives))
+    if short_rows == "drop" or not lacking.any():
+        return
+    if short_rows == "borrow":
+        what = f"fewer than data.num_hard_negatives={num_hard_negatives} negatives"
+        remedy = "set data.short_rows to repeat or drop, or lower data.num_hard_negatives"
+    else:
+        what = "no negative at all"
+        remedy = "set data.short_rows to drop, or give them negatives"
+    raise ValueError(
+        f"{whose} has in_batch_negatives=false, which keeps positives of other rows from being negatives, but "
+        f"{int(lacking.sum())} of {len(source)} rows have {what}, and data.short_rows={short_rows} would borrow just "
+        f"these positives; {remedy}"
+    )
 
 
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):

@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
+from zlib import crc32
 
 import numpy as np
 
@@ -54,6 +55,33 @@ class RowSource(Protocol):
 
     def __getitem__(self, row: int) -> Record: ...
 
+    def positives_of(self, query: str) -> set[str]:
+        """What is a positive of a row with this query; without labels, what is a candidate."""
+        ...
+
+
+class _QueryIndex:
+    """The rows that have a query, found by a hash of it, in 12 bytes a row.
+
+    Args:
+        hashes: (rows,) 32-bit hashes of the rows' queries.
+    """
+
+    def __init__(self, hashes: array[int]) -> None:
+        self._rows = np.argsort(hashes, kind="stable")
+        self._hashes = np.asarray(hashes, dtype=np.uint32)[self._rows]
+
+    def positives(self, source: RowSource, query: str) -> set[str]:
+        """See :meth:`RowSource.positives_of`."""
+        wanted = np.uint32(_hash(query))
+        first, last = (np.searchsorted(self._hashes, wanted, side) for side in ("left", "right"))
+        records = [source[row] for row in self._rows[first:last].tolist()]
+        return {text for r in records if r.query == query for text in r.positives or r.negatives}
+
+
+def _hash(query: str) -> int:
+    return crc32(query.encode())
+
 
 class _CheckedRows:
     """Collects the positions of valid rows and the errors of bad ones while a source is checked."""
@@ -63,6 +91,7 @@ class _CheckedRows:
         self.on_bad_row = on_bad_row
         self.positions = array("q")
         self.num_negatives = array("q")
+        self.queries = array("L")
         self.skipped: list[str] = []
         self.longest_instruction: str | None = None
         self.labelled: bool | None = None
@@ -94,6 +123,7 @@ class _CheckedRows:
         self.labelled = record.labelled
         self.positions.append(position)
         self.num_negatives.append(record.num_negatives)
+        self.queries.append(_hash(record.query))
         if record.instruction is not None and len(record.instruction) > len(self.longest_instruction or ""):
             self.longest_instruction = record.instruction
 
@@ -139,6 +169,7 @@ class JsonlSource:
         self.num_negatives = np.asarray(checked.num_negatives)
         self.skipped, self.longest_instruction = checked.skipped, checked.longest_instruction
         self.labelled = bool(checked.labelled)
+        self._queries = _QueryIndex(checked.queries)
         self._handles: dict[int, BinaryIO] = {}
         self._pid = os.getpid()
 
@@ -151,6 +182,9 @@ class JsonlSource:
         handle = self._handle(bisect_right(self._ends, row))
         handle.seek(int(self._offsets[row]))
         return parse_record(parse_line(handle.readline()), self.schema)
+
+    def positives_of(self, query: str) -> set[str]:
+        return self._queries.positives(self, query)
 
     def _handle(self, file: int) -> BinaryIO:
         # a forked worker would share the parent's file position, so it opens the files again
@@ -196,6 +230,7 @@ class HubSource:
         self.num_negatives = np.asarray(checked.num_negatives)
         self.skipped, self.longest_instruction = checked.skipped, checked.longest_instruction
         self.labelled = bool(checked.labelled)
+        self._queries = _QueryIndex(checked.queries)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -204,6 +239,9 @@ class HubSource:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         return parse_record(self.dataset[int(self._rows[row])], self.schema)
+
+    def positives_of(self, query: str) -> set[str]:
+        return self._queries.positives(self, query)
 
 
 class Subset:
@@ -226,6 +264,9 @@ class Subset:
 
     def __getitem__(self, row: int) -> Record:
         return self.source[int(self.rows[row])]
+
+    def positives_of(self, query: str) -> set[str]:
+        return self.source.positives_of(query)  # those of rows outside the subset are positives all the same
 
 
 def open_source(
