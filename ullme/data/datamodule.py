@@ -163,7 +163,7 @@ class ULLMEDataModule(L.LightningDataModule):
         return sources[0] if self.datasets is None else Mixture(self.datasets, sources)
 
     def _open(self, dataset: TrainSet) -> RowSource:
-        """Open one dataset, and log skipped and short rows."""
+        """Open one dataset, and log skipped and short rows, and columns that are not read."""
         source = dataset.open(self.on_bad_row, self.seed)
         if not dataset.in_batch_negatives:
             whose = f"data.datasets: {dataset.train!r}"
@@ -173,6 +173,8 @@ class ULLMEDataModule(L.LightningDataModule):
             log.info("data: %d rows to train on%s", len(usable), f" in {dataset.train}" if self.datasets else "")
             if source.skipped:
                 log.warning("data: skipped %d bad rows, the first: %s", len(source.skipped), source.skipped[:3])
+            if source.unread:
+                log.warning("data: columns of %s that are not read: %s", dataset.train, ", ".join(source.unread))
             if short:
                 log.warning(
                     "data: %d of %d rows have fewer than %d hard negatives (data.short_rows=%s)",

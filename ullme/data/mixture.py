@@ -79,6 +79,7 @@ class Mixture:
         self.starts = [0, *accumulate(map(len, self.sources))]
         self.num_negatives = np.concatenate([source.num_negatives for source in self.sources])
         self.skipped = [message for source in self.sources for message in source.skipped]
+        self.unread = list(dict.fromkeys(column for source in self.sources for column in source.unread))
         self.labelled = all(source.labelled for source in self.sources)
         instructions = [settings.instruction for settings in self.sets] + [s.longest_instruction for s in self.sources]
         self.longest_instruction = max((i for i in instructions if i is not None), key=len, default=None)

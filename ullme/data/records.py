@@ -148,6 +148,27 @@ def _check_all_texts_are_read(row: Mapping[str, Any], schema: Schema) -> None:
             )
 
 
+# Schema -> all columns that it reads; the sentence-transformers schema reads numbered negatives beside these.
+_COLUMNS: dict[Schema, frozenset[str]] = {
+    "bge": frozenset({"query", "pos", "neg", "prompt"}),
+    "tevatron": frozenset({"query", "positive_passages", "negative_passages"}),
+    "sentence-transformers": frozenset({"anchor", "query", "positive", "negative"}),
+    "ullme": frozenset({"query", "positive", "negative"}),
+    "candidates": frozenset({"query", "candidates"}),
+}
+
+
+def unread_columns(row: Mapping[str, Any], schema: Schema = "auto") -> list[str]:
+    """The columns of a valid row that hold something and that its schema does not read. Of one's own schema, and of
+    ``text``, nothing is known, or the rest is left out on purpose: none."""
+    if schema == "auto":
+        schema = detect_schema(row)
+    if schema not in _COLUMNS:
+        return []
+    unread = [key for key in row if key not in _COLUMNS[schema] and row[key] not in (None, "", [])]
+    return [key for key in unread if not (schema == "sentence-transformers" and _NUMBERED_NEGATIVE.fullmatch(key))]
+
+
 def _reads(schema: Schema, key: str) -> bool:
     columns = _READ[schema].partition(" (")[0].replace(",", " ").split()
     return key in columns or (schema == "sentence-transformers" and _NUMBERED_NEGATIVE.fullmatch(key) is not None)

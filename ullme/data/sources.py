@@ -20,7 +20,7 @@ from zlib import crc32
 import numpy as np
 
 from ullme.data.jsonl import iter_lines, parse_line
-from ullme.data.records import BadRow, Record, Schema, parse_record
+from ullme.data.records import BadRow, Record, Schema, parse_record, unread_columns
 from ullme.utils.progress import progress
 
 if TYPE_CHECKING:
@@ -42,12 +42,14 @@ class RowSource(Protocol):
     Attributes:
         num_negatives: (rows,) number of hard negatives of each row.
         skipped: "file:line: reason" of every bad row that was skipped.
+        unread: columns that hold something in some row, and are not read.
         longest_instruction: the longest instruction of a row, or None if no row has one.
         labelled: whether rows say which text is a positive; in one source all do, or none.
     """
 
     num_negatives: np.ndarray
     skipped: list[str]
+    unread: list[str]
     longest_instruction: str | None
     labelled: bool
 
@@ -93,6 +95,7 @@ class _CheckedRows:
         self.num_negatives = array("q")
         self.queries = array("L")
         self.skipped: list[str] = []
+        self.unread: dict[str, None] = {}
         self.longest_instruction: str | None = None
         self.labelled: bool | None = None
 
@@ -108,7 +111,8 @@ class _CheckedRows:
             ValueError: the row is bad, and on_bad_row is ``stop``.
         """
         try:
-            record = parse_record(parse_line(raw) if isinstance(raw, bytes) else raw, self.schema)
+            row = parse_line(raw) if isinstance(raw, bytes) else raw
+            record = parse_record(row, self.schema)
         except BadRow as reason:
             if self.on_bad_row == "stop":
                 raise ValueError(f"{where}: {reason}; fix the row or set data.on_bad_row=skip") from None
@@ -124,6 +128,7 @@ class _CheckedRows:
         self.positions.append(position)
         self.num_negatives.append(record.num_negatives)
         self.queries.append(_hash(record.query))
+        self.unread.update(dict.fromkeys(unread_columns(row, self.schema)))
         if record.instruction is not None and len(record.instruction) > len(self.longest_instruction or ""):
             self.longest_instruction = record.instruction
 
@@ -168,6 +173,7 @@ class JsonlSource:
         self._offsets = np.asarray(checked.positions)
         self.num_negatives = np.asarray(checked.num_negatives)
         self.skipped, self.longest_instruction = checked.skipped, checked.longest_instruction
+        self.unread = list(checked.unread)
         self.labelled = bool(checked.labelled)
         self._queries = _QueryIndex(checked.queries)
         self._handles: dict[int, BinaryIO] = {}
@@ -229,6 +235,7 @@ class HubSource:
         self._rows = np.asarray(checked.positions)
         self.num_negatives = np.asarray(checked.num_negatives)
         self.skipped, self.longest_instruction = checked.skipped, checked.longest_instruction
+        self.unread = list(checked.unread)
         self.labelled = bool(checked.labelled)
         self._queries = _QueryIndex(checked.queries)
 
@@ -257,6 +264,7 @@ class Subset:
         self.rows = rows
         self.num_negatives = source.num_negatives[rows]
         self.skipped, self.longest_instruction = source.skipped, source.longest_instruction
+        self.unread = source.unread
         self.labelled = source.labelled
 
     def __len__(self) -> int:
