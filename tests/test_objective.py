@@ -16,7 +16,7 @@ from ullme.engine.finite import NotFiniteError
 from ullme.engine.gradcache import chunk_slices
 from ullme.engine.objective import Objective, score
 from ullme.engine.reference import AdaptersOff, Cached, FrozenCopy
-from ullme.losses import CPO, DPO, IPO, KL, KTO, SFT, Hinge, InfoNCE, PseudoLabelInfoNCE, SimPO, Term
+from ullme.losses import CPO, DPO, IPO, KL, KTO, SFT, Hinge, InfoNCE, Matryoshka, PseudoLabelInfoNCE, SimPO, Term
 from ullme.prompts import pad_rows
 
 QUERY: Any = "query_given_passage"
@@ -39,6 +39,7 @@ OBJECTIVES: dict[str, Callable[[], list[Term]]] = {
     "both_directions": lambda: [DPO(negatives="first"), CPO(direction=QUERY), KL("gain")],
     "query_teacher": lambda: [InfoNCE(), KL(QUERY, 0.1, 0.5, teacher="reference")],
     "gain_teacher": lambda: [KL("gain", teacher="reference", divergence="generation_to_retrieval"), SFT()],
+    "matryoshka": lambda: [Matryoshka(InfoNCE(bidirectional=True), [16, 5], [0.5, 2.0], weight=1.5), SFT()],
     "pseudo_labels": lambda: [PseudoLabelInfoNCE(margin=0.05), KL(QUERY, teacher="reference")],
 }
 

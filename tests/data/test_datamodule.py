@@ -257,8 +257,7 @@ def test_no_validation(make):
 
 
 def test_counts_are_logged_once(make, prompt_tokenizer, write_jsonl, rows, caplog):
-    told = [{**row, "instruction": f"find {n}", "note": None} for n, row in enumerate(rows)]
-    path = write_jsonl([*told, {"query": "no positive"}], "bad.jsonl")
+    path = write_jsonl([*rows, {"query": "no positive"}], "bad.jsonl")
     with caplog.at_level(logging.INFO, "ullme.data"):
         data = make(train=path, on_bad_row="skip", short_rows="drop")
         data.setup("fit")
@@ -267,7 +266,6 @@ def test_counts_are_logged_once(make, prompt_tokenizer, write_jsonl, rows, caplo
     assert [record.getMessage().partition(" the first")[0] for record in caplog.records] == [
         "data: 16 rows to train on",
         "data: skipped 1 bad rows,",
-        f"data: columns of {path} that are not read: instruction",
         "data: 25 of 41 rows have fewer than 3 hard negatives (data.short_rows=drop)",
     ]
 

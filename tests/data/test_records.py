@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ullme.data.records import BadRow, Record, parse_record, unread_columns
+from ullme.data.records import BadRow, Record, parse_record
 
 BGE = {"query": "q", "pos": ["p1", "p2"], "neg": ["n1", "n2"]}
 TEVATRON = {
@@ -120,7 +120,7 @@ def test_positives_and_negatives_under_other_names_are_refused_by_name(row, key)
 @pytest.mark.parametrize(
     "extra",
     [
-        {"neg_scores": [0.1], "pos_scores": [0.9], "neg_ids": ["d1"], "negative_id": "d1", "num_negatives": "7"},
+        {"neg_ids": ["d1"], "negative_id": "d1", "num_negatives": "7"},
         {"negatives": None, "hard_neg": [], "neg_1": " "},
         {"negation": "n", "position": "here", "posture": "p"},
     ],
@@ -132,23 +132,3 @@ def test_columns_that_hold_no_texts_of_the_row_are_no_matter(extra):
 
 def test_a_schema_of_texts_or_of_ones_own_may_leave_columns_out():
     assert parse_record({"text": "t", "negatives": ["n"]}, "text") == Record("t", ("t",), ())
-
-
-@pytest.mark.parametrize(
-    ("row", "schema", "unread"),
-    [
-        ({"query": "q", "pos": ["p"], "prompt": "find", "neg_scores": [1.0], "id": 0}, "auto", ["neg_scores", "id"]),
-        (
-            {"query": "q", "pos": ["p"], "instruction": "find", "task": "", "label": None, "tags": []},
-            "bge",
-            ["instruction"],
-        ),
-        ({"anchor": "a", "positive": "p", "negative_3": "n", "prompt": "find"}, "auto", ["prompt"]),
-        ({"query": "q", "positive_passages": [], "query_id": "7"}, "auto", ["query_id"]),
-        ({"query": "q", "candidates": ["a", "b"], "score": 1}, "auto", ["score"]),
-        ({"text": "t", "title": "x"}, "text", []),
-        ({"body": "t"}, "my_module.parse", []),
-    ],
-)
-def test_columns_that_a_schema_does_not_read(row, schema, unread):
-    assert unread_columns(row, schema) == unread

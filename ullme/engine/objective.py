@@ -76,6 +76,11 @@ class Objective:
         self.uses_reps = bool(self.representation_terms) or any(t.uses_reps for t in self.chunk_terms)
 
     @property
+    def matryoshka_dims(self) -> tuple[int, ...]:
+        """The numbers of leading dimensions that are trained as embeddings, the largest first; empty for none."""
+        return tuple(sorted({dim for term in self.representation_terms for dim in term.matryoshka_dims}, reverse=True))
+
+    @property
     def needs_generation(self) -> bool:
         """Whether batches must carry :class:`~ullme.batch.GenerationRows`."""
         return bool(self.likelihoods)
@@ -103,6 +108,8 @@ class Objective:
         """
         if not labelled:
             self._check_without_labels()
+        for representation_term in self.representation_terms:
+            representation_term.check_width(model.hidden_size)
         for term in self.chunk_terms:
             if isinstance(term, MNTP):
                 term.mask_token_id(model.tokenizer)
@@ -187,7 +194,6 @@ class Objective:
     ) -> Callable[[Representations], Tensor]:
         def total(reps: Representations) -> Tensor:
             values = []
-            reps = replace(reps, isolated=batch.isolated, labelled=batch.labelled)
             for term in self.representation_terms:
                 direction = term.teacher_direction
                 teacher = None if direction is None else _per_token(batch, references, direction)
@@ -298,15 +304,13 @@ def _chunk(
     logps = _combine(direction, policy) if known else torch.zeros(shape, device=part.row_ids.device)
     lengths = part.generation_rows(known[0]).lengths(shape) if known else torch.ones_like(part.passage_keys)
     return Chunk(
+        part,
         reps,
         logps,
         _combine(direction, references) if all(kind in references for kind in kinds) else None,
         lengths,
-        part.row_ids,
-        part.passage_keys,
         statistics,
         masked,
-        part.labelled,
     )
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedModel
 
+    from ullme.models.compression import Precision
+
 
 class ULLME(nn.Module):
     """A decoder LLM as a text-embedding model that can still generate (arXiv 2408.03402, sections 3.1 and 3.2).
@@ -44,6 +46,8 @@ class ULLME(nn.Module):
         prompts: the prompt contract.
         llm: the (PEFT-wrapped) causal LM.
         pooler: the trained layer of latent_attention pooling; None for other poolings.
+        matryoshka_dims: the numbers of leading dimensions that training made embeddings of, the largest first
+            (:class:`~ullme.losses.Matryoshka`); empty for none.
         fingerprint: hash that identifies the pre-trained LLM in its dtype.
         attention_path: how the LLM is run to embed (packed, padded, flags or mask4d), as chosen by the probe.
 
@@ -66,6 +70,7 @@ class ULLME(nn.Module):
         super().__init__()
         self.options = BackboneConfig(model_name_or_path, model_backbone_type, lora_name, **options)
         self.prompts = prompts or Prompts()
+        self.matryoshka_dims: tuple[int, ...] = ()
         config = loading.load_config(self.options)
         self.options = loading.choose_dtype(self.options, config)
         self.tokenizer = loading.load_tokenizer(self.options)
@@ -275,6 +280,8 @@ class ULLME(nn.Module):
         max_length: int = 512,
         show_progress_bar: bool = False,
         convert_to_tensor: bool = False,
+        truncate_dim: int | None = None,
+        precision: Precision = "float32",
     ) -> np.ndarray | Tensor:
         """Embed texts. The embedding of a text does not depend on the other texts.
 
@@ -287,10 +294,28 @@ class ULLME(nn.Module):
             max_length: in tokens, template included; at most the LLM's number of positions.
             show_progress_bar: show a bar on stderr.
             convert_to_tensor: return a tensor on the CPU instead of an array.
+            truncate_dim: keep so many of the first dimensions, of unit length again; None keeps all. With a warning if
+                training did not make embeddings of so many (:class:`~ullme.losses.Matryoshka`).
+            precision: as in sentence-transformers. int8 and uint8: 256 steps over the range that each dimension has in
+                these texts, so embeddings of different calls do not compare. binary and ubinary: signs, eight in a
+                byte.
 
         Returns:
-            (R, D) normalised embeddings in float32, in the order of the texts.
+            (R, D) normalised embeddings in float32, in the order of the texts; D is ``truncate_dim`` if given. int8 or
+            uint8 for another precision, and (R, ⌈D/8⌉) for binary and ubinary.
+
+        Raises:
+            ValueError: a text or option that cannot be used.
         """
         return encoding.encode(
-            self, texts, role, instruction, batch_size, max_length, show_progress_bar, convert_to_tensor
+            self,
+            texts,
+            role,
+            instruction,
+            batch_size,
+            max_length,
+            show_progress_bar,
+            convert_to_tensor,
+            truncate_dim,
+            precision,
         )
