@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ullme.batch import Batch
 from ullme.callbacks.choose_chunking import choose_chunking
+from ullme.data.sampler import check_no_row_borrows
 from ullme.engine.fsdp import unsynchronised
 from ullme.engine.objective import Logs, Objective
 from ullme.engine.reference import ReferenceChoice, make_reference
@@ -145,6 +146,10 @@ class LossCallback(L.Callback, ABC):
         check_negatives(self.objective.terms, rows, negatives)
         for one in getattr(data, "datasets", None) or []:
             check_negatives(self.objective.terms, rows, negatives, one.in_batch_negatives, f" of {one.train!r}")
+        for term in self.objective.terms:
+            if isinstance(term, InfoNCE) and not term.in_batch_negatives:
+                for source in getattr(data, "sources", []):
+                    check_no_row_borrows(source, negatives, data.short_rows, f"loss term {term.name}")
 
     def _check_columns(self, data: Any, warn: bool) -> None:
         """Raises: ValueError: a term reads numbers that no row has."""
