@@ -172,7 +172,7 @@ class _NoReference(Reference):
     def prepare(self, model: ULLME, precision: str, likelihoods: Any = ()) -> None: ...
 
     def logps(self, model: ULLME, batch: Batch, mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.zeros(mask.shape, device=mask.device)
+        return torch.zeros(mask.shape, device=model.device)
 
 
 def _random_batch(model: ULLME, tokens: int, most: int, passages: int, passage_tokens: int) -> Batch:

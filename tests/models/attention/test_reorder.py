@@ -10,7 +10,7 @@ from ullme.models.attention.reorder import from_groups, to_groups
 
 def test_as_index_select():
     rows = PackedRows([7, 3, 8, 1], torch.device("cpu"))
-    positions, inverse = rows.group_positions, rows.ungroup_index
+    positions, inverse = rows.grouping.positions, rows.grouping.ungroup_index
     assert len(positions) > len(inverse), "without padding there is nothing to test"
     x = torch.randn(19, 2, 3, dtype=torch.float64)
     weights = torch.randn(len(positions), 2, 3, dtype=torch.float64)
