@@ -214,12 +214,14 @@ def test_the_preset_hands_its_options_on():
     for kind, made in (("dpo", DPO), ("sft", SFT), ("kto", KTO), ("cpo", CPO)):
         given = {"temperature": 0.1, "beta": 0.2, "contrastive_weight": 0.3, "generation_weight": 0.4, "kl_weight": 0.6}
         given |= {"retrieval_temperature": 0.7, "generation_temperature": 0.8, "detach_generation": True}
+        given |= {"divergence": "generation_to_retrieval"}
         contrastive, generation, kl = grl_terms(kind, **given)
         assert (contrastive.temperature, contrastive.weight) == (0.1, 0.3)
         assert type(generation) is made
         assert (getattr(generation, "beta", 0.2), generation.weight) == (0.2, 0.4)
         assert (kl.retrieval_temperature, kl.generation_temperature, kl.weight) == (0.7, 0.8, 0.6)
         assert kl.detach_generation
+        assert kl.divergence == "generation_to_retrieval"
     gain: list[Any] = grl_terms(direction="gain")
     assert [term.direction for term in gain[1:]] == ["passage_given_query", "gain"]
 

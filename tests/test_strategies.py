@@ -28,7 +28,7 @@ def alone(folder) -> Callable[..., dict[str, Any]]:
     return cache(lambda *case: train(folder, case, 1))
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids=["2 ranks", "4 ranks"])
 def together(request, folder, tmp_path_factory) -> tuple[int, list[dict[Any, Any]]]:
     """What every rank gives, all cases in one process group."""
     return request.param, on_ranks(request.param, tmp_path_factory.mktemp("ranks"), work, folder, request.param)

@@ -123,7 +123,9 @@ def test_a_run_learns_validates_and_saves_only_what_it_trained(arguments, tmp_pa
     assert final == pytest.approx(mrr, abs=1e-6)
 
 
-@pytest.mark.parametrize("interrupted_at", [3, 6, 8])
+@pytest.mark.parametrize(
+    "interrupted_at", [pytest.param(3, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow), 8]
+)
 def test_resume_gives_the_same_losses(arguments, tmp_path, interrupted_at):
     """With dropout on, mid-epoch (3, 8) and between epochs (6 steps each)."""
     common = ("--trainer.max_epochs=2", "--checkpoint.every_n_train_steps=1", "--checkpoint.save_top_k=-1")

@@ -8,7 +8,7 @@ from ullme.batch import Direction
 from ullme.callbacks.gradcache import GradCache, OnOutOfMemory
 from ullme.engine.presets import Generation, grl_terms
 from ullme.engine.reference import ReferenceChoice
-from ullme.losses.kl import Teacher
+from ullme.losses.kl import Divergence, Teacher
 
 __all__ = ["GRL", "grl_terms"]
 
@@ -37,6 +37,8 @@ class GRL(GradCache):
             ``query_given_passage``, which ranks far better; or ``gain``, of the KL alone.
         teacher: whose likelihoods the KL's P_gen is of: the ``policy``, as in the paper, or the ``reference``, the
             pre-trained LLM without gradient, which costs nothing once it is in cache_reference.
+        divergence: ``retrieval_to_generation``, the paper's KL(P_rt ‖ P_gen), or ``generation_to_retrieval``, as in
+            distillation: the mean under the teacher.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class GRL(GradCache):
         on_oom: OnOutOfMemory = "fail",
         direction: Direction = "passage_given_query",
         teacher: Teacher = "policy",
+        divergence: Divergence = "retrieval_to_generation",
     ) -> None:
         terms = grl_terms(
             generation if generation_weight > 0 else None,
@@ -72,6 +75,7 @@ class GRL(GradCache):
             detach_generation=detach_generation,
             direction=direction,
             teacher=teacher,
+            divergence=divergence,
         )
         super().__init__(
             terms,

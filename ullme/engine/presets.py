@@ -8,7 +8,7 @@ from typing import Literal
 from ullme.batch import Direction
 from ullme.losses import CPO, DPO, KL, KTO, SFT, InfoNCE, Term
 from ullme.losses.base import TextDirection
-from ullme.losses.kl import Teacher
+from ullme.losses.kl import Divergence, Teacher
 
 Generation = Literal["dpo", "sft", "kto", "cpo"]
 
@@ -27,6 +27,7 @@ def grl_terms(
     detach_generation: bool = False,
     direction: Direction = "passage_given_query",
     teacher: Teacher = "policy",
+    divergence: Divergence = "retrieval_to_generation",
 ) -> list[Term]:
     """The terms of L_GRL: InfoNCE, a generation term and the KL between the two rankings.
 
@@ -44,6 +45,7 @@ def grl_terms(
         direction: of the generation term and the KL; ``gain`` is the KL's alone, and then the generation term is
             ``passage_given_query``.
         teacher: whose likelihoods P_gen is of.
+        divergence: which of P_rt and P_gen the KL takes the mean under.
 
     Raises:
         ValueError: an unknown choice, or an option that is out of range.
@@ -68,6 +70,7 @@ def grl_terms(
             detach_generation=detach_generation,
             weight=kl_weight,
             teacher=teacher,
+            divergence=divergence,
         )
         terms.append(kl)
     return terms

@@ -207,17 +207,24 @@ def test_each_gpu_has_one_cell_at_a_time(cells):
     assert {gpu for cell in made for gpu in trainings(cell)} == {"0", "1"}
 
 
-def test_a_cell_gets_as_many_gpus_as_it_asks_for(cells):
+def test_a_cell_gets_as_many_gpus_as_it_asks_for(cells, monkeypatch):
     class Two(Fake):
         devices = 2
 
-        def evaluate_command(self):
-            return ["-c", "raise SystemExit('told apart')"]
-
+    processes = []
+    monkeypatch.setattr(run, "with_torchrun", lambda command, devices: processes.append(devices) or command)
     [cell] = cells(Two)
-    runner([cell], devices=["3", "5", "7"]).run()
+    assert runner([cell], devices=["3", "5", "7"]).run() == {}
     assert trainings(cell) == ["3,5"]
-    assert "--nproc-per-node=2" in (cell.folder / "evaluate.log").read_text()
+    assert processes == [2]
+
+
+def test_an_evaluation_on_several_gpus_is_started_by_torchrun():
+    assert run.with_torchrun(["evaluate.py"], 1) == ["evaluate.py"]
+    command = run.with_torchrun(["evaluate.py"], 2)
+    assert command[:2] == ["-m", "torch.distributed.run"]
+    assert "--nproc-per-node=2" in command
+    assert command[-1] == "evaluate.py"
 
 
 def test_cells_run_in_parallel(cells):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ullme.models.attention.packed_rows import Group, PackedRows
+from ullme.models.attention.reorder import from_groups, to_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -145,14 +146,16 @@ def _grouped_attention(
     """(1, T, H, head_dim) from one padded attention call for each group of rows of similar length."""
     repeats = q.shape[1] // k.shape[1]
     attend = partial(_softcapped, softcap=softcap) if softcap is not None else scaled_dot_product_attention
-    # One gather for all groups: in backward, each gather allocates and sums zeros of the size of its input.
     grouping = rows.grouping
     indices = [group.index for group in grouping.groups]
     key_indices = [group.index if group.keys is None else group.keys for group in grouping.groups]
+    # a prompt that several rows continue is copied to each of them, and its gradient is a sum
+    shared = any(group.keys is not None for group in grouping.groups)
+    key_inverse = None if shared else grouping.ungroup_index
     grouped = zip(
         grouping.groups,
-        _gather_groups(q, grouping.positions, indices),
-        *(_gather_groups(x, grouping.key_positions, key_indices) for x in (k, v)),
+        _gather_groups(q, grouping.positions, grouping.ungroup_index, indices),
+        *(_gather_groups(x, grouping.key_positions, key_inverse, key_indices) for x in (k, v)),
         strict=True,
     )
     outputs = []
@@ -163,21 +166,24 @@ def _grouped_attention(
         mask = None if plain_causal else _cached_group_mask(rows, n, causal, window, None if softcap else q.dtype)
         out = attend(qg, kg, vg, attn_mask=mask, dropout_p=dropout, is_causal=plain_causal, scale=scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, grouping.ungroup_index)[None]
+    return from_groups(torch.cat(outputs), grouping.ungroup_index)[None]
 
 
-def _gather_groups(x: Tensor, positions: Tensor, indices: list[Tensor]) -> list[Tensor]:
+def _gather_groups(x: Tensor, positions: Tensor, inverse: Tensor | None, indices: list[Tensor]) -> list[Tensor]:
     """The tokens of each group; the heads of a token are contiguous in memory.
 
     Args:
         x: (1, H, T, head_dim) packed.
         positions: the concatenated ``indices``.
+        inverse: (T,) the place of each token in ``positions``; None if a token may have several.
         indices: (n, l) positions of each group.
 
     Returns:
         (n, H, l, head_dim) for each group.
     """
-    parts = x[0].transpose(0, 1).index_select(0, positions).split([index.numel() for index in indices])
+    tokens = x[0].transpose(0, 1)
+    gathered = tokens.index_select(0, positions) if inverse is None else to_groups(tokens, positions, inverse)
+    parts = gathered.split([index.numel() for index in indices])
     return [part.unflatten(0, index.shape).transpose(1, 2) for part, index in zip(parts, indices, strict=True)]
 
 
@@ -192,7 +198,7 @@ def _cached_group_mask(
     """
     key = (n, causal, window, dtype)
     if key not in rows.masks:
-        mask = _group_mask(rows.groups[n], causal, window)
+        mask = _group_mask(rows.grouping.groups[n], causal, window)
         if mask is not None and dtype is not None:
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
         rows.masks[key] = mask
