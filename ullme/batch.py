@@ -285,6 +285,9 @@ class Representations:
             only for a representation loss that asks for them (``teacher_direction``).
         query_keys: (B,), as in :class:`Batch`.
         columns: name -> (B, C) or (B,), likewise.
+        guide_queries: (B, D) embeddings by the LLM with its adapters off, without gradient; only for a representation
+            loss that asks for them (``uses_guide``).
+        guide_passages: (B, C, D), likewise.
     """
 
     queries: Tensor
@@ -295,6 +298,8 @@ class Representations:
     teacher: Tensor | None = None
     query_keys: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    guide_queries: Tensor | None = None
+    guide_passages: Tensor | None = None
 
     def __len__(self) -> int:
         return self.queries.shape[0]

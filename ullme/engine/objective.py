@@ -18,7 +18,7 @@ from ullme.batch import PARTS, Batch, Direction, LikelihoodKind, Representations
 from ullme.distributed import all_reduce_max, any_rank, gather_sizes, global_mean_weight, mean_over_ranks
 from ullme.engine.finite import FiniteChecks
 from ullme.engine.gradcache import GradCache, backward_outside_autocast, chunk_rows, embed_batch
-from ullme.engine.reference import AdaptersOff, Reference
+from ullme.engine.reference import AdaptersOff, Reference, embed_with_adapters_off
 from ullme.engine.scoring import (
     Scored,
     Scoring,
@@ -72,6 +72,7 @@ class Objective:
             [t for t in self.chunk_terms if t.uses_reference], self.representation_terms
         )
         self.uses_reference = bool(self.reference_likelihoods)
+        self.uses_guide = any(t.uses_guide for t in self.representation_terms)
         self.uses_reps = bool(self.representation_terms) or any(t.uses_reps for t in self.chunk_terms)
 
     @property
@@ -102,7 +103,7 @@ class Objective:
         """
         if not labelled:
             self._check_without_labels()
-        for term in self.chunk_terms:
+        for term in self.terms:
             if isinstance(term, MNTP):
                 term.mask_token_id(model.tokenizer)
             if term.needs_negatives and num_hard_negatives < 1:
@@ -111,6 +112,11 @@ class Objective:
                     f"loss term {term.name} compares {compared}, and data.num_hard_negatives="
                     f"{num_hard_negatives}; give at least 1"
                 )
+        if self.uses_guide and model.options.lora_name is None:
+            raise ValueError(
+                "InfoNCE.false_negatives.scores=guide, but lora_name=null trains the LLM itself, so there are no "
+                "adapters to switch off; take scores=student, or a teacher's scores in a column (scores=column)"
+            )
         if self.uses_reference:
             self.reference.prepare(model, precision, self.reference_likelihoods)
 
@@ -133,7 +139,8 @@ class Objective:
         reps = embed_batch(embedder(model), batch) if self.uses_reps else None
         parts = []
         if self.representation_terms and reps:
-            parts.append(self._representation_loss(batch, references, logs, finite)(reps))
+            guide = self._guide(model, batch, [whole])
+            parts.append(self._representation_loss(batch, references, guide, logs, finite)(reps))
         if self.chunk_terms:
             parts.append(self._chunk_loss(model, batch, scoring, references, logs, finite)(whole, reps))
         backward_outside_autocast(backward)(torch.stack(parts).sum())
@@ -160,7 +167,7 @@ class Objective:
         if self.chunk_terms:
             chunk_loss = self._chunk_loss(model, batch, scoring, references, logs, finite)
         if self.representation_terms:
-            loss = self._representation_loss(batch, references, logs, finite)
+            loss = self._representation_loss(batch, references, self._guide(model, batch, chunks), logs, finite)
         engine = GradCache(
             embed=embedder(model) if self.uses_reps else None,
             loss=loss,
@@ -182,10 +189,17 @@ class Objective:
         return {"loss": loss, **logs, **weights}
 
     def _representation_loss(
-        self, batch: Batch, references: References, logs: Logs, finite: FiniteChecks
+        self,
+        batch: Batch,
+        references: References,
+        guide: Representations | None,
+        logs: Logs,
+        finite: FiniteChecks,
     ) -> Callable[[Representations], Tensor]:
         def total(reps: Representations) -> Tensor:
             values = []
+            if guide is not None:
+                reps = replace(reps, guide_queries=guide.queries, guide_passages=guide.passages)
             for term in self.representation_terms:
                 direction = term.teacher_direction
                 teacher = None if direction is None else _per_token(batch, references, direction)
@@ -199,6 +213,10 @@ class Objective:
             return torch.stack(values).sum()
 
         return total
+
+    def _guide(self, model: ULLME, batch: Batch, chunks: Sequence[slice]) -> Representations | None:
+        """Embeddings by the LLM with its adapters off, where a term asks for them."""
+        return embed_with_adapters_off(model, batch, chunks) if self.uses_guide else None
 
     def _chunk_loss(
         self, model: ULLME, batch: Batch, scoring: Scoring, references: References, logs: Logs, finite: FiniteChecks

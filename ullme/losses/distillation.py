@@ -1,0 +1,159 @@
+"""Losses that teach the embedder a teacher's scores of each query's candidates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from ullme.batch import Representations
+from ullme.distributed import gather_sizes, world
+from ullme.losses.base import RepresentationLoss
+
+
+def distillation_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² Σ P_t log(P_t / P_s), with P the softmax of the scores over T of the candidates that the teacher scored.
+
+    Knowledge distillation (arXiv 1503.02531, section 2, with its factor T²) over a list of passages (arXiv 2010.10999),
+    as sentence-transformers' DistillKLDivLoss.
+
+    Args:
+        student: (B, C) scores.
+        teacher: (B, C) scores, NaN where there is none.
+        temperature: T.
+
+    Returns:
+        (B,) in nats; 0 for a query with fewer than two scores.
+    """
+    known = ~teacher.isnan()
+    scored = known.sum(1) > 1
+    usable = known | ~scored[:, None]  # a query without scores has a distribution too, whose term is thrown away
+    log_p = log_softmax((teacher / temperature).nan_to_num().masked_fill(~usable, float("-inf")), dim=1)
+    log_q = log_softmax((student / temperature).masked_fill(~usable, float("-inf")), dim=1)
+    terms = torch.where(usable, log_p.exp() * (torch.where(usable, log_p, 0) - torch.where(usable, log_q, 0)), 0)
+    return torch.where(scored, terms.sum(1) * temperature**2, 0)
+
+
+def margin_mse(student: Tensor, margins: Tensor) -> tuple[Tensor, Tensor]:
+    """[(s⁺ − s⁻) − (t⁺ − t⁻)]² of each negative (Margin-MSE, arXiv 2010.02666, eq. 8).
+
+    Args:
+        student: (B, C) scores, the positive first.
+        margins: (B, C − 1) the teacher's t⁺ − t⁻, NaN where there is none.
+
+    Returns:
+        (B,) the sum over the negatives that the teacher scored, and (B,) how many they are.
+    """
+    known = ~margins.isnan()
+    errors = student[:, :1] - student[:, 1:] - margins.nan_to_num()
+    return torch.where(known, errors, 0).square().sum(1), known.sum(1)
+
+
+class Distillation(RepresentationLoss):
+    """Base of the losses that compare a query's candidates by the teacher's scores, which are a column of the rows.
+
+    Args:
+        column: of the teacher's scores, one a candidate.
+        scale: the student's scores are cosines times this; the teacher's are taken as they are.
+        weight: λ.
+
+    Raises:
+        ValueError: a scale that is not positive.
+    """
+
+    needs_positive = False
+    needs_negatives = True
+
+    def __init__(self, column: str = "score", scale: float = 1.0, weight: float = 1.0) -> None:
+        super().__init__(weight)
+        if not scale > 0:
+            raise ValueError(f"{type(self).__name__}.scale={scale}: must be above 0")
+        self.columns = (column,)
+        self.column, self.scale = column, scale
+
+    def student(self, reps: Representations) -> Tensor:
+        """(B, C) cosines times the scale, in float32 at least."""
+        wide = torch.promote_types(reps.queries.dtype, torch.float32)
+        with torch.autocast(reps.queries.device.type, enabled=False):
+            return self.scale * torch.einsum("bd,bcd->bc", reps.queries.to(wide), reps.passages.to(wide))
+
+    def teacher(self, reps: Representations) -> Tensor:
+        """(B, C). Raises: ValueError: the column has one number a query."""
+        scores = reps.columns[self.column]
+        if scores.dim() != 2:
+            raise ValueError(
+                f"{type(self).__name__}.column={self.column!r} has one number a query, but the loss compares a query's "
+                "candidates; give a list of scores, one for each positive and then each negative"
+            )
+        return scores
+
+
+def mean_of_scored(sums: Tensor, counts: Tensor) -> Tensor:
+    """Σ sums / Σ counts over all ranks, as the mean over ranks of what each returns; 0 where nothing was scored.
+
+    Args:
+        sums: (B,) of this rank's queries.
+        counts: (B,) how many scores each sum has.
+    """
+    total = sum(gather_sizes(int(counts.sum()), counts.device))
+    return sums.sum() * world()[1] / max(total, 1)
+
+
+class DistillationKL(Distillation):
+    """:func:`distillation_kl` from the teacher's distribution over a query's candidates to the student's.
+
+    The mean over the queries of the global batch that have two scores at least. For cosines as the teacher's scores, or
+    logits of a cross-encoder; with cosines take a temperature of 0.05 or so, or both distributions are almost flat.
+
+    Args:
+        column: of the teacher's scores, one a candidate.
+        temperature: T, divides the scores of both.
+        scale: the student's scores are cosines times this.
+        weight: λ.
+
+    Raises:
+        ValueError: a temperature or scale that is not positive.
+    """
+
+    name = "distillation_kl"
+
+    def __init__(
+        self, column: str = "score", temperature: float = 1.0, scale: float = 1.0, weight: float = 1.0
+    ) -> None:
+        super().__init__(column, scale, weight)
+        if not temperature > 0:
+            raise ValueError(f"DistillationKL.temperature={temperature}: must be above 0")
+        self.temperature = temperature
+
+    def forward(self, reps: Representations) -> Tensor:
+        teacher = self.teacher(reps)
+        losses = distillation_kl(self.student(reps), teacher, self.temperature)
+        return mean_of_scored(losses, (~teacher.isnan()).sum(1) > 1)
+
+
+class MarginMSE(Distillation):
+    """:func:`margin_mse`, the mean over all negatives of the global batch that the teacher scored.
+
+    A column with one number a query is the margin t⁺ − t⁻ itself, of rows with one negative.
+
+    Args:
+        column: of the teacher's scores, one a candidate.
+        scale: the student's scores are cosines times this. A cross-encoder's margins reach 10 and more, those of
+            cosines 2 at most.
+        weight: λ.
+
+    Raises:
+        ValueError: a scale that is not positive.
+    """
+
+    name = "margin_mse"
+    needs_positive = True
+
+    def forward(self, reps: Representations) -> Tensor:
+        scores = reps.columns[self.column]
+        if scores.dim() == 1 and reps.passages.shape[1] == 2:
+            margins = scores[:, None]
+        else:
+            teacher = self.teacher(reps)
+            margins = teacher[:, :1] - teacher[:, 1:]
+        return mean_of_scored(*margin_mse(self.student(reps), margins))
