@@ -182,6 +182,7 @@ class Batch:
             and then every query counts as another.
         columns: name -> numbers of the training rows, (B, C) float32, one a candidate, or (B,), one a query; NaN where
             a row has none.
+        terms: names of the loss terms that are for this batch, as its dataset says; None: all of the objective.
     """
 
     queries: TokenRows
@@ -195,6 +196,7 @@ class Batch:
     labelled: bool = True
     query_keys: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    terms: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.passages) != self.passage_keys.numel() or len(self.queries) != len(self.passage_keys):
@@ -252,7 +254,9 @@ class Batch:
 
     def _map(self, move: Callable[[Any], Any]) -> Batch:
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: move(part) for name, part in parts.items() if not isinstance(part, bool | Mapping | None)}
+        moved = {
+            name: move(part) for name, part in parts.items() if not isinstance(part, bool | Mapping | tuple | None)
+        }
         return replace(self, **moved, columns=_each(self.columns, move))
 
     def generation_rows(self, kind: LikelihoodKind) -> GenerationRows:

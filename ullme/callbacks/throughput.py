@@ -200,7 +200,7 @@ def _padded_tokens(module: ULLMEModule, batch: Batch) -> int:
     microbatches = loss.microbatches(batch) if isinstance(loss, GradCache) else [chunk_rows(batch, whole)]
     objective = loss.objective
     total = 0
-    if objective.uses_reps:
+    if objective.of_terms(batch.terms).uses_reps:
         lengths = torch.cat([rows.attention_mask.sum(1) for rows in (batch.queries, batch.passages)]).cpu()
         total += sum(len(rows) * int(lengths[rows].max()) for rows in microbatches)
     for chunk in (batch[part] for part in chunks):

@@ -11,7 +11,9 @@ from ullme.distributed import gather_sizes, world
 from ullme.losses.base import RepresentationLoss
 
 
-def distillation_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+def distillation_kl(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, teacher_temperature: float | None = None
+) -> Tensor:
     """T² Σ P_t log(P_t / P_s), with P the softmax of the scores over T of the candidates that the teacher scored.
 
     Knowledge distillation (arXiv 1503.02531, section 2, with its factor T²) over a list of passages (arXiv 2010.10999),
@@ -21,6 +23,7 @@ def distillation_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) 
         student: (B, C) scores.
         teacher: (B, C) scores, NaN where there is none.
         temperature: T.
+        teacher_temperature: divides the teacher's scores instead of T; None: T.
 
     Returns:
         (B,) in nats; 0 for a query with fewer than two scores.
@@ -28,7 +31,9 @@ def distillation_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) 
     known = ~teacher.isnan()
     scored = known.sum(1) > 1
     usable = known | ~scored[:, None]  # a query without scores has a distribution too, whose term is thrown away
-    log_p = log_softmax((teacher / temperature).nan_to_num().masked_fill(~usable, float("-inf")), dim=1)
+    log_p = log_softmax(
+        (teacher / (teacher_temperature or temperature)).nan_to_num().masked_fill(~usable, float("-inf")), dim=1
+    )
     log_q = log_softmax((student / temperature).masked_fill(~usable, float("-inf")), dim=1)
     terms = torch.where(usable, log_p.exp() * (torch.where(usable, log_p, 0) - torch.where(usable, log_q, 0)), 0)
     return torch.where(scored, terms.sum(1) * temperature**2, 0)
@@ -54,28 +59,22 @@ class Distillation(RepresentationLoss):
 
     Args:
         column: of the teacher's scores, one a candidate.
-        scale: the student's scores are cosines times this; the teacher's are taken as they are.
         weight: λ.
-
-    Raises:
-        ValueError: a scale that is not positive.
     """
 
     needs_positive = False
     needs_negatives = True
 
-    def __init__(self, column: str = "score", scale: float = 1.0, weight: float = 1.0) -> None:
+    def __init__(self, column: str = "score", weight: float = 1.0) -> None:
         super().__init__(weight)
-        if not scale > 0:
-            raise ValueError(f"{type(self).__name__}.scale={scale}: must be above 0")
         self.columns = (column,)
-        self.column, self.scale = column, scale
+        self.column = column
 
-    def student(self, reps: Representations) -> Tensor:
-        """(B, C) cosines times the scale, in float32 at least."""
+    def cosines(self, reps: Representations) -> Tensor:
+        """(B, C), in float32 at least."""
         wide = torch.promote_types(reps.queries.dtype, torch.float32)
         with torch.autocast(reps.queries.device.type, enabled=False):
-            return self.scale * torch.einsum("bd,bcd->bc", reps.queries.to(wide), reps.passages.to(wide))
+            return torch.einsum("bd,bcd->bc", reps.queries.to(wide), reps.passages.to(wide))
 
     def teacher(self, reps: Representations) -> Tensor:
         """(B, C). Raises: ValueError: the column has one number a query."""
@@ -103,31 +102,37 @@ class DistillationKL(Distillation):
     """:func:`distillation_kl` from the teacher's distribution over a query's candidates to the student's.
 
     The mean over the queries of the global batch that have two scores at least. For cosines as the teacher's scores, or
-    logits of a cross-encoder; with cosines take a temperature of 0.05 or so, or both distributions are almost flat.
+    logits of a cross-encoder (teacher_temperature 1); with a temperature far above 0.05 the distribution of cosines is
+    almost flat.
 
     Args:
         column: of the teacher's scores, one a candidate.
-        temperature: T, divides the scores of both.
-        scale: the student's scores are cosines times this.
+        temperature: T, divides the cosines, and the teacher's scores too if they have no temperature of their own.
+        teacher_temperature: divides the teacher's scores; null takes ``temperature``.
         weight: λ.
 
     Raises:
-        ValueError: a temperature or scale that is not positive.
+        ValueError: a temperature that is not positive.
     """
 
     name = "distillation_kl"
 
     def __init__(
-        self, column: str = "score", temperature: float = 1.0, scale: float = 1.0, weight: float = 1.0
+        self,
+        column: str = "score",
+        temperature: float = 1.0,
+        teacher_temperature: float | None = None,
+        weight: float = 1.0,
     ) -> None:
-        super().__init__(column, scale, weight)
-        if not temperature > 0:
-            raise ValueError(f"DistillationKL.temperature={temperature}: must be above 0")
-        self.temperature = temperature
+        super().__init__(column, weight)
+        for option, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
+            if value is not None and not value > 0:
+                raise ValueError(f"DistillationKL.{option}={value}: must be above 0")
+        self.temperature, self.teacher_temperature = temperature, teacher_temperature
 
     def forward(self, reps: Representations) -> Tensor:
         teacher = self.teacher(reps)
-        losses = distillation_kl(self.student(reps), teacher, self.temperature)
+        losses = distillation_kl(self.cosines(reps), teacher, self.temperature, self.teacher_temperature)
         return mean_of_scored(losses, (~teacher.isnan()).sum(1) > 1)
 
 
@@ -149,6 +154,12 @@ class MarginMSE(Distillation):
     name = "margin_mse"
     needs_positive = True
 
+    def __init__(self, column: str = "score", scale: float = 1.0, weight: float = 1.0) -> None:
+        super().__init__(column, weight)
+        if not scale > 0:
+            raise ValueError(f"MarginMSE.scale={scale}: must be above 0")
+        self.scale = scale
+
     def forward(self, reps: Representations) -> Tensor:
         scores = reps.columns[self.column]
         if scores.dim() == 1 and reps.passages.shape[1] == 2:
@@ -156,4 +167,4 @@ class MarginMSE(Distillation):
         else:
             teacher = self.teacher(reps)
             margins = teacher[:, :1] - teacher[:, 1:]
-        return mean_of_scored(*margin_mse(self.student(reps), margins))
+        return mean_of_scored(*margin_mse(self.scale * self.cosines(reps), margins))
