@@ -23,7 +23,17 @@ from ullme.losses.false_negatives import FalseNegatives
 from ullme.models import ULLME
 from ullme.planning.auto_chunk import Chunking, shrink_until_it_fits
 
-NAMES = ("cl", "cl_unmasked", "isolated", "grl", "kto", "both_directions", "query_teacher", "pseudo_labels")
+NAMES = (
+    "cl",
+    "cl_unmasked",
+    "isolated",
+    "grl",
+    "kto",
+    "both_directions",
+    "query_teacher",
+    "pseudo_labels",
+    "matryoshka",
+)
 NAMES += (
     "siblings",
     "all_positives",

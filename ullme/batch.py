@@ -77,6 +77,9 @@ class TokenRows:
 # passage after the same prompt as in log π(p|q) with an empty query.
 LikelihoodKind = Literal["passage_given_query", "query_given_passage", "passage"]
 
+# Whether a column of the training rows has one number a query or one a candidate.
+ColumnKind = Literal["query", "candidate"]
+
 # What a term scores a candidate by: a likelihood, or gain, log π(p|q) − log π(p).
 Direction = Literal["passage_given_query", "query_given_passage", "gain"]
 

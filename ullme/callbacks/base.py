@@ -93,6 +93,7 @@ class LossCallback(L.Callback, ABC):
             )
         check_rows(self.objective, data, warn=trainer.is_global_zero)
         self.objective.check_model(model, str(trainer.precision))
+        model.matryoshka_dims = self.objective.matryoshka_dims  # kept in checkpoints
 
     def measure_teacher(self, trainer: L.Trainer, model: Any) -> None:
         """Log how well the teacher of a KL ranks, with a warning where it is at chance; not in a resumed run.

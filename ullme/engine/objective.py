@@ -18,6 +18,7 @@ from ullme.batch import PARTS, Batch, Direction, LikelihoodKind, Representations
 from ullme.distributed import all_reduce_max, any_rank, gather_sizes, global_mean_weight, mean_over_ranks
 from ullme.engine.finite import FiniteChecks
 from ullme.engine.gradcache import GradCache, backward_outside_autocast, chunk_rows, embed_batch
+from ullme.engine.mismatched import mismatched_pairs
 from ullme.engine.reference import AdaptersOff, Reference, embed_with_adapters_off
 from ullme.engine.scoring import (
     Scored,
@@ -96,6 +97,11 @@ class Objective:
         return self._parts[tuple(names)]
 
     @property
+    def matryoshka_dims(self) -> tuple[int, ...]:
+        """The numbers of leading dimensions that are trained as embeddings, the largest first; empty for none."""
+        return tuple(sorted({dim for term in self.representation_terms for dim in term.matryoshka_dims}, reverse=True))
+
+    @property
     def needs_generation(self) -> bool:
         """Whether batches must carry :class:`~ullme.batch.GenerationRows`."""
         return bool(self.likelihoods)
@@ -139,6 +145,8 @@ class Objective:
 
     def check_model(self, model: ULLME, precision: str = "32-true") -> None:
         """What :meth:`check` checks of the model."""
+        for term in self.representation_terms:
+            term.check_width(model.hidden_size)
         if self.masking is not None:
             self.masking.mask_token_id(model.tokenizer)
         if self.uses_guide and model.options.lora_name is None:
@@ -261,7 +269,7 @@ class Objective:
         """(chunk, representations, scale) -> the chunk's part of the mean over the global batch, times ``scale``."""
         sizes = gather_sizes(len(batch), batch.row_ids.device)
         weight = global_mean_weight(sizes) / len(batch)
-        statistics = self._statistics(model, batch, scoring, references)
+        statistics = self._statistics(model, batch, scoring, references, sizes)
 
         def total(chunk: slice, reps: Representations | None, scale: float = 1.0) -> Tensor:
             part, scale = batch[chunk], weight * scale
@@ -303,19 +311,34 @@ class Objective:
         }
 
     @torch.no_grad()
-    def _statistics(self, model: ULLME, batch: Batch, scoring: Scoring, references: References) -> dict[str, Tensor]:
-        """Means over the global batch that a term must know before its gradient."""
-        terms = [term for term in self.chunk_terms if term.statistic_candidates(batch[:1]) is not None]
-        if not terms:
-            return {}
+    def _statistics(
+        self, model: ULLME, batch: Batch, scoring: Scoring, references: References, sizes: list[int]
+    ) -> dict[str, Tensor]:
+        """Means over the global batch that a term must know before its gradient; ``sizes``: queries of each rank."""
         chunks = [slice(n, min(n + STATISTIC_QUERIES, len(batch))) for n in range(0, len(batch), STATISTIC_QUERIES)]
         found = {}
-        for term in terms:
+        for term in self.chunk_terms:
+            kinds = PARTS[term.direction]
+            if term.statistic_of_mismatched_pairs:
+                if sum(sizes) == 1:
+                    found[term.name] = torch.zeros((), device=batch.row_ids.device)
+                    continue
+                pairs = mismatched_pairs(batch, kinds)
+                every = torch.ones_like(pairs.passage_keys, dtype=torch.bool)
+                masks = dict.fromkeys(kinds, every)
+                under_reference = {
+                    kind: self.reference.logps(model, pairs, every, self.share_prompts, kind, chunks) for kind in kinds
+                }
+            elif term.statistic_candidates(batch[:1]) is not None:
+                pairs, under_reference = batch, references
+                masks = {kind: scoring[kind].statistic for kind in kinds}
+            else:
+                continue
             policy = {
-                kind: score_by_chunk(model, batch, scoring[kind].statistic, self.share_prompts, kind, chunks)
-                for kind in PARTS[term.direction]
+                kind: score_by_chunk(model, pairs, mask, self.share_prompts, kind, chunks)
+                for kind, mask in masks.items()
             }
-            values = term.statistic(_chunk(batch, term.direction, None, policy, references, {}, None))
+            values = term.statistic(_chunk(pairs, term.direction, None, policy, under_reference, {}, None))
             found[term.name] = mean_over_ranks(values)
         return found
 

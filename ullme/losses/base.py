@@ -50,6 +50,11 @@ class RepresentationLoss(Term):
 
     teacher_direction: Direction | None = None
     uses_guide: bool = False
+    # the numbers of leading dimensions, the largest first, that the term trains as embeddings besides the full width
+    matryoshka_dims: tuple[int, ...] = ()
+
+    def check_width(self, width: int) -> None:
+        """Before training. Raises: ValueError: the term does not fit embeddings of D = ``width`` dimensions."""
 
     def forward(self, reps: Representations) -> Tensor:
         """The unweighted term: a scalar, the mean over this rank's queries (see :mod:`ullme.distributed`)."""
@@ -142,8 +147,15 @@ class ChunkLoss(Term):
         """(b, C) bool, the candidates of a statistic of the batch that must be known before any gradient, or None."""
         return None
 
+    @property
+    def statistic_of_mismatched_pairs(self) -> bool:
+        """Whether the term has a statistic of each query with the next query's positive as its only candidate, over the
+        global batch, instead of ``statistic_candidates``."""
+        return False
+
     def statistic(self, chunk: Chunk) -> Tensor:
-        """(b,) whose mean over the global batch becomes ``chunk.statistics[name]``; without gradient."""
+        """(b,) whose mean over the global batch becomes ``chunk.statistics[name]``; without gradient. For mismatched
+        pairs of a global batch with a single query, which has none, the statistic is 0."""
         raise NotImplementedError(f"{type(self).__name__} must define statistic(chunk)")
 
     def forward(self, chunk: Chunk) -> Tensor:

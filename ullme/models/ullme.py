@@ -14,13 +14,15 @@ from ullme.models import attention, encoding, likelihood, loading, stages
 from ullme.models.config import BackboneConfig
 from ullme.models.encoding import EmbedBlocks
 from ullme.models.latent_attention import make_pooler
-from ullme.models.loading import set_attention_dropout
+from ullme.models.loading import set_attention_dropout, turn_off_dropout
 from ullme.models.pooling import pool, select_pooled
 from ullme.prompts import Prompts, PromptTokenizer, Role
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedModel
+
+    from ullme.models.compression import Precision
 
 
 class ULLME(nn.Module):
@@ -44,6 +46,8 @@ class ULLME(nn.Module):
         prompts: the prompt contract.
         llm: the (PEFT-wrapped) causal LM.
         pooler: the trained layer of latent_attention pooling; None for other poolings.
+        matryoshka_dims: the numbers of leading dimensions that training made embeddings of, the largest first
+            (:class:`~ullme.losses.Matryoshka`); empty for none.
         fingerprint: hash that identifies the pre-trained LLM in its dtype.
         attention_path: how the LLM is run to embed (packed, padded, flags or mask4d), as chosen by the probe.
 
@@ -66,6 +70,7 @@ class ULLME(nn.Module):
         super().__init__()
         self.options = BackboneConfig(model_name_or_path, model_backbone_type, lora_name, **options)
         self.prompts = prompts or Prompts()
+        self.matryoshka_dims: tuple[int, ...] = ()
         config = loading.load_config(self.options)
         self.options = loading.choose_dtype(self.options, config)
         self.tokenizer = loading.load_tokenizer(self.options)
@@ -73,6 +78,8 @@ class ULLME(nn.Module):
             model, earlier_pooler = stages.merged_backbone(type(self), self.options)
         else:
             model, earlier_pooler = loading.load_backbone(self.options, config), None
+        if not self.options.llm_dropout:
+            turn_off_dropout(model)
         if self.options.attention_dropout is not None:
             set_attention_dropout(model, self.options.attention_dropout)
         loading.check_vocabulary(self.tokenizer, model, model_name_or_path)
@@ -273,6 +280,8 @@ class ULLME(nn.Module):
         max_length: int = 512,
         show_progress_bar: bool = False,
         convert_to_tensor: bool = False,
+        truncate_dim: int | None = None,
+        precision: Precision = "float32",
     ) -> np.ndarray | Tensor:
         """Embed texts. The embedding of a text does not depend on the other texts.
 
@@ -285,10 +294,28 @@ class ULLME(nn.Module):
             max_length: in tokens, template included; at most the LLM's number of positions.
             show_progress_bar: show a bar on stderr.
             convert_to_tensor: return a tensor on the CPU instead of an array.
+            truncate_dim: keep so many of the first dimensions, of unit length again; None keeps all. With a warning if
+                training did not make embeddings of so many (:class:`~ullme.losses.Matryoshka`).
+            precision: as in sentence-transformers. int8 and uint8: 256 steps over the range that each dimension has in
+                these texts, so embeddings of different calls do not compare. binary and ubinary: signs, eight in a
+                byte.
 
         Returns:
-            (R, D) normalised embeddings in float32, in the order of the texts.
+            (R, D) normalised embeddings in float32, in the order of the texts; D is ``truncate_dim`` if given. int8 or
+            uint8 for another precision, and (R, ⌈D/8⌉) for binary and ubinary.
+
+        Raises:
+            ValueError: a text or option that cannot be used.
         """
         return encoding.encode(
-            self, texts, role, instruction, batch_size, max_length, show_progress_bar, convert_to_tensor
+            self,
+            texts,
+            role,
+            instruction,
+            batch_size,
+            max_length,
+            show_progress_bar,
+            convert_to_tensor,
+            truncate_dim,
+            precision,
         )

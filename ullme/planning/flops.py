@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ullme.batch import Batch, LikelihoodKind
+from ullme.batch import PARTS, Batch, LikelihoodKind
+from ullme.losses.base import only_candidates
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -207,6 +208,12 @@ def step_work(batch: Batch, objective: Objective, causal: bool, share_prompts: b
             + generation_work(batch, scored.statistic, share_prompts, kind),
             reference=generation_work(batch, scored.reference, share_prompts, kind),
         )
+    for term in objective.chunk_terms:
+        if term.statistic_of_mismatched_pairs:
+            # another query's positive behind each query: as long as the query's own, on average
+            for kind in PARTS[term.direction]:
+                once = generation_work(batch, only_candidates(batch, 1), share_prompts, kind)
+                total += StepWork(scored=once, reference=once if term.uses_reference else Work())
     return total
 
 

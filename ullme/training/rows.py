@@ -6,7 +6,9 @@ import logging
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
+from ullme.batch import ColumnKind
 from ullme.data.mixture import Mixture
+from ullme.data.sources import RowSource
 from ullme.losses import Term
 
 if TYPE_CHECKING:
@@ -45,6 +47,16 @@ def warn_of_unused_columns(terms: Iterable[Term], columns: Collection[str], wher
             where,
             ", ".join(unused),
         )
+
+
+def kinds_of_batches(source: RowSource | None) -> list[tuple[tuple[str, ...] | None, dict[str, ColumnKind]]]:
+    """Of each dataset, the names of its loss terms (None: all) and its columns."""
+    if source is None:
+        return [(None, {})]
+    if isinstance(source, Mixture):
+        pairs = zip(source.sets, source.sources, strict=True)
+        return [(None if sets.terms is None else tuple(sets.terms), one.columns) for sets, one in pairs]
+    return [(None, source.columns)]
 
 
 def check_rows(objective: Objective, data: Any, warn: bool = True) -> None:
