@@ -83,7 +83,7 @@ class ProbeModel:
 def _columns(objective: Objective, keys: Tensor) -> dict[str, Tensor]:
     """Random numbers for the columns that terms read: of pairs one a query, else one a candidate."""
     generator = torch.Generator().manual_seed(2)
-    found = {}
+    found: dict[str, Tensor] = {}
     for term in objective.terms:
         shape = keys.shape[: 1 if isinstance(term, ScoredPairs) else 2]
         found |= {name: torch.rand(shape, generator=generator) for name in term.columns}
