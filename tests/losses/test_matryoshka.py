@@ -85,6 +85,7 @@ def test_it_wraps_any_representation_term():
     class Mean(RepresentationLoss):
         name = "mean"
         needs_positive = False
+        columns = ("score",)
 
         def forward(self, reps):
             assert reps.labelled is False
@@ -96,7 +97,7 @@ def test_it_wraps_any_representation_term():
     cut = [torch.nn.functional.normalize(part[..., :3], dim=-1) for part in (reps.queries, reps.passages)]
     expected = sum(2 * (q[:, None] * p).sum(-1).mean() for q, p in ((reps.queries, reps.passages), cut))
     assert loss(reps).item() == pytest.approx(expected.item(), abs=1e-12)
-    assert (loss.name, loss.needs_positive) == ("matryoshka_mean", False)
+    assert (loss.name, loss.needs_positive, loss.columns) == ("matryoshka_mean", False, ("score",))
     pseudo = Matryoshka(PseudoLabelInfoNCE(), [3])
     assert (pseudo.needs_positive, pseudo.teacher_direction) == (False, "query_given_passage")
 

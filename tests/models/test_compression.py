@@ -92,7 +92,7 @@ def test_precisions_that_cannot_be(precision, count, message):
 def test_a_run_keeps_its_dims(model, make_model, tmp_path):
     """From the loss to the checkpoint, and from there to the model, an adapter folder and an existing model."""
     callback = FullBatch([Matryoshka(InfoNCE(), [16, 8])])
-    trainer = SimpleNamespace(datamodule=None, precision="32-true")
+    trainer = SimpleNamespace(datamodule=None, precision="32-true", is_global_zero=True)
     callback.on_fit_start(trainer, SimpleNamespace(model=model))
     assert model.matryoshka_dims == (16, 8)
     run = write_run(model, tmp_path / "run")

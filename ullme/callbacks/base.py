@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ullme.batch import Batch
 from ullme.callbacks.choose_chunking import choose_chunking
+from ullme.data.sampler import check_no_row_borrows
 from ullme.engine.fsdp import unsynchronised
 from ullme.engine.objective import Logs, Objective
 from ullme.engine.reference import ReferenceChoice, make_reference
@@ -148,6 +149,10 @@ class LossCallback(L.Callback, ABC):
             terms = self.objective.of_terms(one.terms).terms
             own = negatives if one.num_hard_negatives is None else one.num_hard_negatives
             check_negatives(terms, rows, own, one.in_batch_negatives, f" of {one.train!r}")
+        for term in self.objective.terms:
+            if isinstance(term, InfoNCE) and not term.in_batch_negatives:
+                for source in getattr(data, "sources", []):
+                    check_no_row_borrows(source, negatives, data.short_rows, f"loss term {term.name}")
 
     def _check_lengths(self, model: Any, data: Any) -> None:
         longest = {name: getattr(data, name, 0) for name in ("query_max_length", "passage_max_length")}

@@ -31,7 +31,8 @@ class TrainSet:
         instruction: the task, for rows without an instruction; null takes the prompt contract's.
         weight: passes over the dataset in an epoch; 0.5 takes half of its batches, 2 takes them twice.
         in_batch_negatives: false uses only a query's own hard negatives, as for classes or clusters, where another
-            query's positive may be correct (NV-Embed, arXiv 2405.17428, section 4.2).
+            query's positive may be correct (NV-Embed, arXiv 2405.17428, section 4.2). So its rows must not borrow
+            negatives (``data.short_rows``) either.
         symmetric: use the query template for passages too, as for semantic similarity.
         columns: numbers of the rows that losses read, as in ``data.columns``.
         terms: names of the loss terms that are for this dataset (info_nce, cosent, sft ...); null takes all.
@@ -111,6 +112,10 @@ class Mixture:
         dataset, index = self.locate(row)
         return self.sources[dataset][index]
 
+    def positives_of(self, query: str) -> set[str]:
+        """What is a positive of a row with this query in any of the datasets."""
+        return set().union(*(source.positives_of(query) for source in self.sources))
+
     def locate(self, row: int) -> tuple[int, int]:
         """(index of the dataset, index of the row in it).
 
@@ -128,7 +133,9 @@ class Mixture:
         settings = self.sets[dataset]
         if settings.num_hard_negatives is not None:
             num_hard_negatives = settings.num_hard_negatives
-        drawn = draw(self.sources[dataset], index, epoch, seed, num_hard_negatives, short_rows)
+        drawn = draw(
+            self.sources[dataset], index, epoch, seed, num_hard_negatives, short_rows, positives_of=self.positives_of
+        )
         return drawn._replace(
             instruction=settings.instruction if drawn.instruction is None else drawn.instruction,
             in_batch_negatives=settings.in_batch_negatives,

@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
+from zlib import crc32
 
 import numpy as np
 
@@ -58,6 +59,33 @@ class RowSource(Protocol):
 
     def __getitem__(self, row: int) -> Record: ...
 
+    def positives_of(self, query: str) -> set[str]:
+        """What is a positive of a row with this query; without labels, what is a candidate."""
+        ...
+
+
+class _QueryIndex:
+    """The rows that have a query, found by a hash of it, in 12 bytes a row.
+
+    Args:
+        hashes: (rows,) 32-bit hashes of the rows' queries.
+    """
+
+    def __init__(self, hashes: array[int]) -> None:
+        self._rows = np.argsort(hashes, kind="stable")
+        self._hashes = np.asarray(hashes, dtype=np.uint32)[self._rows]
+
+    def positives(self, source: RowSource, query: str) -> set[str]:
+        """See :meth:`RowSource.positives_of`."""
+        wanted = np.uint32(_hash(query))
+        first, last = (np.searchsorted(self._hashes, wanted, side) for side in ("left", "right"))
+        records = [source[row] for row in self._rows[first:last].tolist()]
+        return {text for r in records if r.query == query for text in r.positives or r.negatives}
+
+
+def _hash(query: str) -> int:
+    return crc32(query.encode())
+
 
 class _Rows:
     """Raw rows to records, with the columns that ``data.columns`` names.
@@ -93,6 +121,7 @@ class _CheckedRows:
         self.positions = array("q")
         self.numbers = array("q")  # of the valid rows, among all; kept only where a side file needs them
         self.num_negatives = array("q")
+        self.queries = array("L")
         self.skipped: list[str] = []
         self.longest_instruction: str | None = None
         self.labelled: bool | None = None
@@ -133,6 +162,7 @@ class _CheckedRows:
         if self.rows.side:
             self.numbers.append(number)
         self.num_negatives.append(record.num_negatives)
+        self.queries.append(_hash(record.query))
         if record.instruction is not None and len(record.instruction) > len(self.longest_instruction or ""):
             self.longest_instruction = record.instruction
         if (keys := frozenset(row)) not in self._keys:
@@ -199,6 +229,7 @@ class JsonlSource:
         self.num_negatives = np.asarray(checked.num_negatives)
         self.skipped, self.longest_instruction = checked.skipped, checked.longest_instruction
         self.labelled, self.columns, self.unread = bool(checked.labelled), checked.columns, checked.unread
+        self._queries = _QueryIndex(checked.queries)
         self._lines = LineReader(self.files)
 
     def __len__(self) -> int:
@@ -209,6 +240,9 @@ class JsonlSource:
             raise IndexError(f"row {row} of {len(self)}")
         line = self._lines.read(bisect_right(self._ends, row), int(self._offsets[row]))
         return self._parser.parse(line, int(self._numbers[row]) if len(self._numbers) else row)
+
+    def positives_of(self, query: str) -> set[str]:
+        return self._queries.positives(self, query)
 
 
 class HubSource:
@@ -245,6 +279,7 @@ class HubSource:
         self.num_negatives = np.asarray(checked.num_negatives)
         self.skipped, self.longest_instruction = checked.skipped, checked.longest_instruction
         self.labelled, self.columns, self.unread = bool(checked.labelled), checked.columns, checked.unread
+        self._queries = _QueryIndex(checked.queries)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -254,6 +289,9 @@ class HubSource:
             raise IndexError(f"row {row} of {len(self)}")
         number = int(self._rows[row])
         return self._parser.parse(self.dataset[number], number)
+
+    def positives_of(self, query: str) -> set[str]:
+        return self._queries.positives(self, query)
 
 
 class Subset:
@@ -276,6 +314,9 @@ class Subset:
 
     def __getitem__(self, row: int) -> Record:
         return self.source[int(self.rows[row])]
+
+    def positives_of(self, query: str) -> set[str]:
+        return self.source.positives_of(query)  # those of rows outside the subset are positives all the same
 
 
 def open_source(

@@ -6,7 +6,7 @@ computed for the whole batch before. Knows PyTorch only: no Lightning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ullme.batch import PARTS, Batch, Direction, LikelihoodKind, Representations
-from ullme.distributed import all_reduce_max, any_rank, gather_sizes, global_mean_weight, mean_over_ranks
+from ullme.distributed import all_reduce_max, each_on_any_rank, gather_sizes, global_mean_weight, mean_over_ranks
 from ullme.engine.finite import FiniteChecks
 from ullme.engine.gradcache import GradCache, backward_outside_autocast, chunk_rows, embed_batch
 from ullme.engine.mismatched import mismatched_pairs
@@ -185,7 +185,7 @@ class Objective:
             guide = self._guide(model, batch, [whole])
             parts.append(self._representation_loss(batch, references, guide, logs, finite)(reps))
         if self.chunk_terms:
-            parts.append(self._chunk_loss(model, batch, scoring, references, logs, finite)(whole, reps))
+            parts.append(self._chunk_loss(model, batch, scoring, references, logs, finite, [whole])(whole, reps))
         backward_outside_autocast(backward)(torch.stack(parts).sum())
         finite.raise_if_any(batch.row_ids.device)
         return self._total(logs)
@@ -209,8 +209,13 @@ class Objective:
         scoring = self.scoring(batch)
         references = self._references(model, batch, scoring, chunks)
         chunk_loss = loss = None
+        microbatches = [chunk_rows(batch, chunk) for chunk in chunks] if microbatches is None else microbatches
+        dummy_chunks, dummy_microbatches = (
+            all_reduce_max(len(parts), batch.row_ids.device) - len(parts) for parts in (chunks, microbatches)
+        )
         if self.chunk_terms:
-            chunk_loss = self._chunk_loss(model, batch, scoring, references, logs, finite)
+            in_order = [*[slice(0, 0)] * dummy_chunks, *chunks]  # as GradCache goes through them
+            chunk_loss = self._chunk_loss(model, batch, scoring, references, logs, finite, in_order)
         if self.representation_terms:
             loss = self._representation_loss(batch, references, self._guide(model, batch, chunks), logs, finite)
         engine = GradCache(
@@ -220,17 +225,13 @@ class Objective:
             backward=backward,
             no_sync=no_sync,
         )
-        microbatches = [chunk_rows(batch, chunk) for chunk in chunks] if microbatches is None else microbatches
-        dummy_chunks, dummy_microbatches = (
-            all_reduce_max(len(parts), batch.row_ids.device) - len(parts) for parts in (chunks, microbatches)
-        )
         engine.step(batch, chunks, microbatches, num_retained, dummy_chunks, dummy_microbatches)
         finite.raise_if_any(batch.row_ids.device)
         return self._total(logs)
 
     def _total(self, logs: Logs) -> Logs:
         loss = torch.stack([term.weight * logs[term.name].double() for term in self.terms]).sum()
-        weights = {f"weight/{term.name}": torch.tensor(term.weight, device=loss.device) for term in self.terms}
+        weights = {f"weight/{term.name}": torch.full((), term.weight, device=loss.device) for term in self.terms}
         return {"loss": loss, **logs, **weights}
 
     def _representation_loss(
@@ -264,16 +265,30 @@ class Objective:
         return embed_with_adapters_off(model, batch, chunks) if self.uses_guide else None
 
     def _chunk_loss(
-        self, model: ULLME, batch: Batch, scoring: Scoring, references: References, logs: Logs, finite: FiniteChecks
+        self,
+        model: ULLME,
+        batch: Batch,
+        scoring: Scoring,
+        references: References,
+        logs: Logs,
+        finite: FiniteChecks,
+        chunks: Sequence[slice],
     ) -> Callable[..., Tensor]:
-        """(chunk, representations, scale) -> the chunk's part of the mean over the global batch, times ``scale``."""
+        """(chunk, representations, scale) -> the chunk's part of the mean over the global batch, times ``scale``.
+
+        Args:
+            chunks: in the order in which they will be asked for, empty ones in place of dummies.
+        """
+        forwards = self._forwards(scoring, chunks, batch.row_ids.device)
         sizes = gather_sizes(len(batch), batch.row_ids.device)
         weight = global_mean_weight(sizes) / len(batch)
         statistics = self._statistics(model, batch, scoring, references, sizes)
 
         def total(chunk: slice, reps: Representations | None, scale: float = 1.0) -> Tensor:
             part, scale = batch[chunk], weight * scale
-            policy = {kind: self._policy(model, part, kind, scored[chunk]) for kind, scored in scoring.items()}
+            policy = {
+                kind: self._policy(model, part, kind, scored[chunk], forwards) for kind, scored in scoring.items()
+            }
             masked = _masked_logps(model, part, self.masking) if self.masking is not None else None
             reference = {kind: logps[chunk] for kind, logps in references.items()}
             values, seen = [], set()
@@ -291,16 +306,28 @@ class Objective:
 
         return total
 
-    def _policy(self, model: ULLME, part: Batch, kind: LikelihoodKind, scored: Scored) -> Tensor:
+    def _forwards(self, scoring: Scoring, chunks: Sequence[slice], device: torch.device) -> Iterator[bool]:
+        """Whether some rank needs each forward of :meth:`_policy`, in the order in which these are done."""
+        kinds = [kind for kind in scoring if kind in self.policy_likelihoods]
+        needed = [
+            bool(m.any()) for c in chunks for k in kinds for m in (scoring[k][c].learned, scoring[k][c].looked_at)
+        ]
+        return iter(each_on_any_rank(needed, device))
+
+    def _policy(
+        self, model: ULLME, part: Batch, kind: LikelihoodKind, scored: Scored, forwards: Iterator[bool]
+    ) -> Tensor:
         """(b, C) log-likelihoods. Only candidates that some term learns from go through backward."""
-        logps = torch.zeros(scored.learned.shape, device=scored.learned.device)
+        logps = torch.zeros(part.passage_keys.shape, device=part.passage_keys.device)
         if kind not in self.policy_likelihoods:
             return logps
         for mask, grad in ((scored.learned, True), (scored.looked_at, False)):
-            if any_rank(bool(mask.any()), mask.device):
-                with torch.set_grad_enabled(grad):
-                    found, _ = score(model, part, at_least_one(mask), self.share_prompts, kind)
-                logps = torch.where(mask, found, logps.to(found.dtype))
+            if not next(forwards):
+                continue
+            with torch.set_grad_enabled(grad):
+                found, _ = score(model, part, at_least_one(mask), self.share_prompts, kind)
+            # zero where this mask has nothing, and the masks have nothing in common
+            logps = logps + (found if mask.any() else torch.where(torch.zeros_like(found, dtype=torch.bool), found, 0))
         return logps
 
     def _references(self, model: ULLME, batch: Batch, scoring: Scoring, chunks: Sequence[slice]) -> References:
@@ -383,7 +410,7 @@ def _per_token(batch: Batch, references: References, direction: Direction) -> Te
 def _masked_logps(model: ULLME, batch: Batch, masking: MNTP) -> Tensor:
     """(b,) mean log-probability of the tokens that are masked in each query, in nats; 0 where none can be."""
     rows, masked = masking.mask(batch.queries, model.tokenizer)
-    found = model(rows.input_ids, rows.attention_mask, masked=masked)
+    found = model(rows.input_ids, rows.attention_mask, masked=masked, host=rows.host)
     return found.logps / found.lengths.clamp(min=1)
 
 

@@ -87,7 +87,8 @@ class MNTP(ChunkLoss):
             lot = torch.rand(ids.shape, device=ids.device)
             anything = torch.randint_like(ids, len(tokenizer))
             stand_in = torch.where(lot < 0.8, stand_in, torch.where(lot < 0.9, anything, ids))
-        return TokenRows(torch.where(chosen, stand_in, ids), rows.attention_mask), ids.masked_fill(~chosen, -100)
+        replaced = TokenRows(torch.where(chosen, stand_in, ids), rows.attention_mask, host=rows.host)
+        return replaced, ids.masked_fill(~chosen, -100)
 
     def forward(self, chunk: Chunk) -> Tensor:
         assert chunk.masked_logps is not None

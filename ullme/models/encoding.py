@@ -61,7 +61,7 @@ def embed_blocks(model: Embedder, blocks: Iterable[TokenRows]) -> Iterator[Tenso
     """Embed padded blocks of R rows: yields (R, D) each, in float32 on the CPU."""
     for block in blocks:
         rows = block.to(model.device)
-        yield model(rows.input_ids, rows.attention_mask, pool_mask=rows.pool_mask)["rep"].float().cpu()
+        yield model(rows.input_ids, rows.attention_mask, pool_mask=rows.pool_mask, host=rows.host)["rep"].float().cpu()
 
 
 def _token_budget(batch_size: int | None, lengths: list[int], device: torch.device) -> int:

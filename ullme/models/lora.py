@@ -213,6 +213,7 @@ class _Lora(torch.autograd.Function):
         grad_b = torch.mm(down.T, flat_grad).T
         grad_down = (flat_grad @ b).mul_(ctx.scale * ctx.keep)  # (T, r)
         grad_a = torch.mm(grad_down.T, dropped)
+        del dropped  # as large as grad_x
         grad_x = None
         if ctx.needs_input_grad[0]:
             if ctx.merged:
@@ -220,6 +221,6 @@ class _Lora(torch.autograd.Function):
             elif mask is None:
                 grad_x = (flat_grad @ weight).addmm_(grad_down, a)
             else:
-                grad_x = (flat_grad @ weight).addcmul_(grad_down @ a, mask.flatten(0, -2))
+                grad_x = (grad_down @ a).mul_(mask.flatten(0, -2)).addmm_(flat_grad, weight)
             grad_x = grad_x.view_as(x)
         return grad_x, None, None, grad_a, grad_b, None, None
