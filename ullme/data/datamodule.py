@@ -43,7 +43,8 @@ class ULLMEDataModule(L.LightningDataModule):
         train_split: split of the dataset.
         train_name: configuration of the dataset, if it has several.
         schema: the columns: auto, bge, tevatron, sentence-transformers or ullme; candidates, a query and passages that
-            nobody has judged (for losses that need no label); text, one text per row (of a retrieval row, the first
+            nobody has judged (for losses that need no label); pairs, sentence1, sentence2 and score; chat, messages or
+            prompt and completion; text, one text per row (of a retrieval row, the first
             positive), which is its own positive (SimCSE, arXiv 2104.08821); or the dotted path of a function that
             parses a row.
         on_bad_row: stop at the first bad row, before training, with its file, line and reason; or skip bad rows and
@@ -183,10 +184,12 @@ class ULLMEDataModule(L.LightningDataModule):
     def _open(self, dataset: TrainSet) -> RowSource:
         """Open one dataset, and log skipped and short rows."""
         source = dataset.open(self.on_bad_row, self.seed)
+        own = dataset.num_hard_negatives
+        negatives = self.num_hard_negatives if own is None else own
         if not dataset.in_batch_negatives:
             whose = f"data.datasets: {dataset.train!r}"
-            check_no_row_borrows(source, self.num_hard_negatives, self.short_rows, whose)
-        usable, short = settle_short_rows(source, self.num_hard_negatives, self.short_rows, self.seed)
+            check_no_row_borrows(source, negatives, self.short_rows, whose)
+        usable, short = settle_short_rows(source, negatives, self.short_rows, self.seed)
         if self._rank_and_world_size()[0] == 0:
             log.info("data: %d rows to train on%s", len(usable), f" in {dataset.train}" if self.datasets else "")
             self._log_unread(dataset, source)
@@ -197,7 +200,7 @@ class ULLMEDataModule(L.LightningDataModule):
                     "data: %d of %d rows have fewer than %d hard negatives (data.short_rows=%s)",
                     short,
                     len(source),
-                    self.num_hard_negatives,
+                    negatives,
                     self.short_rows,
                 )
         return usable

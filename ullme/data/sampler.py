@@ -35,6 +35,7 @@ class Draw(NamedTuple):
     symmetric: bool = False
     labelled: bool = True
     columns: Columns = MappingProxyType({})
+    terms: tuple[str, ...] | None = None
 
 
 def draw(
@@ -71,7 +72,8 @@ def draw(
         missing = num_hard_negatives + 1 - len(own)
         texts += _borrow(source, missing, {*record.negatives, *positives_of(record.query)}, rng) if missing else []
         columns = _columns(source, record, own, missing)
-        return Draw(record.query, texts[0], texts[1:], record.instruction, labelled=False, columns=columns)
+        drawn = Draw(record.query, texts[0], texts[1:], record.instruction, labelled=False, columns=columns)
+        return drawn._replace(symmetric=record.symmetric)
     first = int(rng.integers(len(record.positives)))
     own = _fill(rng.permutation(len(record.negatives)).tolist(), num_hard_negatives, short_rows)
     negatives = [record.negatives[i] for i in own]

@@ -34,7 +34,8 @@ def mismatched_pairs(batch: Batch, kinds: Iterable[LikelihoodKind]) -> Batch:
             pairs = GenerationRows(rows.prompts, _of_next_query(rows.targets, batch))
         fields[GENERATION_FIELDS[kind]] = pairs
     keys = _next_first(batch.passage_keys[:, :1])
-    return replace(batch, **fields, passages=_of_next_query(batch.passages, batch), passage_keys=keys)
+    # numbers of other candidates say nothing about these pairs
+    return replace(batch, **fields, passages=_of_next_query(batch.passages, batch), passage_keys=keys, columns={})
 
 
 def _of_next_query(rows: TokenRows, batch: Batch) -> TokenRows:

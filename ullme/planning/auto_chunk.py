@@ -6,7 +6,7 @@ of the device. No Lightning here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ullme.batch import Batch, GenerationRows, TokenRows
+from ullme.batch import Batch, ColumnKind, GenerationRows, TokenRows
 from ullme.distributed import all_reduce_max, any_rank, no_collectives
 from ullme.engine.gradcache import chunk_slices, count_retained, microbatch_rows
 from ullme.engine.objective import Objective
@@ -102,6 +102,7 @@ def shrink_until_it_fits(
     passage_tokens: int,
     autocast: Callable[[], AbstractContextManager],
     queries: int = 2**31,
+    datasets: Sequence[tuple[tuple[str, ...] | None, Mapping[str, ColumnKind]]] = ((None, {}),),
 ) -> Chunking:
     """Try a step on random tokens, and with less in memory until it fits; nothing is learned.
 
@@ -117,6 +118,7 @@ def shrink_until_it_fits(
         passage_tokens: of each.
         autocast: what a step runs under.
         queries: the most that a batch of this rank has.
+        datasets: of each kind of batch the names of its terms (None: all), and its columns of numbers.
 
     Raises:
         ValueError: not even one query fits.
@@ -129,7 +131,8 @@ def shrink_until_it_fits(
             model.recompute_layers()
         tokens = chunking.chunk_tokens + chunking.retained_tokens
         batch = _random_batch(model, tokens, queries, passages, passage_tokens)
-        if not any_rank(_runs_out(model, terms, batch, chunking, autocast), model.device):
+        trials = [replace(batch, terms=of, columns=_no_numbers(batch, kinds)) for of, kinds in datasets]
+        if not any_rank(any(_runs_out(model, terms, one, chunking, autocast) for one in trials), model.device):
             return chunking
         if chunking.retained_tokens > chunking.chunk_tokens:
             chunking = replace(chunking, retained_tokens=chunking.retained_tokens // 2)
@@ -188,6 +191,7 @@ def fit_by_measurement(
     autocast: Callable[[], AbstractContextManager],
     free: float,
     peak: Callable[[Callable[[], object]], float] | None = None,
+    datasets: Sequence[tuple[tuple[str, ...] | None, Mapping[str, ColumnKind]]] = ((None, {}),),
 ) -> Chunking:
     """:func:`shrink_until_it_fits` where the LLM is split over ranks, and running out of memory would leave them stuck.
 
@@ -212,14 +216,16 @@ def fit_by_measurement(
         """Tokens of a step with so many queries in one chunk, and its bytes on the rank that needs the most."""
         batch = _random_batch(model, 0, queries, passages, passage_tokens, at_least=queries)
         whole = [slice(0, len(batch))]
+        used = 0
+        for of, kinds in datasets:
 
-        def step() -> None:
-            with autocast():
-                terms.grad_cache(model, batch, whole)
+            def step(one: Batch = replace(batch, terms=of, columns=_no_numbers(batch, kinds))) -> None:
+                with autocast():
+                    terms.grad_cache(model, one, whole)
 
-        used = (_cuda_peak if peak is None else peak)(step)
-        _free(model)
-        return batch.num_tokens, all_reduce_max(int(used), model.device)
+            used = max(used, int((_cuda_peak if peak is None else peak)(step)))
+            _free(model)
+        return batch.num_tokens, all_reduce_max(used, model.device)
 
     while True:
         if chunking.checkpointing and auto:
@@ -286,6 +292,13 @@ def _random_batch(model: ULLME, tokens: int, most: int, passages: int, passage_t
         passage_generation=given_query,
     )
     return batch.to(model.device)
+
+
+def _no_numbers(batch: Batch, kinds: Mapping[str, ColumnKind]) -> dict[str, Tensor]:
+    """Columns of the kinds that the training rows have, without a number in them."""
+    shapes = {"query": batch.passage_keys.shape[:1], "candidate": batch.passage_keys.shape}
+    nothing = {kind: torch.full(shape, float("nan"), device=batch.row_ids.device) for kind, shape in shapes.items()}
+    return {name: nothing[kind] for name, kind in kinds.items()}
 
 
 def _bytes(acts: Activations, checkpointing: bool) -> float:
