@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -215,15 +216,15 @@ def fit_by_measurement(
     def measured(queries: int) -> tuple[int, int]:
         """Tokens of a step with so many queries in one chunk, and its bytes on the rank that needs the most."""
         batch = _random_batch(model, 0, queries, passages, passage_tokens, at_least=queries)
-        whole = [slice(0, len(batch))]
+
+        def step(one: Batch) -> None:
+            with autocast():
+                terms.grad_cache(model, one, [slice(0, len(one))])
+
         used = 0
         for of, kinds in datasets:
-
-            def step(one: Batch = replace(batch, terms=of, columns=_no_numbers(batch, kinds))) -> None:
-                with autocast():
-                    terms.grad_cache(model, one, whole)
-
-            used = max(used, int((_cuda_peak if peak is None else peak)(step)))
+            one = replace(batch, terms=of, columns=_no_numbers(batch, kinds))
+            used = max(used, int((_cuda_peak if peak is None else peak)(partial(step, one))))
             _free(model)
         return batch.num_tokens, all_reduce_max(used, model.device)
 
