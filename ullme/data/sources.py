@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
 import numpy as np
 
 from ullme.data.jsonl import iter_lines, parse_line
+from ullme.data.order import ORDER_VERSION, Order, random_order
 from ullme.data.records import BadRow, Record, Schema, parse_record
 from ullme.utils.progress import progress
 
@@ -206,6 +207,30 @@ class HubSource:
         return parse_record(self.dataset[int(self._rows[row])], self.schema)
 
 
+class FirstRows:
+    """The first rows of a random order of another source.
+
+    Args:
+        source: the other source.
+        order: of all its rows.
+        count: how many are kept.
+    """
+
+    def __init__(self, source: RowSource, order: Order, count: int) -> None:
+        self.source, self.order, self.count = source, order, count
+        self.num_negatives = source.num_negatives[order.at(np.arange(count))]
+        self.skipped, self.longest_instruction = source.skipped, source.longest_instruction
+        self.labelled = source.labelled
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, row: int) -> Record:
+        if not 0 <= row < self.count:
+            raise IndexError(f"row {row} of {self.count}")
+        return self.source[self.order[row]]
+
+
 class Subset:
     """A subset of the rows of another source.
 
@@ -237,6 +262,7 @@ def open_source(
     on_bad_row: OnBadRow = "stop",
     max_rows: int | None = None,
     seed: int = 42,
+    order_version: int = ORDER_VERSION,
 ) -> RowSource:
     """Open training rows by the value of ``data.train``.
 
@@ -249,6 +275,7 @@ def open_source(
         on_bad_row: ``stop`` or ``skip``, see :class:`JsonlSource`.
         max_rows: keep this many rows, the first after a shuffle with ``seed``; None keeps all.
         seed: of that shuffle.
+        order_version: of that shuffle, see :data:`ullme.data.order.ORDER_VERSION`.
 
     Raises:
         ValueError: no such file, several datasets, a bad row, or no usable row.
@@ -269,7 +296,7 @@ def open_source(
         raise ValueError(f"data.train={specs}: a list must hold JSONL files or table files only; name one dataset")
     if max_rows is None or max_rows >= len(source):
         return source
-    return Subset(source, np.random.default_rng(seed).permutation(len(source))[:max_rows])
+    return FirstRows(source, random_order(len(source), [seed], order_version), max_rows)
 
 
 def expand_files(name: str, split: str) -> list[Path]:
