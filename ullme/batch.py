@@ -6,14 +6,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ullme.distributed import gather
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,10 @@ class Batch:
         passage_generation: what log π(passage) is computed from, or None.
         labelled: whether each query's first candidate is known to be a positive. False: the candidates are in no
             order, and any of them or none may answer the query.
+        query_keys: (B,) int64 hash of each query's text and instruction; equal keys mean the same query. None: unknown,
+            and then every query counts as another.
+        columns: name -> numbers of the training rows, (B, C) float32, one a candidate, or (B,), one a query; NaN where
+            a row has none.
     """
 
     queries: TokenRows
@@ -187,6 +193,8 @@ class Batch:
     query_generation: GenerationRows | None = None
     passage_generation: GenerationRows | None = None
     labelled: bool = True
+    query_keys: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.passages) != self.passage_keys.numel() or len(self.queries) != len(self.passage_keys):
@@ -194,6 +202,12 @@ class Batch:
                 f"Batch: {len(self.queries)} queries and {len(self.passages)} passages do not fit "
                 f"passage_keys of shape {tuple(self.passage_keys.shape)}; it must be (B, C) with B * C passages"
             )
+        for name, column in self.columns.items():
+            if column.shape not in (self.passage_keys.shape, self.passage_keys.shape[:1]):
+                raise ValueError(
+                    f"Batch: column {name!r} of shape {tuple(column.shape)} has neither one number for each candidate "
+                    f"{tuple(self.passage_keys.shape)} nor one for each query {tuple(self.passage_keys.shape[:1])}"
+                )
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -226,6 +240,8 @@ class Batch:
             passage_keys=self.passage_keys[start:stop],
             row_ids=self.row_ids[start:stop],
             isolated=None if self.isolated is None else self.isolated[start:stop],
+            query_keys=None if self.query_keys is None else self.query_keys[start:stop],
+            columns=_each(self.columns, lambda column: column[start:stop]),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -236,7 +252,8 @@ class Batch:
 
     def _map(self, move: Callable[[Any], Any]) -> Batch:
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: move(part) for name, part in parts.items() if not isinstance(part, bool | None)})
+        moved = {name: move(part) for name, part in parts.items() if not isinstance(part, bool | Mapping | None)}
+        return replace(self, **moved, columns=_each(self.columns, move))
 
     def generation_rows(self, kind: LikelihoodKind) -> GenerationRows:
         """What a kind of likelihood is computed from. Raises: ValueError: the batch does not carry it."""
@@ -250,18 +267,24 @@ class Batch:
         return rows
 
 
+def _each(columns: Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    return {name: change(column) for name, column in columns.items()}
+
+
 @dataclass(frozen=True)
 class Representations:
-    """Pooled, normalised embeddings of a batch.
+    """Pooled, normalised embeddings of a batch, and what a loss may look at besides.
 
     Args:
         queries: (B, D).
         passages: (B, C, D), the positive first.
         passage_keys: (B, C), as in :class:`Batch`.
-        isolated: (B,), likewise; only what a representation loss is given has it.
+        isolated: (B,), likewise.
         labelled: likewise.
         teacher: (B, C) log-likelihoods of the candidates under the pre-trained LLM, in nats a token, without gradient;
             only for a representation loss that asks for them (``teacher_direction``).
+        query_keys: (B,), as in :class:`Batch`.
+        columns: name -> (B, C) or (B,), likewise.
     """
 
     queries: Tensor
@@ -270,19 +293,22 @@ class Representations:
     isolated: Tensor | None = None
     labelled: bool = True
     teacher: Tensor | None = None
+    query_keys: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.queries.shape[0]
 
     def __getitem__(self, rows: slice) -> Representations:
-        return Representations(self.queries[rows], self.passages[rows], self.passage_keys[rows])
+        return self._map(lambda x: x[rows])
 
-    @classmethod
-    def cat(cls, parts: list[Representations]) -> Representations:
-        """All parts, concatenated."""
-        names = ("queries", "passages", "passage_keys")
-        queries, passages, keys = (torch.cat([getattr(part, name) for part in parts]) for name in names)
-        return cls(queries, passages, keys)
+    def gather(self, sizes: list[int]) -> Representations:
+        """Those of all ranks, rank 0 first, with gradient; columns and keys too.
+
+        Args:
+            sizes: queries of each rank, from :func:`~ullme.distributed.gather_sizes`.
+        """
+        return self._map(lambda x: gather(x, sizes))
 
     def as_leaves(self) -> Representations:
         """The same values, detached and collecting gradients."""
@@ -293,4 +319,10 @@ class Representations:
 
     def detach(self) -> Representations:
         """The same values without their graph."""
-        return Representations(self.queries.detach(), self.passages.detach(), self.passage_keys)
+        return replace(self, queries=self.queries.detach(), passages=self.passages.detach())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Representations:
+        """Change every tensor, all of which have B rows."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {name: change(part) for name, part in parts.items() if isinstance(part, Tensor)}
+        return replace(self, **changed, columns=_each(self.columns, change))  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from ullme.data.columns import ColumnKind, ColumnOption, split_option
 from ullme.data.order import ORDER_VERSION, Order, random_order
 from ullme.data.records import Record, Schema, check_schema
 from ullme.data.sampler import Draw, GlobalBatchSampler, ShortRows, draw
@@ -33,9 +34,10 @@ class TrainSet:
         in_batch_negatives: false uses only a query's own hard negatives, as for classes or clusters, where another
             query's positive may be correct (NV-Embed, arXiv 2405.17428, section 4.2).
         symmetric: use the query template for passages too, as for semantic similarity.
+        columns: numbers of the rows that losses read, as in ``data.columns``.
 
     Raises:
-        ValueError: an unknown schema, or a weight that is not positive.
+        ValueError: an unknown schema, a column without a name or a field, or a weight that is not positive.
     """
 
     train: str | list[str]
@@ -47,8 +49,10 @@ class TrainSet:
     weight: float = 1.0
     in_batch_negatives: bool = True
     symmetric: bool = False
+    columns: ColumnOption = None
 
     def __post_init__(self) -> None:
+        split_option(self.columns, "data.datasets: columns")
         check_schema(self.schema, "data.datasets: schema")
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"data.datasets: weight={self.weight} of {self.train!r} must be a positive number")
@@ -64,6 +68,7 @@ class TrainSet:
             max_rows=self.max_rows,
             seed=seed,
             order_version=order_version,
+            columns=self.columns,
         )
 
 
@@ -81,6 +86,10 @@ class Mixture:
         self.num_negatives = np.concatenate([source.num_negatives for source in self.sources])
         self.skipped = [message for source in self.sources for message in source.skipped]
         self.labelled = all(source.labelled for source in self.sources)
+        self.columns: dict[str, ColumnKind] = {
+            name: kind for source in self.sources for name, kind in source.columns.items()
+        }
+        self.unread = {name: value for source in self.sources for name, value in source.unread.items()}
         instructions = [settings.instruction for settings in self.sets] + [s.longest_instruction for s in self.sources]
         self.longest_instruction = max((i for i in instructions if i is not None), key=len, default=None)
 

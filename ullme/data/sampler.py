@@ -6,12 +6,15 @@ change what the model sees.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from ullme.data.columns import Columns
 from ullme.data.order import ORDER_VERSION, Order, random_order
 from ullme.data.records import Record
 from ullme.data.sources import RowSource, Subset
@@ -22,7 +25,8 @@ ShortRows = Literal["borrow", "repeat", "drop"]
 class Draw(NamedTuple):
     """What one row gives in one epoch: a query, a positive, N hard negatives, and the row's own instruction; and what
     its dataset says (:class:`ullme.data.mixture.TrainSet`). Where ``labelled`` is False, positive and negatives are
-    1 + N of the row's candidates in no order."""
+    1 + N of the row's candidates in no order. ``columns`` has every column of the dataset: a number of the query, or
+    one for the positive and then each negative; NaN where the row has none, as for a borrowed negative."""
 
     query: str
     positive: str
@@ -31,6 +35,7 @@ class Draw(NamedTuple):
     in_batch_negatives: bool = True
     symmetric: bool = False
     labelled: bool = True
+    columns: Columns = MappingProxyType({})
 
 
 def draw(
@@ -54,27 +59,46 @@ def draw(
     record = source[row]
     rng = np.random.default_rng([seed, epoch, row])
     if not record.labelled:
-        first, *others = _draw_candidates(source, record, num_hard_negatives + 1, rng, short_rows)
-        return Draw(record.query, first, others, record.instruction, labelled=False)
-    positive = record.positives[rng.integers(len(record.positives))]
-    order = rng.permutation(len(record.negatives))[:num_hard_negatives]
-    negatives = [record.negatives[i] for i in order]
-    missing = num_hard_negatives - len(negatives)
-    if missing and short_rows == "repeat" and negatives:
-        negatives = [negatives[i % len(negatives)] for i in range(num_hard_negatives)]
-    elif missing:
-        negatives += _borrow(source, missing, {*record.positives, *negatives}, rng)
-    return Draw(record.query, positive, negatives, record.instruction)
+        own = _fill(rng.permutation(len(record.negatives)).tolist(), num_hard_negatives + 1, short_rows)
+        texts = [record.negatives[i] for i in own]
+        missing = num_hard_negatives + 1 - len(own)
+        texts += _borrow(source, missing, set(record.negatives), rng) if missing else []
+        columns = _columns(source, record, own, missing)
+        return Draw(record.query, texts[0], texts[1:], record.instruction, labelled=False, columns=columns)
+    first = int(rng.integers(len(record.positives)))
+    own = _fill(rng.permutation(len(record.negatives)).tolist(), num_hard_negatives, short_rows)
+    negatives = [record.negatives[i] for i in own]
+    missing = num_hard_negatives - len(own)
+    negatives += _borrow(source, missing, {*record.positives, *negatives}, rng) if missing else []
+    places = [first, *(len(record.positives) + i for i in own)]
+    columns = _columns(source, record, places, missing)
+    return Draw(record.query, record.positives[first], negatives, record.instruction, columns=columns)
 
 
-def _draw_candidates(
-    source: RowSource, record: Record, count: int, rng: np.random.Generator, short_rows: ShortRows
-) -> list[str]:
-    """``count`` of a row's candidates at random; ``short_rows`` says what stands in for missing ones."""
-    texts = [record.negatives[i] for i in rng.permutation(len(record.negatives))[:count]]
-    if len(texts) < count and short_rows == "repeat":
-        return [texts[i % len(texts)] for i in range(count)]
-    return texts + _borrow(source, count - len(texts), set(record.negatives), rng) if len(texts) < count else texts
+def _fill(order: list[int], count: int, short_rows: ShortRows) -> list[int]:
+    """The first ``count`` of a row's texts; where there are fewer, all, or with ``repeat`` all of them in turn."""
+    if len(order) < count and short_rows == "repeat" and order:
+        return [order[i % len(order)] for i in range(count)]
+    return order[:count]
+
+
+def _columns(source: RowSource, record: Record, places: Sequence[int], borrowed: int) -> Columns:
+    """Every column of the source, for the texts that were drawn.
+
+    Args:
+        source: of the row.
+        record: the row.
+        places: of the drawn texts among the row's positives and then its negatives.
+        borrowed: texts of other rows behind them, which have no number here.
+    """
+    found: dict[str, float | tuple[float, ...]] = {}
+    for name, kind in source.columns.items():
+        value = record.columns.get(name, math.nan)
+        if kind == "candidate":
+            numbers = (value[i] if isinstance(value, tuple) else math.nan for i in places)
+            value = (*numbers, *[math.nan] * borrowed)
+        found[name] = value
+    return found
 
 
 def _borrow(source: RowSource, count: int, taken: set[str], rng: np.random.Generator) -> list[str]:

@@ -52,7 +52,15 @@ def embed_batch(embed: Embed, batch: Batch) -> Representations:
 def _as_representations(reps: Tensor, batch: Batch) -> Representations:
     """(B + B C, D), all queries and then all passages."""
     queries, passages = reps.split([len(batch.queries), len(batch.passages)])
-    return Representations(queries, passages.unflatten(0, (len(batch), -1)), batch.passage_keys)
+    return Representations(
+        queries,
+        passages.unflatten(0, (len(batch), -1)),
+        batch.passage_keys,
+        batch.isolated,
+        batch.labelled,
+        query_keys=batch.query_keys,
+        columns=batch.columns,
+    )
 
 
 def chunk_slices(batch: Batch, chunk_size: int | None, chunk_tokens: int | None) -> list[slice]:

@@ -186,7 +186,6 @@ class Objective:
     ) -> Callable[[Representations], Tensor]:
         def total(reps: Representations) -> Tensor:
             values = []
-            reps = replace(reps, isolated=batch.isolated, labelled=batch.labelled)
             for term in self.representation_terms:
                 direction = term.teacher_direction
                 teacher = None if direction is None else _per_token(batch, references, direction)
@@ -282,15 +281,13 @@ def _chunk(
     logps = _combine(direction, policy) if known else torch.zeros(shape, device=part.row_ids.device)
     lengths = part.generation_rows(known[0]).lengths(shape) if known else torch.ones_like(part.passage_keys)
     return Chunk(
+        part,
         reps,
         logps,
         _combine(direction, references) if all(kind in references for kind in kinds) else None,
         lengths,
-        part.row_ids,
-        part.passage_keys,
         statistics,
         masked,
-        part.labelled,
     )
 
 
