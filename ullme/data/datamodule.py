@@ -64,6 +64,8 @@ class ULLMEDataModule(L.LightningDataModule):
             column: field, or column: file.jsonl, a side file with one line for each row. Of a query it is a number; of
             the candidates a list with one number for each positive and then each negative, or the two lists pos_FIELD
             and neg_FIELD.
+        cache_dir: folder of the indices of checked rows, one for all processes of a machine; null takes $ULLME_CACHE or
+            ~/.cache/ullme.
 
     Raises:
         ValueError: an option is out of its range; or, in ``setup``, data cannot be read, has a bad row, or does not fit
@@ -91,6 +93,7 @@ class ULLMEDataModule(L.LightningDataModule):
         seed: int = 42,
         drop_last: bool = True,
         columns: ColumnOption = None,
+        cache_dir: str | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -123,6 +126,7 @@ class ULLMEDataModule(L.LightningDataModule):
         self.train_name = train_name
         self.schema: Schema = schema
         self.columns = columns
+        self.cache_dir = cache_dir
         self.on_bad_row: OnBadRow = on_bad_row
         self.short_rows: ShortRows = short_rows
         self.num_hard_negatives = num_hard_negatives
@@ -173,7 +177,7 @@ class ULLMEDataModule(L.LightningDataModule):
 
     def _open(self, dataset: TrainSet) -> RowSource:
         """Open one dataset, and log skipped and short rows."""
-        source = dataset.open(self.on_bad_row, self.seed, self.order_version)
+        source = dataset.open(self.on_bad_row, self.seed, self.order_version, self.cache_dir)
         usable, short = settle_short_rows(source, self.num_hard_negatives, self.short_rows, self.seed)
         if self._rank_and_world_size()[0] == 0:
             log.info("data: %d rows to train on%s", len(usable), f" in {dataset.train}" if self.datasets else "")

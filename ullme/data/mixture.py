@@ -57,7 +57,9 @@ class TrainSet:
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"data.datasets: weight={self.weight} of {self.train!r} must be a positive number")
 
-    def open(self, on_bad_row: OnBadRow, seed: int, order_version: int = ORDER_VERSION) -> RowSource:
+    def open(
+        self, on_bad_row: OnBadRow, seed: int, order_version: int = ORDER_VERSION, cache_dir: str | None = None
+    ) -> RowSource:
         """Open the dataset; see :func:`ullme.data.sources.open_source`."""
         return open_source(
             self.train,
@@ -69,6 +71,7 @@ class TrainSet:
             seed=seed,
             order_version=order_version,
             columns=self.columns,
+            cache_dir=cache_dir,
         )
 
 
