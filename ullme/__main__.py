@@ -14,6 +14,7 @@ COMMANDS = {
     "train": ("ullme.commands.train", "train an embedder (train.py)"),
     "evaluate": ("ullme.commands.evaluate", "evaluate an embedder on MTEB or local data (evaluate.py)"),
     "export": ("ullme.commands.export.cli", "export a trained model as a folder for sentence-transformers"),
+    "merge": ("ullme.commands.merge", "merge runs of one LLM into one model"),
     "plan": ("ullme.commands.plan", "predict memory and hours of a run"),
     "doctor": ("ullme.commands.doctor.cli", "check this machine, installation and configuration"),
     "support": ("ullme.commands.support.survey", "try every decoder family of transformers on a tiny model"),

@@ -17,8 +17,8 @@ from ullme.engine.presets import Generation, grl_terms
 from ullme.engine.reference import ReferenceChoice, make_reference
 from ullme.losses.base import Direction
 from ullme.losses.kl import Teacher
-from ullme.training.columns import check_columns
 from ullme.training.negatives import check_negatives
+from ullme.training.rows import check_columns
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
@@ -150,6 +150,7 @@ class GradCacheTrainer:
         """Before the first step. Raises: ValueError: the batches do not have what the objective needs."""
         hard_negatives = batch.num_candidates - 1
         self.objective.check(model, hard_negatives, self.precision, batch.labelled)
+        model.matryoshka_dims = self.objective.matryoshka_dims  # kept in checkpoints
         check_columns(self.objective.terms, batch.columns)
         check_negatives(self.objective.terms, len(batch) * world()[1], hard_negatives, batch.isolated is None)
 

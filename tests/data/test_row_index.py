@@ -115,13 +115,38 @@ def test_a_changed_file_is_checked_again(write_jsonl, rows, cache, checked, how,
 
 
 @pytest.mark.parametrize("how", ["cut", "same size and time"])
-def test_a_file_that_changes_during_a_run_stops_it(write_jsonl, rows, cache, how):
+def test_a_file_that_changes_during_a_run_stops_it(write_jsonl, rows, cache, how, monkeypatch):
+    monkeypatch.setattr(sources, "SECONDS_BETWEEN_CHECKS", 0.0)
     path = Path(write_jsonl(rows))
     source = JsonlSource(str(path), cache_dir=cache)
     assert source[3].query == "query 3"
     change(path, how)
     with pytest.raises(ValueError, match=r"train\.jsonl changed since its rows were checked"):
         source[3]
+
+
+def test_a_file_is_looked_at_now_and_then_and_when_a_row_cannot_be_read(write_jsonl, rows, cache, monkeypatch):
+    monkeypatch.setattr(sources, "SECONDS_BETWEEN_CHECKS", 3600.0)
+    path = Path(write_jsonl(rows))
+    source = JsonlSource(str(path), cache_dir=cache)
+    before = content(source)
+    change(path, "same size and time")
+    assert source[3] == before[3]  # not looked at again
+    path.write_text(path.read_text()[1:])
+    with pytest.raises(ValueError, match=r"train\.jsonl changed since its rows were checked"):
+        pickle.loads(pickle.dumps(source))[3]  # without what is left in a buffer
+
+
+def test_rows_of_a_query_are_found_in_the_index(write_jsonl, cache, checked):
+    rows = [{"query": f"q{n % 7}", "pos": [f"p{n}"]} for n in range(40)]
+    path = write_jsonl(rows)
+    wanted = {f"p{n}" for n in range(3, 40, 7)}
+    for source in (JsonlSource(path, cache_dir=cache), JsonlSource(path, cache_dir=cache)):
+        assert source.positives_of("q3") == wanted
+        assert source.positives_of("none") == set()
+        assert pickle.loads(pickle.dumps(source)).positives_of("q3") == wanted
+    assert open_source(path, max_rows=2, cache_dir=cache).positives_of("q3") == wanted
+    assert checked == [40]
 
 
 def test_a_file_that_only_gets_longer_does_not(write_jsonl, rows, cache):
@@ -293,7 +318,7 @@ def test_numbers_of_several_blocks(tmp_path, monkeypatch):
         writer.append(number * 10**12)
     writer.close()
     assert np.load(tmp_path / "n.npy").tolist() == [n * 10**12 for n in range(100)]
-    numbers = row_index.NumbersFile(tmp_path / "n.npy")
+    numbers = pickle.loads(pickle.dumps(row_index.Numbers(tmp_path / "n.npy")))
     assert [numbers[n] for n in (0, 50, 99)] == [0, 50 * 10**12, 99 * 10**12]
     assert len(numbers) == 100
 

@@ -74,13 +74,15 @@ def test_kto_by_hand():
     torch.testing.assert_close(KTO(0.5, desirable_weight=1.5, undesirable_weight=0.8)(c), found)
 
 
-def test_ktos_statistic_is_the_ratio_of_the_first_negative():
-    """r = (1, −1, 3); the first negative has four tokens."""
+def test_ktos_statistic_is_the_ratio_of_its_pair():
+    """r = (1, −1, 3); the first candidate has two tokens, the first negative four."""
     policy, reference = tensor([-5.0, -9.0, -4.0]), tensor([-6.0, -8.0, -7.0])
     lengths, keys = torch.tensor([[2, 4, 5]]), torch.arange(3)[None]
     c = Chunk(blank_batch(keys), None, policy, reference, lengths)
-    torch.testing.assert_close(KTO().statistic(c), tensor(-1.0))
-    torch.testing.assert_close(KTO(length_normalized=True).statistic(c), tensor(-0.25))
+    for pairs, ratio, normalized in (("first_negative", -1.0, -0.25), ("mismatched", 1.0, 0.5)):
+        torch.testing.assert_close(KTO(reference_pairs=pairs).statistic(c), tensor(ratio))
+        found = KTO(length_normalized=True, reference_pairs=pairs).statistic(c)
+        torch.testing.assert_close(found, tensor(normalized))
 
 
 def test_kto_reference_point_is_never_negative():
@@ -205,6 +207,7 @@ def test_metrics():
     [
         (lambda: DPO(beta=0), "DPO.beta=0"),
         (lambda: KTO(negatives="some"), "KTO.negatives='some'"),
+        (lambda: KTO(reference_pairs="own"), "KTO.reference_pairs='own': choose mismatched or first_negative"),
         (lambda: KL(retrieval_temperature=0), "KL.retrieval_temperature=0"),
         (lambda: KL(direction="both"), "KL.direction='both'"),
         (lambda: SFT(weight=-1), "SFT.weight=-1"),

@@ -13,6 +13,7 @@ from ullme.engine import fsdp
 from ullme.planning.auto_chunk import Chunking, largest_chunk, shrink_until_it_fits
 from ullme.planning.devices import free_memory
 from ullme.planning.memory import GIB
+from ullme.training.rows import kinds_of_batches
 
 if TYPE_CHECKING:
     from ullme.engine.objective import Objective
@@ -51,7 +52,10 @@ def choose_chunking(
     chunking = largest_chunk(model, half, least, fixed, free)
     if model.device.type == "cuda" and fsdp.split_by(model) is None:
         context = trainer.precision_plugin.forward_context
-        chunking = shrink_until_it_fits(model, objective, chunking, passages, passage_tokens, context, queries)
+        datasets = kinds_of_batches(getattr(data, "source", None))
+        chunking = shrink_until_it_fits(
+            model, objective, chunking, passages, passage_tokens, context, queries, datasets
+        )
     if fixed is not None and chunking.chunk_tokens < fixed:
         raise ValueError(
             f"out of memory on {model.device} with as many tokens at once as loss says ({fixed}); "

@@ -20,7 +20,7 @@ from ullme.data.loader import ResumableLoader, defer_worker_signals
 from ullme.data.mixture import Mixture, MixtureSampler, TrainSet
 from ullme.data.order import ORDER_VERSION, random_order
 from ullme.data.records import Schema, check_schema
-from ullme.data.sampler import GlobalBatchSampler, ShortRows, settle_short_rows
+from ullme.data.sampler import GlobalBatchSampler, ShortRows, check_no_row_borrows, settle_short_rows
 from ullme.data.sources import OnBadRow, RowSource
 from ullme.prompts import PromptTokenizer, Role
 
@@ -41,13 +41,15 @@ class ULLMEDataModule(L.LightningDataModule):
         train_split: split of the dataset.
         train_name: configuration of the dataset, if it has several.
         schema: the columns: auto, bge, tevatron, sentence-transformers or ullme; candidates, a query and passages that
-            nobody has judged (for losses that need no label); text, one text per row (of a retrieval row, the first
+            nobody has judged (for losses that need no label); pairs, sentence1, sentence2 and score; chat, messages or
+            prompt and completion; text, one text per row (of a retrieval row, the first
             positive), which is its own positive (SimCSE, arXiv 2104.08821); or the dotted path of a function that
             parses a row.
         on_bad_row: stop at the first bad row, before training, with its file, line and reason; or skip bad rows and
             count them.
-        short_rows: what to do if a row has too few hard negatives: borrow positives of other rows, repeat its
-            negatives, or drop the row.
+        short_rows: what to do if a row has too few hard negatives: borrow positives of other rows (never those of the
+            same query; refused for a dataset with ``in_batch_negatives: false``), repeat its negatives, or drop the
+            row.
         num_hard_negatives: N, hard negatives per query.
         batch_size: B, queries in a global batch, over all ranks; one optimizer step.
         query_max_length: in tokens, template included.
@@ -170,6 +172,13 @@ class ULLMEDataModule(L.LightningDataModule):
         """Whether every training row says which text is a positive; known after :meth:`setup`."""
         return self.source is None or self.source.labelled
 
+    @property
+    def sources(self) -> list[RowSource]:
+        """The rows of each dataset; known after :meth:`setup`."""
+        if self.source is None:
+            return []
+        return self.source.sources if isinstance(self.source, Mixture) else [self.source]
+
     def _open_train(self) -> RowSource:
         """Open the training set, or all datasets of the mixture."""
         sources = [self._open(dataset) for dataset in self.sets or []]
@@ -178,7 +187,12 @@ class ULLMEDataModule(L.LightningDataModule):
     def _open(self, dataset: TrainSet) -> RowSource:
         """Open one dataset, and log skipped and short rows."""
         source = dataset.open(self.on_bad_row, self.seed, self.order_version, self.cache_dir)
-        usable, short = settle_short_rows(source, self.num_hard_negatives, self.short_rows, self.seed)
+        own = dataset.num_hard_negatives
+        negatives = self.num_hard_negatives if own is None else own
+        if not dataset.in_batch_negatives:
+            whose = f"data.datasets: {dataset.train!r}"
+            check_no_row_borrows(source, negatives, self.short_rows, whose)
+        usable, short = settle_short_rows(source, negatives, self.short_rows, self.seed)
         if self._rank_and_world_size()[0] == 0:
             log.info("data: %d rows to train on%s", len(usable), f" in {dataset.train}" if self.datasets else "")
             self._log_unread(dataset, source)
@@ -189,7 +203,7 @@ class ULLMEDataModule(L.LightningDataModule):
                     "data: %d of %d rows have fewer than %d hard negatives (data.short_rows=%s)",
                     short,
                     len(source),
-                    self.num_hard_negatives,
+                    negatives,
                     self.short_rows,
                 )
         return usable

@@ -88,7 +88,7 @@ def parse_line(line: bytes) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadRow(f"broken JSON ({error})") from None
+        raise BadRow(f"broken JSON ({error}); a file holds one JSON object a line") from None
 
 
 class LineReader:

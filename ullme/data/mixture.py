@@ -32,12 +32,16 @@ class TrainSet:
         instruction: the task, for rows without an instruction; null takes the prompt contract's.
         weight: passes over the dataset in an epoch; 0.5 takes half of its batches, 2 takes them twice.
         in_batch_negatives: false uses only a query's own hard negatives, as for classes or clusters, where another
-            query's positive may be correct (NV-Embed, arXiv 2405.17428, section 4.2).
+            query's positive may be correct (NV-Embed, arXiv 2405.17428, section 4.2). So its rows must not borrow
+            negatives (``data.short_rows``) either.
         symmetric: use the query template for passages too, as for semantic similarity.
         columns: numbers of the rows that losses read, as in ``data.columns``.
+        terms: names of the loss terms that are for this dataset (info_nce, cosent, sft ...); null takes all.
+        num_hard_negatives: N of this dataset; null takes ``data.num_hard_negatives``.
 
     Raises:
-        ValueError: an unknown schema, a column without a name or a field, or a weight that is not positive.
+        ValueError: an unknown schema, a column without a name or a field, no term, a negative number of negatives, or a
+            weight that is not positive.
     """
 
     train: str | list[str]
@@ -50,8 +54,18 @@ class TrainSet:
     in_batch_negatives: bool = True
     symmetric: bool = False
     columns: ColumnOption = None
+    terms: list[str] | None = None
+    num_hard_negatives: int | None = None
 
     def __post_init__(self) -> None:
+        if self.terms is not None and not self.terms:
+            raise ValueError(
+                f"data.datasets: terms=[] of {self.train!r}: name a loss term at least, or leave terms out"
+            )
+        if self.num_hard_negatives is not None and self.num_hard_negatives < 0:
+            raise ValueError(
+                f"data.datasets: num_hard_negatives={self.num_hard_negatives} of {self.train!r} must be at least 0"
+            )
         split_option(self.columns, "data.datasets: columns")
         check_schema(self.schema, "data.datasets: schema")
         if not 0 < self.weight < float("inf"):
@@ -103,6 +117,10 @@ class Mixture:
         dataset, index = self.locate(row)
         return self.sources[dataset][index]
 
+    def positives_of(self, query: str) -> set[str]:
+        """What is a positive of a row with this query in any of the datasets."""
+        return set().union(*(source.positives_of(query) for source in self.sources))
+
     def locate(self, row: int) -> tuple[int, int]:
         """(index of the dataset, index of the row in it).
 
@@ -118,11 +136,16 @@ class Mixture:
         """Like :func:`ullme.data.sampler.draw`, but borrows only from the row's dataset, and adds its settings."""
         dataset, index = self.locate(row)
         settings = self.sets[dataset]
-        drawn = draw(self.sources[dataset], index, epoch, seed, num_hard_negatives, short_rows)
+        if settings.num_hard_negatives is not None:
+            num_hard_negatives = settings.num_hard_negatives
+        drawn = draw(
+            self.sources[dataset], index, epoch, seed, num_hard_negatives, short_rows, positives_of=self.positives_of
+        )
         return drawn._replace(
             instruction=settings.instruction if drawn.instruction is None else drawn.instruction,
             in_batch_negatives=settings.in_batch_negatives,
-            symmetric=settings.symmetric,
+            symmetric=settings.symmetric or drawn.symmetric,
+            terms=None if settings.terms is None else tuple(settings.terms),
         )
 
 

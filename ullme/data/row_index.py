@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,30 +80,35 @@ class NumbersWriter:
         np.lib.format.write_array_header_1_0(self._file, header)
 
 
-class NumbersFile:
-    """Single numbers of a .npy file, read from disk. Pages of a memory map would count as memory of every process.
+class Numbers:
+    """Numbers in memory, or in a .npy file that is mapped into memory by every process that reads them.
 
     Args:
-        path: of the file.
+        source: the numbers, or the path of the file, which a pickle holds instead of its numbers.
     """
 
-    def __init__(self, path: Path) -> None:
-        mapped = np.load(path, mmap_mode="r")
-        self.path, self._count, self._dtype, self._start = path, len(mapped), mapped.dtype, int(mapped.offset)
-        self._file: BinaryIO | None = path.open("rb")  # stays readable when the cache is cleared
+    def __init__(self, source: np.ndarray | Path) -> None:
+        self.source = source
+        self._array: np.ndarray | None = None
+        self._count = len(self.array)
+
+    @property
+    def array(self) -> np.ndarray:
+        """(n,) the numbers."""
+        if self._array is None:
+            # np.memmap takes longer than a plain array to read one number
+            loaded = np.load(self.source, mmap_mode="r") if isinstance(self.source, Path) else self.source
+            self._array = np.asarray(loaded)  # a mapping stays readable when the cache is cleared
+        return self._array
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, place: int) -> int:
-        if self._file is None:
-            self._file = self.path.open("rb")
-        size = self._dtype.itemsize
-        data = os.pread(self._file.fileno(), size, self._start + place * size)
-        return int(np.frombuffer(data, self._dtype)[0])
+        return int(self.array[place])
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_file": None}
+        return self.__dict__ | {"_array": None}
 
 
 @dataclass
@@ -115,13 +120,17 @@ class RowIndex:
         numbers: (rows,) among all rows, bad ones included; empty where nothing needs them.
         num_negatives: (rows,) uint16.
         facts: what is one for all rows, JSON.
+        query_hashes: (rows,) uint32, sorted.
+        query_rows: (rows,) the row of each hash.
         folder: the entry of the cache; None in memory.
     """
 
-    positions: Sequence[int] | NumbersFile
-    numbers: Sequence[int] | NumbersFile
+    positions: Numbers
+    numbers: Numbers
     num_negatives: np.ndarray
     facts: dict[str, Any]
+    query_hashes: Numbers
+    query_rows: Numbers
     folder: Path | None = None
 
 
@@ -137,6 +146,7 @@ class Writer:
     positions: Any = field(init=False)
     numbers: Any = field(init=False)
     num_negatives: Any = field(init=False)
+    queries: Any = field(init=False)  # 32-bit hashes
 
     def __post_init__(self) -> None:
         def numbers(name: str, dtype: type[np.generic]) -> Any:
@@ -144,13 +154,21 @@ class Writer:
 
         self.positions, self.numbers = numbers("positions", np.int64), numbers("numbers", np.int64)
         self.num_negatives = numbers("num_negatives", np.uint16)
+        self.queries = numbers("queries", np.uint32)
 
     def close(self, facts: dict[str, Any]) -> None:
         """Complete the files."""
         if self.folder is None:
             return
-        for numbers in (self.positions, self.numbers, self.num_negatives):
+        for numbers in (self.positions, self.numbers, self.num_negatives, self.queries):
             numbers.close()
+        hashes, rows = sorted_hashes(np.load(self.folder / "queries.npy"))
+        (self.folder / "queries.npy").unlink()
+        for name, values in (("query_hashes", hashes), ("query_rows", rows)):
+            with (self.folder / f"{name}.npy").open("wb") as stream:
+                np.save(stream, values)
+                stream.flush()
+                os.fsync(stream.fileno())
         sizes = {path.name: path.stat().st_size for path in self.folder.iterdir()}
         with (self.folder / _FACTS).open("w") as file:
             json.dump({"facts": facts, "sizes": sizes}, file)
@@ -186,7 +204,9 @@ def cached_index(
         facts = build(writer)
         _check_same(known, identity())
         counts = np.asarray(writer.num_negatives).clip(max=MOST_NEGATIVES).astype(np.uint16)
-        return RowIndex(writer.positions, writer.numbers, counts, facts)
+        positions, numbers = (Numbers(np.asarray(one)) for one in (writer.positions, writer.numbers))
+        hashes, rows = map(Numbers, sorted_hashes(np.asarray(writer.queries, dtype=np.uint32)))
+        return RowIndex(positions, numbers, counts, facts, hashes, rows)
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
     folder = root / key
     with FileLock(root / f"{key}.lock"):
@@ -200,6 +220,12 @@ def cached_index(
             found = _load(folder)
         assert found is not None
     return found
+
+
+def sorted_hashes(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The (rows,) hashes of rows, sorted, and the row of each; rows of the same hash stay in their order."""
+    rows = np.argsort(hashes, kind="stable")
+    return hashes[rows], rows
 
 
 def cache_root(cache_dir: str | None = None) -> Path:
@@ -303,8 +329,9 @@ def _load(folder: Path) -> RowIndex | None:
         return None
     os.utime(folder / _FACTS)
     counts = np.load(folder / "num_negatives.npy", mmap_mode="r")
-    positions, numbers = (NumbersFile(folder / f"{name}.npy") for name in ("positions", "numbers"))
-    return RowIndex(positions, numbers, counts, content["facts"], folder)
+    names = ("positions", "numbers", "query_hashes", "query_rows")
+    positions, numbers, hashes, rows = (Numbers(folder / f"{name}.npy") for name in names)
+    return RowIndex(positions, numbers, counts, content["facts"], hashes, rows, folder)
 
 
 @contextmanager

@@ -36,10 +36,17 @@ class Draw(NamedTuple):
     symmetric: bool = False
     labelled: bool = True
     columns: Columns = MappingProxyType({})
+    terms: tuple[str, ...] | None = None
 
 
 def draw(
-    source: RowSource, row: int, epoch: int, seed: int, num_hard_negatives: int, short_rows: ShortRows = "borrow"
+    source: RowSource,
+    row: int,
+    epoch: int,
+    seed: int,
+    num_hard_negatives: int,
+    short_rows: ShortRows = "borrow",
+    positives_of: Callable[[str], set[str]] | None = None,
 ) -> Draw:
     """One positive and N hard negatives of a row, the same for the same (seed, epoch, row) everywhere.
 
@@ -50,26 +57,31 @@ def draw(
         seed: of the run, not negative.
         num_hard_negatives: N.
         short_rows: what stands in for missing negatives. ``borrow`` takes positives of other rows, never a text that
-            is a positive or already a negative of this row; ``repeat`` goes round the row's own negatives, and
-            borrows where there are none.
+            is a positive of this row or of another one with the same query, or already a negative of this row;
+            ``repeat`` goes round the row's own negatives, and borrows where there are none.
+        positives_of: query -> all texts known to be its positives; None asks the source.
 
     Raises:
         ValueError: there are not enough other texts to borrow.
     """
     record = source[row]
     rng = np.random.default_rng([seed, epoch, row])
+    positives_of = positives_of or source.positives_of
     if not record.labelled:
         own = _fill(rng.permutation(len(record.negatives)).tolist(), num_hard_negatives + 1, short_rows)
         texts = [record.negatives[i] for i in own]
         missing = num_hard_negatives + 1 - len(own)
-        texts += _borrow(source, missing, set(record.negatives), rng) if missing else []
+        texts += _borrow(source, missing, {*record.negatives, *positives_of(record.query)}, rng) if missing else []
         columns = _columns(source, record, own, missing)
-        return Draw(record.query, texts[0], texts[1:], record.instruction, labelled=False, columns=columns)
+        drawn = Draw(record.query, texts[0], texts[1:], record.instruction, labelled=False, columns=columns)
+        return drawn._replace(symmetric=record.symmetric)
     first = int(rng.integers(len(record.positives)))
     own = _fill(rng.permutation(len(record.negatives)).tolist(), num_hard_negatives, short_rows)
     negatives = [record.negatives[i] for i in own]
     missing = num_hard_negatives - len(own)
-    negatives += _borrow(source, missing, {*record.positives, *negatives}, rng) if missing else []
+    if missing:
+        taken = {*record.positives, *positives_of(record.query), *negatives}
+        negatives += _borrow(source, missing, taken, rng)
     places = [first, *(len(record.positives) + i for i in own)]
     columns = _columns(source, record, places, missing)
     return Draw(record.query, record.positives[first], negatives, record.instruction, columns=columns)
@@ -148,6 +160,35 @@ def settle_short_rows(
         return Subset(source, np.flatnonzero(~short)), count
     draw(source, int(source.num_negatives.argmin()), 0, seed, num_hard_negatives, short_rows)
     return source, count
+
+
+def check_no_row_borrows(source: RowSource, num_hard_negatives: int, short_rows: ShortRows, whose: str) -> None:
+    """Without in-batch negatives, positives of other rows must not come back as hard negatives.
+
+    Args:
+        source: the rows that are trained on.
+        num_hard_negatives: N.
+        short_rows: see :func:`draw`.
+        whose: what has ``in_batch_negatives: false``, for messages.
+
+    Raises:
+        ValueError: some row would borrow.
+    """
+    # an unlabelled row has candidates of its own, two at least, which it can repeat
+    lacking = source.num_negatives < (num_hard_negatives if short_rows == "borrow" else min(1, num_hard_negatives))
+    if short_rows == "drop" or not lacking.any():
+        return
+    if short_rows == "borrow":
+        what = f"fewer than data.num_hard_negatives={num_hard_negatives} negatives"
+        remedy = "set data.short_rows to repeat or drop, or lower data.num_hard_negatives"
+    else:
+        what = "no negative at all"
+        remedy = "set data.short_rows to drop, or give them negatives"
+    raise ValueError(
+        f"{whose} has in_batch_negatives=false, which keeps positives of other rows from being negatives, but "
+        f"{int(lacking.sum())} of {len(source)} rows have {what}, and data.short_rows={short_rows} would borrow just "
+        f"these positives; {remedy}"
+    )
 
 
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):

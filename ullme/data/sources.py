@@ -12,11 +12,13 @@ import json
 import logging
 import os
 import re
+import time
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
+from zlib import crc32
 
 import numpy as np
 
@@ -27,6 +29,7 @@ from ullme.data.records import BadRow, Record, Schema, parse_record, unread
 from ullme.data.row_index import (
     MOST_NEGATIVES,
     VERSION,
+    Numbers,
     Writer,
     cached_index,
     code_identity,
@@ -43,6 +46,9 @@ OnBadRow = Literal["stop", "skip"]
 _JSONL = (".jsonl", ".json", ".ndjson")
 _TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz")
+
+# Seconds between two looks at whether a file has changed since its rows were checked.
+SECONDS_BETWEEN_CHECKS = 1.0
 
 log = logging.getLogger(__name__)
 # An empty cell of a CSV file has no value; the words None, NA and null are texts as any other.
@@ -72,6 +78,34 @@ class RowSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, row: int) -> Record: ...
+
+    def positives_of(self, query: str) -> set[str]:
+        """What is a positive of a row with this query; without labels, what is a candidate."""
+        ...
+
+
+class _QueryIndex:
+    """The rows that have a query, found by a hash of it.
+
+    Args:
+        hashes: (rows,) 32-bit hashes of the rows' queries, sorted.
+        rows: (rows,) the row of each hash.
+    """
+
+    def __init__(self, hashes: Numbers, rows: Numbers) -> None:
+        self._hashes, self._rows = hashes, rows
+
+    def positives(self, source: RowSource, query: str) -> set[str]:
+        """See :meth:`RowSource.positives_of`."""
+        hashes = self._hashes.array
+        wanted = np.uint32(_hash(query))
+        first, last = (np.searchsorted(hashes, wanted, side) for side in ("left", "right"))
+        records = [source[row] for row in self._rows.array[first:last].tolist()]
+        return {text for r in records if r.query == query for text in r.positives or r.negatives}
+
+
+def _hash(query: str) -> int:
+    return crc32(query.encode())
 
 
 class _Rows:
@@ -147,6 +181,7 @@ class _CheckedRows:
         if self.rows.side:  # else nothing asks which row it is among all
             self.writer.numbers.append(number)
         self.writer.num_negatives.append(min(record.num_negatives, MOST_NEGATIVES))
+        self.writer.queries.append(_hash(record.query))
         if record.instruction is not None and len(record.instruction) > len(self.longest_instruction or ""):
             self.longest_instruction = record.instruction
         if (keys := frozenset(row)) not in self._keys:
@@ -245,7 +280,9 @@ class JsonlSource:
         self._offsets, self._numbers, self.num_negatives = index.positions, index.numbers, index.num_negatives
         self.skipped, self.longest_instruction = index.facts["skipped"], index.facts["longest_instruction"]
         self.labelled, self.columns, self.unread = (index.facts[name] for name in ("labelled", "columns", "unread"))
+        self._queries = _QueryIndex(index.query_hashes, index.query_rows)
         self._unpacked = [self._unpacked_file(index.folder, n) for n in range(len(self.files))]
+        self._next_checks = [0.0] * len(self.files)  # time.monotonic() from which a file is looked at again
         self._lines = LineReader([unpacked or path for unpacked, path in zip(self._unpacked, self.files, strict=True)])
         if empty := [
             str(path) for n, path in enumerate(self.files) if self._ends[n] == (self._ends[n - 1] if n else 0)
@@ -287,13 +324,19 @@ class JsonlSource:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         file = bisect_right(self._ends, row)
-        if self._unpacked[file] is None:
+        if self._unpacked[file] is None and time.monotonic() >= self._next_checks[file]:
             self._check_unchanged(file)
-        line = self._lines.read(file, int(self._offsets[row]))
-        return self._parser.parse(line, int(self._numbers[row]) if len(self._numbers) else row)
+        line = self._lines.read(file, self._offsets[row])
+        try:
+            return self._parser.parse(line, self._numbers[row] if len(self._numbers) else row)
+        except BadRow:
+            if self._unpacked[file] is None:
+                self._check_unchanged(file)
+            raise
 
     def _check_unchanged(self, file: int) -> None:
         """Raises: ValueError: the file is not the one that was checked. One that only got longer is."""
+        self._next_checks[file] = time.monotonic() + SECONDS_BETWEEN_CHECKS
         handle = self._lines.handle(file)
         status = os.fstat(handle.fileno())
         path, size, *times, digest = self._identities[file]
@@ -305,6 +348,9 @@ class JsonlSource:
                 "run can be resumed, with the rows as they were)"
             )
         self._identities[file] = [path, size, status.st_mtime_ns, status.st_ctime_ns, digest]
+
+    def positives_of(self, query: str) -> set[str]:
+        return self._queries.positives(self, query)
 
 
 class HubSource:
@@ -352,6 +398,7 @@ class HubSource:
         self._rows, self.num_negatives = index.positions, index.num_negatives
         self.skipped, self.longest_instruction = index.facts["skipped"], index.facts["longest_instruction"]
         self.labelled, self.columns, self.unread = (index.facts[name] for name in ("labelled", "columns", "unread"))
+        self._queries = _QueryIndex(index.query_hashes, index.query_rows)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -361,6 +408,9 @@ class HubSource:
             raise IndexError(f"row {row} of {len(self)}")
         number = int(self._rows[row])
         return self._parser.parse(self.dataset[number], number)
+
+    def positives_of(self, query: str) -> set[str]:
+        return self._queries.positives(self, query)
 
 
 class FirstRows:
@@ -387,6 +437,9 @@ class FirstRows:
             raise IndexError(f"row {row} of {self.count}")
         return self.source[self.order[row]]
 
+    def positives_of(self, query: str) -> set[str]:
+        return self.source.positives_of(query)  # those of the other rows are positives all the same
+
 
 class Subset:
     """A subset of the rows of another source.
@@ -408,6 +461,9 @@ class Subset:
 
     def __getitem__(self, row: int) -> Record:
         return self.source[int(self.rows[row])]
+
+    def positives_of(self, query: str) -> set[str]:
+        return self.source.positives_of(query)  # those of rows outside the subset are positives all the same
 
 
 def open_source(

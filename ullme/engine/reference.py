@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ullme.batch import Batch, LikelihoodKind, likelihood_keys
-from ullme.distributed import any_rank, world
-from ullme.engine.scoring import score_by_chunk
+from ullme.batch import Batch, LikelihoodKind, Representations, likelihood_keys
+from ullme.distributed import all_reduce_max, any_rank, world
+from ullme.engine.gradcache import embed_batch
+from ullme.engine.scoring import embedder, score_by_chunk
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
@@ -71,13 +72,13 @@ class Reference(ABC):
         Args:
             model: the policy.
             batch: B queries with their C candidates.
-            mask: (B, C) bool, the candidates that are asked for.
+            mask: (B, C) bool on the CPU, the candidates that are asked for.
             share_prompts: as for :func:`ullme.engine.scoring.score`.
             kind: log π(p|q), log π(q|p) or log π(p).
             chunks: queries whose likelihoods are computed together; None: all.
 
         Returns:
-            (B, C) in nats where ``mask`` is True, zero elsewhere.
+            (B, C) in nats where ``mask`` is True, zero elsewhere, on the batch's device.
         """
 
 
@@ -109,6 +110,31 @@ class AdaptersOff(Reference):
                 return score_by_chunk(model, batch, mask, share_prompts, kind, chunks or [slice(0, len(batch))])
         finally:
             model.train(training)
+
+
+@torch.no_grad()
+def embed_with_adapters_off(model: ULLME, batch: Batch, chunks: Sequence[slice]) -> Representations:
+    """Embeddings of a batch by the LLM with its adapters off, in the memory of one chunk.
+
+    Ranks of a sharded model do every forward together: one with fewer chunks embeds a query that counts for nothing.
+
+    Args:
+        model: the policy.
+        batch: B queries with their C candidates.
+        chunks: consecutive queries that are embedded together.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with model.adapters_off():
+            parts = [embed_batch(embedder(model), batch[chunk]) for chunk in chunks]
+            for _ in range(all_reduce_max(len(chunks), batch.row_ids.device) - len(chunks)):
+                embed_batch(embedder(model), batch[:1])
+    finally:
+        model.train(training)
+    torch.clear_autocast_cache()  # it would keep copies of weights that were made here, without gradient
+    queries, passages = (torch.cat([getattr(part, name) for part in parts]) for name in ("queries", "passages"))
+    return Representations(queries, passages, batch.passage_keys)
 
 
 class FrozenCopy(Reference):
@@ -227,6 +253,7 @@ class Cached(Reference):
         kind: LikelihoodKind = "passage_given_query",
         chunks: Sequence[slice] | None = None,
     ) -> Tensor:
+        device = batch.row_ids.device
         places = mask.flatten().nonzero()[:, 0].tolist()
         keys = [row.tobytes() for row in _keys(batch, kind)[places]]
         known = self._lookup(keys)
@@ -238,8 +265,8 @@ class Cached(Reference):
                 f"loss.cache_reference={str(self.folder)!r} lacks the likelihoods of {len(missing)} passages "
                 f"(training rows {rows[:8]}); it was filled with other data, another seed or fewer epochs"
             )
-        if self.source is not None and any_rank(bool(missing), mask.device):
-            todo = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
+        if self.source is not None and any_rank(bool(missing), device):
+            todo = torch.zeros(mask.numel(), dtype=torch.bool)
             todo[missing] = True
             new = self.source.logps(model, batch, todo.view(mask.shape), share_prompts, kind, chunks).flatten().tolist()
             by_place = dict(zip(places, keys, strict=True))
@@ -248,9 +275,9 @@ class Cached(Reference):
             self.files[0].executemany("INSERT OR REPLACE INTO logps VALUES (?, ?)", list(fresh.items()))
             self.files[0].execute("COMMIT")
             known |= fresh
-        out = torch.zeros(mask.numel(), device=mask.device)
-        out[places] = torch.tensor([known[key] for key in keys], device=mask.device)
-        return out.view(mask.shape)
+        out = torch.zeros(mask.numel())
+        out[places] = torch.tensor([known[key] for key in keys])
+        return out.view(mask.shape).to(device)
 
     def _lookup(self, keys: list[bytes]) -> dict[bytes, float]:
         known: dict[bytes, float] = {}

@@ -30,6 +30,7 @@ class Term(nn.Module):
 
     name = "term"
     needs_positive = True  # whether each query's first candidate must be known to be a positive
+    needs_negatives = False  # whether it compares a query's own candidates, so that there must be several
     columns: tuple[str, ...] = ()  # the columns of numbers that it reads
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -43,10 +44,17 @@ class RepresentationLoss(Term):
     """A term that sees the representations of the whole batch and gathers those of the other ranks itself.
 
     A term that sets ``teacher_direction`` is given ``reps.teacher``: how well the pre-trained LLM (the objective's
-    reference) finds that each candidate fits its query, in nats a token.
+    reference) finds that each candidate fits its query, in nats a token. One that sets ``uses_guide`` is given
+    ``reps.guide_queries`` and ``reps.guide_passages``, embeddings by the LLM with its adapters off.
     """
 
     teacher_direction: Direction | None = None
+    uses_guide: bool = False
+    # the numbers of leading dimensions, the largest first, that the term trains as embeddings besides the full width
+    matryoshka_dims: tuple[int, ...] = ()
+
+    def check_width(self, width: int) -> None:
+        """Before training. Raises: ValueError: the term does not fit embeddings of D = ``width`` dimensions."""
 
     def forward(self, reps: Representations) -> Tensor:
         """The unweighted term: a scalar, the mean over this rank's queries (see :mod:`ullme.distributed`)."""
@@ -139,8 +147,15 @@ class ChunkLoss(Term):
         """(b, C) bool, the candidates of a statistic of the batch that must be known before any gradient, or None."""
         return None
 
+    @property
+    def statistic_of_mismatched_pairs(self) -> bool:
+        """Whether the term has a statistic of each query with the next query's positive as its only candidate, over the
+        global batch, instead of ``statistic_candidates``."""
+        return False
+
     def statistic(self, chunk: Chunk) -> Tensor:
-        """(b,) whose mean over the global batch becomes ``chunk.statistics[name]``; without gradient."""
+        """(b,) whose mean over the global batch becomes ``chunk.statistics[name]``; without gradient. For mismatched
+        pairs of a global batch with a single query, which has none, the statistic is 0."""
         raise NotImplementedError(f"{type(self).__name__} must define statistic(chunk)")
 
     def forward(self, chunk: Chunk) -> Tensor:

@@ -6,7 +6,7 @@ of the device. No Lightning here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ullme.batch import Batch, GenerationRows, TokenRows
+from ullme.batch import Batch, ColumnKind, GenerationRows, TokenRows
 from ullme.distributed import any_rank, no_collectives
 from ullme.engine.gradcache import chunk_slices, count_retained, microbatch_rows
 from ullme.engine.objective import Objective
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 # The share of what is free that is planned with: an accelerator is ours alone, a CPU's memory is everybody's.
 _USABLE = {"cpu": 0.5, "cuda": 0.9}
-# Chunks beyond this are no faster: a CPU leaves its cache, a GPU has been full for long.
-_MOST = {"cpu": 512, "cuda": 65536}
+# Chunks beyond this are no faster: a CPU has tall enough matrices, a GPU has been full for long.
+_MOST = {"cpu": 2048, "cuda": 65536}
 # Chunks below this leave a GPU idle; where they would not fit, layers are recomputed instead.
 _LEAST = {"cpu": 256, "cuda": 4096}
 
@@ -102,6 +102,7 @@ def shrink_until_it_fits(
     passage_tokens: int,
     autocast: Callable[[], AbstractContextManager],
     queries: int = 2**31,
+    datasets: Sequence[tuple[tuple[str, ...] | None, Mapping[str, ColumnKind]]] = ((None, {}),),
 ) -> Chunking:
     """Try a step on random tokens, and with less in memory until it fits; nothing is learned.
 
@@ -116,6 +117,7 @@ def shrink_until_it_fits(
         passage_tokens: of each.
         autocast: what a step runs under.
         queries: the most that a batch of this rank has.
+        datasets: of each kind of batch the names of its terms (None: all), and its columns of numbers.
 
     Raises:
         ValueError: not even one query fits.
@@ -127,7 +129,8 @@ def shrink_until_it_fits(
             model.recompute_layers()
         tokens = chunking.chunk_tokens + chunking.retained_tokens
         batch = _random_batch(model, tokens, queries, passages, passage_tokens)
-        if not any_rank(_runs_out(model, terms, batch, chunking, autocast), model.device):
+        trials = [replace(batch, terms=of, columns=_no_numbers(batch, kinds)) for of, kinds in datasets]
+        if not any_rank(any(_runs_out(model, terms, one, chunking, autocast) for one in trials), model.device):
             return chunking
         if chunking.retained_tokens > chunking.chunk_tokens:
             chunking = replace(chunking, retained_tokens=chunking.retained_tokens // 2)
@@ -172,7 +175,7 @@ class _NoReference(Reference):
     def prepare(self, model: ULLME, precision: str, likelihoods: Any = ()) -> None: ...
 
     def logps(self, model: ULLME, batch: Batch, mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.zeros(mask.shape, device=mask.device)
+        return torch.zeros(mask.shape, device=model.device)
 
 
 def _random_batch(model: ULLME, tokens: int, most: int, passages: int, passage_tokens: int) -> Batch:
@@ -197,6 +200,13 @@ def _random_batch(model: ULLME, tokens: int, most: int, passages: int, passage_t
         passage_generation=given_query,
     )
     return batch.to(model.device)
+
+
+def _no_numbers(batch: Batch, kinds: Mapping[str, ColumnKind]) -> dict[str, Tensor]:
+    """Columns of the kinds that the training rows have, without a number in them."""
+    shapes = {"query": batch.passage_keys.shape[:1], "candidate": batch.passage_keys.shape}
+    nothing = {kind: torch.full(shape, float("nan"), device=batch.row_ids.device) for kind, shape in shapes.items()}
+    return {name: nothing[kind] for name, kind in kinds.items()}
 
 
 def _bytes(acts: Activations, checkpointing: bool) -> float:
