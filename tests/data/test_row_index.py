@@ -172,6 +172,27 @@ def test_a_file_that_changes_while_it_is_checked_leaves_no_index(write_jsonl, ro
     assert folders(cache) == []
 
 
+def test_code_may_be_edited_while_rows_are_checked(write_jsonl, rows, cache, monkeypatch):
+    digests = iter([["before"], ["after"]])
+    monkeypatch.setattr(sources, "code_identity", lambda schema: next(digests))
+    assert len(JsonlSource(write_jsonl(rows), cache_dir=cache)) == 41
+    assert next(digests, None) is None  # both were asked for
+
+
+def test_a_side_file_that_changes_while_rows_are_checked_is_named(write_jsonl, rows, cache, monkeypatch, tmp_path):
+    side = tmp_path / "side.jsonl"
+    side.write_text("1.0\n" * len(rows))
+    finish = sources._CheckedRows.finish
+
+    def touch(self, name):
+        os.utime(side, (1, 1))
+        return finish(self, name)
+
+    monkeypatch.setattr(sources._CheckedRows, "finish", touch)
+    with pytest.raises(ValueError, match=r"side\.jsonl changed while the rows were checked"):
+        JsonlSource(write_jsonl(rows), columns={"grade": str(side)}, cache_dir=cache)
+
+
 @pytest.mark.parametrize("name", ["index.json", "positions.npy", "num_negatives.npy"])
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_index_is_made_again(write_jsonl, rows, cache, checked, name, damage, caplog):

@@ -373,9 +373,9 @@ def _evict(root: Path, keep: Path) -> None:
 
 
 def _check_same(before: dict[str, Any], after: dict[str, Any]) -> None:
-    if before != after:
-        changed = [str(one[0]) for one, other in zip(before["files"], after["files"], strict=False) if one != other]
+    """Raises: ValueError: a file of rows or of a column has changed. Source code may: the loaded code read the rows."""
+    files = [(one, other) for kind in ("files", "side") for one, other in zip(before[kind], after[kind], strict=True)]
+    if changed := [str(one[0]) for one, other in files if one != other]:
         raise ValueError(
-            f"data.train: {', '.join(changed) or 'the list of files'} changed while the rows were checked; start again "
-            "when it is complete"
+            f"data.train: {', '.join(changed)} changed while the rows were checked; start again when it is complete"
         )
