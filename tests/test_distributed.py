@@ -94,7 +94,9 @@ def work(borders: list[int], folder: str, state: dict) -> dict:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("borders", [[0, 3, 5], [0, 1, 3, 5]], ids=["2 ranks", "3 ranks"])
+@pytest.mark.parametrize(
+    "borders", [[0, 3, 5], pytest.param([0, 1, 3, 5], marks=pytest.mark.slow)], ids=["2 ranks", "3 ranks"]
+)
 def test_ranks_change_no_gradient(borders, make_model, tmp_path):
     model = make_model().double().train()
     state = {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad}

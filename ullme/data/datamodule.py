@@ -26,6 +26,9 @@ from ullme.prompts import PromptTokenizer, Role
 
 log = logging.getLogger(__name__)
 
+# What other projects call the instruction of a row.
+_INSTRUCTIONS = ("instruction", "instruct", "prompt", "task", "query_instruction", "query_prompt")
+
 
 class ULLMEDataModule(L.LightningDataModule):
     """Training rows and a BEIR folder for validation.
@@ -210,7 +213,8 @@ class ULLMEDataModule(L.LightningDataModule):
 
     @staticmethod
     def _log_unread(dataset: TrainSet, source: RowSource) -> None:
-        """Name the fields that nothing reads, once: those of numbers as a warning, since a loss might want them."""
+        """Name the fields that nothing reads, once: as a warning those of numbers, which a loss might want, and what
+        looks like a row's own instruction."""
         numbers = [name for name, value in source.unread.items() if holds_numbers(value)]
         if numbers:
             log.warning(
@@ -218,7 +222,14 @@ class ULLMEDataModule(L.LightningDataModule):
                 ", ".join(numbers),
                 dataset.train,
             )
-        if others := [name for name in source.unread if name not in numbers]:
+        instructions = [name for name in source.unread if name.lower() in _INSTRUCTIONS and name not in numbers]
+        if instructions:
+            log.warning(
+                "data: nothing reads the field %s of %s; a row's instruction is called prompt, beside query and pos",
+                ", ".join(instructions),
+                dataset.train,
+            )
+        if others := [name for name in source.unread if name not in (*numbers, *instructions)]:
             log.info("data: nothing reads the fields %s of %s", ", ".join(others), dataset.train)
 
     def train_dataloader(self) -> DataLoader[Any]:

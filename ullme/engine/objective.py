@@ -351,7 +351,9 @@ class Objective:
                     found[term.name] = torch.zeros((), device=batch.row_ids.device)
                     continue
                 pairs = mismatched_pairs(batch, kinds)
-                every = torch.ones_like(pairs.passage_keys, dtype=torch.bool)
+                every = torch.ones(
+                    pairs.passage_keys.shape, dtype=torch.bool
+                )  # on the host, as all masks of candidates
                 masks = dict.fromkeys(kinds, every)
                 under_reference = {
                     kind: self.reference.logps(model, pairs, every, self.share_prompts, kind, chunks) for kind in kinds
