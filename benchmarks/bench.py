@@ -3,7 +3,8 @@
 python benchmarks/bench.py [--rounds 3] [--only contrastive grl encode memory start]
 
 One thread; CPU seconds, medians of interleaved rounds (the first round warms up and is dropped); memory in a fresh
-process each. Writes results/bench.json.
+process each. The peer runs in each of its settings and the fastest counts; beside the contrastive step stand the matrix
+products alone. Writes results/bench/<processor and vector instructions>.json.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import machine
+from machine import machine, machine_key
 from peers import features, peft_llm, plain_grl_step, sentence_transformer
 from workload import (
     load_model,
@@ -42,9 +43,15 @@ from ullme.engine.objective import Objective
 from ullme.engine.reference import Reference
 from ullme.losses import DPO, KL, InfoNCE
 from ullme.models import ULLME
-from ullme.planning.auto_chunk import largest_chunk
+from ullme.planning.auto_chunk import Chunking, largest_chunk
 
-CHUNK_TOKENS = 512  # what chunk_tokens: auto takes on a CPU; the peer's 8 passages have about 600, padded to 1,000
+CHUNK_TOKENS = 512  # of a small chunk; the peer's 8 passages have about 600, padded to 1,000
+# How the peer's cached loss may be cut: by rows, or by padded tokens.
+PEER_SETTINGS: tuple[dict[str, int], ...] = (
+    {"mini_batch_size": 8},
+    {"mini_batch_size": 32},
+    {"mini_batch_num_tokens": 1024},
+)
 CONTRASTIVE_BATCH, GRL_BATCH, PASSAGES = 32, 16, 2000
 LARGEST_QUERY = 12 + 9 * 200  # tokens of a query with its candidates at most: the smallest chunk of generation
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,19 +83,63 @@ def grad_cache(
     return objective.grad_cache(model, batch, chunks, microbatches=microbatches, num_retained=retained)["loss"].item()
 
 
+def contrastive_auto(folder: str, batch_size: int = CONTRASTIVE_BATCH) -> Callable[[], float]:
+    """Our contrastive step as ``chunk_tokens: auto`` runs it here; returns its loss."""
+    model, batch, objective = load_model(folder), make_batch(batch_size), Objective([InfoNCE(0.05)])
+    chunking = automatic(model, batch)
+    return lambda: grad_cache(objective, model, batch, chunking.chunk_tokens, hold=True)
+
+
+def automatic(model: ULLME, batch: Batch) -> Chunking:
+    """What ``chunk_tokens: auto`` chooses.
+
+    Raises:
+        AssertionError: this machine has too little memory to hold the graphs of this small batch.
+    """
+    chunking = largest_chunk(model, half=False, least=LARGEST_QUERY, chunk_tokens=None)
+    assert chunking.retained_tokens >= batch.num_tokens, chunking
+    return chunking
+
+
+def matrix_products(folder: str, forwards: int, batch_size: int = CONTRASTIVE_BATCH) -> Callable[[], float]:
+    """The linear layers' products of a contrastive step and nothing else: no LoRA, attention, norms or loss.
+
+    Args:
+        folder: of the LLM.
+        forwards: 1 if graphs are held, 2 if everything is embedded twice; the gradient of the input comes once.
+        batch_size: queries.
+    """
+    layers = load_model(folder, lora_name=None).causal_lm.base_model.layers
+    weights = [m.weight.detach() for m in layers.modules() if isinstance(m, torch.nn.Linear)]
+    tokens = make_batch(batch_size).num_tokens
+    values = {width: torch.randn(2048, width) for weight in weights for width in weight.shape}
+
+    @torch.no_grad()
+    def run() -> float:
+        for start in range(0, tokens, 2048):
+            rows = min(2048, tokens - start)
+            for weight in weights:
+                for _ in range(forwards):
+                    torch.nn.functional.linear(values[weight.shape[1]][:rows], weight)
+                values[weight.shape[0]][:rows] @ weight
+        return 0.0
+
+    return run
+
+
 def contrastive(folder: str, batch_size: int = CONTRASTIVE_BATCH) -> Callable[[], float]:
-    """Our contrastive step; returns its loss."""
+    """Our contrastive step in the memory of one small chunk; returns its loss."""
     model, batch, objective = load_model(folder), make_batch(batch_size), Objective([InfoNCE(0.05)])
     return lambda: grad_cache(objective, model, batch)
 
 
-def contrastive_peer(folder: str, batch_size: int = CONTRASTIVE_BATCH) -> Callable[[], float]:
-    """CachedMultipleNegativesRankingLoss, mini-batch 8."""
+def contrastive_peer(folder: str, batch_size: int = CONTRASTIVE_BATCH, setting: int = 0) -> Callable[[], float]:
+    """CachedMultipleNegativesRankingLoss in one of :data:`PEER_SETTINGS`."""
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
     model = sentence_transformer(folder, load_model(folder))
     columns = features(make_batch(batch_size))
-    function = CachedMultipleNegativesRankingLoss(model, scale=20.0, mini_batch_size=8)
+    function = CachedMultipleNegativesRankingLoss(model, scale=20.0, **PEER_SETTINGS[setting])
 
     def step() -> float:
         model.zero_grad()
@@ -104,14 +155,9 @@ def grl_objective() -> Objective:
 
 
 def grl(folder: str, batch_size: int = GRL_BATCH) -> Callable[[], float]:
-    """Our GRL step without its reference pass, as ``chunk_tokens: auto`` runs it here.
-
-    Raises:
-        AssertionError: this machine has too little memory to hold the graphs of this small batch.
-    """
+    """Our GRL step without its reference pass, as ``chunk_tokens: auto`` runs it here."""
     model, batch, objective = load_model(folder), make_batch(batch_size), grl_objective()
-    chunking = largest_chunk(model, half=False, least=LARGEST_QUERY, chunk_tokens=None)
-    assert chunking.retained_tokens >= batch.num_tokens, chunking
+    chunking = automatic(model, batch)
     return lambda: grad_cache(objective, model, batch, chunking.chunk_tokens, hold=True)
 
 
@@ -139,19 +185,41 @@ def encoders(folder: str) -> tuple[Callable[[], np.ndarray], Callable[[], np.nda
     return lambda: model.encode(texts), lambda: peer.encode(texts)  # type: ignore[return-value]
 
 
-def compare(sides: Sequence[Callable], rounds: int, tolerance: float) -> list[float]:
-    """Median CPU seconds of each side; the last is the peer. Raises: AssertionError: they do not compute the same."""
-    times: list[list[float]] = [[] for _ in sides]
+def compare(sides: Sequence[Callable], rounds: int, tolerance: float, beside: Sequence[Callable] = ()) -> list[float]:
+    """Median CPU seconds of each side, the last of which is a peer, and then of what is measured beside them.
+
+    Raises:
+        AssertionError: the sides do not compute the same.
+    """
+    times: list[list[float]] = [[] for _ in [*sides, *beside]]
     for _ in range(rounds + 1):
         results = []
-        for side, run in zip(times, sides, strict=True):
+        for side, run in zip(times, [*sides, *beside], strict=True):
             start = time.process_time()
             results.append(np.asarray(run()))
             side.append(time.process_time() - start)
-        theirs = results[-1]
-        for ours in results[:-1]:
+        theirs = results[len(sides) - 1]
+        for ours in results[: len(sides) - 1]:
             assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
     return [statistics.median(side[1:]) for side in times]
+
+
+def contrastive_rows(folder: str, rounds: int, add: Callable) -> None:
+    """Both ways to run the step beside the peer's best setting and beside the matrix products."""
+    settings = range(len(PEER_SETTINGS))
+    sides = [contrastive_auto(folder), contrastive(folder), *(contrastive_peer(folder, setting=n) for n in settings)]
+    found = compare(sides, rounds, 1e-5, [matrix_products(folder, 1), matrix_products(folder, 2)])
+    ours, theirs, products = found[:2], found[2:-2], found[-2:]
+    best = min(settings, key=lambda n: theirs[n])
+    peers = ", ".join(f"{key} {v}: {theirs[n]:.2f}" for n in settings for key, v in PEER_SETTINGS[n].items())
+    print(f"  CachedMultipleNegativesRankingLoss, CPU s: {peers}", flush=True)
+    names = ("contrastive step, batch 32", "contrastive step, batch 32, embedding twice")
+    for name, seconds, floor, goal in zip(names, ours, products, ("<= 0.45", "<= 0.55"), strict=True):
+        detail = f"{seconds:.2f} and {theirs[best]:.2f} CPU s"
+        ratio = seconds / theirs[best]
+        add(name, goal, f"{ratio:.2f}", detail, ours=seconds, theirs=theirs[best], products=floor)
+        above = f"{seconds:.2f} and {floor:.2f} CPU s"
+        add(f"{name}, over its matrix products", "<= 1.4", f"{seconds / floor:.2f}", above, ours=seconds, floor=floor)
 
 
 PARTS = ("contrastive", "grl", "encode", "memory", "start")
@@ -229,7 +297,8 @@ def main() -> None:
         print(json.dumps(memory_growth(*options.memory)))
         return
     rows: list[tuple[str, str, str, str]] = []
-    place = ROOT / "benchmarks" / "results" / "bench.json"
+    place = ROOT / "benchmarks" / "results" / "bench" / f"{machine_key()}.json"
+    place.parent.mkdir(exist_ok=True)
     partly = place.exists() and set(options.only) != set(PARTS)
     results: dict[str, object] = {**(json.loads(place.read_text()) if partly else {}), "machine": machine()}
 
@@ -241,20 +310,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_backbone(folder)
         if "contrastive" in options.only:
-            ours, theirs = compare([contrastive(folder), contrastive_peer(folder)], options.rounds, 1e-5)
-            detail = f"{ours:.2f} and {theirs:.2f} CPU s"
-            add("contrastive step, batch 32", "<= 0.62", f"{ours / theirs:.2f}", detail, ours=ours, theirs=theirs)
+            contrastive_rows(folder, options.rounds, add)
         if "grl" in options.only:
             sides = [make(folder) for make in (grl, grl_in_chunks, grl_peer)]
             *both, theirs = compare(sides, options.rounds, 1e-5)
             names = ("GRL step, batch 16", "GRL step, batch 16, embedding twice")
-            for name, ours in zip(names, both, strict=True):
+            for name, ours, goal in zip(names, both, ("<= 0.33", "<= 0.40"), strict=True):
                 detail = f"{ours:.2f} and {theirs:.2f} CPU s"
-                add(name, "<= 0.42", f"{ours / theirs:.2f}", detail, ours=ours, theirs=theirs)
+                add(name, goal, f"{ours / theirs:.2f}", detail, ours=ours, theirs=theirs)
         if "encode" in options.only:
             ours, theirs = compare(encoders(folder), options.rounds, 1e-4)
             detail = f"{PASSAGES / ours:.0f} and {PASSAGES / theirs:.0f} passages a CPU s"
-            add("encode 2,000 passages", ">= 1.15", f"{theirs / ours:.2f}", detail, ours=ours, theirs=theirs)
+            add("encode 2,000 passages", ">= 1.25", f"{theirs / ours:.2f}", detail, ours=ours, theirs=theirs)
         if "memory" in options.only:
             memory_rows(folder, add)
     if "start" in options.only:

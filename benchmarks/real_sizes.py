@@ -44,7 +44,7 @@ class Given(Reference):
     def prepare(self, model: ULLME, precision: str, likelihoods: Any = ()) -> None: ...
 
     def logps(self, model: ULLME, batch: Batch, mask: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full(mask.shape, -600.0, device=mask.device)
+        return torch.full(mask.shape, -600.0, device=model.device)
 
 
 def build(name: str, device: torch.device, sizes: Sizes, **options: Any) -> ULLME:

@@ -26,10 +26,10 @@ class StubEmbedder:
     def revision(self) -> str:
         return self.version
 
-    def embed(self, texts, role, *, instruction=None, max_length, batch_size=None, on_batch=None):
+    def embed(self, texts, role, *, instruction=None, max_length, batch_size=None, truncate_dim=None, on_batch=None):
         self.embedded.append(len(texts))
         rows = [np.random.default_rng(int(hashlib.md5(text.encode()).hexdigest(), 16)) for text in texts]
-        out = np.stack([row.standard_normal(self.dimensions) for row in rows]).astype(np.float32)
+        out = np.stack([row.standard_normal(self.dimensions) for row in rows]).astype(np.float32)[:, :truncate_dim]
         if on_batch is not None:
             on_batch(len(texts))
         return out / np.linalg.norm(out, axis=1, keepdims=True)
@@ -38,7 +38,7 @@ class StubEmbedder:
 def write_corpus(path: Path, number: int = 10) -> Path:
     """``number`` documents of the ids d0, d1 ..., the words of which tell them apart."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{"_id": f"d{n}", "title": f"title {n}", "text": f"text of document {n}"} for n in range(number)]
+    rows = [{"_id": f"d{n}", "title": f"title {n}", "text": f"text of document n{n}"} for n in range(number)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from test_training import write_rows
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -119,3 +121,37 @@ def test_a_point_of_every_axis(tmp_path, monkeypatch):
     for axis, (value,) in axes.items():
         point = scaling.measure(axis, value)
         assert point["seconds"] > 0 < point["mb"]
+
+
+@pytest.mark.slow
+def test_nested_embeddings_on_a_toy(llm_folder, tmp_path, monkeypatch, capsys):
+    """Two steps with each loss: a line, a plot and a table, and no second training of what is there."""
+    nested = load("nested", monkeypatch)
+    write_rows(tmp_path)
+    arguments = ["--model", llm_folder(), "--data", str(tmp_path), "--train=train.jsonl", "--corpora=beir"]
+    arguments += ["--steps=2", "--batch_size=4", "--dims", "16", "8", "--results", str(tmp_path / "nested.jsonl")]
+    nested.main(arguments)
+    lines = [json.loads(line) for line in (tmp_path / "nested.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == list(nested.LOSSES)
+    for line in lines:
+        assert list(line["ndcg@10"]) == ["32", "16", "8"]
+        assert all(0 < score <= 100 for scores in line["ndcg@10"].values() for score in scores.values())
+    assert lines[0]["loss_by_step"][0] < lines[1]["loss_by_step"][0]  # a sum over three widths
+    assert "| beir | 8 | binary | 1 |" in capsys.readouterr().out
+    assert (tmp_path / "nested.png").stat().st_size > 1000
+    monkeypatch.setattr(nested, "run", None)
+    nested.main(arguments)
+    assert len((tmp_path / "nested.jsonl").read_text().splitlines()) == 2
+
+
+def test_quantised_similarities(monkeypatch):
+    """The cosine of signs is the share of equal signs less that of unequal ones; 8 bits move a cosine little."""
+    pytest.importorskip("sentence_transformers")
+    nested = load("nested", monkeypatch)
+    corpus = torch.nn.functional.normalize(torch.randn(50, 16), dim=-1)
+    queries = corpus[:3]  # no query is outside of the ranges
+    left, right = nested.quantised(queries, corpus, "binary")
+    equal = ((queries[:, None] > 0) == (corpus > 0)).float().mean(-1)
+    torch.testing.assert_close(left @ right.T, 2 * equal - 1)
+    left, right = nested.quantised(queries, corpus, "int8")
+    assert 0 < (left @ right.T - queries @ corpus.T).abs().max() < 0.01

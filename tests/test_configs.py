@@ -111,6 +111,7 @@ def test_every_row_of_the_paper_has_its_terms_checked():
 TERMS = {
     "contrastive": {"info_nce": 1.0},
     "causal": {"info_nce": 1.0},
+    "matryoshka": {"matryoshka_info_nce": 1.0},
     "full_batch": {"info_nce": 1.0},
     "sft": {"sft": 1.0},
     "dpo": {"dpo": 1.0},

@@ -22,7 +22,17 @@ from ullme.losses import DPO, KL, InfoNCE
 from ullme.models import ULLME
 from ullme.planning.auto_chunk import Chunking, shrink_until_it_fits
 
-NAMES = ("cl", "cl_unmasked", "isolated", "grl", "kto", "both_directions", "query_teacher", "pseudo_labels")
+NAMES = (
+    "cl",
+    "cl_unmasked",
+    "isolated",
+    "grl",
+    "kto",
+    "both_directions",
+    "query_teacher",
+    "pseudo_labels",
+    "matryoshka",
+)
 
 
 def make_objective(name: str) -> Objective:

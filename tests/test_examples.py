@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import on_ranks
+from test_gradcache import assert_same_gradients, gradients, make_batch
 from test_training import write_rows
-from tiny import make_tokenizer
+from tiny import blank_batch, make_tokenizer
 
 from ullme.batch import Representations
 from ullme.commands import train
 from ullme.data.records import BadRow, Record, parse_record
 from ullme.data.sources import open_source
+from ullme.distributed import average_gradients, mean_over_ranks, world
+from ullme.engine.gradcache import chunk_slices
+from ullme.engine.objective import Objective
+from ullme.losses import InfoNCE
 from ullme.losses.base import Chunk
 from ullme.models import ULLME
 from ullme.models.checkpoint import load_ullme
@@ -71,7 +78,13 @@ def fit(tmp_path, llm_folder):
 
 def test_they_are_short():
     files = sorted(EXAMPLES.glob("*.py"))
-    assert [path.name for path in files] == ["my_backbone.py", "my_dataset.py", "my_loss.py", "my_pooling.py"]
+    assert [path.name for path in files] == [
+        "my_backbone.py",
+        "my_dataset.py",
+        "my_distillation.py",
+        "my_loss.py",
+        "my_pooling.py",
+    ]
     assert all(len(path.read_text().splitlines()) < 60 for path in files)
 
 
@@ -93,7 +106,7 @@ def test_the_losss_values_by_hand_and_its_gradient():
     assert margin_loss(queries, passages, 0.3).item() == pytest.approx(0.25)
     keys = torch.zeros(1, 3, dtype=torch.long)
     reps = Representations(queries.requires_grad_(), passages, keys)
-    chunk = Chunk(reps, keys.float(), None, keys, torch.zeros(1, dtype=torch.long), keys, {})
+    chunk = Chunk(blank_batch(keys), reps, keys.float(), None, keys)
     Margin(0.3)(chunk).sum().backward()
     torch.testing.assert_close(queries.grad, torch.tensor([[0.1, -0.1]], dtype=torch.double))  # (p- - p+) / 2
     with pytest.raises(ValueError, match=r"margin=0"):
@@ -250,3 +263,85 @@ def test_a_family_that_nobody_registered(gain_folder, tmp_path):
         ULLME(str(tmp_path))
     with pytest.raises(ValueError, match=r"family_code='lost_code' cannot be imported"):
         ULLME(str(tmp_path), family_code="lost_code")
+
+
+def test_columns_of_ones_own_reach_a_loss_of_ones_own(fit, tmp_path):
+    """Two numbers that the package does not know, by their names alone."""
+    train_file = tmp_path / "train.jsonl"  # which fit has written
+    rows = [json.loads(line) for line in train_file.read_text().splitlines()]
+    for n, row in enumerate(rows):
+        row["trust"] = 0.5
+        if n % 3:  # every third row was graded by nobody
+            row["grades"] = [3, *[n % 2] * len(row["neg"])]
+    train_file.write_text("\n".join(map(json.dumps, rows)))
+    options = (f"--config={EXAMPLES / 'my_distillation.yaml'}", "--loss.chunk_tokens=null", "--loss.chunk_size=2")
+    _, found = fit(*options)
+    assert len(found) == 4
+    for row in found:
+        total = float(row["train/info_nce"]) + 0.5 * float(row["train/graded"])
+        assert float(row["train/loss"]) == pytest.approx(total, rel=1e-5)
+    assert float(found[0]["train/graded"]) > 0.01
+
+
+def test_rows_without_the_columns_of_a_loss_are_refused_by_name(fit, capsys):
+    with pytest.raises(SystemExit):
+        fit(f"--config={EXAMPLES / 'my_distillation.yaml'}")
+    assert "loss term graded reads the column 'grades' and 'trust', in which no row has" in capsys.readouterr().err
+
+
+def test_the_graded_losss_values_by_hand():
+    from my_distillation import graded_mse
+
+    cosines = torch.tensor([[0.5, 0.25], [1.0, 0.0], [0.3, 0.3]], dtype=torch.double)
+    nan = float("nan")
+    grades = torch.tensor([[3.0, 0.0], [3.0, nan], [nan, nan]], dtype=torch.double)
+    # 0.8 · ((0.5 − 1)² + 0.25²) / 2 = 0.125; (1 − 1)² = 0; nobody graded the third
+    found = graded_mse(cosines, grades, torch.tensor([0.8, nan, 2.0], dtype=torch.double))
+    torch.testing.assert_close(found, torch.tensor([0.125, 0.0, 0.0], dtype=torch.double))
+    cosines.requires_grad_()
+    assert torch.autograd.gradcheck(lambda c: graded_mse(c, grades, torch.full((3,), 0.7, dtype=torch.double)), cosines)
+
+
+def graded_batch():
+    nan = float("nan")
+    grades = torch.tensor([[3, 0, nan], [2, 2, 0], [nan] * 3, [3, 1, 1], [3, nan, 0]])
+    return replace(make_batch(), columns={"grades": grades, "trust": torch.tensor([1.0, 0.5, nan, 2.0, nan])})
+
+
+def test_the_graded_loss_in_chunks_is_that_of_the_whole(make_model):
+    from my_distillation import Graded
+
+    model, objective, batch = make_model("gpt2").double().train(), Objective([InfoNCE(), Graded()]), graded_batch()
+    whole = objective.full_batch(model, batch)["graded"].item()
+    expected = gradients(model)
+    for slices in (chunk_slices(batch, 1, None), chunk_slices(batch, 2, None)):
+        assert objective.grad_cache(model, batch, slices)["graded"].item() == pytest.approx(whole, abs=1e-12)
+        assert_same_gradients(gradients(model), expected, 1e-10)
+    without = replace(batch, columns={**batch.columns, "trust": torch.zeros(5)})
+    assert objective.full_batch(model, without)["graded"].item() == 0 != whole
+
+
+def graded_on_ranks(folder: str, state: dict):
+    from my_distillation import Graded
+
+    rank, _ = world()
+    model = ULLME(folder, lora_r=4, lora_alpha=8, lora_dropout=0.0)
+    model.load_state_dict(state, strict=False)
+    model = model.double().train()
+    batch = graded_batch()[3 * rank : 3 + 2 * rank]
+    logs = Objective([InfoNCE(), Graded()]).grad_cache(model, batch, chunk_slices(batch, 2, None))
+    average_gradients([p for p in model.parameters() if p.requires_grad])
+    return mean_over_ranks(logs["graded"]).item(), gradients(model)
+
+
+@pytest.mark.distributed
+def test_the_graded_loss_on_two_ranks_is_that_of_one(make_model, tmp_path):
+    from my_distillation import Graded
+
+    model = make_model("gpt2")
+    state = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    found, on_two = on_ranks(2, tmp_path, graded_on_ranks, model.options.model_name_or_path, state)[0]
+    model = model.double().train()
+    whole = Objective([InfoNCE(), Graded()]).full_batch(model, graded_batch())["graded"].item()
+    assert found == pytest.approx(whole, abs=1e-10)
+    assert_same_gradients(on_two, gradients(model), 1e-8)

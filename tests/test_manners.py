@@ -11,11 +11,12 @@ from test_training import arguments  # noqa: F401 - a fixture
 
 from ullme.__main__ import COMMANDS, main
 from ullme.commands import evaluate as evaluation
-from ullme.commands import plan, quickstart
+from ullme.commands import merge, plan, quickstart
 from ullme.commands.doctor import cli as doctor
 
 PARSERS = {
     "evaluate": evaluation.parser,
+    "merge": merge.parser,
     "plan": plan.parser,
     "doctor": doctor.parser,
     "quickstart": quickstart.parser,
@@ -68,6 +69,7 @@ def test_the_list_of_commands(capsys):
 MISTAKES = {
     "train": ["fit", "--modle.x=1"],
     "evaluate": ["--modle", "x"],
+    "merge": ["a", "--config", "no.yaml"],
     "plan": ["--config", "no.yaml"],
     "doctor": ["--config", "no.yaml"],
     "support": ["--familiy", "x"],

@@ -16,7 +16,7 @@ from ullme.engine.finite import NotFiniteError
 from ullme.engine.gradcache import chunk_slices
 from ullme.engine.objective import Objective, score
 from ullme.engine.reference import AdaptersOff, Cached, FrozenCopy
-from ullme.losses import CPO, DPO, IPO, KL, KTO, SFT, Hinge, InfoNCE, PseudoLabelInfoNCE, SimPO, Term
+from ullme.losses import CPO, DPO, IPO, KL, KTO, SFT, Hinge, InfoNCE, Matryoshka, PseudoLabelInfoNCE, SimPO, Term
 from ullme.prompts import pad_rows
 
 QUERY: Any = "query_given_passage"
@@ -29,6 +29,7 @@ OBJECTIVES: dict[str, Callable[[], list[Term]]] = {
     "dpo_first_detached_kl": lambda: [InfoNCE(), DPO(negatives="first"), KL(detach_generation=True)],
     "dpo_random": lambda: [DPO(negatives="random")],
     "kto": lambda: [InfoNCE(), KTO(weight=2.0), KL()],
+    "kto_first_negative": lambda: [KTO(reference_pairs="first_negative")],
     "cpo": lambda: [CPO(), KL("passage_given_query", 0.1, 2.0, divergence="generation_to_retrieval")],
     "others": lambda: [IPO(0.01), Hinge(), SimPO()],
     "kl": lambda: [KL()],
@@ -38,6 +39,7 @@ OBJECTIVES: dict[str, Callable[[], list[Term]]] = {
     "both_directions": lambda: [DPO(negatives="first"), CPO(direction=QUERY), KL("gain")],
     "query_teacher": lambda: [InfoNCE(), KL(QUERY, 0.1, 0.5, teacher="reference")],
     "gain_teacher": lambda: [KL("gain", teacher="reference", divergence="generation_to_retrieval"), SFT()],
+    "matryoshka": lambda: [Matryoshka(InfoNCE(bidirectional=True), [16, 5], [0.5, 2.0], weight=1.5), SFT()],
     "pseudo_labels": lambda: [PseudoLabelInfoNCE(margin=0.05), KL(QUERY, teacher="reference")],
 }
 
@@ -100,7 +102,7 @@ def test_chunks_change_no_gradient_in_true_float64(name, make_model, batch):
         assert_same_gradients(gradients(model), expected, 1e-10)
 
 
-@pytest.mark.parametrize("name", ["grl", "kto", "dpo_random", "both_directions", "query_teacher"])
+@pytest.mark.parametrize("name", ["grl", "kto_first_negative", "dpo_random", "both_directions", "query_teacher"])
 def test_order_of_queries_changes_nothing(name, model, batch):
     objective = Objective(OBJECTIVES[name]())
     parts = [batch[n : n + 1] for n in (3, 0, 4, 2, 1)]
@@ -143,7 +145,7 @@ def test_the_total_is_the_weighted_sum_and_each_term_moves_it(model, batch):
 
 
 def test_dpo_starts_at_ln_2_and_the_reference_is_the_pretrained_llm(make_model, batch):
-    model = make_model(lora_dropout=0.3).train()
+    model = make_model("gpt2", sizes={"resid_pdrop": 0.1, "embd_pdrop": 0.1}, lora_dropout=0.3).train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -162,25 +164,58 @@ class Watching(KTO):
         return super().forward(chunk)
 
 
-@pytest.mark.parametrize("negatives", ["all", "random"])
-def test_ktos_reference_point_is_the_mean_ratio_of_first_negatives(negatives, make_model, batch, monkeypatch):
-    """Also where it learns from other candidates, and in several passes."""
-    model, every = make_model("gpt2").double().eval(), torch.ones(5, 3, dtype=torch.bool)
+def log_ratio_of_one_pair(model, prompt: list[int], target: list[int]) -> float:
+    """log π/π_ref of a target after a prompt, with transformers' logits."""
+
+    def logp() -> float:
+        logits = model.causal_lm(input_ids=torch.tensor([prompt + target]), is_causal=True).logits[0].log_softmax(-1)
+        return sum(logits[len(prompt) - 1 + n, token].item() for n, token in enumerate(target))
+
     with torch.no_grad():
-        ratios = score(model, batch, every, True)[0] - AdaptersOff().logps(model, batch, every, True)
-    expected = ratios[:, 1].mean().item()
+        policy = logp()
+        with model.adapters_off():
+            return policy - logp()
+
+
+def ids_of(rows: TokenRows, row: int) -> list[int]:
+    return rows.input_ids[row][rows.attention_mask[row].bool()].tolist()
+
+
+@pytest.mark.parametrize("negatives", ["all", "random"])
+@pytest.mark.parametrize("direction", ["passage_given_query", QUERY])
+@pytest.mark.parametrize("pairs", ["mismatched", "first_negative"])
+def test_ktos_reference_point_is_the_mean_log_ratio_of_its_pairs(
+    pairs, direction, negatives, make_model, batch, monkeypatch
+):
+    """Also where it learns from other candidates, and in several passes. Query n goes with candidate 0 of query n + 1,
+    or with candidate 1 of its own."""
+    model = make_model("gpt2").double().eval()
+    others = [((n + 1) % 5) * 3 if pairs == "mismatched" else n * 3 + 1 for n in range(5)]
+    if direction == QUERY:
+        rows = batch.query_generation
+        texts = [(ids_of(rows.prompts, other), ids_of(rows.targets, n)) for n, other in enumerate(others)]
+    else:
+        rows = batch.generation
+        texts = [(ids_of(rows.prompts, n), ids_of(rows.targets, other)) for n, other in enumerate(others)]
+    expected = sum(log_ratio_of_one_pair(model, *pair) for pair in texts) / 5
     assert abs(expected) > 1e-2
     for at_once in (99, 2):
         monkeypatch.setattr("ullme.engine.objective.STATISTIC_QUERIES", at_once)
-        term = Watching(negatives=negatives)
-        Objective([term]).full_batch(model, batch)
+        term = Watching(negatives=negatives, direction=direction, reference_pairs=pairs)
+        logs = Objective([term]).full_batch(model, batch)
         assert term.seen.statistics["kto"].item() == pytest.approx(expected, rel=1e-6)
+        assert logs["reference_point"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_batch_of_one_query_has_no_mismatched_pair(model, batch):
+    assert Objective([KTO()]).full_batch(model, batch[:1])["reference_point"] == 0
+    assert Objective([KTO(reference_pairs="first_negative")]).full_batch(model, batch[:1])["reference_point"] != 0
 
 
 @pytest.mark.parametrize("kind", [AdaptersOff, Cached, FrozenCopy])
 def test_the_reference_has_no_dropout_while_the_policy_trains(kind, make_model, batch, tmp_path):
     """GPT-2 with its own dropout of 0.1: the policy's likelihoods differ from call to call, the reference's do not."""
-    model = make_model("gpt2", sizes={"resid_pdrop": 0.1}).train()
+    model = make_model("gpt2", sizes={"resid_pdrop": 0.1}, llm_dropout=True).train()
     mask = torch.ones(len(batch), batch.num_candidates, dtype=torch.bool)
     with torch.no_grad():
         first, second = (score(model, batch, mask, True)[0] for _ in range(2))

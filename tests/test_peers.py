@@ -1,4 +1,4 @@
-"""Pooling, in-batch loss and SimCSE against sentence-transformers, on the same weights, in float64."""
+"""Pooling, in-batch loss, SimCSE and Matryoshka against sentence-transformers, on the same weights, in float64."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import TEXTS
 
-from ullme.batch import Batch
+from ullme.batch import Batch, Representations
 from ullme.engine.objective import Objective
-from ullme.losses import InfoNCE
+from ullme.losses import InfoNCE, Matryoshka
 from ullme.prompts import Prompts
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -99,3 +99,39 @@ def test_simcse_with_dropout_on_the_same_embeddings(make_model):
     assert (a - b).abs().max() > 1e-2  # the same text, twice, is not the same
     expected = MultipleNegativesRankingLoss(torch.nn.Identity(), scale=20.0).compute_loss_from_embeddings([a, b], None)
     assert loss == pytest.approx(expected.item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0]])
+def test_matryoshka(weights):
+    from sentence_transformers.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+
+    class Table(torch.nn.Module):
+        """Stands in for their model: embeddings that are the weights themselves."""
+
+        def __init__(self, *columns: torch.Tensor) -> None:
+            super().__init__()
+            self.columns = torch.nn.ParameterList(columns)
+
+        def forward(self, features):
+            return {"sentence_embedding": torch.nn.functional.normalize(self.columns[features["column"]], dim=-1)}
+
+        def get_embedding_dimension(self):
+            return self.columns[0].shape[1]
+
+    generator = torch.Generator().manual_seed(5)
+    columns = [torch.randn(4, 8, dtype=torch.double, generator=generator) for _ in range(3)]
+    theirs = Table(*columns)  # queries, positives, one hard negative each
+    full = None if weights is None else [1.0, *weights]
+    loss = MatryoshkaLoss(theirs, MultipleNegativesRankingLoss(theirs, scale=20.0), [8, 5, 2], full)
+    value = loss([{"column": n} for n in range(3)], None)
+    value.backward()
+    ours = [column.clone().requires_grad_() for column in columns]
+    queries, positives, negatives = (torch.nn.functional.normalize(column, dim=-1) for column in ours)
+    reps = Representations(queries, torch.stack([positives, negatives], 1), torch.arange(8).view(4, 2))
+    mine = Matryoshka(InfoNCE(0.05), [5, 2], weights)(reps)
+    mine.backward()
+    assert mine.item() == pytest.approx(value.item(), abs=1e-9)
+    assert mine.item() != pytest.approx(InfoNCE(0.05)(reps).item(), abs=0.1)
+    for own, their in zip(ours, theirs.columns, strict=True):
+        assert their.grad.abs().max() > 1e-2
+        torch.testing.assert_close(own.grad, their.grad, rtol=1e-9, atol=1e-9)

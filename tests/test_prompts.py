@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from functools import cache
 
 import pytest
 from tiny import TEXTS, make_tokenizer
 from tokenizers.decoders import ByteLevel
 
 from ullme.batch import TokenRows
-from ullme.prompts import Prompts, PromptTokenizer, pad_rows
+from ullme.prompts import Prompts, PromptTokenizer, begin_and_end, pad_rows
 
 
 @pytest.mark.parametrize(
@@ -155,3 +157,134 @@ def test_an_end_token_of_the_template_is_kept_once(append_eos):
     bare = PromptTokenizer(make_tokenizer(), Prompts(query="q: {text}")).ids([text], "query", max_length=19)[0]
     prompts = Prompts(query="q: {text}</s>", append_eos=append_eos)
     assert PromptTokenizer(make_tokenizer(), prompts).ids([text], "query", max_length=20)[0] == [*bare, 2]
+
+
+# What a tokenizer puts around a text -> its template; eos_token is </s> (2) in all of them.
+FRAMES = {
+    "nothing": "$A",
+    "begin": "<s> $A",
+    "another end": "$A <pad>",
+    "begin and another end": "<s> $A <pad>",
+    "own end": "$A </s>",
+    "two before and two after": "<pad> <s> $A </s> <pad>",
+}
+NUMBERS = {"<pad>": 0, "<s>": 1, "</s>": 2}
+
+
+@cache
+def framing_tokenizer(frame: str):
+    from tokenizers import processors
+
+    tokenizer = copy.deepcopy(make_tokenizer())
+    template = processors.TemplateProcessing(single=FRAMES[frame], special_tokens=list(NUMBERS.items()))
+    tokenizer.backend_tokenizer.post_processor = template
+    return tokenizer
+
+
+def frame_of(frame: str) -> tuple[list[int], list[int]]:
+    before, after = FRAMES[frame].split("$A")
+    return [NUMBERS[token] for token in before.split()], [NUMBERS[token] for token in after.split()]
+
+
+def bare(text: str) -> list[int]:
+    return make_tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+
+LONG = " ".join(TEXTS)
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+class TestWhatATokenizerPutsAroundATextByItself:
+    def test_is_found(self, frame):
+        assert begin_and_end(framing_tokenizer(frame)) == frame_of(frame)
+
+    @pytest.mark.parametrize("append_eos", [False, True])
+    @pytest.mark.parametrize("max_length", [14, 400])
+    def test_long_and_short_texts_begin_and_end_alike(self, frame, append_eos, max_length):
+        before, after = frame_of(frame)
+        after = after or [2] * append_eos
+        prompts = PromptTokenizer(framing_tokenizer(frame), Prompts(query="q:{text}. {text}!", append_eos=append_eos))
+        (row,) = prompts.ids([LONG], None, max_length=max_length)
+        room = max_length - len(before) - len(after)
+        assert (len(bare(LONG)) > room) == (max_length == 14)
+        assert row == [*before, *bare(LONG)[:room], *after]
+        (row,) = prompts.ids([LONG], "query", max_length=max_length)
+        body = row[len(before) : len(row) - len(after)]
+        assert row == [*before, *body, *after]
+        assert len(row) <= max_length
+        assert read(body).startswith("q:")
+        assert read(body).endswith("!")
+
+    @pytest.mark.parametrize("role", ["generation", "query_generation"])
+    @pytest.mark.parametrize("append_eos", [False, True])
+    @pytest.mark.parametrize("end", ["", "</s>", "<pad>"])
+    def test_a_prompt_of_generation_is_open(self, frame, role, append_eos, end):
+        """The end that a template of generation has itself is the tokenizer's, too, and goes; another token stays."""
+        before, after = frame_of(frame)
+        kept = [] if not end or [NUMBERS[end]] == (after or [2])[:1] else [NUMBERS[end]]
+        templates = {"generation": f"q:{{text}} p:{end}", "query_generation": f"q:{{passage}} p:{end}{{query}}"}
+        prompts = PromptTokenizer(framing_tokenizer(frame), Prompts(**templates, append_eos=append_eos))
+        assert prompts.prompt_ids(["mill"], max_length=99, role=role) == [[*before, *bare("q:mill p:"), *kept]]
+        (cut,) = prompts.prompt_ids([LONG], max_length=16, role=role)
+        tail = [*bare(" p:"), *kept]
+        assert cut == [*before, *bare(f"q:{LONG}")[: 16 - len(before) - len(tail)], *tail]
+
+    def test_a_cut_text_keeps_the_whole_end_of_its_template(self, frame):
+        before, after = frame_of(frame)
+        prompts = PromptTokenizer(framing_tokenizer(frame), Prompts(passage="{text} is the text"))
+        (row,) = prompts.ids([LONG], "passage", max_length=30)
+        tail = [*bare(" is the text"), *after]
+        assert row == [*before, *bare(LONG)[: 30 - len(before) - len(tail)], *tail]
+
+    @pytest.mark.parametrize("append_eos", [False, True])
+    def test_a_template_that_spells_it_out_has_it_once(self, frame, append_eos):
+        before, after = FRAMES[frame].replace(" ", "").split("$A")
+        spelt = Prompts(query=f"{before}q: {{text}}{after}", append_eos=append_eos)
+        left_out = Prompts(query="q: {text}", append_eos=append_eos)
+        for text in ("mill", LONG):
+            rows = [
+                PromptTokenizer(framing_tokenizer(frame), prompts).rows([text], "query", max_length=30)
+                for prompts in (spelt, left_out)
+            ]
+            assert rows[0] == rows[1]
+
+    def test_the_pooled_span_begins_at_the_text(self, frame):
+        before, _ = frame_of(frame)
+        prompts = PromptTokenizer(framing_tokenizer(frame), Prompts(query="q:\n{text}", pooled="text"))
+        _, starts = prompts.rows(["mill", LONG], "query", max_length=30)
+        assert starts == [len(before) + len(bare("q:\n"))] * 2
+
+
+def test_the_last_token_that_is_pooled_is_the_same_for_long_and_short_texts():
+    prompts = PromptTokenizer(framing_tokenizer("another end"), Prompts(append_eos=True))
+    rows = prompts(["mill", LONG], "passage", max_length=20)
+    assert rows.attention_mask.sum(1).tolist() == [len(bare("mill")) + 1, 20]
+    assert [row[mask.bool()][-1] for row, mask in zip(rows.input_ids, rows.attention_mask, strict=True)] == [0, 0]
+
+
+def test_a_passage_that_is_scored_ends_where_the_llm_stops_generating():
+    prompts = PromptTokenizer(framing_tokenizer("another end"), Prompts())
+    assert prompts.target_ids(["mill", LONG], max_length=20) == [[*bare("mill"), 2], bare(LONG)[:20]]
+
+
+def test_a_tokenizer_that_reads_few_texts_is_asked_about_one_of_them():
+    from tokenizers import Tokenizer, models, processors
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE(vocab={"</s>": 0, "水": 1}, merges=[]))
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="</s>")
+    assert tokenizer("a1", add_special_tokens=False)["input_ids"] == []
+    assert begin_and_end(tokenizer) == ([], [0])
+
+
+def test_a_tokenizer_that_cannot_be_read_without_its_frame_is_refused():
+    class Mixing:
+        all_special_tokens: tuple[str, ...] = ()
+        get_vocab = dict
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [1, 2] if add_special_tokens else [3]}
+
+    with pytest.raises(ValueError, match=r"Mixing reads 'a' as \[1, 2\], and as \[3\]"):
+        begin_and_end(Mixing())

@@ -181,6 +181,7 @@ def test_it_is_what_its_name_says(name, tmp_path, monkeypatch):
         assert (data.num_hard_negatives, data.query_max_length, data.passage_max_length) == (15, 32, 196)
     if name == "nv_embed_stage2":
         assert not any(one.in_batch_negatives for one in app.datamodule.datasets)
+        assert app.datamodule.short_rows == "repeat"  # borrowed negatives would come from other queries
 
 
 def test_every_recipe_is_checked():

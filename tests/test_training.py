@@ -371,6 +371,16 @@ def test_a_contrastive_loss_without_negatives_is_refused_before_the_llm_is_loade
     assert "there is no negative" in message
 
 
+def test_a_loss_without_in_batch_negatives_borrows_none_either(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(train.ULLMEModule, "configure_model", lambda _: pytest.fail("the LLM was loaded"))
+    loss = "--loss.terms=[{class_path: InfoNCE, init_args: {in_batch_negatives: false}}]"
+    with pytest.raises(SystemExit):
+        train.main(arguments("run", f"--data.num_hard_negatives={len(NOUNS) + 2}", "--data.val=null", loss))
+    message = capsys.readouterr().err
+    assert "loss term info_nce has in_batch_negatives=false" in message
+    assert "data.short_rows=borrow would borrow" in message
+
+
 @pytest.mark.parametrize(
     ("option", "name"),
     [

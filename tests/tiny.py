@@ -91,3 +91,18 @@ def save_llm(folder: Path, family: str, **sizes) -> str:
 def recomputes_layers(model: torch.nn.Module) -> bool:
     """Is gradient checkpointing on? The property of transformers that says so has changed its name."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def blank_batch(keys: torch.Tensor, row_ids: torch.Tensor | None = None, **fields):
+    """A batch for losses, which look at no text of it.
+
+    Args:
+        keys: (B, C), of the passages.
+        row_ids: (B,); from 0 if not given.
+        fields: of :class:`ullme.batch.Batch`.
+    """
+    from ullme.batch import Batch
+    from ullme.prompts import pad_rows
+
+    rows = torch.arange(len(keys)) if row_ids is None else row_ids
+    return Batch(pad_rows([[1]] * len(keys), 0), pad_rows([[1]] * keys.numel(), 0), keys, rows, **fields)

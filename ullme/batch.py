@@ -6,14 +6,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ullme.distributed import gather
+from ullme.utils.transfer import to_device
+
+
+@dataclass(frozen=True)
+class HostMasks:
+    """The masks of R rows on the host, so that nobody waits for a device to learn which tokens are real.
+
+    Args:
+        attention: (R, L) bool, True on real tokens.
+        pooled: (R, L) bool, True on the tokens that are pooled, or None where all real ones are.
+    """
+
+    attention: np.ndarray
+    pooled: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, attention_mask: Tensor, pool_mask: Tensor | None = None) -> HostMasks:
+        """A copy of a device's masks, for which the host waits; on a CPU there is nothing to wait for."""
+        attention, pooled = (
+            None if mask is None else mask.detach().cpu().numpy().astype(bool) for mask in (attention_mask, pool_mask)
+        )
+        assert attention is not None
+        return cls(attention, pooled)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> HostMasks:
+        return HostMasks(self.attention[rows], None if self.pooled is None else self.pooled[rows])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(R,) int64, the real tokens of each row."""
+        return self.attention.sum(1, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -24,26 +57,57 @@ class TokenRows:
         input_ids: (R, L) token ids.
         attention_mask: (R, L), 1 on real tokens and 0 on padding, on either side.
         pool_mask: (R, L), 1 on the real tokens that are pooled, at least one a row; None pools all.
+        host: the masks on the host, of rows that were moved to another device; None where the tensors are on the CPU.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     pool_mask: Tensor | None = None
+    host: HostMasks | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     def __getitem__(self, rows: slice | Tensor) -> TokenRows:
-        return self._map(lambda x: x[rows])
+        if isinstance(rows, slice):
+            return self._map(lambda x: x[rows], None if self.host is None else self.host[rows])
+        if rows.device == self.input_ids.device:
+            return self._map(lambda x: x[rows], None)
+        (index,) = to_device([rows.cpu().numpy()], self.input_ids.device)
+        return self.select(rows.cpu().numpy(), index)
+
+    def select(self, rows: np.ndarray, index: Tensor) -> TokenRows:
+        """Some rows, by their numbers.
+
+        Args:
+            rows: (n,) on the host.
+            index: the same numbers on the device of the tensors.
+        """
+        return self._map(lambda x: x[index], None if self.host is None else self.host[rows])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenRows:
-        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+        """On another device, with the masks kept on the host. Nobody waits for the copy of pinned memory."""
+        host = None if torch.device(device).type == "cpu" else self.host_masks
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking or x.is_pinned()), host)
 
     def pin_memory(self) -> TokenRows:
-        return self._map(lambda x: x.pin_memory())
+        return self._map(lambda x: x.pin_memory(), self.host)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> TokenRows:
-        return TokenRows(*(None if x is None else change(x) for x in (getattr(self, f.name) for f in fields(self))))  # type: ignore[arg-type]
+    def _map(self, change: Callable[[Tensor], Tensor], host: HostMasks | None) -> TokenRows:
+        pool_mask = None if self.pool_mask is None else change(self.pool_mask)
+        return TokenRows(change(self.input_ids), change(self.attention_mask), pool_mask, host)
+
+    @property
+    def host_masks(self) -> HostMasks:
+        """The masks on the host; copied from the device, for which the host waits, where ``host`` is not there."""
+        return HostMasks.of(self.attention_mask, self.pool_mask) if self.host is None else self.host
+
+    @property
+    def host_lengths(self) -> Tensor:
+        """(R,) int64 on the CPU, the real tokens of each row."""
+        if self.host is None:
+            return self.attention_mask.sum(1).cpu()
+        return torch.from_numpy(self.host.lengths)
 
     @property
     def pooled(self) -> Tensor:
@@ -53,7 +117,7 @@ class TokenRows:
     @property
     def num_tokens(self) -> int:
         """Real tokens, padding left out."""
-        return int(self.attention_mask.sum())
+        return int(self.host_lengths.sum())
 
     @classmethod
     def cat(cls, parts: list[TokenRows]) -> TokenRows:
@@ -63,11 +127,20 @@ class TokenRows:
         def widen(x: Tensor) -> Tensor:
             return torch.nn.functional.pad(x, (0, width - x.shape[1]))
 
+        def on_host(masks: list[np.ndarray]) -> np.ndarray:
+            return np.concatenate([np.pad(mask, ((0, 0), (0, width - mask.shape[1]))) for mask in masks])
+
         every = all(part.pool_mask is None for part in parts)
+        hosts = [part.host for part in parts if part.host is not None]
+        host = None
+        if len(hosts) == len(parts):
+            pooled = [masks.attention if masks.pooled is None else masks.pooled for masks in hosts]
+            host = HostMasks(on_host([masks.attention for masks in hosts]), None if every else on_host(pooled))
         return cls(
             torch.cat([widen(part.input_ids) for part in parts]),
             torch.cat([widen(part.attention_mask) for part in parts]),
             None if every else torch.cat([widen(part.pooled) for part in parts]),
+            host,
         )
 
 
@@ -117,6 +190,10 @@ class GenerationRows:
             shape: (B, C).
         """
         return self.targets.attention_mask.sum(1).view(shape[0], -1).expand(shape)
+
+    def host_lengths(self, shape: torch.Size) -> Tensor:
+        """As :meth:`lengths`, on the CPU, without waiting for a device."""
+        return self.targets.host_lengths.view(shape[0], -1).expand(shape)
 
     def of_queries(self, start: int, stop: int, num_queries: int) -> GenerationRows:
         """The rows of consecutive queries, out of ``num_queries``."""
@@ -176,6 +253,10 @@ class Batch:
         passage_generation: what log π(passage) is computed from, or None.
         labelled: whether each query's first candidate is known to be a positive. False: the candidates are in no
             order, and any of them or none may answer the query.
+        query_keys: (B,) int64 hash of each query's text and instruction; equal keys mean the same query. None: unknown,
+            and then every query counts as another.
+        columns: name -> numbers of the training rows, (B, C) float32, one a candidate, or (B,), one a query; NaN where
+            a row has none.
     """
 
     queries: TokenRows
@@ -187,6 +268,8 @@ class Batch:
     query_generation: GenerationRows | None = None
     passage_generation: GenerationRows | None = None
     labelled: bool = True
+    query_keys: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.passages) != self.passage_keys.numel() or len(self.queries) != len(self.passage_keys):
@@ -194,6 +277,12 @@ class Batch:
                 f"Batch: {len(self.queries)} queries and {len(self.passages)} passages do not fit "
                 f"passage_keys of shape {tuple(self.passage_keys.shape)}; it must be (B, C) with B * C passages"
             )
+        for name, column in self.columns.items():
+            if column.shape not in (self.passage_keys.shape, self.passage_keys.shape[:1]):
+                raise ValueError(
+                    f"Batch: column {name!r} of shape {tuple(column.shape)} has neither one number for each candidate "
+                    f"{tuple(self.passage_keys.shape)} nor one for each query {tuple(self.passage_keys.shape[:1])}"
+                )
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -226,6 +315,8 @@ class Batch:
             passage_keys=self.passage_keys[start:stop],
             row_ids=self.row_ids[start:stop],
             isolated=None if self.isolated is None else self.isolated[start:stop],
+            query_keys=None if self.query_keys is None else self.query_keys[start:stop],
+            columns=_each(self.columns, lambda column: column[start:stop]),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -236,7 +327,8 @@ class Batch:
 
     def _map(self, move: Callable[[Any], Any]) -> Batch:
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: move(part) for name, part in parts.items() if not isinstance(part, bool | None)})
+        moved = {name: move(part) for name, part in parts.items() if not isinstance(part, bool | Mapping | None)}
+        return replace(self, **moved, columns=_each(self.columns, move))
 
     def generation_rows(self, kind: LikelihoodKind) -> GenerationRows:
         """What a kind of likelihood is computed from. Raises: ValueError: the batch does not carry it."""
@@ -250,18 +342,24 @@ class Batch:
         return rows
 
 
+def _each(columns: Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    return {name: change(column) for name, column in columns.items()}
+
+
 @dataclass(frozen=True)
 class Representations:
-    """Pooled, normalised embeddings of a batch.
+    """Pooled, normalised embeddings of a batch, and what a loss may look at besides.
 
     Args:
         queries: (B, D).
         passages: (B, C, D), the positive first.
         passage_keys: (B, C), as in :class:`Batch`.
-        isolated: (B,), likewise; only what a representation loss is given has it.
+        isolated: (B,), likewise.
         labelled: likewise.
         teacher: (B, C) log-likelihoods of the candidates under the pre-trained LLM, in nats a token, without gradient;
             only for a representation loss that asks for them (``teacher_direction``).
+        query_keys: (B,), as in :class:`Batch`.
+        columns: name -> (B, C) or (B,), likewise.
     """
 
     queries: Tensor
@@ -270,19 +368,22 @@ class Representations:
     isolated: Tensor | None = None
     labelled: bool = True
     teacher: Tensor | None = None
+    query_keys: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.queries.shape[0]
 
     def __getitem__(self, rows: slice) -> Representations:
-        return Representations(self.queries[rows], self.passages[rows], self.passage_keys[rows])
+        return self._map(lambda x: x[rows])
 
-    @classmethod
-    def cat(cls, parts: list[Representations]) -> Representations:
-        """All parts, concatenated."""
-        names = ("queries", "passages", "passage_keys")
-        queries, passages, keys = (torch.cat([getattr(part, name) for part in parts]) for name in names)
-        return cls(queries, passages, keys)
+    def gather(self, sizes: list[int]) -> Representations:
+        """Those of all ranks, rank 0 first, with gradient; columns and keys too.
+
+        Args:
+            sizes: queries of each rank, from :func:`~ullme.distributed.gather_sizes`.
+        """
+        return self._map(lambda x: gather(x, sizes))
 
     def as_leaves(self) -> Representations:
         """The same values, detached and collecting gradients."""
@@ -293,4 +394,10 @@ class Representations:
 
     def detach(self) -> Representations:
         """The same values without their graph."""
-        return Representations(self.queries.detach(), self.passages.detach(), self.passage_keys)
+        return replace(self, queries=self.queries.detach(), passages=self.passages.detach())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Representations:
+        """Change every tensor, all of which have B rows."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {name: change(part) for name, part in parts.items() if isinstance(part, Tensor)}
+        return replace(self, **changed, columns=_each(self.columns, change))  # type: ignore[arg-type]

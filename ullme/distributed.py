@@ -50,7 +50,7 @@ def all_reduce_max(value: int, device: torch.device) -> int:
     """The maximum of ``value`` over ranks."""
     if world()[1] == 1:
         return value
-    found = torch.tensor(value, device=device)
+    found = torch.full((), value, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return int(found)
 
@@ -58,6 +58,15 @@ def all_reduce_max(value: int, device: torch.device) -> int:
 def any_rank(value: bool, device: torch.device) -> bool:
     """Whether ``value`` is true on any rank. Ranks of a sharded model must agree on every forward, or they hang."""
     return bool(all_reduce_max(int(value), device))
+
+
+def each_on_any_rank(values: list[bool], device: torch.device) -> list[bool]:
+    """:func:`any_rank` of each of several values, as many on every rank, in one collective."""
+    if world()[1] == 1 or not values:
+        return values
+    found = torch.tensor(values, dtype=torch.int32, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [bool(value) for value in found.tolist()]
 
 
 def gather_messages(message: str | None, device: torch.device) -> dict[int, str]:
@@ -73,10 +82,10 @@ def gather_sizes(size: int, device: torch.device) -> list[int]:
     """The number of rows on each rank, in the order of ranks."""
     if world()[1] == 1:
         return [size]
-    mine = torch.tensor([size], device=device)
+    mine = torch.full((1,), size, device=device)
     sizes = [torch.empty_like(mine) for _ in range(world()[1])]
     dist.all_gather(sizes, mine)
-    return [int(s) for s in sizes]
+    return torch.cat(sizes).tolist()
 
 
 class _Gather(torch.autograd.Function):
@@ -188,7 +197,7 @@ def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
 
 def mean_over_ranks(x: Tensor) -> Tensor:
     """The mean of all ranks' elements, which need not be equally many. Without gradient."""
-    total = torch.stack([x.detach().sum().double(), torch.tensor(float(x.numel()), device=x.device).double()])
+    total = torch.stack([x.detach().sum().double(), torch.full((), x.numel(), dtype=torch.double, device=x.device)])
     if world()[1] > 1:
         dist.all_reduce(total)
     return (total[0] / total[1]).to(x.dtype)

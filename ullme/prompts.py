@@ -37,7 +37,8 @@ class Prompts:
         query_generation: template for the likelihood log π(query | passage): ``{passage}`` stands for the passage and
             ``{query}``, at the end, for the query, whose own tokens are scored (arXiv 2204.07496).
         instruction: the task description that training uses, and evaluation where a task brings none of its own.
-        append_eos: end every text with the tokenizer's end token (what last-token pooling usually wants).
+        append_eos: end every text with the tokenizer's ``eos_token`` (what last-token pooling usually wants). Nothing
+            is added where the tokenizer puts an end token after every text by itself, whichever token that is.
         pooled: which tokens become the embedding. ``all``; or ``text``: the text, its last copy where there are two,
             and what follows it. Every token takes part in attention, so an instruction in front still steers the
             embedding (GritLM, arXiv 2402.09906; LLM2Vec, arXiv 2404.05961).
@@ -109,17 +110,74 @@ def _check_placeholders(name: str, template: str, *known: str) -> None:
         )
 
 
+def begin_and_end(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The token ids that a tokenizer puts before and after every text by itself; either may be none.
+
+    They are found by trial: ``bos_token`` and ``eos_token`` do not tell (Qwen3-Embedding appends another token than its
+    ``eos_token``), and no option does that all tokenizers have.
+
+    Raises:
+        ValueError: the tokenizer changes the text's own tokens as well, so that nothing can be said.
+    """
+    text, own = _a_text_with_tokens(tokenizer)
+    whole: list[int] = tokenizer(text)["input_ids"]
+    for n in range(len(whole) - len(own) + 1):
+        if whole[n : n + len(own)] == own:
+            return whole[:n], whole[n + len(own) :]
+    raise ValueError(
+        f"{type(tokenizer).__name__} reads {text!r} as {whole}, and as {own} with add_special_tokens=False; what it "
+        "puts before and after a text must stand around the text's own tokens; use another tokenizer for this LLM"
+    )
+
+
+def _a_text_with_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
+    """A text that the tokenizer does not read as nothing, and its token ids; without any such text, an empty one."""
+    special = set(tokenizer.all_special_tokens)
+    for texts in (lambda: ["a", "1"], tokenizer.get_vocab):  # a vocabulary takes long to list
+        for text in texts():
+            if text not in special and (own := tokenizer(text, add_special_tokens=False)["input_ids"]):
+                return text, own
+    return "", []
+
+
 class PromptTokenizer:
     """Texts to token rows under a prompt contract.
+
+    A row is: what the tokenizer puts before every text (the begin token), the text in its template, and what the
+    tokenizer puts after every text (the end token) or, if that is nothing and ``append_eos`` is set, ``eos_token``. A
+    template that begins or ends with these tokens itself has them once.
 
     Args:
         tokenizer: any transformers tokenizer with a pad token.
         prompts: the contract.
+
+    Attributes:
+        begin: token ids before every text.
+        end: token ids after every text, and not after a prompt of generation.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> None:
         self.tokenizer = tokenizer
         self.prompts = prompts
+        self.begin, own_end = begin_and_end(tokenizer)
+        self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self._prompt_end = own_end or self._eos  # what a prompt of generation must not end with
+        self.end = self._prompt_end if prompts.append_eos else own_end
+
+    def around(self, role: Role | None, instruction: str | None = None) -> tuple[str, ...]:
+        """:meth:`Prompts.around` without the begin and end tokens, which every row gets anyway."""
+        first, *others, last = self.prompts.around(role, instruction)
+        before = self.tokenizer.convert_ids_to_tokens(self.begin)
+        after = self.tokenizer.convert_ids_to_tokens(self._prompt_end if _is_generation(role) else self.end)
+        for n in range(len(before)):
+            if first.startswith("".join(before[n:])):
+                first = first.removeprefix("".join(before[n:]))
+                break
+        for n in range(len(after), 0, -1):
+            if last.endswith("".join(after[:n])):
+                last = last.removesuffix("".join(after[:n]))
+                break
+        return first, *others, last
 
     def ids(
         self,
@@ -143,7 +201,8 @@ class PromptTokenizer:
         """Token ids of each text in its template, at most ``max_length`` tokens each, and which of them are pooled.
 
         A text that is too long loses its own end: what the template puts after the text, and the end token, stay. In
-        a template that holds the text twice both copies lose the same.
+        a template that holds the text twice both copies lose the same. A prompt of generation (``role`` generation or
+        query_generation) is open for what is scored to follow: it has no end token.
 
         Args:
             texts: R texts.
@@ -160,14 +219,15 @@ class PromptTokenizer:
         """
         if not texts:
             return [], None
+        end = [] if _is_generation(role) else self.end
         one = instruction is None or isinstance(instruction, str)
         each: list[Any] = [instruction] * len(texts) if one else list(instruction or ())
-        around = {i: self.prompts.around(role, i) for i in set(each)}
+        around = {i: self.around(role, i) for i in set(each)}
         rendered = [text.join(around[i]) for text, i in zip(texts, each, strict=True)]
-        tails = {i: self._bare(pieces[-1]) for i, pieces in around.items()}
+        tails = {i: len(self._bare(pieces[-1])) + len(end) for i, pieces in around.items()}
         masks_pooling = self.prompts.pooled == "text" and role in ("query", "passage")
         encoded = self._encode(rendered, masks_pooling)
-        room = max_length - self.prompts.append_eos
+        room = max_length - len(self.begin) - len(end)
         long = [n for n, row in enumerate(encoded["input_ids"]) if len(row) > room and len(around[each[n]]) > 2]
         if long:
             texts = list(texts)
@@ -175,24 +235,19 @@ class PromptTokenizer:
                 texts[n] = self._shortened(texts[n], around[each[n]], room)
                 rendered[n] = texts[n].join(around[each[n]])
             encoded = self._encode(rendered, masks_pooling)
-        rows: list[list[int]] = encoded["input_ids"]
+        rows = [[*self.begin, *row, *end] for row in encoded["input_ids"]]
         starts = None
         if masks_pooling:
             ends = [len(whole) - len(around[i][-1]) for whole, i in zip(rendered, each, strict=True)]
-            firsts = [end - len(text) for end, text in zip(ends, texts, strict=True)]
-            starts = [_token_at(*place) for place in zip(encoded["offset_mapping"], firsts, strict=True)]
-        end = self.tokenizer.eos_token_id
+            firsts = [last - len(text) for last, text in zip(ends, texts, strict=True)]
+            places = zip(encoded["offset_mapping"], firsts, strict=True)
+            starts = [len(self.begin) + _token_at(*place) for place in places]
         for n, row in enumerate(rows):
-            has_end = bool(row) and row[-1] == end
-            if self.prompts.append_eos and end is not None and not has_end:
-                row, has_end = [*row, end], True  # noqa: PLW2901
             if len(row) > max_length:
-                tail = tails[each[n]]
-                counted = has_end and tail[-1:] == [end] and row[-2:-1] != [end]  # the template's own end token
-                keep = min(len(tail) + has_end - counted, max_length - 1)
+                keep = min(tails[each[n]], max_length - 1)
                 row = row[: max_length - keep] + row[len(row) - keep :]  # noqa: PLW2901
             # A tokenizer without special tokens turns "" into nothing; one token stands in, so that it can be pooled.
-            rows[n] = row or [end if end is not None else self.tokenizer.pad_token_id]
+            rows[n] = row or list(self._eos) or [self.tokenizer.pad_token_id]
         if starts is not None:  # an empty text may leave nothing behind its template
             starts = [min(start, len(row) - 1) for start, row in zip(starts, rows, strict=True)]
         return rows, starts
@@ -204,15 +259,19 @@ class PromptTokenizer:
                 f"and {type(self.tokenizer).__name__} does not; set prompts.pooled=all"
             )
         return self.tokenizer(
-            texts, return_attention_mask=False, **({"return_offsets_mapping": True} if offsets else {})
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            **({"return_offsets_mapping": True} if offsets else {}),
         )
 
     def _shortened(self, text: str, pieces: tuple[str, ...], max_length: int) -> str:
-        """The longest beginning of a text with which its template has at most ``max_length`` tokens."""
+        """The longest beginning of a text with which its template has at most ``max_length`` tokens, without begin and
+        end token."""
         fits, beyond = 0, len(text)
         while beyond - fits > 1:
             middle = (fits + beyond) // 2
-            if len(self.tokenizer(text[:middle].join(pieces))["input_ids"]) <= max_length:
+            if len(self._bare(text[:middle].join(pieces))) <= max_length:
                 fits = middle
             else:
                 beyond = middle
@@ -247,11 +306,7 @@ class PromptTokenizer:
             instruction: as for :meth:`rows`.
             role: which template.
         """
-        end = self.tokenizer.eos_token_id
-        ended = self.prompts.append_eos or self.tokenizer("")["input_ids"][-1:] == [end]
-        # the end token is taken off again, so it takes no room from the text
-        rows = self.ids(texts, role, max_length=max_length + ended, instruction=instruction)
-        return [row[:-1] if len(row) > 1 and row[-1] == end else row for row in rows]
+        return self.ids(texts, role, max_length=max_length, instruction=instruction)
 
     def prompt_overhead(
         self, role: Literal["generation", "query_generation"], instructions: Collection[str | None] = (None,)
@@ -261,14 +316,14 @@ class PromptTokenizer:
         return max(map(len, self.prompt_ids([""] * len(own), max_length=2**31, instruction=own, role=role)))
 
     def target_ids(self, texts: Sequence[str], *, max_length: int) -> list[list[int]]:
-        """Token ids of each text alone, and its end token unless the text was cut at ``max_length`` tokens."""
+        """Token ids of each text alone, and ``eos_token``, where the LLM stops generating, unless the text was cut at
+        ``max_length`` tokens."""
         if not texts:
             return []
         rows: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)[
             "input_ids"
         ]
-        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        return [(row + end)[:max_length] or [self.tokenizer.pad_token_id] for row in rows]
+        return [(row + self._eos)[:max_length] or [self.tokenizer.pad_token_id] for row in rows]
 
     def pad(self, rows: Sequence[Sequence[int]], starts: Sequence[int] | None = None) -> TokenRows:
         """Right-padded (R, L) block of token rows; the packed forward drops the padding again.
@@ -289,6 +344,10 @@ class PromptTokenizer:
     ) -> TokenRows:
         """:meth:`rows`, padded."""
         return self.pad(*self.rows(texts, role, max_length=max_length, instruction=instruction))
+
+
+def _is_generation(role: Role | None) -> bool:
+    return role in ("generation", "query_generation")
 
 
 def _token_at(offsets: Sequence[tuple[int, int]], place: int) -> int:

@@ -17,6 +17,7 @@ from ullme.engine.presets import Generation, grl_terms
 from ullme.engine.reference import ReferenceChoice, make_reference
 from ullme.losses.base import Direction
 from ullme.losses.kl import Teacher
+from ullme.training.columns import check_columns
 from ullme.training.negatives import check_negatives
 
 if TYPE_CHECKING:
@@ -149,6 +150,8 @@ class GradCacheTrainer:
         """Before the first step. Raises: ValueError: the batches do not have what the objective needs."""
         hard_negatives = batch.num_candidates - 1
         self.objective.check(model, hard_negatives, self.precision, batch.labelled)
+        model.matryoshka_dims = self.objective.matryoshka_dims  # kept in checkpoints
+        check_columns(self.objective.terms, batch.columns)
         check_negatives(self.objective.terms, len(batch) * world()[1], hard_negatives, batch.isolated is None)
 
     def _step(self, model: ULLME, batch: Batch, parameters: list[torch.nn.Parameter]) -> dict[str, float]:

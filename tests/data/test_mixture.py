@@ -181,6 +181,41 @@ def test_short_rows_are_dropped_within_their_dataset(tmp_path, tokenizer):
         ULLMEDataModule(datasets=sets, batch_size=4, num_hard_negatives=3, short_rows="drop").setup("fit")
 
 
+def test_a_positive_of_the_query_in_another_dataset_is_not_borrowed(tmp_path):
+    lines = {"a": [("q", "a1"), ("x", "b1"), ("y", "c1")], "b": [("q", "b1"), ("z", "d1")]}
+    for name, pairs in lines.items():
+        rows = [json.dumps({"query": query, "pos": [positive]}) for query, positive in pairs]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    sets = [TrainSet(str(tmp_path / f"{name}.jsonl")) for name in lines]
+    both = Mixture(sets, [open_source(one.train) for one in sets])
+    assert {both.draw(0, epoch, 0, 1, "borrow").negatives[0] for epoch in range(20)} == {"c1"}
+
+
+@pytest.mark.parametrize(
+    ("negatives", "short_rows", "wrong"),
+    [
+        (2, "borrow", "8 of 8 rows have fewer than data.num_hard_negatives=3 negatives, and data.short_rows=borrow"),
+        (2, "repeat", None),
+        (3, "borrow", None),
+        (0, "repeat", "8 of 8 rows have no negative at all, and data.short_rows=repeat"),
+    ],
+)
+def test_without_in_batch_negatives_no_row_borrows(tmp_path, negatives, short_rows, wrong):
+    sets = [
+        TrainSet(write(tmp_path, "a", 8, 1)),
+        TrainSet(write(tmp_path, "b", 8, negatives), in_batch_negatives=False),
+    ]
+    data = ULLMEDataModule(datasets=sets, batch_size=4, num_hard_negatives=3, short_rows=short_rows, num_workers=0)
+    if wrong is None:
+        data.setup("fit")
+        own = {f"b n{n}-{k}" for n in range(8) for k in range(3)}
+        drawn = [data.source.draw(row, 0, 0, 3, short_rows).negatives for row in range(8, 16)]
+        assert {text for texts in drawn for text in texts} <= own
+        return
+    with pytest.raises(ValueError, match=f"data.datasets: .* has in_batch_negatives=false.*{wrong}"):
+        data.setup("fit")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -120,7 +120,7 @@ def test_positives_and_negatives_under_other_names_are_refused_by_name(row, key)
 @pytest.mark.parametrize(
     "extra",
     [
-        {"neg_scores": [0.1], "pos_scores": [0.9], "neg_ids": ["d1"], "negative_id": "d1", "num_negatives": "7"},
+        {"neg_ids": ["d1"], "negative_id": "d1", "num_negatives": "7"},
         {"negatives": None, "hard_neg": [], "neg_1": " "},
         {"negation": "n", "position": "here", "posture": "p"},
     ],

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from itertools import chain
 
+import numpy as np
 import pytest
 
 from ullme.data.sampler import GlobalBatchSampler, draw, settle_short_rows
-from ullme.data.sources import open_source
+from ullme.data.sources import Subset, open_source
 
 
 @pytest.fixture
@@ -50,6 +51,33 @@ class TestDraw:
         source = open_source(write_jsonl([*same, {"query": "x", "pos": ["x"]}, {"query": "y", "pos": ["y"]}]))
         for epoch in range(20):
             assert sorted(draw(source, 0, epoch, 0, 2).negatives) == ["x", "y"]
+
+    def test_borrow_passes_over_positives_of_other_rows_with_the_same_query(self, write_jsonl):
+        """Also where a row with another query has the same text."""
+        rows = [
+            {"query": "q", "pos": ["a"]},
+            {"query": "q", "pos": ["b", "c"], "neg": ["n"]},
+            {"query": "other", "pos": ["b"]},
+            {"query": "third", "pos": ["d"]},
+            {"query": "fourth", "pos": ["e"]},
+        ]
+        for source in (open_source(write_jsonl(rows)), Subset(open_source(write_jsonl(rows)), np.array([0, 2, 3, 4]))):
+            assert source.positives_of("q") == {"a", "b", "c"}
+            for epoch in range(20):
+                assert sorted(draw(source, 0, epoch, 0, 2).negatives) == ["d", "e"]
+        assert {text for epoch in range(20) for text in draw(source, 1, epoch, 0, 3).negatives} == set("ade")
+
+    def test_borrow_without_labels_passes_over_candidates_of_the_same_query(self, write_jsonl):
+        rows = [{"query": "q", "candidates": list(pair)} for pair in ("ab", "cd")]
+        source = open_source(write_jsonl([*rows, {"query": "other", "candidates": ["c", "x"]}]))
+        for epoch in range(20):
+            drawn = draw(source, 0, epoch, 0, 2)
+            assert sorted([drawn.positive, *drawn.negatives]) == ["a", "b", "x"]
+
+    def test_queries_whose_hashes_collide_are_told_apart(self, write_jsonl, monkeypatch):
+        monkeypatch.setattr("ullme.data.sources._hash", lambda query: 7)
+        source = open_source(write_jsonl([{"query": query, "pos": [query + "+"]} for query in "ab"]))
+        assert source.positives_of("a") == {"a+"}
 
     def test_borrow_where_there_is_too_little(self, write_jsonl):
         source = open_source(write_jsonl([{"query": "a", "pos": ["p"]}, {"query": "b", "pos": ["r"]}]))

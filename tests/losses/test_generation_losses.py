@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny import blank_batch
 
-from ullme.batch import Batch, Representations
+from ullme.batch import Representations
 from ullme.losses import CPO, DPO, IPO, KL, KTO, SFT, Chunk, Hinge, SimPO, kl_loss, sft_loss
 from ullme.losses.preference import dpo_loss, hinge_loss, ipo_loss, kto_loss, random_negative, simpo_loss
-from ullme.prompts import pad_rows
 
 
 def sigmoid(x: float) -> float:
@@ -33,12 +33,11 @@ def chunk(b: int = 3, c: int = 4, seed: int = 0) -> Chunk:
 
     keys = torch.arange(b * c).view(b, c) * 7 + 3
     return Chunk(
+        blank_batch(keys, torch.arange(b) + 11),
         reps=Representations(unit(b, 5), unit(b, c, 5), keys),
         policy_logps=-20 + 5 * normal(b, c),
         reference_logps=-20 + 5 * normal(b, c),
         lengths=torch.randint(3, 9, (b, c), generator=generator),
-        row_ids=torch.arange(b) + 11,
-        passage_keys=keys,
         statistics={"kto": torch.tensor(0.7, dtype=torch.double)},
     )
 
@@ -55,7 +54,7 @@ def test_dpo_by_hand():
 
 def test_dpo_begins_at_ln_2():
     c = chunk()
-    equal = Chunk(c.reps, c.policy_logps, c.policy_logps, c.lengths, c.row_ids, c.passage_keys, {})
+    equal = replace(c, reference_logps=c.policy_logps)
     torch.testing.assert_close(DPO()(equal), tensor(*[math.log(2)] * 3))
 
 
@@ -71,17 +70,19 @@ def test_kto_by_hand():
     torch.testing.assert_close(found, tensor((chosen + rejected) / 2))
     policy, point = tensor([2.0, -1.0, 3.0]), {"kto": torch.tensor(0.5, dtype=torch.double)}
     keys = torch.arange(3)[None]
-    c = Chunk(None, policy, torch.zeros_like(policy), torch.ones(1, 3), torch.tensor([0]), keys, point)
+    c = Chunk(blank_batch(keys), None, policy, torch.zeros_like(policy), torch.ones(1, 3), point)
     torch.testing.assert_close(KTO(0.5, desirable_weight=1.5, undesirable_weight=0.8)(c), found)
 
 
-def test_ktos_statistic_is_the_ratio_of_the_first_negative():
-    """r = (1, −1, 3); the first negative has four tokens."""
+def test_ktos_statistic_is_the_ratio_of_its_pair():
+    """r = (1, −1, 3); the first candidate has two tokens, the first negative four."""
     policy, reference = tensor([-5.0, -9.0, -4.0]), tensor([-6.0, -8.0, -7.0])
     lengths, keys = torch.tensor([[2, 4, 5]]), torch.arange(3)[None]
-    c = Chunk(None, policy, reference, lengths, torch.tensor([0]), keys, {})
-    torch.testing.assert_close(KTO().statistic(c), tensor(-1.0))
-    torch.testing.assert_close(KTO(length_normalized=True).statistic(c), tensor(-0.25))
+    c = Chunk(blank_batch(keys), None, policy, reference, lengths)
+    for pairs, ratio, normalized in (("first_negative", -1.0, -0.25), ("mismatched", 1.0, 0.5)):
+        torch.testing.assert_close(KTO(reference_pairs=pairs).statistic(c), tensor(ratio))
+        found = KTO(length_normalized=True, reference_pairs=pairs).statistic(c)
+        torch.testing.assert_close(found, tensor(normalized))
 
 
 def test_kto_reference_point_is_never_negative():
@@ -96,7 +97,7 @@ def test_kto_reference_point_is_never_negative():
 
 def test_cpo_and_simpo_by_hand():
     policy, lengths = tensor([-6.0, -8.0]), torch.tensor([[3, 5]])
-    c = Chunk(None, policy, None, lengths, torch.tensor([0]), torch.tensor([[1, 2]]), {})
+    c = Chunk(blank_batch(torch.tensor([[1, 2]])), None, policy, None, lengths)
     torch.testing.assert_close(CPO(0.5, nll_weight=0.25)(c), tensor(-math.log(sigmoid(1.0)) + 0.25 * 2))
     torch.testing.assert_close(SimPO(2.0, gamma=0.5)(c), tensor(-math.log(sigmoid(2 * (-2 + 1.6) - 0.5))))
     torch.testing.assert_close(simpo_loss(tensor(-2.0), tensor([-4.0]), 2.0, 0.5), tensor(-math.log(sigmoid(3.5))))
@@ -154,15 +155,14 @@ def test_gradient_is_the_finite_difference(loss):
 
     def total(logps, queries, passages):
         reps = Representations(queries, passages, c.passage_keys)
-        return loss(Chunk(reps, logps, c.reference_logps, c.lengths, c.row_ids, c.passage_keys, c.statistics)).sum()
+        return loss(replace(c, reps=reps, policy_logps=logps)).sum()
 
     inputs = [x.clone().requires_grad_() for x in (c.policy_logps, c.reps.queries, c.reps.passages)]
     total(*inputs).backward()
     assert inputs[0].grad.abs().max() > 1e-4
     assert torch.autograd.gradcheck(total, inputs)
     # it looks at exactly the candidates that it declares
-    batch = Batch(pad_rows([[1]] * 3, 0), pad_rows([[1]] * 12, 0), c.passage_keys, c.row_ids)
-    wanted, learned = loss.candidates(batch)
+    wanted, learned = loss.candidates(c.batch)
     assert not inputs[0].grad[~learned].any()
     assert (wanted | ~learned).all()
 
@@ -173,11 +173,10 @@ def test_detached_kl_teaches_the_embedding_only():
     queries = c.reps.queries.clone().requires_grad_()
     reps = Representations(queries, c.reps.passages, c.passage_keys)
     kl = KL(detach_generation=True)
-    kl(Chunk(reps, logps, None, c.lengths, c.row_ids, c.passage_keys, {})).sum().backward()
+    kl(Chunk(c.batch, reps, logps, None, c.lengths)).sum().backward()
     assert logps.grad is None
     assert queries.grad.abs().max() > 1e-4
-    batch = Batch(pad_rows([[1]] * 3, 0), pad_rows([[1]] * 12, 0), c.passage_keys, c.row_ids)
-    assert not kl.candidates(batch)[1].any()
+    assert not kl.candidates(c.batch)[1].any()
 
 
 def test_a_random_negative_belongs_to_the_row_and_varies():
@@ -192,14 +191,14 @@ def test_a_random_negative_belongs_to_the_row_and_varies():
 
 def test_metrics():
     policy, reference = tensor([-5.0, -9.0, -4.0]), tensor([-6.0, -8.0, -6.0])
-    c = Chunk(None, policy, reference, torch.ones(1, 3), torch.tensor([0]), torch.arange(3)[None], {})
+    c = Chunk(blank_batch(torch.arange(3)[None]), None, policy, reference, torch.ones(1, 3))
     metrics = DPO(0.5).metrics(c)  # r⁺ = 1, r⁻ = (−1, 2)
     torch.testing.assert_close(metrics["reward_margin"], tensor(0.5 * (1 - 0.5)))
     torch.testing.assert_close(metrics["reward_accuracy"], tensor(0.5))
     queries, passages = tensor([1.0, 0.0]), tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     reps = Representations(queries, passages, c.passage_keys)
     for logps, agreement in (([-1.0, -2.0, -3.0], 1.0), ([-3.0, -2.0, -1.0], -1.0)):
-        c = Chunk(reps, tensor(logps), None, torch.ones(1, 3), torch.tensor([0]), torch.arange(3)[None], {})
+        c = Chunk(c.batch, reps, tensor(logps), None, torch.ones(1, 3))
         assert KL().metrics(c)["rank_agreement"].item() == pytest.approx(agreement, abs=1e-5)
 
 
@@ -208,6 +207,7 @@ def test_metrics():
     [
         (lambda: DPO(beta=0), "DPO.beta=0"),
         (lambda: KTO(negatives="some"), "KTO.negatives='some'"),
+        (lambda: KTO(reference_pairs="own"), "KTO.reference_pairs='own': choose mismatched or first_negative"),
         (lambda: KL(retrieval_temperature=0), "KL.retrieval_temperature=0"),
         (lambda: KL(direction="both"), "KL.direction='both'"),
         (lambda: SFT(weight=-1), "SFT.weight=-1"),

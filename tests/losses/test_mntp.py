@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny import TEXTS, make_tokenizer
+from tokenizers import processors
 
 from ullme.batch import Batch
 from ullme.engine.objective import Objective
@@ -136,3 +139,15 @@ def test_refusals(options, message):
 def test_a_mask_token_that_the_vocabulary_lacks(make_model):
     with pytest.raises(ValueError, match=r"MNTP\.mask_token='<mask>' is no token of this LLM"):
         Objective([MNTP(mask_token="<mask>")]).check(make_model(), 0)
+
+
+def test_what_the_tokenizer_appends_is_never_masked_though_it_is_no_special_token():
+    tokenizer = copy.deepcopy(make_tokenizer())
+    end = tokenizer.convert_tokens_to_ids("~")
+    ends = processors.TemplateProcessing(single="$A ~", special_tokens=[("~", end)])
+    tokenizer.backend_tokenizer.post_processor = ends
+    rows = PromptTokenizer(tokenizer, PROMPTS)(TEXTS, "query", max_length=64)
+    _, masked = MNTP(1.0, replacement="mask").mask(rows, tokenizer)
+    assert (rows.input_ids == end).sum() == len(TEXTS)
+    assert not (masked == end).any()
+    assert (masked != -100).sum() == rows.num_tokens - 2 * len(TEXTS)  # all but the first and the last of each

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from tiny import make_llm, make_tokenizer
 
 from ullme.models.checkpoint import load_embedder, save_adapter, usable_device
+from ullme.models.loading import check_vocabulary
 from ullme.prompts import Prompts
 
 
@@ -20,6 +24,21 @@ def test_a_checkpoint_brings_its_own_llm_and_prompts(make_model, tmp_path):
     loaded = load_embedder(None, save_adapter(trained, tmp_path / "run"), {})
     expected = trained.encode(["x"], role="query", convert_to_tensor=True)
     assert torch.equal(loaded.encode(["x"], role="query", convert_to_tensor=True), expected)
+
+
+def test_tokens_that_were_added_and_have_no_row_are_named():
+    model, tokenizer = make_llm("llama", vocab_size=302), copy.deepcopy(make_tokenizer())
+    assert len(tokenizer) == 300
+    tokenizer.add_tokens(["<a>", "<b>"])
+    check_vocabulary(tokenizer, model, "llm")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(ValueError, match=r"others that were added to it: '\[PAD\]'; .*resize_token_embeddings\(303\)"):
+        check_vocabulary(tokenizer, model, "llm")
+    tokenizer.add_tokens([f"<{n}>" for n in range(5)])
+    with pytest.raises(
+        ValueError, match=r"'\[PAD\]', '<0>', '<1>', '<2>' and 2 more; .*resize_token_embeddings\(308\)"
+    ):
+        check_vocabulary(tokenizer, model, "llm")
 
 
 def test_mistakes():

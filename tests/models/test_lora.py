@@ -56,6 +56,17 @@ def test_equals_peft(rows, bias, dropout):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_dropout_keeps_a_mask_and_not_a_second_input():
+    _, ours = make_layers(dropout=0.4)
+    x = torch.randn(MANY, IN, dtype=torch.float64, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ours(x)
+    of_input_size = [t for t in kept if t.shape == x.shape]
+    assert {t.dtype for t in of_input_size} == {torch.float64, torch.bool}
+    assert [t.data_ptr() for t in of_input_size if t.dtype != torch.bool] == [x.data_ptr()]
+
+
 @pytest.mark.parametrize("rows", [FEW, MANY], ids=["few", "many"])
 def test_gradients_by_finite_differences(rows):
     _, ours = make_layers()

@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import FAMILIES, TEXTS, make_tokenizer, save_llm
 
-from ullme.models import ULLME, encoding
+from ullme.batch import TokenRows
+from ullme.models import ULLME, attention, encoding
 from ullme.models.encoding import token_batches
 from ullme.prompts import Prompts, PromptTokenizer
 
@@ -47,7 +48,7 @@ def test_generation_is_transformers_own_and_alternates_with_embedding(family, ma
                 off = model(ids, mask)["rep"]
             again = model(ids, mask)["rep"]
             adapted = model(ids, mask, is_generate=True).logits[mask.bool()]
-        torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)  # fused norms round otherwise
         torch.testing.assert_close(rep, again, rtol=0, atol=0)
         assert (adapted - expected).abs().max() > 1e-3  # the adapter was at work
         assert (off - rep).abs().max() > 1e-3
@@ -367,3 +368,25 @@ def test_a_new_model_has_no_dropout_until_it_is_trained(make_model):
 def test_encode_refuses_what_it_cannot_embed(make_model, texts, options, message):
     with pytest.raises(ValueError, match=message):
         make_model().encode(texts, **options)
+
+
+@pytest.mark.parametrize(("dtype", "autocast_inside"), [("bfloat16", False), ("float32", True)])
+def test_weights_in_half_precision_do_not_run_under_autocast(dtype, autocast_inside, make_model):
+    model = make_model(dtype=dtype, probe=False).train()
+    seen = []
+    attention.decoder_layers(model.causal_lm.base_model)[0].register_forward_hook(
+        lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+    )
+    ids = torch.arange(3, 9)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        rep = model(ids)["rep"]
+        model(ids, is_generate=True)
+        target = TokenRows(ids, torch.ones_like(ids))
+        logps = model(ids, is_generate=True, targets=target).logps
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [autocast_inside] * 3
+    assert rep.dtype == logps.dtype == torch.float32
+    (rep.sum() + logps.sum()).backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert {g.dtype for g in gradients} == {torch.float32}
+    assert sum(g.abs().sum() for g in gradients) > 0

@@ -301,6 +301,7 @@ def test_the_revision_is_that_of_the_content(adapters, tiny_llm):
         meta(use_task_instructions=False),
         meta(instructions={"STS": "x"}),
         meta(dtype="bfloat16"),
+        meta(truncate_dim=4),
     ]
     revisions = {first.revision, *(other.revision for other in others)}
     assert len(revisions) == 1 + len(others)
@@ -310,10 +311,14 @@ def test_the_revision_is_that_of_the_content(adapters, tiny_llm):
 
 def test_from_model_uses_the_model_as_it_is(tiny_llm):
     ullme = ULLME(str(tiny_llm), lora_name=None)
-    wrapped = WrappedULLME.from_model(ullme, "run/step-10", max_length=32)
+    wrapped = WrappedULLME.from_model(ullme, "run/step-10", max_length=64, truncate_dim=4)
     assert wrapped.model is ullme
     assert wrapped.mteb_model_meta.name == "run/step-10"
-    assert wrapped.max_length == 32
+    assert wrapped.max_length == 64
+    assert wrapped.mteb_model_meta.embed_dim == 4
+    task = mock("MockSTSTask")
+    found = wrapped.encode([{"text": ["a"]}], task_metadata=task.metadata, hf_split="test", hf_subset="default")
+    assert found.shape == (1, 4)
     with pytest.raises(ValueError, match="does not know the settings"):
         WrappedULLME.from_model(ullme, "x", max_len=3)
 
@@ -374,8 +379,9 @@ def test_a_sentence_transformers_folder_keeps_its_own_settings(tiny_sentence_tra
     path = str(tiny_sentence_transformer)
     with pytest.raises(ValueError, match=r"brings its own settings; leave out \['pooling', 'prompts'\]"):
         WrappedULLME(path, device="cpu", pooling="last", prompts=PROMPTS)
-    plain, short = WrappedULLME(path, device="cpu"), WrappedULLME(path, device="cpu", max_length=7)
+    plain, short = WrappedULLME(path, device="cpu"), WrappedULLME(path, device="cpu", max_length=7, truncate_dim=4)
     assert short.model.max_seq_length == 7
+    assert short.model.encode(["a"]).shape == (1, 4)
     assert plain.mteb_model_meta.revision != short.mteb_model_meta.revision
     assert plain.mteb_model_meta.name == "local/tiny-st"
 

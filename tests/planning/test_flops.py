@@ -108,8 +108,10 @@ def test_work_of_a_step_follows_the_terms(batch):
     assert work("sft", False).reference == nothing
     detached = work("sft", detach_generation=True)
     assert (detached.learned, detached.scored) == (positive, negative)
-    kto = step_work(batch, Objective([KTO()]), causal=False, share_prompts=True)
-    assert kto == StepWork(nothing, every, negative, every)
+    kto = [KTO(reference_pairs="first_negative"), KTO()]
+    own, mismatched = (step_work(batch, Objective([term]), causal=False, share_prompts=True) for term in kto)
+    assert own == StepWork(nothing, every, negative, every)
+    assert mismatched == StepWork(nothing, every, positive, every + positive)
 
 
 @pytest.fixture

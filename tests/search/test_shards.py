@@ -22,7 +22,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def expected(number: int = 10) -> np.ndarray:
-    return StubEmbedder().embed([f"title {n} text of document {n}" for n in range(number)], "passage", max_length=1)
+    return StubEmbedder().embed([f"title {n} text of document n{n}" for n in range(number)], "passage", max_length=1)
 
 
 def test_what_is_read_is_what_was_embedded(folder):
@@ -36,7 +36,7 @@ def test_what_is_read_is_what_was_embedded(folder):
     assert [d.id for d in opened.all_documents()] == [f"d{n}" for n in range(10)]
     rows = [9, 0, 4, 4, 3]
     assert opened.ids(rows) == ["d9", "d0", "d4", "d4", "d3"]
-    assert opened.documents(rows) == [Document(f"d{n}", f"title {n} text of document {n}") for n in rows]
+    assert opened.documents(rows) == [Document(f"d{n}", f"title {n} text of document n{n}") for n in rows]
     assert np.array_equal(opened.vectors(rows), expected()[rows])
     assert opened.ids([]) == []
     with pytest.raises(IndexError, match="0 to 9"):

@@ -15,12 +15,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ullme.batch import Batch
 from ullme.callbacks.choose_chunking import choose_chunking
+from ullme.data.sampler import check_no_row_borrows
 from ullme.engine.fsdp import unsynchronised
 from ullme.engine.objective import Logs, Objective
 from ullme.engine.reference import ReferenceChoice, make_reference
 from ullme.engine.teacher_quality import measure_teacher
 from ullme.losses import InfoNCE, Term
 from ullme.planning.auto_chunk import Chunking
+from ullme.training.columns import check_columns, warn_of_unused_columns
 from ullme.training.negatives import check_negatives
 
 if TYPE_CHECKING:
@@ -90,8 +92,10 @@ class LossCallback(L.Callback, ABC):
                 "set model.backbone.dtype=float32 (adapters are in float32 anyway)",
                 ", ".join(half),
             )
+        self._check_columns(data, trainer.is_global_zero)
         negatives = getattr(data, "num_hard_negatives", 1)
         self.objective.check(model, negatives, str(trainer.precision), getattr(data, "labelled", True))
+        model.matryoshka_dims = self.objective.matryoshka_dims  # kept in checkpoints
 
     def measure_teacher(self, trainer: L.Trainer, model: Any) -> None:
         """Log how well the teacher of a KL ranks, with a warning where it is at chance; not in a resumed run.
@@ -142,6 +146,17 @@ class LossCallback(L.Callback, ABC):
         check_negatives(self.objective.terms, rows, negatives)
         for one in getattr(data, "datasets", None) or []:
             check_negatives(self.objective.terms, rows, negatives, one.in_batch_negatives, f" of {one.train!r}")
+        for term in self.objective.terms:
+            if isinstance(term, InfoNCE) and not term.in_batch_negatives:
+                for source in getattr(data, "sources", []):
+                    check_no_row_borrows(source, negatives, data.short_rows, f"loss term {term.name}")
+
+    def _check_columns(self, data: Any, warn: bool) -> None:
+        """Raises: ValueError: a term reads numbers that no row has."""
+        if (columns := getattr(getattr(data, "source", None), "columns", None)) is not None:
+            check_columns(self.objective.terms, columns)
+            if warn:
+                warn_of_unused_columns(self.objective.terms, columns)
 
     def _check_lengths(self, model: Any, data: Any) -> None:
         longest = {name: getattr(data, name, 0) for name in ("query_max_length", "passage_max_length")}

@@ -38,7 +38,7 @@ class GRL(GradCache):
         teacher: whose likelihoods the KL's P_gen is of: the ``policy``, as in the paper, or the ``reference``, the
             pre-trained LLM without gradient, which costs nothing once it is in cache_reference.
         divergence: ``retrieval_to_generation``, the paper's KL(P_rt ‖ P_gen), or ``generation_to_retrieval``, as in
-            distillation, which helps far more where the teacher ranks well (docs/grl.md).
+            distillation: the mean under the teacher.
     """
 
     def __init__(

@@ -135,16 +135,14 @@ class Throughput(L.Callback):
         real = work.embed.tokens + work.learned.tokens
         counts = (
             len(batch),
-            batch.queries.attention_mask.sum() + batch.passages.attention_mask.sum(),
+            batch.num_tokens,
             real,
             real if packed else _padded_tokens(module, batch),
             self.cost.step(work) if self.cost else 0,
         )
-        # torch.full makes a tensor on the device without synchronising
+        # torch.full makes a tensor on the device without waiting for it
         device = batch.row_ids.device
-        return torch.stack(
-            [c.float() if isinstance(c, Tensor) else torch.full((), c, device=device).float() for c in counts]
-        )
+        return torch.stack([torch.full((), float(c), device=device) for c in counts])
 
     def _window_metrics(self, trainer: L.Trainer, counts: Tensor) -> dict[str, float]:
         elapsed = time.perf_counter() - self.started
@@ -169,8 +167,9 @@ class Throughput(L.Callback):
 
 def _queries_and_tokens(batch: Batch) -> Tensor:
     """(2,) queries, and real tokens of queries and passages; integers, since they are summed over a whole run."""
-    tokens = batch.queries.attention_mask.sum() + batch.passages.attention_mask.sum()
-    return torch.stack([torch.full_like(tokens, len(batch)), tokens])
+    device = batch.row_ids.device
+    counts = len(batch), batch.num_tokens
+    return torch.stack([torch.full((), count, dtype=torch.long, device=device) for count in counts])
 
 
 def _find_peak(trainer: L.Trainer, module: ULLMEModule) -> float | None:
@@ -201,15 +200,18 @@ def _padded_tokens(module: ULLMEModule, batch: Batch) -> int:
     objective = loss.objective
     total = 0
     if objective.uses_reps:
-        lengths = torch.cat([rows.attention_mask.sum(1) for rows in (batch.queries, batch.passages)]).cpu()
+        lengths = torch.cat([batch.queries.host_lengths, batch.passages.host_lengths])
         total += sum(len(rows) * int(lengths[rows].max()) for rows in microbatches)
-    for chunk in (batch[part] for part in chunks):
+    scoring = objective.scoring(batch)
+    for part in chunks:
+        chunk = batch[part]
         if objective.masking is not None:
-            widths = chunk.queries.attention_mask.sum(1).tolist()
+            widths = chunk.queries.host_lengths.tolist()
             total += len(widths) * max(widths)
-        for kind, scored in objective.scoring(chunk).items():
+        for kind, scored in scoring.items():
             rows = chunk.generation_rows(kind)
-            prompts = rows.prompts.attention_mask.sum(1).view(len(chunk), -1)
-            widths = (prompts + rows.lengths(scored.learned.shape) - 1)[scored.learned].tolist()
+            prompts = rows.prompts.host_lengths.view(len(chunk), -1)
+            learned = scored[part].learned
+            widths = (prompts + rows.host_lengths(learned.shape) - 1)[learned].tolist()
             total += len(widths) * max(widths, default=0)
     return total

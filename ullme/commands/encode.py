@@ -24,6 +24,8 @@ DESCRIPTION = (
     "is given again. Several GPUs: torchrun --nproc-per-node N -m ullme encode ..., or --shard I/N in each job of a "
     "SLURM array; both write the same shards."
 )
+# Options of MODEL_OPTIONS that say how the model is used, not how it is loaded.
+_NOT_LOADING = ("device", "max_length", "truncate_dim")
 
 
 def parser() -> ArgumentParser:
@@ -59,7 +61,6 @@ def parser() -> ArgumentParser:
     stored = options.add_argument_group("Embeddings")
     stored.add_argument("--role", type=str, default="passage", help="prompt template: passage or query")
     stored.add_argument("--precision", type=str, default="float32", help="of the vectors: float32, float16 or int8")
-    stored.add_argument("--truncate_dim", type=int | None, help="keep this many leading dimensions (Matryoshka)")
     stored.add_argument("--shard_rows", type=int | None, help="documents in a shard (default: 16384)")
     model = options.add_argument_group("Model")
     for name, (type_, text) in MODEL_OPTIONS.items():
@@ -161,7 +162,7 @@ def _print_empty(corpus: Corpus, plan: Any) -> None:
 
 def _load(options: Any, device: str | None) -> tuple[TextEmbedder, dict[str, Any]]:
     """The model, and the options to load it with again."""
-    given = {name: options[name] for name in MODEL_OPTIONS if name not in ("device", "max_length")}
+    given = {name: options[name] for name in MODEL_OPTIONS if name not in _NOT_LOADING}
     prompts = {field: options[name] for name, (field, *_) in PROMPT_OPTIONS.items() if name != "instruction"}
     return load_model(options.model, device, given, {k: v for k, v in prompts.items() if v is not None})
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
+from ullme.eval.quantized import check_precision
 from ullme.utils.errors import check_empty_options, explain_permission, print_error
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ MODEL_OPTIONS: dict[str, tuple[type, str]] = {
     "quantization": (str, "nf4, int8 or none (default: the checkpoint's)"),
     "device": (str, "such as cuda:0 or cpu (default: a GPU if there is one)"),
     "max_length": (int, "in tokens, prompt template included (default: 512)"),
+    "truncate_dim": (int, "keep so many of an embedding's first dimensions (default: all)"),
 }
 PROMPT_OPTIONS: dict[str, tuple[str, type, str]] = {
     "query_prompt": ("query", str, "template of a query, with {text} and {instruction}"),
@@ -67,6 +69,9 @@ def parser() -> ArgumentParser:
         model.add_argument(f"--{name}", type=type_ | None, help=text)
     for name, (_, type_, text) in PROMPT_OPTIONS.items():
         model.add_argument(f"--{name}", type=type_ | None, help=f"{text} (default: the checkpoint's)")
+    model.add_argument(
+        "--precision", type=str, default="float32", help="of the embeddings: float32, int8, uint8 or binary"
+    )
     model.add_argument(
         "--use_task_instructions", type=bool, default=True, help="false: use --instruction for every task"
     )
@@ -127,6 +132,7 @@ def _check(options: Any) -> None:
     if not options.tasks and not any(options[name] for name in LOCAL_OPTIONS):
         local = ", ".join(f"--{name} {metavar}" for name, (metavar, _) in LOCAL_OPTIONS.items())
         raise ValueError(f"nothing to evaluate on: give --tasks NAME ..., or local data with {local}")
+    check_precision(options.precision)
     if options.batch_size is not None and options.batch_size < 1:
         raise ValueError(f"--batch_size {options.batch_size} must be at least 1")
     if options.checkpoint is not None and not Path(options.checkpoint).exists():
@@ -168,10 +174,12 @@ def _run(options: Any) -> int:
 def _evaluate(options: Any, tasks: list[AbsTask], model: WrappedULLME) -> int:
     from ullme.eval.mteb import evaluate_tasks
     from ullme.eval.per_query import keep_per_query
+    from ullme.eval.quantized import compressed
     from ullme.eval.table import markdown_table, text_table, write_rows
     from ullme.eval.wandb import wandb_run
 
-    meta = model.mteb_model_meta
+    encoder = compressed(model, options.precision)
+    meta = encoder.mteb_model_meta
     print(f"{meta.name}, revision {meta.revision}", file=sys.stderr)
     if options.per_query is not None:
         keep_per_query(tasks, options.per_query)
@@ -179,7 +187,7 @@ def _evaluate(options: Any, tasks: list[AbsTask], model: WrappedULLME) -> int:
     kept = {**given, "config": None, "revision": meta.revision}
     with redirect_stdout(sys.stderr), wandb_run(options.wandb, options.checkpoint, kept, options.output) as log:
         rows = evaluate_tasks(
-            model,
+            encoder,
             tasks,
             output=options.output,
             overwrite=options.overwrite,

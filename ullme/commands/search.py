@@ -43,6 +43,7 @@ def parser() -> ArgumentParser:
     options.add_argument("--exact", action="store_true", help="search the shards, even where there is a FAISS index")
     options.add_argument("--model", type=str | None, help="the same model, where it is no longer at its place")
     options.add_argument("--instruction", type=str | None, help="of the queries (default: the prompt contract's)")
+    options.add_argument("--max_length", type=int | None, help="of a query in tokens, template included (default: 512)")
     options.add_argument("--device", type=str | None, help="such as cuda:0 or cpu (default: a GPU if there is one)")
     options.add_argument("--json", action="store_true", help="print JSON lines of score, id and the whole text")
     return options
@@ -78,8 +79,9 @@ def _check(options: Any) -> None:
         raise ValueError("--queries FILE and --to FILE belong together: queries, and where to write what is found")
     if options.text is not None and not options.text.strip():
         raise ValueError("the text to search for is empty; give some words")
-    if options.k < 1:
-        raise ValueError(f"--k {options.k} must be at least 1")
+    for name in ("k", "max_length"):
+        if options[name] is not None and options[name] < 1:
+            raise ValueError(f"--{name} {options[name]} must be at least 1")
     check_method(options.method)
 
 
@@ -98,6 +100,7 @@ def _run(options: Any) -> int:
         device=options.device,
         model=options.model,
         instruction=options.instruction,
+        max_length=options.max_length,
         exact=options.exact,
     )
     found = searcher.search(list(queries.values()), options.k, options.method)

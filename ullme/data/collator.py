@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ullme.batch import Batch, GenerationRows, LikelihoodKind, TokenRows, likelihood_keys
+from ullme.data.columns import kind_of
 from ullme.data.mixture import Mixture
 from ullme.data.sampler import Draw, ShortRows, draw
 from ullme.data.sources import RowSource
@@ -20,6 +21,26 @@ from ullme.prompts import PromptTokenizer, Role
 def passage_key(text: str) -> int:
     """63-bit hash of a text, the same in every process and on every machine."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def query_key(text: str, instruction: str | None) -> int:
+    """63-bit hash of a query: with another instruction the same text asks for something else."""
+    return passage_key(text if instruction is None else f"{instruction}\0{text}")
+
+
+def stack_columns(draws: Sequence[Draw]) -> dict[str, Tensor]:
+    """Every column of the draws, (B, C) or (B,), in float32.
+
+    Raises:
+        ValueError: the draws have different columns: they are of different datasets.
+    """
+    kinds = [{name: kind_of(value) for name, value in drawn.columns.items()} for drawn in draws]
+    if others := [found for found in kinds if found != kinds[0]]:
+        raise ValueError(
+            f"a batch of rows with the columns {kinds[0]} and rows with {others[0]}; give each its own entry of "
+            "data.datasets, since a batch is of one dataset, or give all rows the same columns"
+        )
+    return {name: torch.tensor([drawn.columns[name] for drawn in draws], dtype=torch.float32) for name in kinds[0]}
 
 
 class TrainDataset(Dataset[tuple[int, Draw]]):
@@ -97,6 +118,8 @@ class Collator:
             passage_keys=torch.tensor([passage_key(text) for text in passages]).view(len(draws), -1),
             row_ids=torch.tensor([row for row, _ in items]),
             labelled=draws[0].labelled,
+            query_keys=torch.tensor([query_key(drawn.query, drawn.instruction) for drawn in draws]),
+            columns=stack_columns(draws),
             isolated=None if all(d.in_batch_negatives for d in draws) else torch.tensor([True] * len(draws)),
         )
 

@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader
 from ullme.batch import Batch, LikelihoodKind
 from ullme.data.beir import BeirFolder, read_beir
 from ullme.data.collator import Collator, EvalCollator, EvalDataset, TrainDataset, length_sorted_batches
+from ullme.data.columns import ColumnOption, holds_numbers, split_option
 from ullme.data.loader import ResumableLoader, defer_worker_signals
 from ullme.data.mixture import Mixture, MixtureSampler, TrainSet
 from ullme.data.records import Schema, check_schema
-from ullme.data.sampler import GlobalBatchSampler, ShortRows, settle_short_rows
+from ullme.data.sampler import GlobalBatchSampler, ShortRows, check_no_row_borrows, settle_short_rows
 from ullme.data.sources import OnBadRow, RowSource
 from ullme.prompts import PromptTokenizer, Role
 
@@ -44,8 +45,9 @@ class ULLMEDataModule(L.LightningDataModule):
             parses a row.
         on_bad_row: stop at the first bad row, before training, with its file, line and reason; or skip bad rows and
             count them.
-        short_rows: what to do if a row has too few hard negatives: borrow positives of other rows, repeat its
-            negatives, or drop the row.
+        short_rows: what to do if a row has too few hard negatives: borrow positives of other rows (never those of the
+            same query; refused for a dataset with ``in_batch_negatives: false``), repeat its negatives, or drop the
+            row.
         num_hard_negatives: N, hard negatives per query.
         batch_size: B, queries in a global batch, over all ranks; one optimizer step.
         query_max_length: in tokens, template included.
@@ -57,6 +59,11 @@ class ULLMEDataModule(L.LightningDataModule):
         num_workers: dataloader processes that draw and tokenise rows.
         seed: of the order of rows and the draws, independent of other seeds; not negative.
         drop_last: leave out an epoch's last batch if it is not full.
+        columns: numbers of the rows that losses read, besides ``score``, which is read anyway: BGE's pos_scores and
+            neg_scores, sentence-transformers' score, scores and label, a score of each passage. A list of fields, or
+            column: field, or column: file.jsonl, a side file with one line for each row. Of a query it is a number; of
+            the candidates a list with one number for each positive and then each negative, or the two lists pos_FIELD
+            and neg_FIELD.
 
     Raises:
         ValueError: an option is out of its range; or, in ``setup``, data cannot be read, has a bad row, or does not fit
@@ -83,6 +90,7 @@ class ULLMEDataModule(L.LightningDataModule):
         num_workers: int = 2,
         seed: int = 42,
         drop_last: bool = True,
+        columns: ColumnOption = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -96,17 +104,25 @@ class ULLMEDataModule(L.LightningDataModule):
             if value < least:
                 raise ValueError(f"data.{name}={value} must be at least {least}")
         check_schema(schema)
+        split_option(columns)
+        if columns is not None and datasets is not None:
+            raise ValueError(f"data.columns={columns!r} is for data.train; give columns to each of data.datasets")
         if (train is None) == (datasets is None):
             both = f"data.train={train!r} and data.datasets={datasets!r}"
             raise ValueError(f"{both}: give exactly one of them (the rows to train on)")
         if datasets is not None and not datasets:
             raise ValueError("data.datasets=[] holds no dataset; name at least one, or give data.train")
-        self.sets = [TrainSet(train, train_split, train_name, schema, max_rows)] if train is not None else datasets
+        self.sets = (
+            [TrainSet(train, train_split, train_name, schema, max_rows, columns=columns)]
+            if train is not None
+            else datasets
+        )
         self.train = train
         self.datasets = datasets
         self.train_split = train_split
         self.train_name = train_name
         self.schema: Schema = schema
+        self.columns = columns
         self.on_bad_row: OnBadRow = on_bad_row
         self.short_rows: ShortRows = short_rows
         self.num_hard_negatives = num_hard_negatives
@@ -149,6 +165,13 @@ class ULLMEDataModule(L.LightningDataModule):
         """Whether every training row says which text is a positive; known after :meth:`setup`."""
         return self.source is None or self.source.labelled
 
+    @property
+    def sources(self) -> list[RowSource]:
+        """The rows of each dataset; known after :meth:`setup`."""
+        if self.source is None:
+            return []
+        return self.source.sources if isinstance(self.source, Mixture) else [self.source]
+
     def _open_train(self) -> RowSource:
         """Open the training set, or all datasets of the mixture."""
         sources = [self._open(dataset) for dataset in self.sets or []]
@@ -157,9 +180,13 @@ class ULLMEDataModule(L.LightningDataModule):
     def _open(self, dataset: TrainSet) -> RowSource:
         """Open one dataset, and log skipped and short rows."""
         source = dataset.open(self.on_bad_row, self.seed)
+        if not dataset.in_batch_negatives:
+            whose = f"data.datasets: {dataset.train!r}"
+            check_no_row_borrows(source, self.num_hard_negatives, self.short_rows, whose)
         usable, short = settle_short_rows(source, self.num_hard_negatives, self.short_rows, self.seed)
         if self._rank_and_world_size()[0] == 0:
             log.info("data: %d rows to train on%s", len(usable), f" in {dataset.train}" if self.datasets else "")
+            self._log_unread(dataset, source)
             if source.skipped:
                 log.warning("data: skipped %d bad rows, the first: %s", len(source.skipped), source.skipped[:3])
             if short:
@@ -171,6 +198,19 @@ class ULLMEDataModule(L.LightningDataModule):
                     self.short_rows,
                 )
         return usable
+
+    @staticmethod
+    def _log_unread(dataset: TrainSet, source: RowSource) -> None:
+        """Name the fields that nothing reads, once: those of numbers as a warning, since a loss might want them."""
+        numbers = [name for name, value in source.unread.items() if holds_numbers(value)]
+        if numbers:
+            log.warning(
+                "data: nothing reads the numbers in the fields %s of %s; name those that a loss needs in data.columns",
+                ", ".join(numbers),
+                dataset.train,
+            )
+        if others := [name for name in source.unread if name not in numbers]:
+            log.info("data: nothing reads the fields %s of %s", ", ".join(others), dataset.train)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """This rank's slices of the global batches, starting at the trainer's step counter."""

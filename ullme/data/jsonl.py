@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from ullme.data.records import BadRow
+from ullme.data.bad_row import BadRow
 from ullme.utils.progress import progress
 
 
@@ -44,4 +45,35 @@ def parse_line(line: bytes) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadRow(f"broken JSON ({error})") from None
+        raise BadRow(f"broken JSON ({error}); a file holds one JSON object a line") from None
+
+
+class LineReader:
+    """Single lines of files by their byte offset, also after a pickle or a fork.
+
+    Args:
+        files: the files.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+        self._handles: dict[int, BinaryIO] = {}
+        self._pid = os.getpid()
+
+    def read(self, file: int, offset: int) -> bytes:
+        """The line that starts at a byte of a file."""
+        handle = self.handle(file)
+        handle.seek(offset)
+        return handle.readline()
+
+    def handle(self, file: int) -> BinaryIO:
+        """The open file, of this process alone."""
+        # a forked worker would share the parent's file position, so it opens the files again
+        if self._pid != os.getpid():
+            self._handles, self._pid = {}, os.getpid()
+        if file not in self._handles:
+            self._handles[file] = self.files[file].open("rb")
+        return self._handles[file]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_handles": {}}

@@ -12,6 +12,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from ullme.data.columns import ColumnKind, ColumnOption, split_option
 from ullme.data.records import Record, Schema, check_schema
 from ullme.data.sampler import Draw, GlobalBatchSampler, ShortRows, draw
 from ullme.data.sources import OnBadRow, RowSource, open_source
@@ -30,11 +31,13 @@ class TrainSet:
         instruction: the task, for rows without an instruction; null takes the prompt contract's.
         weight: passes over the dataset in an epoch; 0.5 takes half of its batches, 2 takes them twice.
         in_batch_negatives: false uses only a query's own hard negatives, as for classes or clusters, where another
-            query's positive may be correct (NV-Embed, arXiv 2405.17428, section 4.2).
+            query's positive may be correct (NV-Embed, arXiv 2405.17428, section 4.2). So its rows must not borrow
+            negatives (``data.short_rows``) either.
         symmetric: use the query template for passages too, as for semantic similarity.
+        columns: numbers of the rows that losses read, as in ``data.columns``.
 
     Raises:
-        ValueError: an unknown schema, or a weight that is not positive.
+        ValueError: an unknown schema, a column without a name or a field, or a weight that is not positive.
     """
 
     train: str | list[str]
@@ -46,8 +49,10 @@ class TrainSet:
     weight: float = 1.0
     in_batch_negatives: bool = True
     symmetric: bool = False
+    columns: ColumnOption = None
 
     def __post_init__(self) -> None:
+        split_option(self.columns, "data.datasets: columns")
         check_schema(self.schema, "data.datasets: schema")
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"data.datasets: weight={self.weight} of {self.train!r} must be a positive number")
@@ -62,6 +67,7 @@ class TrainSet:
             on_bad_row=on_bad_row,
             max_rows=self.max_rows,
             seed=seed,
+            columns=self.columns,
         )
 
 
@@ -79,6 +85,10 @@ class Mixture:
         self.num_negatives = np.concatenate([source.num_negatives for source in self.sources])
         self.skipped = [message for source in self.sources for message in source.skipped]
         self.labelled = all(source.labelled for source in self.sources)
+        self.columns: dict[str, ColumnKind] = {
+            name: kind for source in self.sources for name, kind in source.columns.items()
+        }
+        self.unread = {name: value for source in self.sources for name, value in source.unread.items()}
         instructions = [settings.instruction for settings in self.sets] + [s.longest_instruction for s in self.sources]
         self.longest_instruction = max((i for i in instructions if i is not None), key=len, default=None)
 
@@ -88,6 +98,10 @@ class Mixture:
     def __getitem__(self, row: int) -> Record:
         dataset, index = self.locate(row)
         return self.sources[dataset][index]
+
+    def positives_of(self, query: str) -> set[str]:
+        """What is a positive of a row with this query in any of the datasets."""
+        return set().union(*(source.positives_of(query) for source in self.sources))
 
     def locate(self, row: int) -> tuple[int, int]:
         """(index of the dataset, index of the row in it).
@@ -104,7 +118,9 @@ class Mixture:
         """Like :func:`ullme.data.sampler.draw`, but borrows only from the row's dataset, and adds its settings."""
         dataset, index = self.locate(row)
         settings = self.sets[dataset]
-        drawn = draw(self.sources[dataset], index, epoch, seed, num_hard_negatives, short_rows)
+        drawn = draw(
+            self.sources[dataset], index, epoch, seed, num_hard_negatives, short_rows, positives_of=self.positives_of
+        )
         return drawn._replace(
             instruction=settings.instruction if drawn.instruction is None else drawn.instruction,
             in_batch_negatives=settings.in_batch_negatives,

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
+from ullme.data.bad_row import BadRow
+from ullme.data.columns import NO_FIELDS, Columns, read_columns, unread_fields
 from ullme.utils.dotted_names import named
+
+__all__ = ["BadRow", "Record", "Schema", "parse_record"]
 
 # auto, or a key of _PARSERS, or the dotted path of a user's own parser
 Schema = str
@@ -23,10 +28,6 @@ _OF_TEXTS = re.compile(
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")
 
 
-class BadRow(ValueError):
-    """A row that cannot be trained on; the message is the reason, without the place."""
-
-
 @dataclass(frozen=True)
 class Record:
     """One row: a query, what answers it and what does not; or a query and candidates that nobody has judged.
@@ -37,12 +38,15 @@ class Record:
         negatives: any number of texts, all different, none of them a positive of this row; without positives the
             candidates, two at least.
         instruction: the task description of this row, or None for the prompt contract's own.
+        columns: numbers by name: a number of the query, or one for each positive and then each negative; NaN where
+            there is none.
     """
 
     query: str
     positives: tuple[str, ...]
     negatives: tuple[str, ...]
     instruction: str | None = None
+    columns: Columns = field(default_factory=dict)
 
     @property
     def labelled(self) -> bool:
@@ -55,29 +59,61 @@ class Record:
         return len(self.negatives) - (not self.labelled)
 
 
-def parse_record(row: Any, schema: Schema = "auto") -> Record:
+class _Texts(NamedTuple):
+    """What a schema reads of a row, before repeated texts are dropped."""
+
+    query: str
+    positives: list[str]
+    negatives: list[str]
+    instruction: str | None = None
+    passages: Sequence[Any] = ()  # positives and negatives as the row has them, where they may be objects
+    columns: Columns = MappingProxyType({})
+    labelled: bool = True
+
+
+def parse_record(
+    row: Any, schema: Schema = "auto", fields: Mapping[str, str] = NO_FIELDS, side: Mapping[str, Any] = NO_FIELDS
+) -> Record:
     """Read one raw row.
 
     Texts lose white space at their ends, repeated texts are dropped, and so is a negative that equals a positive of
-    the same row: a model must never be taught that a positive is its own negative.
+    the same row: a model must never be taught that a positive is its own negative. The numbers of a text that is
+    dropped go with it.
 
     Args:
         row: a mapping from column to value.
         schema: which columns to expect; ``auto`` recognises them, all but ``text``, where a row is one text, which
             is query and positive at once; of a row of retrieval it is the first positive. The dotted path of a
             function that takes a row and returns a :class:`Record` reads columns of your own.
+        fields: column of numbers -> field of the row, besides the usual ones (``score``, ``pos_scores`` ...).
+        side: column of numbers -> what a side file has for this row.
 
     Raises:
-        BadRow: not a mapping, a missing key, a wrong type, an empty text, or no positive.
+        BadRow: not a mapping, a missing key, a wrong type, an empty text, no positive, or numbers that do not fit the
+            texts.
     """
     if not isinstance(row, Mapping):
         raise BadRow(f"the row is a {type(row).__name__}, not an object with keys; write one JSON object a line")
     if "." in schema:
-        return _own_record(row, schema)
+        texts = _own_texts(row, schema)
+    else:
+        schema = detect_schema(row) if schema == "auto" else schema
+        texts = _PARSERS[schema](row)
+        _check_all_texts_are_read(row, schema)
+    passages = texts.passages or [*texts.positives, *texts.negatives]
+    # with the schema text a row is one text, whatever else it holds
+    numbers = {} if schema == "text" else read_columns(row, passages, len(texts.positives), fields, side)
+    read = {**numbers, **texts.columns}
+    return _record(texts, read)
+
+
+def unread(row: Mapping[str, Any], schema: Schema, fields: Mapping[str, str] = NO_FIELDS) -> list[str]:
+    """Fields of a row that nothing reads; none for a function of your own, of which nobody knows what it reads."""
+    if "." in schema:
+        return []
     schema = detect_schema(row) if schema == "auto" else schema
-    record = _PARSERS[schema](row)
-    _check_all_texts_are_read(row, schema)
-    return record
+    known = [name for name in row if schema == "sentence-transformers" and _NUMBERED_NEGATIVE.fullmatch(name)]
+    return unread_fields(row, [*_FIELDS[schema], *known], fields)
 
 
 def check_schema(schema: Schema, option: str = "data.schema") -> None:
@@ -91,21 +127,24 @@ def check_schema(schema: Schema, option: str = "data.schema") -> None:
         )
 
 
-def _own_record(row: Mapping[str, Any], schema: str) -> Record:
-    """What a user's parser makes of a row, cleaned as every other row; what it raises is the reason of a bad row."""
+def _own_texts(row: Mapping[str, Any], schema: str) -> _Texts:
+    """What a user's parser makes of a row, checked as every other row; what it raises is the reason of a bad row."""
     try:
         found = named(schema, "data.schema")(row)
         parts = found.query, list(found.positives), list(found.negatives), found.instruction
+        columns = dict(getattr(found, "columns", {}))
     except BadRow:
         raise
     except Exception as error:
         raise BadRow(f"{schema} failed with {type(error).__name__}: {error}") from error
     query, positives, negatives, instruction = parts
-    return _record(
+    count = len(positives) + len(negatives)
+    return _Texts(
         _text(query, "query"),
         [_text(text, f"positives[{i}]") for i, text in enumerate(positives)],
         [_text(text, f"negatives[{i}]") for i, text in enumerate(negatives)],
         instruction,
+        columns=read_columns({}, [""] * count, len(positives), side=columns),
     )
 
 
@@ -167,62 +206,68 @@ def _has_text(value: Any) -> bool:
     return any(isinstance(one, Mapping) or (isinstance(one, str) and bool(one.strip())) for one in values)
 
 
-def _parse_bge(row: Mapping[str, Any]) -> Record:
+def _parse_bge(row: Mapping[str, Any]) -> _Texts:
     instruction = row.get("prompt")
     if not isinstance(instruction, str | None):
         raise BadRow(f"'prompt' must be a text, not {type(instruction).__name__}")
     check_utf8(instruction or "", "prompt")
     negatives = _texts(row, "neg") if row.get("neg") is not None else []
-    return _record(_text(_get(row, "query"), "query"), _texts(row, "pos"), negatives, instruction or None)
+    return _Texts(_text(_get(row, "query"), "query"), _texts(row, "pos"), negatives, instruction or None)
 
 
-def _parse_ullme(row: Mapping[str, Any]) -> Record:
+def _parse_ullme(row: Mapping[str, Any]) -> _Texts:
     negatives = _texts(row, "negative") if row.get("negative") is not None else []
-    return _record(_text(_get(row, "query"), "query"), _texts(row, "positive"), negatives)
+    return _Texts(_text(_get(row, "query"), "query"), _texts(row, "positive"), negatives)
 
 
-def _parse_tevatron(row: Mapping[str, Any]) -> Record:
+def _parse_tevatron(row: Mapping[str, Any]) -> _Texts:
     negatives = _passages(row, "negative_passages") if row.get("negative_passages") is not None else []
-    return _record(_text(_get(row, "query"), "query"), _passages(row, "positive_passages"), negatives)
+    query, positives = _text(_get(row, "query"), "query"), _passages(row, "positive_passages")
+    return _Texts(
+        query, positives, negatives, passages=[*row["positive_passages"], *(row.get("negative_passages") or [])]
+    )
 
 
-def _parse_sentence_transformers(row: Mapping[str, Any]) -> Record:
+def _parse_sentence_transformers(row: Mapping[str, Any]) -> _Texts:
     query = "anchor" if "anchor" in row else "query"
     # A table of rows with different numbers of negatives has nulls in the columns that a row does not use.
     numbered = sorted((int(m[1]), key) for key in row if (m := _NUMBERED_NEGATIVE.fullmatch(key)))
     keys = [key for key in ("negative", *(key for _, key in numbered)) if row.get(key) is not None]
-    return _record(
+    return _Texts(
         _text(_get(row, query), query),
         [_text(_get(row, "positive"), "positive")],
         [_text(row[key], key) for key in keys],
     )
 
 
-def _parse_candidates(row: Mapping[str, Any]) -> Record:
+def _parse_candidates(row: Mapping[str, Any]) -> _Texts:
     """A query and passages that may answer it, nobody knows which: texts, or objects with title and text."""
+    values = _list(row, "candidates")
     texts = [
         join_title(value, f"candidates[{i}]") if isinstance(value, Mapping) else _text(value, f"candidates[{i}]")
-        for i, value in enumerate(_list(row, "candidates"))
+        for i, value in enumerate(values)
     ]
-    candidates = tuple(dict.fromkeys(texts))
-    if len(candidates) < 2:
+    if (different := len(set(texts))) < 2:
         raise BadRow(
-            f"'candidates' holds {len(candidates)} different texts; without a label a query's candidates are compared "
+            f"'candidates' holds {different} different texts; without a label a query's candidates are compared "
             "with one another, so give at least 2"
         )
-    return Record(_text(_get(row, "query"), "query"), (), candidates)
+    return _Texts(_text(_get(row, "query"), "query"), [], texts, passages=values, labelled=False)
 
 
-def _parse_text(row: Mapping[str, Any]) -> Record:
+def _parse_text(row: Mapping[str, Any]) -> _Texts:
     """The column ``text``; of a row of retrieval, which has none, the first positive."""
     if "text" not in row and row.keys() & {"pos", "positive", "positive_passages"}:
-        text = _PARSERS[detect_schema(row)](row).positives[0]
+        texts = _PARSERS[detect_schema(row)](row).positives
+        if not texts:
+            raise BadRow("no positive")
+        text = texts[0]
     else:
         text = _text(_get(row, "text"), "text")
-    return Record(text, (text,), ())
+    return _Texts(text, [text], [])
 
 
-_PARSERS: dict[str, Callable[[Mapping[str, Any]], Record]] = {
+_PARSERS: dict[str, Callable[[Mapping[str, Any]], _Texts]] = {
     "bge": _parse_bge,
     "tevatron": _parse_tevatron,
     "sentence-transformers": _parse_sentence_transformers,
@@ -230,14 +275,35 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any]], Record]] = {
     "candidates": _parse_candidates,
     "text": _parse_text,
 }
+# Schema -> the fields that its parser reads.
+_FIELDS: dict[Schema, tuple[str, ...]] = {
+    "bge": ("query", "pos", "neg", "prompt"),
+    "tevatron": ("query", "positive_passages", "negative_passages"),
+    "sentence-transformers": ("anchor", "query", "positive", "negative"),
+    "ullme": ("query", "positive", "negative"),
+    "candidates": ("query", "candidates"),
+    "text": ("text", "query", "pos", "positive", "positive_passages"),
+}
 
 
-def _record(query: str, positives: Iterable[str], negatives: Iterable[str], instruction: str | None = None) -> Record:
-    unique = tuple(dict.fromkeys(positives))
-    if not unique:
+def _record(texts: _Texts, columns: Columns) -> Record:
+    """Every text once, with its numbers: the first of those that are equal, positives before negatives."""
+    if texts.labelled and not texts.positives:
         raise BadRow("no positive")
-    own = set(unique)
-    return Record(query, unique, tuple(n for n in dict.fromkeys(negatives) if n not in own), instruction)
+    kept: dict[str, int] = {}
+    for place, text in enumerate([*texts.positives, *texts.negatives]):
+        kept.setdefault(text, place)
+    border = len(texts.positives)
+    return Record(
+        texts.query,
+        tuple(text for text, place in kept.items() if place < border),
+        tuple(text for text, place in kept.items() if place >= border),
+        texts.instruction,
+        {
+            name: tuple(value[place] for place in kept.values()) if isinstance(value, tuple) else value
+            for name, value in columns.items()
+        },
+    )
 
 
 def _get(row: Mapping[str, Any], key: str) -> Any:

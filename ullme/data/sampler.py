@@ -6,12 +6,15 @@ change what the model sees.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from ullme.data.columns import Columns
 from ullme.data.records import Record
 from ullme.data.sources import RowSource, Subset
 
@@ -21,7 +24,8 @@ ShortRows = Literal["borrow", "repeat", "drop"]
 class Draw(NamedTuple):
     """What one row gives in one epoch: a query, a positive, N hard negatives, and the row's own instruction; and what
     its dataset says (:class:`ullme.data.mixture.TrainSet`). Where ``labelled`` is False, positive and negatives are
-    1 + N of the row's candidates in no order."""
+    1 + N of the row's candidates in no order. ``columns`` has every column of the dataset: a number of the query, or
+    one for the positive and then each negative; NaN where the row has none, as for a borrowed negative."""
 
     query: str
     positive: str
@@ -30,10 +34,17 @@ class Draw(NamedTuple):
     in_batch_negatives: bool = True
     symmetric: bool = False
     labelled: bool = True
+    columns: Columns = MappingProxyType({})
 
 
 def draw(
-    source: RowSource, row: int, epoch: int, seed: int, num_hard_negatives: int, short_rows: ShortRows = "borrow"
+    source: RowSource,
+    row: int,
+    epoch: int,
+    seed: int,
+    num_hard_negatives: int,
+    short_rows: ShortRows = "borrow",
+    positives_of: Callable[[str], set[str]] | None = None,
 ) -> Draw:
     """One positive and N hard negatives of a row, the same for the same (seed, epoch, row) everywhere.
 
@@ -44,36 +55,59 @@ def draw(
         seed: of the run, not negative.
         num_hard_negatives: N.
         short_rows: what stands in for missing negatives. ``borrow`` takes positives of other rows, never a text that
-            is a positive or already a negative of this row; ``repeat`` goes round the row's own negatives, and
-            borrows where there are none.
+            is a positive of this row or of another one with the same query, or already a negative of this row;
+            ``repeat`` goes round the row's own negatives, and borrows where there are none.
+        positives_of: query -> all texts known to be its positives; None asks the source.
 
     Raises:
         ValueError: there are not enough other texts to borrow.
     """
     record = source[row]
     rng = np.random.default_rng([seed, epoch, row])
+    positives_of = positives_of or source.positives_of
     if not record.labelled:
-        first, *others = _draw_candidates(source, record, num_hard_negatives + 1, rng, short_rows)
-        return Draw(record.query, first, others, record.instruction, labelled=False)
-    positive = record.positives[rng.integers(len(record.positives))]
-    order = rng.permutation(len(record.negatives))[:num_hard_negatives]
-    negatives = [record.negatives[i] for i in order]
-    missing = num_hard_negatives - len(negatives)
-    if missing and short_rows == "repeat" and negatives:
-        negatives = [negatives[i % len(negatives)] for i in range(num_hard_negatives)]
-    elif missing:
-        negatives += _borrow(source, missing, {*record.positives, *negatives}, rng)
-    return Draw(record.query, positive, negatives, record.instruction)
+        own = _fill(rng.permutation(len(record.negatives)).tolist(), num_hard_negatives + 1, short_rows)
+        texts = [record.negatives[i] for i in own]
+        missing = num_hard_negatives + 1 - len(own)
+        texts += _borrow(source, missing, {*record.negatives, *positives_of(record.query)}, rng) if missing else []
+        columns = _columns(source, record, own, missing)
+        return Draw(record.query, texts[0], texts[1:], record.instruction, labelled=False, columns=columns)
+    first = int(rng.integers(len(record.positives)))
+    own = _fill(rng.permutation(len(record.negatives)).tolist(), num_hard_negatives, short_rows)
+    negatives = [record.negatives[i] for i in own]
+    missing = num_hard_negatives - len(own)
+    if missing:
+        taken = {*record.positives, *positives_of(record.query), *negatives}
+        negatives += _borrow(source, missing, taken, rng)
+    places = [first, *(len(record.positives) + i for i in own)]
+    columns = _columns(source, record, places, missing)
+    return Draw(record.query, record.positives[first], negatives, record.instruction, columns=columns)
 
 
-def _draw_candidates(
-    source: RowSource, record: Record, count: int, rng: np.random.Generator, short_rows: ShortRows
-) -> list[str]:
-    """``count`` of a row's candidates at random; ``short_rows`` says what stands in for missing ones."""
-    texts = [record.negatives[i] for i in rng.permutation(len(record.negatives))[:count]]
-    if len(texts) < count and short_rows == "repeat":
-        return [texts[i % len(texts)] for i in range(count)]
-    return texts + _borrow(source, count - len(texts), set(record.negatives), rng) if len(texts) < count else texts
+def _fill(order: list[int], count: int, short_rows: ShortRows) -> list[int]:
+    """The first ``count`` of a row's texts; where there are fewer, all, or with ``repeat`` all of them in turn."""
+    if len(order) < count and short_rows == "repeat" and order:
+        return [order[i % len(order)] for i in range(count)]
+    return order[:count]
+
+
+def _columns(source: RowSource, record: Record, places: Sequence[int], borrowed: int) -> Columns:
+    """Every column of the source, for the texts that were drawn.
+
+    Args:
+        source: of the row.
+        record: the row.
+        places: of the drawn texts among the row's positives and then its negatives.
+        borrowed: texts of other rows behind them, which have no number here.
+    """
+    found: dict[str, float | tuple[float, ...]] = {}
+    for name, kind in source.columns.items():
+        value = record.columns.get(name, math.nan)
+        if kind == "candidate":
+            numbers = (value[i] if isinstance(value, tuple) else math.nan for i in places)
+            value = (*numbers, *[math.nan] * borrowed)
+        found[name] = value
+    return found
 
 
 def _borrow(source: RowSource, count: int, taken: set[str], rng: np.random.Generator) -> list[str]:
@@ -123,6 +157,35 @@ def settle_short_rows(
         return Subset(source, np.flatnonzero(~short)), count
     draw(source, int(source.num_negatives.argmin()), 0, seed, num_hard_negatives, short_rows)
     return source, count
+
+
+def check_no_row_borrows(source: RowSource, num_hard_negatives: int, short_rows: ShortRows, whose: str) -> None:
+    """Without in-batch negatives, positives of other rows must not come back as hard negatives.
+
+    Args:
+        source: the rows that are trained on.
+        num_hard_negatives: N.
+        short_rows: see :func:`draw`.
+        whose: what has ``in_batch_negatives: false``, for messages.
+
+    Raises:
+        ValueError: some row would borrow.
+    """
+    # an unlabelled row has candidates of its own, two at least, which it can repeat
+    lacking = source.num_negatives < (num_hard_negatives if short_rows == "borrow" else min(1, num_hard_negatives))
+    if short_rows == "drop" or not lacking.any():
+        return
+    if short_rows == "borrow":
+        what = f"fewer than data.num_hard_negatives={num_hard_negatives} negatives"
+        remedy = "set data.short_rows to repeat or drop, or lower data.num_hard_negatives"
+    else:
+        what = "no negative at all"
+        remedy = "set data.short_rows to drop, or give them negatives"
+    raise ValueError(
+        f"{whose} has in_batch_negatives=false, which keeps positives of other rows from being negatives, but "
+        f"{int(lacking.sum())} of {len(source)} rows have {what}, and data.short_rows={short_rows} would borrow just "
+        f"these positives; {remedy}"
+    )
 
 
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import csv
 import glob
-import os
 import re
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+from zlib import crc32
 
 import numpy as np
 
-from ullme.data.jsonl import iter_lines, parse_line
-from ullme.data.records import BadRow, Record, Schema, parse_record
+from ullme.data.columns import ColumnKind, ColumnOption, SideFile, has_number, kind_of, split_option
+from ullme.data.jsonl import LineReader, iter_lines, parse_line
+from ullme.data.records import BadRow, Record, Schema, parse_record, unread
 from ullme.utils.progress import progress
 
 if TYPE_CHECKING:
@@ -43,29 +44,91 @@ class RowSource(Protocol):
         skipped: "file:line: reason" of every bad row that was skipped.
         longest_instruction: the longest instruction of a row, or None if no row has one.
         labelled: whether rows say which text is a positive; in one source all do, or none.
+        columns: name -> kind of every column of numbers that some row has a number in.
+        unread: field -> an example of its value, for every field of the rows that nothing reads.
     """
 
     num_negatives: np.ndarray
     skipped: list[str]
     longest_instruction: str | None
     labelled: bool
+    columns: dict[str, ColumnKind]
+    unread: dict[str, Any]
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, row: int) -> Record: ...
 
+    def positives_of(self, query: str) -> set[str]:
+        """What is a positive of a row with this query; without labels, what is a candidate."""
+        ...
+
+
+class _QueryIndex:
+    """The rows that have a query, found by a hash of it, in 12 bytes a row.
+
+    Args:
+        hashes: (rows,) 32-bit hashes of the rows' queries.
+    """
+
+    def __init__(self, hashes: array[int]) -> None:
+        self._rows = np.argsort(hashes, kind="stable")
+        self._hashes = np.asarray(hashes, dtype=np.uint32)[self._rows]
+
+    def positives(self, source: RowSource, query: str) -> set[str]:
+        """See :meth:`RowSource.positives_of`."""
+        wanted = np.uint32(_hash(query))
+        first, last = (np.searchsorted(self._hashes, wanted, side) for side in ("left", "right"))
+        records = [source[row] for row in self._rows[first:last].tolist()]
+        return {text for r in records if r.query == query for text in r.positives or r.negatives}
+
+
+def _hash(query: str) -> int:
+    return crc32(query.encode())
+
+
+class _Rows:
+    """Raw rows to records, with the columns that ``data.columns`` names.
+
+    Args:
+        schema: the columns, see :func:`ullme.data.records.parse_record`.
+        columns: see :data:`ullme.data.columns.ColumnOption`.
+    """
+
+    def __init__(self, schema: Schema, columns: ColumnOption) -> None:
+        self.schema = schema
+        self.fields, files = split_option(columns)
+        self.side = {column: SideFile(path, column) for column, path in files.items()}
+
+    def parse(self, raw: Any, number: int) -> Record:
+        """A row, or its line of JSON, that is row ``number``, from 0, of all. Raises: BadRow."""
+        row = parse_line(raw) if isinstance(raw, bytes) else raw
+        return parse_record(row, self.schema, self.fields, {name: file[number] for name, file in self.side.items()})
+
+    def unread(self, raw: Any) -> dict[str, Any]:
+        """Fields of a valid row that nothing reads."""
+        row: Mapping[str, Any] = parse_line(raw) if isinstance(raw, bytes) else raw
+        return {name: row.get(name) for name in unread(row, self.schema, self.fields)}
+
 
 class _CheckedRows:
     """Collects the positions of valid rows and the errors of bad ones while a source is checked."""
 
-    def __init__(self, schema: Schema, on_bad_row: OnBadRow) -> None:
-        self.schema = schema
+    def __init__(self, rows: _Rows, on_bad_row: OnBadRow) -> None:
+        self.rows = rows
         self.on_bad_row = on_bad_row
+        self.count = 0
         self.positions = array("q")
+        self.numbers = array("q")  # of the valid rows, among all; kept only where a side file needs them
         self.num_negatives = array("q")
+        self.queries = array("L")
         self.skipped: list[str] = []
         self.longest_instruction: str | None = None
         self.labelled: bool | None = None
+        self.kinds: dict[str, ColumnKind] = {}
+        self.columns: dict[str, ColumnKind] = {}
+        self.unread: dict[str, Any] = {}
+        self._keys: set[frozenset[str]] = set()
 
     def add(self, position: int, where: str, raw: Any) -> None:
         """Check a row.
@@ -78,8 +141,11 @@ class _CheckedRows:
         Raises:
             ValueError: the row is bad, and on_bad_row is ``stop``.
         """
+        number, self.count = self.count, self.count + 1
         try:
-            record = parse_record(parse_line(raw) if isinstance(raw, bytes) else raw, self.schema)
+            row = parse_line(raw) if isinstance(raw, bytes) else raw
+            record = self.rows.parse(row, number)
+            self._add_columns(record)
         except BadRow as reason:
             if self.on_bad_row == "stop":
                 raise ValueError(f"{where}: {reason}; fix the row or set data.on_bad_row=skip") from None
@@ -93,15 +159,37 @@ class _CheckedRows:
             )
         self.labelled = record.labelled
         self.positions.append(position)
+        if self.rows.side:
+            self.numbers.append(number)
         self.num_negatives.append(record.num_negatives)
+        self.queries.append(_hash(record.query))
         if record.instruction is not None and len(record.instruction) > len(self.longest_instruction or ""):
             self.longest_instruction = record.instruction
+        if (keys := frozenset(row)) not in self._keys:
+            self._keys.add(keys)
+            self.unread = {**self.rows.unread(row), **self.unread}
+
+    def _add_columns(self, record: Record) -> None:
+        """Raises: BadRow: a column that is a number of the query in one row and a list in another."""
+        for name, value in record.columns.items():
+            kind = kind_of(value)
+            if self.kinds.setdefault(name, kind) != kind:
+                one, other = ("a list", "one number") if kind == "candidate" else ("one number", "a list")
+                raise BadRow(f"column {name!r} has {one} here and {other} in earlier rows; give all rows the same")
+            if name not in self.columns and has_number(value):
+                self.columns[name] = kind
 
     def finish(self, name: str) -> None:
         """Raises: ValueError: there is no valid row."""
         if not self.positions:
             first = f"; the first of {len(self.skipped)} bad rows is {self.skipped[0]}" if self.skipped else ""
             raise ValueError(f"data.train={name!r} holds no usable row{first}")
+        for column, file in self.rows.side.items():
+            if len(file) != self.count:
+                raise ValueError(
+                    f"data.columns.{column}={str(file.path)!r} has {len(file)} lines, and data.train={name!r} "
+                    f"{self.count} rows; give one line for each row, in the order of the rows"
+                )
 
 
 class JsonlSource:
@@ -113,6 +201,7 @@ class JsonlSource:
         schema: the columns, see :func:`ullme.data.records.parse_record`.
         on_bad_row: ``stop`` raises at the first bad row, ``skip`` leaves it out and records it in ``skipped``.
         split: see ``files``.
+        columns: columns of numbers, see :data:`ullme.data.columns.ColumnOption`.
 
     Raises:
         ValueError: no such file, a bad row ("file:line: reason"), or no usable row.
@@ -124,23 +213,24 @@ class JsonlSource:
         schema: Schema = "auto",
         on_bad_row: OnBadRow = "stop",
         split: str = "train",
+        columns: ColumnOption = None,
     ) -> None:
         specs = [files] if isinstance(files, str) else list(files)
         self.files = [path for name in specs for path in expand_files(name, split)]
-        self.schema: Schema = schema
-        checked = _CheckedRows(schema, on_bad_row)
+        self._parser = _Rows(schema, columns)
+        checked = _CheckedRows(self._parser, on_bad_row)
         self._ends: list[int] = []
         for path in self.files:
             for number, offset, line in iter_lines(path):
                 checked.add(offset, f"{path}:{number}", line)
             self._ends.append(len(checked.positions))
         checked.finish(", ".join(specs))
-        self._offsets = np.asarray(checked.positions)
+        self._offsets, self._numbers = np.asarray(checked.positions), np.asarray(checked.numbers)
         self.num_negatives = np.asarray(checked.num_negatives)
         self.skipped, self.longest_instruction = checked.skipped, checked.longest_instruction
-        self.labelled = bool(checked.labelled)
-        self._handles: dict[int, BinaryIO] = {}
-        self._pid = os.getpid()
+        self.labelled, self.columns, self.unread = bool(checked.labelled), checked.columns, checked.unread
+        self._queries = _QueryIndex(checked.queries)
+        self._lines = LineReader(self.files)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -148,20 +238,11 @@ class JsonlSource:
     def __getitem__(self, row: int) -> Record:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        handle = self._handle(bisect_right(self._ends, row))
-        handle.seek(int(self._offsets[row]))
-        return parse_record(parse_line(handle.readline()), self.schema)
+        line = self._lines.read(bisect_right(self._ends, row), int(self._offsets[row]))
+        return self._parser.parse(line, int(self._numbers[row]) if len(self._numbers) else row)
 
-    def _handle(self, file: int) -> BinaryIO:
-        # a forked worker would share the parent's file position, so it opens the files again
-        if self._pid != os.getpid():
-            self._handles, self._pid = {}, os.getpid()
-        if file not in self._handles:
-            self._handles[file] = self.files[file].open("rb")
-        return self._handles[file]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_handles": {}}
+    def positives_of(self, query: str) -> set[str]:
+        return self._queries.positives(self, query)
 
 
 class HubSource:
@@ -173,6 +254,7 @@ class HubSource:
         split: split of the dataset.
         schema: the columns, see :func:`ullme.data.records.parse_record`.
         on_bad_row: as in :class:`JsonlSource`; messages call rows "path[split] row i".
+        columns: as in :class:`JsonlSource`.
 
     Raises:
         ValueError: it cannot be loaded, a bad row, or no usable row.
@@ -185,17 +267,19 @@ class HubSource:
         split: str = "train",
         schema: Schema = "auto",
         on_bad_row: OnBadRow = "stop",
+        columns: ColumnOption = None,
     ) -> None:
-        self.schema: Schema = schema
+        self._parser = _Rows(schema, columns)
         self.dataset = _load(path, name, split)
-        checked = _CheckedRows(schema, on_bad_row)
+        checked = _CheckedRows(self._parser, on_bad_row)
         for i, row in enumerate(progress(f"checking {path}", self.dataset, unit="row")):
             checked.add(i, f"{path}[{split}] row {i}", row)
         checked.finish(f"{path}[{split}]")
         self._rows = np.asarray(checked.positions)
         self.num_negatives = np.asarray(checked.num_negatives)
         self.skipped, self.longest_instruction = checked.skipped, checked.longest_instruction
-        self.labelled = bool(checked.labelled)
+        self.labelled, self.columns, self.unread = bool(checked.labelled), checked.columns, checked.unread
+        self._queries = _QueryIndex(checked.queries)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -203,7 +287,11 @@ class HubSource:
     def __getitem__(self, row: int) -> Record:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        return parse_record(self.dataset[int(self._rows[row])], self.schema)
+        number = int(self._rows[row])
+        return self._parser.parse(self.dataset[number], number)
+
+    def positives_of(self, query: str) -> set[str]:
+        return self._queries.positives(self, query)
 
 
 class Subset:
@@ -219,13 +307,16 @@ class Subset:
         self.rows = rows
         self.num_negatives = source.num_negatives[rows]
         self.skipped, self.longest_instruction = source.skipped, source.longest_instruction
-        self.labelled = source.labelled
+        self.labelled, self.columns, self.unread = source.labelled, source.columns, source.unread
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> Record:
         return self.source[int(self.rows[row])]
+
+    def positives_of(self, query: str) -> set[str]:
+        return self.source.positives_of(query)  # those of rows outside the subset are positives all the same
 
 
 def open_source(
@@ -237,6 +328,7 @@ def open_source(
     on_bad_row: OnBadRow = "stop",
     max_rows: int | None = None,
     seed: int = 42,
+    columns: ColumnOption = None,
 ) -> RowSource:
     """Open training rows by the value of ``data.train``.
 
@@ -249,6 +341,7 @@ def open_source(
         on_bad_row: ``stop`` or ``skip``, see :class:`JsonlSource`.
         max_rows: keep this many rows, the first after a shuffle with ``seed``; None keeps all.
         seed: of that shuffle.
+        columns: columns of numbers, see :data:`ullme.data.columns.ColumnOption`.
 
     Raises:
         ValueError: no such file, several datasets, a bad row, or no usable row.
@@ -262,9 +355,9 @@ def open_source(
     for one in specs:
         check_kind(one)
     if all(map(is_jsonl, specs)):
-        source = JsonlSource(specs, schema, on_bad_row, split)
+        source = JsonlSource(specs, schema, on_bad_row, split, columns)
     elif len(specs) == 1 or all(map(_is_table, specs)):
-        source = HubSource(specs[0] if len(specs) == 1 else specs, name, split, schema, on_bad_row)
+        source = HubSource(specs[0] if len(specs) == 1 else specs, name, split, schema, on_bad_row, columns)
     else:
         raise ValueError(f"data.train={specs}: a list must hold JSONL files or table files only; name one dataset")
     if max_rows is None or max_rows >= len(source):

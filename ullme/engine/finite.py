@@ -14,28 +14,32 @@ class NotFiniteError(ValueError):
 
 
 class FiniteChecks:
-    """Values of a step that are not finite.
+    """Terms of a step that must be finite; they are looked at together, at its end.
 
-    A single process raises at once. One of several ranks goes on to the end of the step, where :meth:`raise_if_any`
-    raises on all of them: if one rank raised alone, the others would wait for it in their next collective.
+    So the host waits for the device once a step and not once a term and chunk, and ranks that found nothing do not wait
+    for one that stopped in the middle of the step.
     """
 
     def __init__(self) -> None:
-        self.problems: list[str] = []
+        self.seen: list[tuple[str, Tensor, Batch, Representations | None]] = []
 
     def check(self, name: str, value: Tensor, batch: Batch, reps: Representations | None = None) -> None:
-        """As :func:`check_finite`, except that several ranks raise later, in :meth:`raise_if_any`."""
-        try:
-            check_finite(name, value, batch, reps)
-        except NotFiniteError as error:
-            if world()[1] == 1:
-                raise
-            self.problems.append(str(error))
+        """Note a term for :meth:`raise_if_any`; arguments as for :func:`check_finite`."""
+        self.seen.append((name, value.detach(), batch, None if reps is None else reps.detach()))
 
     def raise_if_any(self, device: torch.device) -> None:
         """Raises: NotFiniteError: on every rank, if any rank found a value that is not finite."""
-        if found := gather_messages(self.problems[0] if self.problems else None, device):
-            raise NotFiniteError("; ".join(f"rank {rank}: {problem}" for rank, problem in found.items()))
+        problem = None
+        if self.seen:
+            finite = torch.stack([value.isfinite().all() for _, value, _, _ in self.seen]).tolist()
+            if not all(finite):
+                try:
+                    check_finite(*self.seen[finite.index(False)])
+                except NotFiniteError as error:
+                    problem = str(error)
+        if found := gather_messages(problem, device):
+            one_process = world()[1] == 1
+            raise NotFiniteError("; ".join(p if one_process else f"rank {rank}: {p}" for rank, p in found.items()))
 
 
 def check_finite(name: str, value: Tensor, batch: Batch, reps: Representations | None = None) -> None:

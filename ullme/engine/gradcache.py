@@ -18,11 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ullme.batch import Batch, Representations, TokenRows
+from ullme.utils.transfer import to_device
 
 Embed = Callable[[TokenRows], Tensor]
 
@@ -52,7 +55,15 @@ def embed_batch(embed: Embed, batch: Batch) -> Representations:
 def _as_representations(reps: Tensor, batch: Batch) -> Representations:
     """(B + B C, D), all queries and then all passages."""
     queries, passages = reps.split([len(batch.queries), len(batch.passages)])
-    return Representations(queries, passages.unflatten(0, (len(batch), -1)), batch.passage_keys)
+    return Representations(
+        queries,
+        passages.unflatten(0, (len(batch), -1)),
+        batch.passage_keys,
+        batch.isolated,
+        batch.labelled,
+        query_keys=batch.query_keys,
+        columns=batch.columns,
+    )
 
 
 def chunk_slices(batch: Batch, chunk_size: int | None, chunk_tokens: int | None) -> list[slice]:
@@ -65,8 +76,8 @@ def chunk_slices(batch: Batch, chunk_size: int | None, chunk_tokens: int | None)
     if chunk_tokens is None:
         size = chunk_size or len(batch)
         return [slice(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
-    passage_tokens = batch.passages.attention_mask.sum(1).view(len(batch), -1).sum(1)
-    tokens = (batch.queries.attention_mask.sum(1) + passage_tokens).tolist()
+    passage_tokens = batch.passages.host_lengths.view(len(batch), -1).sum(1)
+    tokens = (batch.queries.host_lengths + passage_tokens).tolist()
     chunks, start, total = [], 0, 0
     for n, count in enumerate(tokens):
         if n > start and total + count > chunk_tokens:
@@ -93,8 +104,7 @@ def microbatch_rows(batch: Batch, tokens: int) -> list[Tensor]:
     Returns:
         Places of rows among all queries and then all passages of the batch.
     """
-    masks = (batch.queries.attention_mask, batch.passages.attention_mask)
-    lengths = torch.cat([mask.sum(1) for mask in masks]).cpu()
+    lengths = torch.cat([batch.queries.host_lengths, batch.passages.host_lengths])
     order = lengths.argsort(descending=True, stable=True)
     borders, total = [0], 0
     for n, length in enumerate(lengths[order].tolist()):
@@ -109,7 +119,7 @@ def count_retained(batch: Batch, microbatches: list[Tensor], tokens: int) -> int
     """How many of the first microbatches have no more than ``tokens`` real tokens together."""
     if not tokens:
         return 0
-    lengths = torch.cat([rows.attention_mask.sum(1) for rows in (batch.queries, batch.passages)]).cpu()
+    lengths = torch.cat([batch.queries.host_lengths, batch.passages.host_lengths])
     totals = torch.stack([lengths[rows].sum() for rows in microbatches]).cumsum(0)
     return int(torch.searchsorted(totals, tokens, right=True))
 
@@ -175,28 +185,29 @@ class GradCache:
         if self.embed is None:
             self._chunk_losses(chunks, num_dummy_chunks, None, None)
             return
-        rows = TokenRows.cat([batch.queries, batch.passages])
         microbatches = [chunk_rows(batch, chunk) for chunk in chunks] if microbatches is None else microbatches
-        microbatches = [places.to(rows.input_ids.device) for places in microbatches]
-        graphs = [self.embed(rows[places]) for places in microbatches[:num_retained]]
-        parts, states = self.embed_without_gradient(
-            [*(rows[places] for places in microbatches[num_retained:]), *[rows[:1]] * num_dummy_microbatches]
+        borders = np.cumsum([0, *map(len, microbatches)]).tolist()
+        parts = [slice(start, stop) for start, stop in pairwise(borders)]
+        order = torch.cat(microbatches).numpy()
+        (index,) = to_device([order], batch.row_ids.device)  # one copy for all microbatches
+        rows = TokenRows.cat([batch.queries, batch.passages]).select(order, index)
+        graphs = [self.embed(rows[part]) for part in parts[:num_retained]]
+        found, states = self.embed_without_gradient(
+            [*(rows[part] for part in parts[num_retained:]), *[rows[:1]] * num_dummy_microbatches]
         )
-        parts = [*(graph.detach() for graph in graphs), *parts[: len(microbatches) - num_retained]]
-        reps = torch.empty((len(rows), parts[0].shape[1]), dtype=parts[0].dtype, device=parts[0].device)
-        reps[torch.cat(microbatches)] = torch.cat(parts)
-        whole = _as_representations(reps, batch)
-        gradients = self.cache_gradients(whole)
-        self._chunk_losses(chunks, num_dummy_chunks, whole, gradients)
+        whole = torch.cat([*(graph.detach() for graph in graphs), *found[: len(parts) - num_retained]])
+        reps = _as_representations(torch.empty_like(whole).index_copy(0, index, whole), batch)
+        gradients = self.cache_gradients(reps)
+        self._chunk_losses(chunks, num_dummy_chunks, reps, gradients)
         after = RandomState()
-        cached = torch.cat([gradients.queries, gradients.passages.flatten(0, 1)])
+        cached = torch.cat([gradients.queries, gradients.passages.flatten(0, 1)])[index]
         for _ in range(num_dummy_microbatches):
             self.replay(rows[:1], torch.zeros_like(cached[:1]), last=False)
-        for n, places in enumerate(microbatches):
+        for n, part in enumerate(parts):
             if n >= num_retained:
                 states[n - num_retained].restore()
-            last = n == len(microbatches) - 1
-            self.replay(rows[places], cached[places], last, graph=graphs.pop(0) if graphs else None)
+            last = n == len(parts) - 1
+            self.replay(rows[part], cached[part], last, graph=graphs.pop(0) if graphs else None)
         after.restore()
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ computed for the whole batch before. Knows PyTorch only: no Lightning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ullme.batch import PARTS, Batch, Direction, LikelihoodKind, Representations
-from ullme.distributed import all_reduce_max, any_rank, gather_sizes, global_mean_weight, mean_over_ranks
+from ullme.distributed import all_reduce_max, each_on_any_rank, gather_sizes, global_mean_weight, mean_over_ranks
 from ullme.engine.finite import FiniteChecks
 from ullme.engine.gradcache import GradCache, backward_outside_autocast, chunk_rows, embed_batch
+from ullme.engine.mismatched import mismatched_pairs
 from ullme.engine.reference import AdaptersOff, Reference
 from ullme.engine.scoring import (
     Scored,
@@ -75,6 +76,11 @@ class Objective:
         self.uses_reps = bool(self.representation_terms) or any(t.uses_reps for t in self.chunk_terms)
 
     @property
+    def matryoshka_dims(self) -> tuple[int, ...]:
+        """The numbers of leading dimensions that are trained as embeddings, the largest first; empty for none."""
+        return tuple(sorted({dim for term in self.representation_terms for dim in term.matryoshka_dims}, reverse=True))
+
+    @property
     def needs_generation(self) -> bool:
         """Whether batches must carry :class:`~ullme.batch.GenerationRows`."""
         return bool(self.likelihoods)
@@ -102,6 +108,8 @@ class Objective:
         """
         if not labelled:
             self._check_without_labels()
+        for representation_term in self.representation_terms:
+            representation_term.check_width(model.hidden_size)
         for term in self.chunk_terms:
             if isinstance(term, MNTP):
                 term.mask_token_id(model.tokenizer)
@@ -135,7 +143,7 @@ class Objective:
         if self.representation_terms and reps:
             parts.append(self._representation_loss(batch, references, logs, finite)(reps))
         if self.chunk_terms:
-            parts.append(self._chunk_loss(model, batch, scoring, references, logs, finite)(whole, reps))
+            parts.append(self._chunk_loss(model, batch, scoring, references, logs, finite, [whole])(whole, reps))
         backward_outside_autocast(backward)(torch.stack(parts).sum())
         finite.raise_if_any(batch.row_ids.device)
         return self._total(logs)
@@ -157,8 +165,13 @@ class Objective:
         scoring = self.scoring(batch)
         references = self._references(model, batch, scoring, chunks)
         chunk_loss = loss = None
+        microbatches = [chunk_rows(batch, chunk) for chunk in chunks] if microbatches is None else microbatches
+        dummy_chunks, dummy_microbatches = (
+            all_reduce_max(len(parts), batch.row_ids.device) - len(parts) for parts in (chunks, microbatches)
+        )
         if self.chunk_terms:
-            chunk_loss = self._chunk_loss(model, batch, scoring, references, logs, finite)
+            in_order = [*[slice(0, 0)] * dummy_chunks, *chunks]  # as GradCache goes through them
+            chunk_loss = self._chunk_loss(model, batch, scoring, references, logs, finite, in_order)
         if self.representation_terms:
             loss = self._representation_loss(batch, references, logs, finite)
         engine = GradCache(
@@ -168,17 +181,13 @@ class Objective:
             backward=backward,
             no_sync=no_sync,
         )
-        microbatches = [chunk_rows(batch, chunk) for chunk in chunks] if microbatches is None else microbatches
-        dummy_chunks, dummy_microbatches = (
-            all_reduce_max(len(parts), batch.row_ids.device) - len(parts) for parts in (chunks, microbatches)
-        )
         engine.step(batch, chunks, microbatches, num_retained, dummy_chunks, dummy_microbatches)
         finite.raise_if_any(batch.row_ids.device)
         return self._total(logs)
 
     def _total(self, logs: Logs) -> Logs:
         loss = torch.stack([term.weight * logs[term.name].double() for term in self.terms]).sum()
-        weights = {f"weight/{term.name}": torch.tensor(term.weight, device=loss.device) for term in self.terms}
+        weights = {f"weight/{term.name}": torch.full((), term.weight, device=loss.device) for term in self.terms}
         return {"loss": loss, **logs, **weights}
 
     def _representation_loss(
@@ -186,7 +195,6 @@ class Objective:
     ) -> Callable[[Representations], Tensor]:
         def total(reps: Representations) -> Tensor:
             values = []
-            reps = replace(reps, isolated=batch.isolated, labelled=batch.labelled)
             for term in self.representation_terms:
                 direction = term.teacher_direction
                 teacher = None if direction is None else _per_token(batch, references, direction)
@@ -202,16 +210,30 @@ class Objective:
         return total
 
     def _chunk_loss(
-        self, model: ULLME, batch: Batch, scoring: Scoring, references: References, logs: Logs, finite: FiniteChecks
+        self,
+        model: ULLME,
+        batch: Batch,
+        scoring: Scoring,
+        references: References,
+        logs: Logs,
+        finite: FiniteChecks,
+        chunks: Sequence[slice],
     ) -> Callable[..., Tensor]:
-        """(chunk, representations, scale) -> the chunk's part of the mean over the global batch, times ``scale``."""
+        """(chunk, representations, scale) -> the chunk's part of the mean over the global batch, times ``scale``.
+
+        Args:
+            chunks: in the order in which they will be asked for, empty ones in place of dummies.
+        """
+        forwards = self._forwards(scoring, chunks, batch.row_ids.device)
         sizes = gather_sizes(len(batch), batch.row_ids.device)
         weight = global_mean_weight(sizes) / len(batch)
-        statistics = self._statistics(model, batch, scoring, references)
+        statistics = self._statistics(model, batch, scoring, references, sizes)
 
         def total(chunk: slice, reps: Representations | None, scale: float = 1.0) -> Tensor:
             part, scale = batch[chunk], weight * scale
-            policy = {kind: self._policy(model, part, kind, scored[chunk]) for kind, scored in scoring.items()}
+            policy = {
+                kind: self._policy(model, part, kind, scored[chunk], forwards) for kind, scored in scoring.items()
+            }
             masked = _masked_logps(model, part, self.masking) if self.masking is not None else None
             reference = {kind: logps[chunk] for kind, logps in references.items()}
             values, seen = [], set()
@@ -229,16 +251,28 @@ class Objective:
 
         return total
 
-    def _policy(self, model: ULLME, part: Batch, kind: LikelihoodKind, scored: Scored) -> Tensor:
+    def _forwards(self, scoring: Scoring, chunks: Sequence[slice], device: torch.device) -> Iterator[bool]:
+        """Whether some rank needs each forward of :meth:`_policy`, in the order in which these are done."""
+        kinds = [kind for kind in scoring if kind in self.policy_likelihoods]
+        needed = [
+            bool(m.any()) for c in chunks for k in kinds for m in (scoring[k][c].learned, scoring[k][c].looked_at)
+        ]
+        return iter(each_on_any_rank(needed, device))
+
+    def _policy(
+        self, model: ULLME, part: Batch, kind: LikelihoodKind, scored: Scored, forwards: Iterator[bool]
+    ) -> Tensor:
         """(b, C) log-likelihoods. Only candidates that some term learns from go through backward."""
-        logps = torch.zeros(scored.learned.shape, device=scored.learned.device)
+        logps = torch.zeros(part.passage_keys.shape, device=part.passage_keys.device)
         if kind not in self.policy_likelihoods:
             return logps
         for mask, grad in ((scored.learned, True), (scored.looked_at, False)):
-            if any_rank(bool(mask.any()), mask.device):
-                with torch.set_grad_enabled(grad):
-                    found, _ = score(model, part, at_least_one(mask), self.share_prompts, kind)
-                logps = torch.where(mask, found, logps.to(found.dtype))
+            if not next(forwards):
+                continue
+            with torch.set_grad_enabled(grad):
+                found, _ = score(model, part, at_least_one(mask), self.share_prompts, kind)
+            # zero where this mask has nothing, and the masks have nothing in common
+            logps = logps + (found if mask.any() else torch.where(torch.zeros_like(found, dtype=torch.bool), found, 0))
         return logps
 
     def _references(self, model: ULLME, batch: Batch, scoring: Scoring, chunks: Sequence[slice]) -> References:
@@ -249,19 +283,34 @@ class Objective:
         }
 
     @torch.no_grad()
-    def _statistics(self, model: ULLME, batch: Batch, scoring: Scoring, references: References) -> dict[str, Tensor]:
-        """Means over the global batch that a term must know before its gradient."""
-        terms = [term for term in self.chunk_terms if term.statistic_candidates(batch[:1]) is not None]
-        if not terms:
-            return {}
+    def _statistics(
+        self, model: ULLME, batch: Batch, scoring: Scoring, references: References, sizes: list[int]
+    ) -> dict[str, Tensor]:
+        """Means over the global batch that a term must know before its gradient; ``sizes``: queries of each rank."""
         chunks = [slice(n, min(n + STATISTIC_QUERIES, len(batch))) for n in range(0, len(batch), STATISTIC_QUERIES)]
         found = {}
-        for term in terms:
+        for term in self.chunk_terms:
+            kinds = PARTS[term.direction]
+            if term.statistic_of_mismatched_pairs:
+                if sum(sizes) == 1:
+                    found[term.name] = torch.zeros((), device=batch.row_ids.device)
+                    continue
+                pairs = mismatched_pairs(batch, kinds)
+                every = torch.ones_like(pairs.passage_keys, dtype=torch.bool)
+                masks = dict.fromkeys(kinds, every)
+                under_reference = {
+                    kind: self.reference.logps(model, pairs, every, self.share_prompts, kind, chunks) for kind in kinds
+                }
+            elif term.statistic_candidates(batch[:1]) is not None:
+                pairs, under_reference = batch, references
+                masks = {kind: scoring[kind].statistic for kind in kinds}
+            else:
+                continue
             policy = {
-                kind: score_by_chunk(model, batch, scoring[kind].statistic, self.share_prompts, kind, chunks)
-                for kind in PARTS[term.direction]
+                kind: score_by_chunk(model, pairs, mask, self.share_prompts, kind, chunks)
+                for kind, mask in masks.items()
             }
-            values = term.statistic(_chunk(batch, term.direction, None, policy, references, {}, None))
+            values = term.statistic(_chunk(pairs, term.direction, None, policy, under_reference, {}, None))
             found[term.name] = mean_over_ranks(values)
         return found
 
@@ -282,15 +331,13 @@ def _chunk(
     logps = _combine(direction, policy) if known else torch.zeros(shape, device=part.row_ids.device)
     lengths = part.generation_rows(known[0]).lengths(shape) if known else torch.ones_like(part.passage_keys)
     return Chunk(
+        part,
         reps,
         logps,
         _combine(direction, references) if all(kind in references for kind in kinds) else None,
         lengths,
-        part.row_ids,
-        part.passage_keys,
         statistics,
         masked,
-        part.labelled,
     )
 
 
@@ -308,7 +355,7 @@ def _per_token(batch: Batch, references: References, direction: Direction) -> Te
 def _masked_logps(model: ULLME, batch: Batch, masking: MNTP) -> Tensor:
     """(b,) mean log-probability of the tokens that are masked in each query, in nats; 0 where none can be."""
     rows, masked = masking.mask(batch.queries, model.tokenizer)
-    found = model(rows.input_ids, rows.attention_mask, masked=masked)
+    found = model(rows.input_ids, rows.attention_mask, masked=masked, host=rows.host)
     return found.logps / found.lengths.clamp(min=1)
 
 

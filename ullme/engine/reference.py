@@ -71,13 +71,13 @@ class Reference(ABC):
         Args:
             model: the policy.
             batch: B queries with their C candidates.
-            mask: (B, C) bool, the candidates that are asked for.
+            mask: (B, C) bool on the CPU, the candidates that are asked for.
             share_prompts: as for :func:`ullme.engine.scoring.score`.
             kind: log π(p|q), log π(q|p) or log π(p).
             chunks: queries whose likelihoods are computed together; None: all.
 
         Returns:
-            (B, C) in nats where ``mask`` is True, zero elsewhere.
+            (B, C) in nats where ``mask`` is True, zero elsewhere, on the batch's device.
         """
 
 
@@ -227,6 +227,7 @@ class Cached(Reference):
         kind: LikelihoodKind = "passage_given_query",
         chunks: Sequence[slice] | None = None,
     ) -> Tensor:
+        device = batch.row_ids.device
         places = mask.flatten().nonzero()[:, 0].tolist()
         keys = [row.tobytes() for row in _keys(batch, kind)[places]]
         known = self._lookup(keys)
@@ -238,8 +239,8 @@ class Cached(Reference):
                 f"loss.cache_reference={str(self.folder)!r} lacks the likelihoods of {len(missing)} passages "
                 f"(training rows {rows[:8]}); it was filled with other data, another seed or fewer epochs"
             )
-        if self.source is not None and any_rank(bool(missing), mask.device):
-            todo = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
+        if self.source is not None and any_rank(bool(missing), device):
+            todo = torch.zeros(mask.numel(), dtype=torch.bool)
             todo[missing] = True
             new = self.source.logps(model, batch, todo.view(mask.shape), share_prompts, kind, chunks).flatten().tolist()
             by_place = dict(zip(places, keys, strict=True))
@@ -248,9 +249,9 @@ class Cached(Reference):
             self.files[0].executemany("INSERT OR REPLACE INTO logps VALUES (?, ?)", list(fresh.items()))
             self.files[0].execute("COMMIT")
             known |= fresh
-        out = torch.zeros(mask.numel(), device=mask.device)
-        out[places] = torch.tensor([known[key] for key in keys], device=mask.device)
-        return out.view(mask.shape)
+        out = torch.zeros(mask.numel())
+        out[places] = torch.tensor([known[key] for key in keys])
+        return out.view(mask.shape).to(device)
 
     def _lookup(self, keys: list[bytes]) -> dict[bytes, float]:
         known: dict[bytes, float] = {}

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ullme.batch import PARTS, Batch, LikelihoodKind, TokenRows
-from ullme.distributed import all_reduce_max, any_rank
+from ullme.distributed import all_reduce_max, each_on_any_rank
 from ullme.losses.base import ChunkLoss, RepresentationLoss
+from ullme.utils.transfer import to_device
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scored:
-    """Which candidates have one kind of likelihood computed, each a (B, C) bool mask.
+    """Which candidates have one kind of likelihood computed, each a (B, C) bool mask on the CPU.
+
+    They say which forwards are done, so the host must know them; terms choose candidates on the batch's device.
 
     Args:
         learned: under the policy, with gradient.
@@ -89,15 +93,19 @@ def plan_scoring(
         if reps_term.teacher_direction is not None:
             for kind in PARTS[reps_term.teacher_direction]:
                 masks[kind]["reference"] = ~nothing
-    return {
-        kind: Scored(found["learned"], found["policy"] & ~found["learned"], found["statistic"], found["reference"])
-        for kind, found in masks.items()
-    }
+    if not masks:
+        return {}
+    names = ("learned", "policy", "statistic", "reference")
+    whole = torch.stack([found[name] for found in masks.values() for name in names]).cpu()  # one wait for the device
+    scoring = {}
+    for kind, (learned, policy, statistic, reference) in zip(masks, whole.split(len(names)), strict=True):
+        scoring[kind] = Scored(learned, policy & ~learned, statistic, reference)
+    return scoring
 
 
 def embedder(model: ULLME) -> Callable[[TokenRows], Tensor]:
     """R token rows -> (R, D)."""
-    return lambda rows: model(rows.input_ids, rows.attention_mask, pool_mask=rows.pool_mask)["rep"]
+    return lambda rows: model(rows.input_ids, rows.attention_mask, pool_mask=rows.pool_mask, host=rows.host)["rep"]
 
 
 def at_least_one(mask: Tensor) -> Tensor:
@@ -117,7 +125,7 @@ def score(
     Args:
         model: whose.
         batch: b queries with their C candidates.
-        mask: (b, C) bool, which ones.
+        mask: (b, C) bool, which ones; on the CPU, or the host waits for it.
         share_prompts: run a prompt that several candidates have in common once, where the backbone can be packed.
         kind: log π(p|q), log π(q|p) or log π(p).
 
@@ -128,19 +136,22 @@ def score(
         ValueError: the batch carries no rows for this kind.
     """
     rows = batch.generation_rows(kind)
-    places = mask.flatten().nonzero()[:, 0]
+    places = np.flatnonzero(mask.cpu().numpy())
     prompt_places, target_places = (places // (mask.numel() // len(part)) for part in (rows.prompts, rows.targets))
-    used, owner = prompt_places.unique(return_inverse=True)
+    used, owner = np.unique(prompt_places, return_inverse=True)
+    flat_places, *indices = to_device([places, used, target_places], rows.prompts.input_ids.device)
+    prompts, targets = rows.prompts.select(used, indices[0]), rows.targets.select(target_places, indices[1])
     found = model(
-        rows.prompts.input_ids[used],
-        rows.prompts.attention_mask[used],
+        prompts.input_ids,
+        prompts.attention_mask,
         is_generate=True,
-        targets=TokenRows(rows.targets.input_ids[target_places], rows.targets.attention_mask[target_places]),
+        targets=targets,
         owner=owner,
         share_prompts=share_prompts and rows.shares_prompts,
+        host=prompts.host,
     )
-    flat = found.logps.new_zeros(mask.numel()).index_put((places,), found.logps)
-    lengths = torch.ones(mask.numel(), dtype=torch.long, device=mask.device).index_put((places,), found.lengths)
+    flat = found.logps.new_zeros(mask.numel()).index_put((flat_places,), found.logps)
+    lengths = found.lengths.new_ones(mask.numel()).index_put((flat_places,), found.lengths)
     return flat.view(mask.shape), lengths.view(mask.shape)
 
 
@@ -154,19 +165,20 @@ def score_by_chunk(
     scores a candidate that counts for nothing.
 
     Returns:
-        (B, C) in nats, zero elsewhere.
+        (B, C) in nats on the batch's device, zero elsewhere.
     """
-    device = mask.device
+    device = batch.row_ids.device
+    wanted = mask.cpu()
     found: list[Tensor | None] = [None] * len(chunks)
-    for n in range(all_reduce_max(len(chunks), device)):
-        chunk = chunks[n] if n < len(chunks) else slice(0, 0)
-        if not any_rank(bool(mask[chunk].any()), device):
+    here = [bool(wanted[chunk].any()) for chunk in chunks]
+    here += [False] * (all_reduce_max(len(chunks), device) - len(chunks))
+    for n, somewhere in enumerate(each_on_any_rank(here, device)):
+        if not somewhere:
             continue
-        dummy = not mask[chunk].any()
-        part, wanted = (batch[:1], at_least_one(mask[:1] & False)) if dummy else (batch[chunk], mask[chunk])
-        logps, _ = score(model, part, wanted, share_prompts, kind)
-        if not dummy:
-            found[n] = logps
+        if here[n]:
+            found[n], _ = score(model, batch[chunks[n]], wanted[chunks[n]], share_prompts, kind)
+        else:
+            score(model, batch[:1], at_least_one(wanted[:1] & False), share_prompts, kind)
     torch.clear_autocast_cache()  # it would keep copies of weights that were made here, without gradient
     dtype = next((part.dtype for part in found if part is not None), torch.float32)
     nothing = torch.zeros(mask.shape, dtype=dtype, device=device)

@@ -108,9 +108,9 @@ def measure_teacher(objective: Objective, model: ULLME, batches: Iterable[Batch]
 
 def _scores(objective: Objective, term: KL, model: ULLME, batch: Batch) -> torch.Tensor:
     """(b, C) what the term ranks by, before its temperature."""
-    everything = torch.ones_like(batch.passage_keys, dtype=torch.bool)
+    everything = torch.ones(batch.passage_keys.shape, dtype=torch.bool)
     chunks = [slice(n, min(n + _CHUNK, len(batch))) for n in range(0, len(batch), _CHUNK)]
-    total = torch.zeros(everything.shape, dtype=torch.double, device=everything.device)
+    total = torch.zeros(everything.shape, dtype=torch.double, device=batch.row_ids.device)
     training = model.training
     model.eval()
     try:

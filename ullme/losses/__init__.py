@@ -3,6 +3,7 @@
 from ullme.losses.base import Chunk, ChunkLoss, RepresentationLoss, Term
 from ullme.losses.info_nce import InfoNCE, info_nce
 from ullme.losses.kl import KL, kl_loss
+from ullme.losses.matryoshka import Matryoshka
 from ullme.losses.mntp import MNTP
 from ullme.losses.preference import CPO, DPO, IPO, KTO, Hinge, SimPO
 from ullme.losses.pseudo_labels import PseudoLabelInfoNCE
@@ -20,6 +21,7 @@ __all__ = [
     "ChunkLoss",
     "Hinge",
     "InfoNCE",
+    "Matryoshka",
     "PseudoLabelInfoNCE",
     "RepresentationLoss",
     "SimPO",

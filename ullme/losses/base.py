@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -17,6 +18,9 @@ TextDirection = Literal["passage_given_query", "query_given_passage"]
 class Term(nn.Module):
     """A term of the objective.
 
+    A term that reads numbers of the training rows (teacher scores, labels) names them in ``columns``, class by class or
+    set in ``__init__``; rows that have none of them are refused before training.
+
     Args:
         weight: λ, the term's factor in the objective.
 
@@ -26,6 +30,7 @@ class Term(nn.Module):
 
     name = "term"
     needs_positive = True  # whether each query's first candidate must be known to be a positive
+    columns: tuple[str, ...] = ()  # the columns of numbers that it reads
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
@@ -42,6 +47,11 @@ class RepresentationLoss(Term):
     """
 
     teacher_direction: Direction | None = None
+    # the numbers of leading dimensions, the largest first, that the term trains as embeddings besides the full width
+    matryoshka_dims: tuple[int, ...] = ()
+
+    def check_width(self, width: int) -> None:
+        """Before training. Raises: ValueError: the term does not fit embeddings of D = ``width`` dimensions."""
 
     def forward(self, reps: Representations) -> Tensor:
         """The unweighted term: a scalar, the mean over this rank's queries (see :mod:`ullme.distributed`)."""
@@ -59,29 +69,45 @@ class Chunk:
     A term's likelihoods are those of its ``direction``: log π(p|q), log π(q|p), or log π(p|q) − log π(p).
 
     Args:
+        batch: the b queries, with their keys, labels and columns.
         reps: representations, queries (b, D) and passages (b, C, D), or None if no term uses them.
         policy_logps: (b, C) log-likelihoods, in nats; zero where no term asked for one.
         reference_logps: (b, C) the same under π_ref, without gradient, or None if no term uses it.
         lengths: (b, C) tokens that are scored: of each passage, or of the query for log π(q|p).
-        row_ids: (b,), as in :class:`~ullme.batch.Batch`.
-        passage_keys: (b, C), likewise.
         statistics: term name -> the mean over the global batch of what the term's ``statistic`` returned.
         masked_logps: (b,) mean log-probability of each query's masked tokens, in nats, or None if no term masks any.
-        labelled: whether the first candidate is known to be a positive.
     """
 
+    batch: Batch
     reps: Representations | None
     policy_logps: Tensor
     reference_logps: Tensor | None
     lengths: Tensor
-    row_ids: Tensor
-    passage_keys: Tensor
-    statistics: dict[str, Tensor]
+    statistics: dict[str, Tensor] = field(default_factory=dict)
     masked_logps: Tensor | None = None
-    labelled: bool = True
 
     def __len__(self) -> int:
-        return len(self.row_ids)
+        return len(self.batch)
+
+    @property
+    def row_ids(self) -> Tensor:
+        """(b,), as in :class:`~ullme.batch.Batch`."""
+        return self.batch.row_ids
+
+    @property
+    def passage_keys(self) -> Tensor:
+        """(b, C), likewise."""
+        return self.batch.passage_keys
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the first candidate is known to be a positive."""
+        return self.batch.labelled
+
+    @property
+    def columns(self) -> Mapping[str, Tensor]:
+        """Name -> (b, C) or (b,) numbers of the training rows, NaN where there is none."""
+        return self.batch.columns
 
     @property
     def reference(self) -> Tensor:
@@ -118,8 +144,15 @@ class ChunkLoss(Term):
         """(b, C) bool, the candidates of a statistic of the batch that must be known before any gradient, or None."""
         return None
 
+    @property
+    def statistic_of_mismatched_pairs(self) -> bool:
+        """Whether the term has a statistic of each query with the next query's positive as its only candidate, over the
+        global batch, instead of ``statistic_candidates``."""
+        return False
+
     def statistic(self, chunk: Chunk) -> Tensor:
-        """(b,) whose mean over the global batch becomes ``chunk.statistics[name]``; without gradient."""
+        """(b,) whose mean over the global batch becomes ``chunk.statistics[name]``; without gradient. For mismatched
+        pairs of a global batch with a single query, which has none, the statistic is 0."""
         raise NotImplementedError(f"{type(self).__name__} must define statistic(chunk)")
 
     def forward(self, chunk: Chunk) -> Tensor:

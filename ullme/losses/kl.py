@@ -11,7 +11,7 @@ from torch.nn.functional import log_softmax
 
 from ullme.batch import Batch, Direction
 from ullme.losses.base import Chunk, ChunkLoss
-from ullme.losses.ranking import rank_of_first
+from ullme.losses.ranking import rank_correlation, rank_of_first
 
 log = logging.getLogger(__name__)
 
@@ -120,13 +120,10 @@ class KL(ChunkLoss):
     def metrics(self, chunk: Chunk) -> dict[str, Tensor]:
         """Of each query: Spearman's correlation of the two rankings; where the positive is known, whether the teacher
         (P_gen) ranks it first, and the reciprocal of the rank that it gives it."""
-        from torchmetrics.functional import spearman_corrcoef
-
         retrieval, generation = self.scores(chunk)
         if retrieval.shape[1] < 2:
             return {}
-        agreement = spearman_corrcoef(retrieval.float().T, generation.float().T)
-        found = {"rank_agreement": agreement.reshape(len(chunk))}
+        found = {"rank_agreement": rank_correlation(retrieval, generation)}
         if chunk.labelled:
             accuracy, reciprocal = rank_of_first(generation)
             found |= {"teacher_accuracy": accuracy, "teacher_mrr": reciprocal}

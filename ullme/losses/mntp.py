@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ullme.batch import TokenRows
 from ullme.losses.base import Chunk, ChunkLoss
+from ullme.prompts import begin_and_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +74,9 @@ class MNTP(ChunkLoss):
         """
         ids, real = rows.input_ids, rows.attention_mask.bool()
         first = real & (real.cumsum(1) == 1)
-        special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids, dtype=ids.dtype, device=ids.device))
+        # what a tokenizer puts around a text need not be among those that it calls special
+        fixed = [*tokenizer.all_special_ids, *chain.from_iterable(begin_and_end(tokenizer))]
+        special = torch.isin(ids, torch.tensor(fixed, dtype=ids.dtype, device=ids.device))
         may = real & ~first & ~special
         draws = torch.rand(ids.shape, device=ids.device).masked_fill(~may, 2.0)
         chosen = draws < self.share
@@ -83,7 +87,8 @@ class MNTP(ChunkLoss):
             lot = torch.rand(ids.shape, device=ids.device)
             anything = torch.randint_like(ids, len(tokenizer))
             stand_in = torch.where(lot < 0.8, stand_in, torch.where(lot < 0.9, anything, ids))
-        return TokenRows(torch.where(chosen, stand_in, ids), rows.attention_mask), ids.masked_fill(~chosen, -100)
+        replaced = TokenRows(torch.where(chosen, stand_in, ids), rows.attention_mask, host=rows.host)
+        return replaced, ids.masked_fill(~chosen, -100)
 
     def forward(self, chunk: Chunk) -> Tensor:
         assert chunk.masked_logps is not None

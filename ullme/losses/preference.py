@@ -21,6 +21,7 @@ from ullme.losses.base import Chunk, ChunkLoss, TextDirection, check_text_direct
 from ullme.losses.sft import sft_loss
 
 Negatives = Literal["all", "first", "random"]
+ReferencePairs = Literal["mismatched", "first_negative"]
 
 
 def dpo_loss(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> Tensor:
@@ -185,14 +186,19 @@ class Hinge(PreferenceLoss):
 class KTO(PreferenceLoss):
     """:func:`kto_loss`.
 
-    The reference point z = max(0, mean of log π/π_ref over mismatched pairs) is a statistic of the batch. Here the
-    mismatched pairs are each query with its first hard negative, the mean runs over all queries of all ranks, and it
-    is taken in a pass of its own without gradient before the first chunk's: so it does not depend on the chunks, on
-    the order of the queries or on the number of ranks.
+    The reference point z = max(0, mean of log π/π_ref over pairs) is a statistic of the global batch, taken in a pass
+    of its own without gradient before the first chunk's: it depends neither on chunks nor on the number of ranks.
 
     Args:
         desirable_weight: λ_D.
         undesirable_weight: λ_U.
+        reference_pairs: the pairs of z. ``mismatched``, as in the paper (arXiv 2402.01306, section 4.1): each query of
+            the global batch with the positive of the next one, the last with that of the first; a batch of one query
+            has no such pair, and z is 0. ``first_negative``: each query with its own first hard negative, which costs
+            less and is pushed down by the loss, so that z soon stays at 0.
+
+    Raises:
+        ValueError: unknown pairs.
     """
 
     name = "kto"
@@ -206,21 +212,37 @@ class KTO(PreferenceLoss):
         desirable_weight: float = 1.0,
         undesirable_weight: float = 1.0,
         direction: TextDirection = "passage_given_query",
+        reference_pairs: ReferencePairs = "mismatched",
     ) -> None:
         super().__init__(beta, negatives, length_normalized, weight, direction)
+        if reference_pairs not in get_args(ReferencePairs):
+            raise ValueError(f"KTO.reference_pairs={reference_pairs!r}: choose {' or '.join(get_args(ReferencePairs))}")
         self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
+        self.reference_pairs = reference_pairs
 
-    def statistic_candidates(self, batch: Batch) -> Tensor:
+    @property
+    def statistic_of_mismatched_pairs(self) -> bool:
+        return self.reference_pairs == "mismatched"
+
+    def statistic_candidates(self, batch: Batch) -> Tensor | None:
+        if self.statistic_of_mismatched_pairs:
+            return None
         return only_candidates(batch, 2) & ~only_candidates(batch, 1)
 
     def statistic(self, chunk: Chunk) -> Tensor:
-        ratio = chunk.policy_logps[:, 1] - chunk.reference[:, 1]
-        return ratio / chunk.lengths[:, 1] if self.length_normalized else ratio
+        candidate = 0 if self.statistic_of_mismatched_pairs else 1
+        ratio = chunk.policy_logps[:, candidate] - chunk.reference[:, candidate]
+        return ratio / chunk.lengths[:, candidate] if self.length_normalized else ratio
 
     def forward(self, chunk: Chunk) -> Tensor:
         reference_point = chunk.statistics[self.name].detach().clamp(min=0)
         weights = self.desirable_weight, self.undesirable_weight
         return kto_loss(*self.ratios(chunk), reference_point, self.beta, *weights)
+
+    @torch.no_grad()
+    def metrics(self, chunk: Chunk) -> dict[str, Tensor]:
+        """And the mean log-ratio of the pairs, which is z where it is positive, in nats."""
+        return {**super().metrics(chunk), "reference_point": chunk.statistics[self.name].expand(len(chunk))}
 
 
 class CPO(PreferenceLoss):

@@ -16,6 +16,7 @@ from ullme.models.trained_weights import (
     copy_weights,
     read_checkpoint,
     rebuild_model,
+    stored_dims,
 )
 from ullme.models.ullme import ULLME
 from ullme.prompts import Prompts
@@ -43,6 +44,7 @@ def load_weights(model: ULLME, checkpoint: str | Path) -> None:
     """
     stored, state = read_checkpoint(checkpoint)
     model.prompts = Prompts.from_dict(stored["prompts"])
+    model.matryoshka_dims = stored_dims(stored)
     copy_weights(model, stored, state, checkpoint)
 
 

@@ -44,7 +44,10 @@ class BackboneConfig:
         compile: compile the decoder layers with torch.compile; the first steps then take a minute or more.
         attention_path: how the decoder is run with that attention; auto takes the first path that passes the probe.
         probe: check at load time that every layer has the attention asked for; false trusts attention_path.
-        attention_dropout: dropout on attention weights in training; null keeps the LLM's own.
+        llm_dropout: keep the dropout that the LLM itself has in training (GPT-2, OPT and BLOOM: 0.1). false turns it
+            off, for embedding and generation, so that the policy is as deterministic as its reference and DPO starts at
+            ln 2; the adapter's lora_dropout is another matter.
+        attention_dropout: dropout on attention weights in training; null: as llm_dropout says.
         init_from: a run, checkpoint or adapter folder to start from; null starts from the LLM.
         init_mode: merge that run's trained weights into the LLM and train new ones, or continue training the same
             weights.
@@ -75,6 +78,7 @@ class BackboneConfig:
     attention_path: AttentionPath = "auto"
     probe: bool = True
     quantization: Quantization = "none"
+    llm_dropout: bool = False
     attention_dropout: float | None = None
     init_from: str | None = None
     init_mode: InitMode = "merge"

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from ullme.batch import TokenRows
+from ullme.losses.matryoshka import truncated
+from ullme.models import compression
 from ullme.prompts import Role
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from ullme.models.compression import Precision
     from ullme.models.interface import Embedder
 
 EmbedBlocks = Callable[["Embedder", Iterable[TokenRows]], Iterator[Tensor]]
@@ -58,7 +61,7 @@ def embed_blocks(model: Embedder, blocks: Iterable[TokenRows]) -> Iterator[Tenso
     """Embed padded blocks of R rows: yields (R, D) each, in float32 on the CPU."""
     for block in blocks:
         rows = block.to(model.device)
-        yield model(rows.input_ids, rows.attention_mask, pool_mask=rows.pool_mask)["rep"].float().cpu()
+        yield model(rows.input_ids, rows.attention_mask, pool_mask=rows.pool_mask, host=rows.host)["rep"].float().cpu()
 
 
 def _token_budget(batch_size: int | None, lengths: list[int], device: torch.device) -> int:
@@ -85,6 +88,8 @@ def encode(
     max_length: int,
     show_progress_bar: bool,
     convert_to_tensor: bool,
+    truncate_dim: int | None = None,
+    precision: Precision = "float32",
 ) -> np.ndarray | Tensor:
     """See :meth:`ullme.models.ULLME.encode`."""
     from tqdm.auto import tqdm
@@ -100,6 +105,9 @@ def encode(
         raise ValueError(f"texts[{n}]={texts[n]!r:.80} holds half a surrogate pair, which is no character; remove it")
     if role is not None and role not in get_args(Role):
         raise ValueError(f"role={role!r}: choose {', '.join(get_args(Role))} or None")
+    compression.check_truncate_dim(truncate_dim, model.hidden_size)
+    compression.warn_untrained_dim(model, truncate_dim)
+    compression.check_precision(precision, len(texts))
     max_length = min(max_length, model.max_positions)
     instructions = [instruction] if instruction is None or isinstance(instruction, str) else list(instruction)
     shared = instruction is None or isinstance(instruction, str)
@@ -109,7 +117,8 @@ def encode(
     if role is not None:
         for text in set(instructions):
             tokenizer.check_length(role, max_length, text)
-    out = torch.empty((len(texts), model.hidden_size), dtype=torch.float32)
+    width = truncate_dim or model.hidden_size
+    out = torch.empty((len(texts), width), dtype=torch.float32)
     training = model.training
     model.eval()
     try:
@@ -124,8 +133,11 @@ def encode(
                     tokenizer.pad([rows[n] for n in batch], starts and [starts[n] for n in batch]) for batch in batches
                 )
                 for batch, rep in zip(batches, model.embed_blocks(model, blocks), strict=True):
-                    out[torch.tensor(batch) + window.start] = rep
+                    out[torch.tensor(batch) + window.start] = rep if truncate_dim is None else truncated(rep, width)
                     bar.update(len(batch))
     finally:
         model.train(training)
-    return out if convert_to_tensor else out.numpy()
+    if precision == "float32":
+        return out if convert_to_tensor else out.numpy()
+    quantized = compression.quantize(out, precision)
+    return torch.from_numpy(quantized) if convert_to_tensor else quantized

@@ -23,6 +23,7 @@ class Embedder(Protocol):
     llm: nn.Module
     tokenizer: Any
     training: bool
+    matryoshka_dims: tuple[int, ...]
     __call__: Callable[..., Any]
     embed_blocks: Callable[[Any, Iterable[TokenRows]], Iterator[Tensor]]
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from ullme.batch import TokenRows
+from ullme.batch import HostMasks, TokenRows
 from ullme.models import attention
 from ullme.models.attention.layers import rounding, token_table
 from ullme.models.attention.packed_rows import PackedRows, real_lengths
+from ullme.models.pooling import sum_rows
+from ullme.utils.transfer import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +47,7 @@ def likelihood(
     packed: bool,
     prompts: TokenRows,
     targets: TokenRows,
-    owner: Tensor,
+    owner: np.ndarray,
     share_prompts: bool,
 ) -> Likelihood:
     """Log-likelihood of R passages, each after its own prompt.
@@ -52,25 +55,71 @@ def likelihood(
     Args:
         model: the causal LM, adapters inside.
         packed: whether its attention takes packed rows.
-        prompts: B token rows, right-padded.
-        targets: R token rows, right-padded.
+        prompts: B token rows.
+        targets: R token rows.
         owner: (R,) index of each target's prompt, not falling.
         share_prompts: run a prompt once for all of its targets; packed only.
     """
-    owners = owner.tolist()
-    prompt_rows, target_rows = _unpad(prompts), _unpad(targets)
+    texts = _Texts.of(prompts, targets, owner)
     key = attention.length_key(attention.text_decoder(model.base_model))
     if share_prompts and key is not None:
         # A prompt is run once only for passages that give it the same rotary positions.
-        keys = [key(len(prompt_rows[o]) + len(row) - 1) for o, row in zip(owners, target_rows, strict=True)]
-        share_prompts = len(set(zip(owners, keys, strict=True))) == len(set(owners))
+        keys = [key(int(length)) for length in texts.prompt_lengths + texts.target_lengths - 1]
+        share_prompts = len(set(zip(owner.tolist(), keys, strict=True))) == len(set(owner.tolist()))
+    ids = torch.cat([prompts.input_ids.flatten(), targets.input_ids.flatten()])
     if packed:
-        hidden = _packed_hidden(model, prompt_rows, target_rows, owners, share_prompts)
+        hidden, labels, lengths = _packed_hidden(model, ids, texts, share_prompts)
     else:
-        hidden = _padded_hidden(model, prompt_rows, target_rows, owners)
-    token_logps = token_log_probabilities(model, hidden, torch.cat(target_rows))
-    lengths = torch.tensor([len(row) for row in target_rows], device=hidden.device)
-    return Likelihood(torch.segment_reduce(token_logps, "sum", lengths=lengths), lengths)
+        hidden, labels, lengths = _padded_hidden(model, ids, texts)
+    return Likelihood(sum_rows(token_log_probabilities(model, hidden, labels), lengths), lengths)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Where the tokens of R prompts and their targets are among all token ids: (prompts, then targets), flattened.
+
+    Args:
+        places: of every real token, all prompts' and then all targets'.
+        prompt_starts: (R,) where each target's prompt begins among ``places``.
+        prompt_lengths: (R,) its tokens.
+        target_starts: (R,) where the target begins among ``places``.
+        target_lengths: (R,) its tokens.
+        new_prompt: (R,) bool, whether the prompt is another one than that of the target before.
+    """
+
+    places: np.ndarray
+    prompt_starts: np.ndarray
+    prompt_lengths: np.ndarray
+    target_starts: np.ndarray
+    target_lengths: np.ndarray
+    new_prompt: np.ndarray
+
+    @classmethod
+    def of(cls, prompts: TokenRows, targets: TokenRows, owner: np.ndarray) -> _Texts:
+        masks = prompts.host_masks, targets.host_masks
+        prompt_lengths, target_lengths = (real_lengths(mask) for mask in masks)
+        real = [np.flatnonzero(mask.attention) for mask in masks]
+        starts = np.cumsum(prompt_lengths) - prompt_lengths
+        target_starts = np.cumsum(target_lengths) - target_lengths + len(real[0])
+        places = np.concatenate([real[0], real[1] + masks[0].attention.size])
+        new_prompt = np.append(True, owner[1:] != owner[:-1])
+        return cls(places, starts[owner], prompt_lengths[owner], target_starts, target_lengths, new_prompt)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(Σ target tokens,) where the tokens that are scored are among all token ids."""
+        return self.places[self.target_starts[0] :]
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, ..., start + length - 1 of every range, one range after another."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def _alternate(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(2 R,) an element of the one and of the other in turn."""
+    return np.stack([first, second], axis=1).ravel()
 
 
 def masked_likelihood(model: PreTrainedModel, hidden: Tensor, attention_mask: Tensor, masked: Tensor) -> Likelihood:
@@ -93,60 +142,56 @@ def masked_likelihood(model: PreTrainedModel, hidden: Tensor, attention_mask: Te
     return Likelihood(token_logps.new_zeros(len(masked)).index_add(0, row, token_logps), counts)
 
 
-def _unpad(rows: TokenRows) -> list[Tensor]:
-    lengths = real_lengths(rows.attention_mask)
-    return list(rows.input_ids[rows.attention_mask.bool()].split(lengths))
+def _packed_hidden(model: PreTrainedModel, ids: Tensor, texts: _Texts, share: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states in front of every target token (Σ target tokens, D), those tokens, and the R targets' lengths.
+
+    A target's last token needs no forward.
+
+    Args:
+        model: the causal LM.
+        ids: all token ids.
+        texts: where each text is among them.
+        share: run a prompt once for all of its targets.
+    """
+    bodies = texts.target_lengths - 1
+    starts = _alternate(texts.prompt_starts, texts.target_starts)
+    lengths = _alternate(np.where(texts.new_prompt | (not share), texts.prompt_lengths, 0), bodies)
+    parents = None
+    ends = np.cumsum(lengths)
+    if share:
+        # Prompts and bodies are rows of their own; a body continues the last prompt before it.
+        row = np.cumsum(lengths > 0) - 1
+        last = np.maximum.accumulate(np.where(texts.new_prompt, np.arange(len(bodies)), 0))
+        prompt_end = ends[0::2][last] - 1
+        parents = _alternate(np.full_like(bodies, -1), row[0::2][last])[lengths > 0]
+        first, length = _alternate(prompt_end, ends[0::2]), _alternate(np.ones_like(bodies), bodies)
+        row_lengths = lengths[lengths > 0]
+    else:
+        first, length = ends[0::2] - 1, texts.target_lengths
+        row_lengths = lengths.reshape(-1, 2).sum(1)
+    indices = {
+        "tokens": texts.places[_ranges(starts, lengths)],
+        "predictors": _ranges(first, length),
+        "labels": texts.labels,
+        "target_lengths": texts.target_lengths,
+    }
+    rows = PackedRows(row_lengths, ids.device, parents, indices)
+    hidden = attention.run_rows(model.base_model, ids[rows.indices["tokens"]], rows, causal=True)
+    return hidden[rows.indices["predictors"]], ids[rows.indices["labels"]], rows.indices["target_lengths"]
 
 
-def _packed_hidden(
-    model: PreTrainedModel, prompts: list[Tensor], targets: list[Tensor], owners: list[int], share: bool
-) -> Tensor:
-    """(Σ target tokens, D) hidden states in front of every target token. A target's last token needs no forward."""
-    pieces: list[Tensor] = []
-    lengths: list[int] = []
-    parents: list[int] = []
-    predictors: list[Tensor] = []
-    total, prompt_row, prompt_end, last_owner = 0, -1, -1, -1
-    for owner, target in zip(owners, targets, strict=True):
-        prompt, body = prompts[owner], target[:-1]
-        if not share:
-            pieces += [prompt, body]
-            lengths.append(len(prompt) + len(body))
-            parents.append(-1)
-            predictors.append(torch.arange(total + len(prompt) - 1, total + lengths[-1]))
-            total += lengths[-1]
-            continue
-        if owner != last_owner:
-            pieces.append(prompt)
-            prompt_row, last_owner = len(lengths), owner
-            lengths.append(len(prompt))
-            parents.append(-1)
-            total += len(prompt)
-            prompt_end = total - 1
-        predictors.append(torch.tensor([prompt_end]))
-        if len(body):
-            pieces.append(body)
-            lengths.append(len(body))
-            parents.append(prompt_row)
-            predictors.append(torch.arange(total, total + len(body)))
-            total += len(body)
-    tokens = torch.cat(pieces)
-    rows = PackedRows(lengths, tokens.device, parents if share else None)
-    hidden = attention.run_rows(model.base_model, tokens, rows, causal=True)
-    return hidden[torch.cat(predictors).to(hidden.device)]
-
-
-def _padded_hidden(model: PreTrainedModel, prompts: list[Tensor], targets: list[Tensor], owners: list[int]) -> Tensor:
+def _padded_hidden(model: PreTrainedModel, ids: Tensor, texts: _Texts) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`_packed_hidden`, in a padded block, for backbones that cannot be packed."""
-    rows = [torch.cat([prompts[owner], target[:-1]]) for owner, target in zip(owners, targets, strict=True)]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
-    mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
-    hidden = attention.run_padded(model.base_model, ids, mask, causal=True).flat
-    starts = (lengths.cumsum(0) - lengths).tolist()
-    firsts = [start + len(prompts[owner]) - 1 for start, owner in zip(starts, owners, strict=True)]
-    wanted = [torch.arange(first, first + len(target)) for first, target in zip(firsts, targets, strict=True)]
-    return hidden[torch.cat(wanted).to(hidden.device)]
+    lengths = texts.prompt_lengths + texts.target_lengths - 1
+    parts = _alternate(texts.prompt_lengths, texts.target_lengths - 1)
+    block = np.arange(lengths.max()) < lengths[:, None]
+    tokens = texts.places[_ranges(_alternate(texts.prompt_starts, texts.target_starts), parts)]
+    predictors = _ranges(np.cumsum(lengths) - texts.target_lengths, texts.target_lengths)
+    arrays = [tokens, np.flatnonzero(block), block, predictors, texts.labels, texts.target_lengths]
+    source, target, mask, before, labels, target_lengths = to_device(arrays, ids.device)
+    padded = ids.new_zeros(block.size).index_copy(0, target, ids[source]).view(block.shape)
+    hidden = attention.run_padded(model.base_model, padded, mask.long(), True, HostMasks(block)).flat
+    return hidden[before], ids[labels], target_lengths
 
 
 def token_log_probabilities(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+# Names of modules' numbers that are probabilities of dropout (attn_pdrop, layerdrop) or the width of a router's noise.
+_NOISE = re.compile("drop|jitter")
 
 
 def has_file(name: str, file: str) -> bool:
@@ -221,11 +225,22 @@ def quantization_options(options: BackboneConfig) -> dict[str, Any]:
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
     """Raises: ValueError: the tokenizer has ids for which the LLM has no embedding."""
     rows = len(token_table(model))
-    if len(tokenizer) > rows:
+    missing = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if not missing:
+        return
+    if missing.keys() <= tokenizer.get_added_vocab().keys():
+        added = sorted(missing, key=missing.__getitem__)
+        more = f" and {len(added) - 4} more" if len(added) > 4 else ""
         raise ValueError(
-            f"model_name_or_path={name!r}: the tokenizer has {len(tokenizer)} tokens and the LLM embeds {rows}; "
-            "they belong to different models; give a folder or hub name where they match"
+            f"model_name_or_path={name!r}: the LLM embeds {rows} tokens, and the tokenizer has others that were added "
+            f"to it: {', '.join(map(repr, added[:4]))}{more}; take them out of tokenizer.json and "
+            "tokenizer_config.json (padding needs no token of its own here), or give the LLM rows for them with "
+            f"resize_token_embeddings({max(missing.values()) + 1}) and save it"
         )
+    raise ValueError(
+        f"model_name_or_path={name!r}: the tokenizer has {len(tokenizer)} tokens and the LLM embeds {rows}; "
+        "they belong to different models; give a folder or hub name where they match"
+    )
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -289,6 +304,17 @@ def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:
     lora_layers.set_dropout(wrapped, options.lora_name, options.lora_dropout)
     lora_layers.install(wrapped)
     return wrapped
+
+
+def turn_off_dropout(model: nn.Module) -> None:
+    """Set every dropout of an LLM to 0, and the noise on the router of a mixture of experts. The config, part of the
+    fingerprint, does not change."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and _NOISE.search(name):
+                setattr(module, name, 0.0)
 
 
 def set_attention_dropout(model: nn.Module, probability: float) -> None:

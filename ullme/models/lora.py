@@ -2,8 +2,8 @@
 
 PEFT computes ``W x`` and ``s B (A dropout(x))`` separately, then scales and adds. Each of these operations reads and
 writes (T, out) values, which costs more than LoRA's products. Here ``s B A x`` is accumulated into ``W x`` in place.
-Without dropout and in full precision, ``W + s B A`` is computed first, so that the forward costs as much as the layer
-without LoRA.
+Without dropout and in full precision, ``W + s B A`` is computed first, in forward and in backward, so that both cost
+hardly more than the layer without LoRA.
 
 PEFT's modules, weight names and file formats do not change, only the class of :class:`peft.tuners.lora.Linear` modules.
 """
@@ -58,8 +58,8 @@ class LoraLinear(Linear):
         x, weight, a, b = (t.to(dtype) for t in (x, base.weight, down.weight, up.weight))
         bias = None if base.bias is None else base.bias.to(dtype)
         dropout = self.lora_dropout[name]
-        dropped = dropout(x) if isinstance(dropout, nn.Dropout) and dropout.training else None
-        return _Lora.apply(x, dropped, weight, bias, a, b, self.scaling[name])
+        probability = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return _Lora.apply(x, weight, bias, a, b, self.scaling[name], probability)
 
     def _single_plain_adapter(self) -> str | None:
         """The name of the active adapter, or None if PEFT's own forward is needed."""
@@ -173,45 +173,54 @@ def _merging_is_cheaper(x: Tensor, weight: Tensor) -> bool:
 
 
 class _Lora(torch.autograd.Function):
-    """``x W^T + bias + scale · dropped A^T B^T`` with frozen W and bias.
+    """``x W^T + bias + scale · dropout(x) A^T B^T`` with frozen W and bias.
 
-    Shapes: x and dropped (x after dropout, or None without) (..., in); W (out, in); bias (out,) or None; A (r, in);
-    B (out, r).
+    ``scale`` multiplies products of rank r only. Of dropout, the mask is kept (one byte a value) and not the input.
+
+    Shapes: x (..., in); W (out, in); bias (out,) or None; A (r, in); B (out, r).
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        dropped: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
         scale: float,
+        probability: float,
     ) -> Tensor:
-        lora_input = x if dropped is None else dropped
-        ctx.save_for_backward(lora_input, weight, a, b)
-        ctx.scale, ctx.dropout = scale, dropped is not None
-        if dropped is None and _merging_is_cheaper(x, weight):
+        ctx.scale, ctx.keep = scale, 1 / (1 - probability) if probability < 1 else 0.0
+        ctx.merged = not probability and _merging_is_cheaper(x, weight)
+        if ctx.merged:
+            ctx.save_for_backward(x, weight, a, b, None, None)
             return linear(x, torch.addmm(weight, b, a, alpha=scale), bias)
+        dropped, mask = torch.native_dropout(x, probability, True) if probability else (x, None)
+        down = (dropped.flatten(0, -2) @ a.T).mul_(scale)  # (T, r)
+        ctx.save_for_backward(x, weight, a, b, mask, down)
         y = linear(x, weight, bias)
-        y.view(-1, y.shape[-1]).addmm_(lora_input.flatten(0, -2) @ a.T, b.T, alpha=scale)
+        y.view(-1, y.shape[-1]).addmm_(down, b.T)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        lora_input, weight, a, b = ctx.saved_tensors
-        flat_input, flat_grad = lora_input.flatten(0, -2), grad.flatten(0, -2)  # (T, in), (T, out)
-        grad_down = flat_grad @ b  # (T, r), not scaled
-        grad_a = torch.mm(grad_down.T, flat_input).mul_(ctx.scale)
-        grad_b = torch.mm(flat_grad.T, flat_input @ a.T).mul_(ctx.scale)
-        grad_x = grad_dropped = None
+        x, weight, a, b, mask, down = ctx.saved_tensors
+        flat_grad = grad.flatten(0, -2)  # (T, out)
+        dropped = (x if mask is None else x * mask).flatten(0, -2)  # (T, in); its factor 1 / (1 - p) is in grad_down
+        down = (dropped @ a.T).mul_(ctx.scale) if down is None else down
+        grad_b = torch.mm(down.T, flat_grad).T
+        grad_down = (flat_grad @ b).mul_(ctx.scale * ctx.keep)  # (T, r)
+        grad_a = torch.mm(grad_down.T, dropped)
+        del dropped  # as large as grad_x
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = flat_grad @ weight
-        if ctx.dropout and ctx.needs_input_grad[1]:
-            grad_dropped = torch.mm(grad_down, a).mul_(ctx.scale).view_as(lora_input)
-        elif grad_x is not None:
-            grad_x.addmm_(grad_down, a, alpha=ctx.scale)
-        return None if grad_x is None else grad_x.view_as(lora_input), grad_dropped, None, None, grad_a, grad_b, None
+            if ctx.merged:
+                grad_x = flat_grad @ torch.addmm(weight, b, a, alpha=ctx.scale)
+            elif mask is None:
+                grad_x = (flat_grad @ weight).addmm_(grad_down, a)
+            else:
+                grad_x = (grad_down @ a).mul_(mask.flatten(0, -2)).addmm_(flat_grad, weight)
+            grad_x = grad_x.view_as(x)
+        return grad_x, None, None, grad_a, grad_b, None, None

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ullme.batch import HostMasks
 from ullme.utils.dotted_names import named
+from ullme.utils.transfer import to_device
 
 POOLING_METHODS = ("mean", "weighted_mean", "first", "last")
 # (T, D) hidden states and (R,) lengths -> (R, D); see pool
@@ -47,13 +50,13 @@ def pool(hidden: Tensor, lengths: Tensor, method: str = "mean") -> Tensor:
     if method == "first":
         return hidden[ends - lengths].to(dtype)
     if method == "mean":
-        total = torch.segment_reduce(hidden.to(dtype), "sum", lengths=lengths)
+        total = sum_rows(hidden.to(dtype), lengths)
         return total / lengths[:, None]
     if method == "weighted_mean":
         token = torch.arange(len(hidden), device=hidden.device)
         row = torch.arange(len(lengths), device=hidden.device).repeat_interleave(lengths, output_size=len(hidden))
         position = token - (ends - lengths)[row] + 1
-        total = torch.segment_reduce(hidden.to(dtype) * position[:, None], "sum", lengths=lengths)
+        total = sum_rows(hidden.to(dtype) * position[:, None], lengths)
         return total / (lengths * (lengths + 1) / 2)[:, None]
     if "." in method:
         pooled = custom_pooling(method)(hidden, lengths)
@@ -65,13 +68,20 @@ def pool(hidden: Tensor, lengths: Tensor, method: str = "mean") -> Tensor:
     raise ValueError(f"pooling={method!r} is unknown; choose one of {', '.join(POOLING_METHODS)}")
 
 
-def select_pooled(hidden: Tensor, attention_mask: Tensor, pool_mask: Tensor) -> tuple[Tensor, Tensor]:
+def sum_rows(values: Tensor, lengths: Tensor) -> Tensor:
+    """(R, ...) sums over the rows of packed values (T, ...).
+
+    ``unsafe`` leaves out the check that lengths (R,) sum to T, for which a GPU would have to be waited for.
+    """
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
+
+
+def select_pooled(hidden: Tensor, masks: HostMasks) -> tuple[Tensor, Tensor]:
     """Select the hidden states of the tokens that are pooled, out of those that are attended to.
 
     Args:
         hidden: (T, D) hidden states of the real tokens, row after row.
-        attention_mask: (R, L), 1 on the T real tokens.
-        pool_mask: (R, L), 1 on the P real tokens that are pooled.
+        masks: of the R rows, with those of pooled tokens.
 
     Returns:
         (P, D) hidden states and (R,) pooled tokens of each row, the arguments of :func:`pool`.
@@ -79,11 +89,13 @@ def select_pooled(hidden: Tensor, attention_mask: Tensor, pool_mask: Tensor) -> 
     Raises:
         ValueError: a row without a pooled token.
     """
-    pooled = pool_mask.bool() & attention_mask.bool()
-    lengths = pooled.sum(dim=1)
-    if (lengths == 0).any():
-        raise ValueError(f"pool_mask: row {int(lengths.argmin())} has no token to pool; mark at least one in every row")
-    return hidden[pooled[attention_mask.bool()]], lengths
+    assert masks.pooled is not None
+    pooled = masks.pooled & masks.attention
+    counts = pooled.sum(1)
+    if (counts == 0).any():
+        raise ValueError(f"pool_mask: row {int(counts.argmin())} has no token to pool; mark at least one in every row")
+    places, lengths = to_device([np.flatnonzero(pooled[masks.attention]), counts], hidden.device)
+    return hidden.index_select(0, places), lengths
 
 
 def pool_padded(hidden: Tensor, attention_mask: Tensor, method: str = "mean") -> Tensor:

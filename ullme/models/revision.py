@@ -24,8 +24,8 @@ _CONFIG_WITHOUT_EFFECT = (
 # Options of a model that change no embedding, or only through its weights. Every other one counts.
 _OPTIONS_WITHOUT_EFFECT = (
     *("model_name_or_path", "model_backbone_type", "lora_name", "lora_dropout", "lora_target_modules", "train"),
-    *("attention_dropout", "gradient_checkpointing", "compile", "probe", "attention_path", "attn_implementation"),
-    *("init_from", "init_mode", "trust_remote_code", "family_code", "dtype"),
+    *("attention_dropout", "llm_dropout", "gradient_checkpointing", "compile", "probe", "attention_path"),
+    *("attn_implementation", "init_from", "init_mode", "trust_remote_code", "family_code", "dtype"),
 )
 
 

@@ -40,6 +40,7 @@ def contract(model: Embedder) -> dict[str, Any]:
         "version": 1,
         "backbone": _rebuilding_options(model.options),
         "prompts": model.prompts.to_dict(),
+        "matryoshka_dims": list(model.matryoshka_dims),
         "shape": shape,
         "fingerprint": model.fingerprint,
     }
@@ -168,7 +169,13 @@ def rebuild_model(model_class: type[Any], checkpoint: str | Path, strict: bool =
     if "undeclared" in stored:
         _compare_tokenizer(model, find_checkpoint(checkpoint))
     copy_weights(model, stored, state, checkpoint, strict)
+    model.matryoshka_dims = stored_dims(stored)
     return model.eval()
+
+
+def stored_dims(stored: dict[str, Any]) -> tuple[int, ...]:
+    """The nested numbers of dimensions in a contract; an older contract has none."""
+    return tuple(stored.get("matryoshka_dims", ()))
 
 
 def _warn_undeclared(stored: dict[str, Any], overrides: dict[str, Any], source: str | Path) -> None:

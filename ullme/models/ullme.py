@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ullme.batch import TokenRows
+from ullme.batch import HostMasks, TokenRows
 from ullme.models import attention, encoding, likelihood, loading, stages
 from ullme.models.config import BackboneConfig
 from ullme.models.encoding import EmbedBlocks
+from ullme.models.fused import fuse
 from ullme.models.latent_attention import make_pooler
-from ullme.models.loading import set_attention_dropout
+from ullme.models.loading import set_attention_dropout, turn_off_dropout
 from ullme.models.pooling import pool, select_pooled
 from ullme.prompts import Prompts, PromptTokenizer, Role
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedModel
+
+    from ullme.models.compression import Precision
 
 
 class ULLME(nn.Module):
@@ -44,6 +47,8 @@ class ULLME(nn.Module):
         prompts: the prompt contract.
         llm: the (PEFT-wrapped) causal LM.
         pooler: the trained layer of latent_attention pooling; None for other poolings.
+        matryoshka_dims: the numbers of leading dimensions that training made embeddings of, the largest first
+            (:class:`~ullme.losses.Matryoshka`); empty for none.
         fingerprint: hash that identifies the pre-trained LLM in its dtype.
         attention_path: how the LLM is run to embed (packed, padded, flags or mask4d), as chosen by the probe.
 
@@ -66,6 +71,7 @@ class ULLME(nn.Module):
         super().__init__()
         self.options = BackboneConfig(model_name_or_path, model_backbone_type, lora_name, **options)
         self.prompts = prompts or Prompts()
+        self.matryoshka_dims: tuple[int, ...] = ()
         config = loading.load_config(self.options)
         self.options = loading.choose_dtype(self.options, config)
         self.tokenizer = loading.load_tokenizer(self.options)
@@ -73,12 +79,16 @@ class ULLME(nn.Module):
             model, earlier_pooler = stages.merged_backbone(type(self), self.options)
         else:
             model, earlier_pooler = loading.load_backbone(self.options, config), None
+        if not self.options.llm_dropout:
+            turn_off_dropout(model)
+        fuse(model)
         if self.options.attention_dropout is not None:
             set_attention_dropout(model, self.options.attention_dropout)
         loading.check_vocabulary(self.tokenizer, model, model_name_or_path)
         self.attention_path = self._choose_attention_path(model)
         self._probed_device_type = model.device.type
         self._head_checked = self._compiled = False
+        self._autocast_is_needless: tuple[tuple[torch.dtype, torch.dtype], bool] | None = None
         self.fingerprint = loading.fingerprint(model)
         self.llm = loading.add_adapter(model, self.options)
         self.pooler = make_pooler(self.options, self.hidden_size, earlier_pooler)
@@ -143,16 +153,15 @@ class ULLME(nn.Module):
         """The longest text, in tokens, for which the LLM has positions."""
         return loading.max_positions(self.causal_lm.config)
 
-    def _check_positions(self, attention_mask: Tensor, targets: TokenRows | None, owner: Tensor | None) -> None:
+    def _check_positions(self, rows: TokenRows, targets: TokenRows | None, owner: np.ndarray | None) -> None:
         """Raises: ValueError: a text, or a prompt with its passage, is longer than the LLM's positions."""
         limit = self.max_positions
-        if attention_mask.shape[1] + (0 if targets is None else targets.input_ids.shape[1]) <= limit:
-            return  # without looking at the lengths, which a GPU would have to wait for
-        lengths = attention_mask.sum(1)
+        if rows.input_ids.shape[1] + (0 if targets is None else targets.input_ids.shape[1]) <= limit:
+            return  # without looking at the lengths
+        lengths = rows.host_masks.lengths
         if targets is not None:
-            assert owner is not None
             # a target's last token is predicted, and never run
-            lengths = lengths[owner.to(lengths.device)] + targets.attention_mask.sum(1) - 1
+            lengths = lengths[owner] + targets.host_masks.lengths - 1
         if len(lengths) and (longest := int(lengths.max())) > limit:
             what = "a text has" if targets is None else "a prompt and its passage together have"
             raise ValueError(
@@ -176,10 +185,11 @@ class ULLME(nn.Module):
         attention_mask: Tensor | None = None,
         is_generate: bool = False,
         targets: TokenRows | None = None,
-        owner: Tensor | None = None,
+        owner: Tensor | np.ndarray | None = None,
         share_prompts: bool = True,
         pool_mask: Tensor | None = None,
         masked: Tensor | None = None,
+        host: HostMasks | None = None,
         **kwargs: Any,
     ) -> Any:
         """Embed, generate or score. All use of the LLM goes through here, where FSDP's hooks run.
@@ -190,10 +200,12 @@ class ULLME(nn.Module):
             is_generate: False embeds, True runs the causal language model.
             targets: with ``is_generate=True``: passages to score, each after its prompt in ``input_ids``.
             owner: (number of targets,) index of each target's prompt, not decreasing; None means one target per prompt.
+                An array, or a tensor on the CPU, is not waited for.
             share_prompts: run a prompt once for all of its targets; only on the packed path.
             pool_mask: (R, L), 1 on the real tokens to pool, at least one in every row; None pools all.
             masked: (R, L) the original tokens where ``input_ids`` has a mask token, -100 elsewhere; returns their
                 likelihoods, read at the position before each, with the attention used for embedding.
+            host: the masks as they are on the host, so that it need not wait for the device to copy them from there.
             **kwargs: with ``is_generate=True``, passed on to transformers' forward.
 
         Returns:
@@ -209,33 +221,50 @@ class ULLME(nn.Module):
             self._compile_layers()
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        rows = TokenRows(input_ids, attention_mask, pool_mask, host)
         if is_generate and targets is not None:
             self._check_lm_head()
-            owner = torch.arange(len(targets)) if owner is None else owner
-            self._check_positions(attention_mask, targets, owner)
-            prompts = TokenRows(input_ids, attention_mask)
+            owners = np.arange(len(targets)) if owner is None else np.asarray(torch.as_tensor(owner).cpu())
+            self._check_positions(rows, targets, owners)
             packed = self.attention_path == "packed"
-            return likelihood.likelihood(self.causal_lm, packed, prompts, targets, owner, share_prompts)
+            with self._precision_of_weights():
+                return likelihood.likelihood(self.causal_lm, packed, rows, targets, owners, share_prompts)
         if is_generate:
-            return self.causal_lm(input_ids=input_ids, attention_mask=attention_mask, is_causal=True, **kwargs)
+            with self._precision_of_weights():
+                return self.causal_lm(input_ids=input_ids, attention_mask=attention_mask, is_causal=True, **kwargs)
         if kwargs:
             raise ValueError(f"{sorted(kwargs)}: arguments of transformers' forward; they need is_generate=True")
-        self._check_positions(attention_mask, None, None)
-        causal = self.options.attention == "causal"
-        hidden = attention.PATHS[self.attention_path](self.causal_lm.base_model, input_ids, attention_mask, causal)
-        if masked is not None:
-            self._check_lm_head()
-            return likelihood.masked_likelihood(self.causal_lm, hidden.flat, attention_mask, masked)
-        if pool_mask is None:
-            states, lengths = hidden.flat, hidden.lengths
-        else:
-            states, lengths = select_pooled(hidden.flat, attention_mask, pool_mask)
+        self._check_positions(rows, None, None)
+        causal, masks = self.options.attention == "causal", rows.host_masks
+        with self._precision_of_weights():
+            hidden = attention.PATHS[self.attention_path](
+                self.causal_lm.base_model, input_ids, attention_mask, causal, masks
+            )
+            if masked is not None:
+                self._check_lm_head()
+                return likelihood.masked_likelihood(self.causal_lm, hidden.flat, attention_mask, masked)
+        states, lengths = (hidden.flat, hidden.lengths) if pool_mask is None else select_pooled(hidden.flat, masks)
         if self.options.pooling == "latent_attention":
             assert self.pooler is not None
             pooled = pool(self.pooler(states), lengths, "mean")
         else:
             pooled = pool(states, lengths, self.options.pooling)
         return {"rep": nn.functional.normalize(pooled, dim=-1)}
+
+    def _precision_of_weights(self) -> AbstractContextManager:
+        """Context without autocast, if all weights of the LLM already have autocast's dtype.
+
+        Autocast would only add casts there: of LoRA's float32 matrices, which LoRA's layers cast themselves, and of
+        norms and softmax to float32, which the kernels compute in float32 anyway. Pooling and losses stay outside.
+        """
+        device = self.device.type
+        if not torch.is_autocast_enabled(device):
+            return nullcontext()
+        key = (torch.get_autocast_dtype(device), next(self.causal_lm.parameters()).dtype)
+        if self._autocast_is_needless is None or self._autocast_is_needless[0] != key:
+            dtypes = {p.dtype for name, p in self.causal_lm.named_parameters() if ".lora_" not in name}
+            self._autocast_is_needless = key, dtypes == {key[0]}
+        return torch.autocast(device, enabled=False) if self._autocast_is_needless[1] else nullcontext()
 
     def _check_lm_head(self) -> None:
         """Check, once, that likelihoods are computed with the LM head as the model itself uses it."""
@@ -273,6 +302,8 @@ class ULLME(nn.Module):
         max_length: int = 512,
         show_progress_bar: bool = False,
         convert_to_tensor: bool = False,
+        truncate_dim: int | None = None,
+        precision: Precision = "float32",
     ) -> np.ndarray | Tensor:
         """Embed texts. The embedding of a text does not depend on the other texts.
 
@@ -285,10 +316,28 @@ class ULLME(nn.Module):
             max_length: in tokens, template included; at most the LLM's number of positions.
             show_progress_bar: show a bar on stderr.
             convert_to_tensor: return a tensor on the CPU instead of an array.
+            truncate_dim: keep so many of the first dimensions, of unit length again; None keeps all. With a warning if
+                training did not make embeddings of so many (:class:`~ullme.losses.Matryoshka`).
+            precision: as in sentence-transformers. int8 and uint8: 256 steps over the range that each dimension has in
+                these texts, so embeddings of different calls do not compare. binary and ubinary: signs, eight in a
+                byte.
 
         Returns:
-            (R, D) normalised embeddings in float32, in the order of the texts.
+            (R, D) normalised embeddings in float32, in the order of the texts; D is ``truncate_dim`` if given. int8 or
+            uint8 for another precision, and (R, ⌈D/8⌉) for binary and ubinary.
+
+        Raises:
+            ValueError: a text or option that cannot be used.
         """
         return encoding.encode(
-            self, texts, role, instruction, batch_size, max_length, show_progress_bar, convert_to_tensor
+            self,
+            texts,
+            role,
+            instruction,
+            batch_size,
+            max_length,
+            show_progress_bar,
+            convert_to_tensor,
+            truncate_dim,
+            precision,
         )

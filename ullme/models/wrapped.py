@@ -16,6 +16,7 @@ from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
 from ullme.models.checkpoint import load_embedder, usable_device
+from ullme.models.compression import check_truncate_dim
 from ullme.models.loading import adapter_folder, is_sentence_transformer
 from ullme.models.revision import revision
 
@@ -59,6 +60,7 @@ class WrappedULLME(AbsEncoder):
         use_task_instructions: False uses the prompt contract's instruction for all tasks.
         instructions: instruction by task name, or by task type ("STS", "Classification" ...).
         device: where to run; None takes a GPU if there is one.
+        truncate_dim: keep so many of the first dimensions, of unit length again; None keeps all.
         **options: further options of :class:`~ullme.models.ULLME` (pooling, attention, dtype ...). ``prompts`` may
             also be a mapping with fields of the prompt contract to replace.
 
@@ -82,6 +84,7 @@ class WrappedULLME(AbsEncoder):
         use_task_instructions: bool = True,
         instructions: Mapping[str, str] | None = None,
         device: str | None = None,
+        truncate_dim: int | None = None,
         **options: Any,
     ) -> None:
         if model_name_or_path is None and model_checkpoint is None:
@@ -105,7 +108,21 @@ class WrappedULLME(AbsEncoder):
             source = (name, model_checkpoint) if folder is None else (None, folder)
             self.model = load_embedder(*source, settings).to(device).eval()
             self.max_length = DEFAULT_MAX_LENGTH if max_length is None else max_length
+        self.truncate_dim = self._checked_dim(truncate_dim)
         self.mteb_model_meta = self._model_meta(name, model_checkpoint)
+
+    def _checked_dim(self, truncate_dim: int | None) -> int | None:
+        """The number of dimensions to keep, which a sentence-transformers model keeps by itself.
+
+        Raises:
+            ValueError: the model has not so many.
+        """
+        if truncate_dim is None:
+            return None
+        check_truncate_dim(truncate_dim, _embedding_size(self.model) or truncate_dim)
+        if self.delegate is not None:
+            self.model.truncate_dim = truncate_dim
+        return truncate_dim
 
     @classmethod
     def from_model(cls, model: ULLME, name: str, **settings: Any) -> WrappedULLME:
@@ -114,7 +131,7 @@ class WrappedULLME(AbsEncoder):
         Args:
             model: the model, on any device.
             name: the model name under which mteb stores results; a hash of the weights is added as revision.
-            **settings: max_length, use_task_instructions and instructions, as in the constructor.
+            **settings: max_length, truncate_dim, use_task_instructions and instructions, as in the constructor.
 
         Raises:
             ValueError: any other setting.
@@ -122,12 +139,13 @@ class WrappedULLME(AbsEncoder):
         wrapped = cls.__new__(cls)
         wrapped.model, wrapped.delegate = model, None
         wrapped.max_length = settings.pop("max_length", DEFAULT_MAX_LENGTH)
+        wrapped.truncate_dim = wrapped._checked_dim(settings.pop("truncate_dim", None))
         wrapped.use_task_instructions = settings.pop("use_task_instructions", True)
         wrapped.prompts_dict = dict(settings.pop("instructions", None) or {})
         if settings:
             raise ValueError(
                 f"{sorted(settings)}: from_model does not know the settings; give only max_length, "
-                "use_task_instructions or instructions"
+                "truncate_dim, use_task_instructions or instructions"
             )
         wrapped.mteb_model_meta = wrapped._model_meta(name, None)
         return wrapped
@@ -158,6 +176,7 @@ class WrappedULLME(AbsEncoder):
             instruction=self.instruction_for(task_metadata),
             batch_size=kwargs.get("batch_size"),
             max_length=self.max_length,
+            truncate_dim=self.truncate_dim,
             show_progress_bar=kwargs.get("show_progress_bar", False),
         )
 
@@ -195,7 +214,7 @@ class WrappedULLME(AbsEncoder):
                 "revision": revision(self.model, settings),
                 "loader_kwargs": settings,
                 "n_parameters": sum(p.numel() for p in self.model.parameters()),
-                "embed_dim": _embedding_size(self.model),
+                "embed_dim": self.truncate_dim or _embedding_size(self.model),
                 "max_tokens": self.max_length,
                 "framework": ["PyTorch"] if self.delegate is None else ["Sentence Transformers", "PyTorch"],
                 "similarity_fn_name": similarity,
@@ -206,6 +225,8 @@ class WrappedULLME(AbsEncoder):
     def _settings(self) -> dict[str, Any]:
         """How the model is used, for mteb's records; what it is besides is in its revision."""
         settings: dict[str, Any] = {"max_length": self.max_length, "dtype": str(next(self.model.parameters()).dtype)}
+        if self.truncate_dim is not None:
+            settings["truncate_dim"] = self.truncate_dim
         if self.delegate is not None:
             return {**settings, "prompts": self.model.prompts}
         return {

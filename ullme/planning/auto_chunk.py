@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 # The share of what is free that is planned with: an accelerator is ours alone, a CPU's memory is everybody's.
 _USABLE = {"cpu": 0.5, "cuda": 0.9}
-# Chunks beyond this are no faster: a CPU leaves its cache, a GPU has been full for long.
-_MOST = {"cpu": 512, "cuda": 65536}
+# Chunks beyond this are no faster: a CPU has tall enough matrices, a GPU has been full for long.
+_MOST = {"cpu": 2048, "cuda": 65536}
 # Chunks below this leave a GPU idle; where they would not fit, layers are recomputed instead.
 _LEAST = {"cpu": 256, "cuda": 4096}
 
@@ -172,7 +172,7 @@ class _NoReference(Reference):
     def prepare(self, model: ULLME, precision: str, likelihoods: Any = ()) -> None: ...
 
     def logps(self, model: ULLME, batch: Batch, mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.zeros(mask.shape, device=mask.device)
+        return torch.zeros(mask.shape, device=model.device)
 
 
 def _random_batch(model: ULLME, tokens: int, most: int, passages: int, passage_tokens: int) -> Batch:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ullme.batch import Batch, LikelihoodKind
+from ullme.batch import PARTS, Batch, LikelihoodKind
+from ullme.losses.base import only_candidates
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -33,7 +34,7 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 @dataclass(frozen=True)
 class Work:
-    """What a forward pass goes through. The fields are numbers or 0-dim tensors, which stay on their device.
+    """What a forward pass goes through. The fields are numbers or 0-dim tensors on the CPU.
 
     Args:
         tokens: real tokens through the decoder's layers.
@@ -143,11 +144,14 @@ def meta_model(config: PretrainedConfig, options: BackboneConfig, dtype: torch.d
     """The LLM of ``config`` with its adapter, without memory."""
     from transformers import AutoModelForCausalLM
 
+    from ullme.models.fused import fuse
     from ullme.models.loading import add_adapter
 
     config = deepcopy(config)  # a model built from it writes to it
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=options.trust_remote_code)
+    fuse(model)
+    with torch.device("meta"):
         return add_adapter(model, options)
 
 
@@ -207,6 +211,12 @@ def step_work(batch: Batch, objective: Objective, causal: bool, share_prompts: b
             + generation_work(batch, scored.statistic, share_prompts, kind),
             reference=generation_work(batch, scored.reference, share_prompts, kind),
         )
+    for term in objective.chunk_terms:
+        if term.statistic_of_mismatched_pairs:
+            # another query's positive behind each query: as long as the query's own, on average
+            for kind in PARTS[term.direction]:
+                once = generation_work(batch, only_candidates(batch, 1), share_prompts, kind)
+                total += StepWork(scored=once, reference=once if term.uses_reference else Work())
     return total
 
 
@@ -220,13 +230,13 @@ def learned_work(batch: Batch, objective: Objective, share_prompts: bool) -> Wor
 
 def embedding_work(batch: Batch, causal: bool) -> Work:
     """Queries and passages through the layers once."""
-    lengths = torch.cat([batch.queries.attention_mask.sum(1), batch.passages.attention_mask.sum(1)])
+    lengths = torch.cat([batch.queries.host_lengths, batch.passages.host_lengths])
     return Work(lengths.sum(), _pairs(lengths, causal).sum())
 
 
 def masked_work(batch: Batch, share: float, causal: bool) -> Work:
     """Queries through the layers once, and the masked share of their tokens through the LM head."""
-    lengths = batch.queries.attention_mask.sum(1)
+    lengths = batch.queries.host_lengths
     return Work(lengths.sum(), _pairs(lengths, causal).sum(), lengths.sum() * share)
 
 
@@ -235,8 +245,8 @@ def generation_work(
 ) -> Work:
     """Likelihoods of the candidates in ``mask`` (b, C). A target's last token predicts nothing, so it needs no pass."""
     rows = batch.generation_rows(kind)
-    prompts = rows.prompts.attention_mask.sum(1).view(len(mask), -1)  # (b, 1) or (b, C)
-    targets = rows.lengths(mask.shape)
+    prompts = rows.prompts.host_lengths.view(len(mask), -1)  # (b, 1) or (b, C)
+    targets = rows.host_lengths(mask.shape)
     bodies = targets - 1
     if share_prompts and rows.shares_prompts:
         tokens = (prompts * mask.any(1, keepdim=True)).sum() + (bodies * mask).sum()

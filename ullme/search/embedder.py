@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from ullme.models.revision import revision
 from ullme.prompts import Role
@@ -47,9 +46,10 @@ class TextEmbedder(Protocol):
         instruction: str | None = None,
         max_length: int,
         batch_size: int | None = None,
+        truncate_dim: int | None = None,
         on_batch: OnBatch | None = None,
     ) -> np.ndarray:
-        """(R, D) float32 embeddings, in the order of the texts."""
+        """(R, D) float32 embeddings, in the order of the texts; D is ``truncate_dim`` if given."""
         ...
 
 
@@ -74,6 +74,7 @@ class ULLMEEmbedder:
         instruction: str | None = None,
         max_length: int,
         batch_size: int | None = None,
+        truncate_dim: int | None = None,
         on_batch: OnBatch | None = None,
     ) -> np.ndarray:
         inner = self.model.embed_blocks
@@ -87,7 +88,12 @@ class ULLMEEmbedder:
             self.model.embed_blocks = reporting
         try:
             return self.model.encode(
-                texts, role=role, instruction=instruction, max_length=max_length, batch_size=batch_size
+                texts,
+                role=role,
+                instruction=instruction,
+                max_length=max_length,
+                batch_size=batch_size,
+                truncate_dim=truncate_dim,
             )
         finally:
             self.model.embed_blocks = inner
@@ -122,6 +128,7 @@ class SentenceTransformerEmbedder:
         instruction: str | None = None,
         max_length: int,
         batch_size: int | None = None,
+        truncate_dim: int | None = None,
         on_batch: OnBatch | None = None,
     ) -> np.ndarray:
         if instruction is not None:
@@ -132,6 +139,7 @@ class SentenceTransformerEmbedder:
             list(texts),
             batch_size=batch_size or 32,
             show_progress_bar=False,
+            truncate_dim=truncate_dim,
             normalize_embeddings=self.similarity == "cosine",
         )
         if on_batch is not None:
@@ -183,20 +191,3 @@ def _sentence_transformer(name: str, device: str, options: dict[str, Any]) -> Se
         )
     model = SentenceTransformer(name, device=device, model_kwargs={} if dtype is None else {"dtype": dtype})
     return SentenceTransformerEmbedder(model, name)
-
-
-def truncated(embeddings: np.ndarray, truncate_dim: int | None, similarity: str) -> np.ndarray:
-    """The first components of Matryoshka embeddings (arXiv 2205.13147), normalised again under the cosine.
-
-    Args:
-        embeddings: (R, D) float32.
-        truncate_dim: how many components to keep; None keeps all.
-        similarity: "cosine" or "dot".
-
-    Returns:
-        (R, truncate_dim) float32.
-    """
-    if truncate_dim is None:
-        return embeddings
-    kept = torch.from_numpy(embeddings[:, :truncate_dim])
-    return (torch.nn.functional.normalize(kept, dim=-1) if similarity == "cosine" else kept).numpy()

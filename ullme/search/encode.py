@@ -14,7 +14,7 @@ from typing import Any
 from ullme.prompts import Role
 from ullme.search import shards
 from ullme.search.corpus import SHARD_ROWS, Corpus, CorpusPlan, check_corpus
-from ullme.search.embedder import TextEmbedder, truncated
+from ullme.search.embedder import TextEmbedder
 from ullme.utils import atomic_files
 
 
@@ -170,9 +170,9 @@ def encode_shard(
         instruction=settings.instruction,
         max_length=settings.max_length,
         batch_size=settings.batch_size,
+        truncate_dim=settings.truncate_dim,
         on_batch=on_batch,
     )
-    vectors = truncated(vectors, settings.truncate_dim, embedder.similarity)
     shards.write_shard(folder, number, vectors, documents, settings.precision)
 
 

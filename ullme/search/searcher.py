@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
 from ullme.search import bm25, faiss_index
-from ullme.search.embedder import TextEmbedder, load_text_embedder, truncated
+from ullme.search.embedder import TextEmbedder, load_text_embedder
 from ullme.search.fusion import reciprocal_rank_fusion
 from ullme.search.queries import Hit
 from ullme.search.shards import Shards
@@ -37,6 +37,7 @@ class Searcher:
         device: of the model and of exact search; None takes a GPU if there is one.
         model: name or folder of the model, where it is no longer where it was.
         instruction: of the queries; None takes the prompt contract's.
+        max_length: of a query in tokens, template included; None is 512, or a sentence-transformers model's own.
         exact: search the shards themselves, even where there is a FAISS index.
 
     Raises:
@@ -51,10 +52,11 @@ class Searcher:
         device: str | None = None,
         model: str | None = None,
         instruction: str | None = None,
+        max_length: int | None = None,
         exact: bool = False,
     ) -> None:
         self.shards = Shards(folder)
-        self.instruction = instruction
+        self.instruction, self.max_length = instruction, max_length
         self._device, self._model = device, model
         self._given = embedder
         self._exact = exact
@@ -86,10 +88,13 @@ class Searcher:
 
     def embed(self, queries: Sequence[str]) -> np.ndarray:
         """(Q, D) float32 embeddings of queries, as the folder's are."""
-        manifest = self.shards.manifest
-        options: dict[str, Any] = {"instruction": self.instruction, "max_length": manifest["max_length"]}
-        found = self.embedder.embed(queries, "query", **options)
-        return truncated(found, manifest["truncate_dim"], self.embedder.similarity)
+        return self.embedder.embed(
+            queries,
+            "query",
+            instruction=self.instruction,
+            max_length=self.max_length or self.embedder.default_max_length,
+            truncate_dim=self.shards.manifest["truncate_dim"],
+        )
 
     def dense(self, queries: Sequence[str] | np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest documents of each query, through the index if there is one.

@@ -218,7 +218,8 @@ class ULLMEModule(L.LightningModule):
 
     def validation_step(self, batch: EvalRows, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Embed a batch of the corpus (dataloader 0) or of the queries (dataloader 1)."""
-        rep = self.model(batch.rows.input_ids, batch.rows.attention_mask, pool_mask=batch.rows.pool_mask)["rep"]
+        rows = batch.rows
+        rep = self.model(rows.input_ids, rows.attention_mask, pool_mask=rows.pool_mask, host=rows.host)["rep"]
         (self._corpus if dataloader_idx == 0 else self._queries)[batch.indices] = rep.float()
 
     def on_validation_epoch_end(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ullme.losses import InfoNCE, Term
+from ullme.losses import InfoNCE, Matryoshka, Term
 
 
 def check_negatives(
@@ -26,7 +26,7 @@ def check_negatives(
     Raises:
         ValueError: a term has no negatives.
     """
-    for term in terms:
+    for term in (wrapper.term if isinstance(wrapper, Matryoshka) else wrapper for wrapper in terms):
         if not isinstance(term, InfoNCE) or num_hard_negatives > 0:
             continue
         shared = in_batch_negatives and term.in_batch_negatives

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ullme.utils.transfer import to_device
+
 DEPTH = 100
+# Queries whose similarities with the whole corpus are in memory at once.
+_BLOCK = 256
 
 
 def retrieval_metrics(
@@ -24,23 +29,32 @@ def retrieval_metrics(
     """
     from torchmetrics.retrieval import RetrievalMRR, RetrievalNormalizedDCG, RetrievalRecall
 
+    copies = np.array([-1 if copy is None else copy for copy in left_out or [None] * len(queries)], dtype=np.int64)
+    positives = [[passage for passage, grade in judged.items() if grade > 0] for judged in relevant]
+    width = max(1, *map(len, positives)) if positives else 1
+    wanted = np.array([row + [0] * (width - len(row)) for row in positives], dtype=np.int64).reshape(-1, width)
+    judged_places, copy_places, is_copy = to_device([wanted, copies.clip(0), copies >= 0], queries.device)
+    best: list[Tensor] = []  # for each block, on the device: passages found, their scores, scores of the judged ones
+    for start in range(0, len(queries), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        similar = queries[block].float() @ corpus.float().T
+        own = torch.where(is_copy[block], -torch.inf, similar.gather(1, copy_places[block, None])[:, 0])
+        similar.scatter_(1, copy_places[block, None], own[:, None])
+        top = similar.topk(min(DEPTH, len(corpus)), dim=1)
+        judged_scores = similar.gather(1, judged_places[block])
+        best.append(torch.cat([top.values.double(), top.indices.double(), judged_scores.double()], 1))
+    depth = min(DEPTH, len(corpus))
+    values, indices, judged_values = torch.cat(best).cpu().split([depth, depth, width], 1)  # the one wait
     scores, grades, indexes = [], [], []
-    for start in range(0, len(queries), 256):
-        block = queries[start : start + 256].float() @ corpus.float().T
-        own = [None] * len(block) if left_out is None else left_out[start : start + 256]
-        for row, copy in enumerate(own):
-            if copy is not None:
-                block[row, copy] = -torch.inf
-        top = block.topk(min(DEPTH, len(corpus)), dim=1).indices
-        for row, found in enumerate(top):
-            judged = relevant[start + row]
-            retrieved = found if own[row] is None else found[found != own[row]]
-            # Relevant passages below the cut-off are included: recall and the ideal ranking count them.
-            missed = [p for p in judged if judged[p] > 0 and p not in set(retrieved.tolist())]
-            passages = torch.cat([retrieved, torch.tensor(missed, dtype=torch.long, device=retrieved.device)])
-            scores.append(block[row, passages].cpu())
-            grades.append(torch.tensor([max(judged.get(int(p), 0), 0) for p in passages]))
-            indexes.append(torch.full((len(passages),), start + row))
+    for row, (judged, positive) in enumerate(zip(relevant, positives, strict=True)):
+        ranked = indices[row].long() != int(copies[row])
+        found = indices[row, ranked].long().tolist()
+        # Relevant passages below the cut-off are included: recall and the ideal ranking count them.
+        missed = [n for n, passage in enumerate(positive) if passage not in set(found)]
+        scores.append(torch.cat([values[row, ranked], judged_values[row, missed]]).float())
+        passages = found + [positive[n] for n in missed]
+        grades.append(torch.tensor([max(judged.get(passage, 0), 0) for passage in passages]))
+        indexes.append(torch.full((len(passages),), row))
     preds, target, index = torch.cat(scores), torch.cat(grades), torch.cat(indexes)
     return {
         "ndcg@10": float(RetrievalNormalizedDCG(top_k=10)(preds, target, indexes=index)),

@@ -79,6 +79,23 @@ def test_a_tokenizer_that_ends_texts_itself_is_left_alone():
     assert plan.ending == ()
 
 
+@pytest.mark.parametrize("end", ["</s>", "<pad>"])
+def test_a_token_behind_the_text_comes_before_the_end_that_the_tokenizer_puts(end):
+    from tokenizers import processors
+
+    tokenizer = copy.deepcopy(make_tokenizer())
+    number = tokenizer.convert_tokens_to_ids(end)
+    ends = processors.TemplateProcessing(single=f"<s> $A {end}", special_tokens=[("<s>", 1), (end, number)])
+    tokenizer.backend_tokenizer.post_processor = ends
+    prompts = Prompts(query="<s>q {text}<s>", passage="{text}<s>", append_eos=True)
+    plan, fitted = fit(prompts, tokenizer)
+    assert (plan.ending, plan.prompts["query"]) == (("<s>",), "q ")
+    for texts in (TEXTS, [long_text(64)]):
+        ours = PromptTokenizer(tokenizer, prompts).ids(texts, "query", max_length=64)
+        assert ours == fitted(["q " + text for text in texts], truncation=True, max_length=64)["input_ids"]
+        assert all(row[0] == 1 and row[-2:] == [1, number] for row in ours)
+
+
 @pytest.mark.parametrize(
     ("prompts", "pooling", "message"),
     [

@@ -70,6 +70,23 @@ def test_the_code_of_the_card_runs(run, tmp_path):
         assert (vectors - expected).abs().max() <= 1e-5
 
 
+def test_a_nested_run_is_truncated_by_sentence_transformers_itself(make_model, tmp_path, capsys):
+    model = make_model(prompts=PROMPTS)
+    model.matryoshka_dims = (16, 8)
+    run = write_run(model, tmp_path / "run")
+    assert main([str(run), "--to", str(tmp_path / "out"), "--truncate_dim", "16"]) == 0
+    assert "16 dimensions" in capsys.readouterr().out
+    settings = json.loads((tmp_path / "out" / "config_sentence_transformers.json").read_text())
+    assert settings["truncate_dim"] == 16
+    found = embed_elsewhere(tmp_path / "out")
+    whole = embed(model)
+    assert found.shape == (len(whole), 16)
+    assert (whole[:, :16] - found).abs().max() <= 1e-5  # not scaled to unit length
+    _, text = card(tmp_path / "out")
+    for part in ("vectors of 16 numbers, the first of 32", "first 8 dimensions", "vectors = vectors[:, :16]"):
+        assert part in text
+
+
 def test_adapter_only(run, tmp_path):
     assert main([str(run), "--to", str(tmp_path / "out"), "--adapter_only", "--progress", "false"]) == 0
     front, text = card(tmp_path / "out")
@@ -124,6 +141,8 @@ def test_pushing(run, tmp_path, monkeypatch, capsys):
         (["{tmp}/empty", "--to", "{tmp}/out"], "without *.ckpt"),
         (["{run}", "--to", "{run}"], "is not empty"),
         (["{run}", "--to", "{tmp}/out", "--dtype", "int4"], "choose one of"),
+        (["{run}", "--to", "{tmp}/out", "--truncate_dim", "33"], "truncate_dim=33: the model's embeddings have 32"),
+        (["{run}", "--to", "{tmp}/out", "--truncate_dim", "8", "--adapter_only"], "an adapter is written whole"),
         (["{run}", "--to", "{tmp}/out", "--max_length", "0"], "must be positive"),
         (["{run}", "--to", "{tmp}/out", "--max_length", "3"], "template alone takes"),
         (["{run}", "--to", "{tmp}/out", "--results", "{tmp}/none"], "no such folder"),

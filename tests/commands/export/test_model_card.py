@@ -37,5 +37,10 @@ def test_objective():
     assert _objective({"class_path": "x.GradCache", "init_args": {"terms": terms}}) == (
         "GradCache, InfoNCE (temperature 0.05), KL"
     )
+    nested = {"term": terms[0], "dims": [64, 32], "weights": None}
+    terms = [{"class_path": "ullme.losses.Matryoshka", "init_args": nested}]
+    assert _objective({"class_path": "x.GradCache", "init_args": {"terms": terms}}) == (
+        "GradCache, Matryoshka (term InfoNCE (temperature 0.05), dims [64, 32])"
+    )
     assert _objective({"class_path": "ullme.callbacks.GRL"}) == "GRL"
     assert _objective({}) == ""

@@ -35,11 +35,13 @@ def as_sentence_transformer(folder: Path, dtype: torch.dtype, device: torch.devi
 def plain_embeddings(folder: Path, texts: Sequence[str], dtype: torch.dtype, device: torch.device) -> Tensor:
     """(2, 2 R, D): the R texts as queries, then as documents; in batches of unequal lengths, then one by one.
 
+    D is the folder's ``truncate_dim`` where it has one, and embeddings are normalised after truncation.
+
     A single text has no padding, without which some families ignore bidirectional attention.
     """
     loaded = as_sentence_transformer(folder, dtype, device)
     names = PROMPT_NAMES.values()
-    options = {"convert_to_tensor": True, "show_progress_bar": False}
+    options = {"convert_to_tensor": True, "show_progress_bar": False, "normalize_embeddings": True}
     ways = [
         torch.cat([loaded.encode(list(texts), prompt_name=name, batch_size=size, **options) for name in names])
         for size in (4, 1)

@@ -46,6 +46,9 @@ def parser() -> ArgumentParser:
         "--tolerance", type=float, default=1e-3, help="largest 1 - cosine by which the dtype may change an embedding"
     )
     output.add_argument("--max_length", type=int, default=512, help="truncate texts to so many tokens, prompt included")
+    output.add_argument(
+        "--truncate_dim", type=int | None, help="keep so many of an embedding's first dimensions (default: all)"
+    )
     output.add_argument("--texts", type=str | None, metavar="FILE", help="texts to compare on, one a line")
     output.add_argument("--progress", type=bool, default=True, help="progress bar")
     card = options.add_argument_group("Model card and hub")
@@ -89,6 +92,11 @@ def _check(options: Any) -> None:
         raise ValueError("--adapter_only: an LLM that was not trained has no adapter; name a run")
     if options.adapter_only and options.dtype != "auto":
         raise ValueError(f"--dtype {options.dtype}: an adapter is written in float32; leave out --dtype")
+    if options.adapter_only and options.truncate_dim is not None:
+        raise ValueError(
+            f"--truncate_dim {options.truncate_dim}: an adapter is written whole; leave it out, and give truncate_dim "
+            "to encode or evaluate.py"
+        )
     if options.private and options.push_to_hub is None:
         raise ValueError("--private is for --push_to_hub NAME; give both or neither")
     from ullme.commands.export.folder import check_target
@@ -125,7 +133,8 @@ def _run(options: Any) -> int:
     if options.adapter_only:
         done = export_adapter(model, options.to, **common)
     else:
-        limits = {"dtype": dtype, "max_length": options.max_length, "tolerance": options.tolerance}
+        names = ("max_length", "tolerance", "truncate_dim")
+        limits: dict[str, Any] = {"dtype": dtype, **{name: options[name] for name in names}}
         done = export_model(model, options.to, **limits, **common)
     print(_summary(done))
     if options.push_to_hub is not None:
@@ -162,7 +171,7 @@ def _summary(done: Exported) -> str:
     if done.layout is None:
         return f"{done.folder}: the adapter; loaded by PEFT its logits differ by at most {done.loaded:.0e}"
     return (
-        f"{done.folder}: {done.dtype}, up to {done.max_length} tokens\n"
+        f"{done.folder}: {done.dtype}, up to {done.max_length} tokens, {done.dimensions} dimensions\n"
         f"  merged = adapter to {done.merged:.0e}; {done.dtype} costs 1 - cosine {done.rounded:.0e}; "
         f"sentence-transformers = ullme to {done.loaded:.0e}"
     )

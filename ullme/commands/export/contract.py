@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ullme.prompts import Prompts, PromptTokenizer, Role
+from ullme.prompts import Prompts, PromptTokenizer, Role, begin_and_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ class Layout:
         pooling: the name in sentence-transformers.
         prompts: of queries and documents; ``passage`` repeats the document's.
         include_prompt: whether the prompt's tokens are pooled too.
-        ending: special tokens that the tokenizer appends to every text.
+        ending: special tokens that the tokenizer has to put between a text and its own end token, or to append.
     """
 
     pooling: str
@@ -55,9 +55,10 @@ def layout(prompts: Prompts, pooling: str, tokenizer: PreTrainedTokenizerBase) -
     if pooling not in POOLINGS:
         why = "is a function of your own" if "." in pooling else "has trained weights"
         raise ValueError(f"pooling={pooling!r} {why} that sentence-transformers has no module for; {_REMEDY}")
+    prompt_tokenizer = PromptTokenizer(tokenizer, prompts)
     before, after = {}, {}
     for role in PROMPT_NAMES:
-        pieces = prompts.around(role)
+        pieces = prompt_tokenizer.around(role)
         template = getattr(prompts, role)
         if len(pieces) > 2:
             raise ValueError(
@@ -76,10 +77,8 @@ def layout(prompts: Prompts, pooling: str, tokenizer: PreTrainedTokenizerBase) -
             f"prompts.query={prompts.query!r}: words after {{text}} merge with its last tokens, which "
             f"sentence-transformers cannot do: only special tokens may follow the text; {_REMEDY}"
         )
-    end = tokenizer.eos_token
-    ends_already = (ending or _own_ending(tokenizer))[-1:] == [end]
-    if prompts.append_eos and end is not None and not ends_already:
-        ending = [*ending, end]
+    if not begin_and_end(tokenizer)[1]:  # else the tokenizer goes on ending texts by itself
+        ending += tokenizer.convert_ids_to_tokens(prompt_tokenizer.end)
     named = {name: before[role] for role, name in PROMPT_NAMES.items()}
     return Layout(
         pooling=POOLINGS[pooling][0],
@@ -87,12 +86,6 @@ def layout(prompts: Prompts, pooling: str, tokenizer: PreTrainedTokenizerBase) -
         include_prompt=prompts.pooled == "all",
         ending=tuple(ending),
     )
-
-
-def _own_ending(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The special token that the tokenizer itself appends to a text, if there is one."""
-    ids = tokenizer("x")["input_ids"]
-    return [str(tokenizer.convert_ids_to_tokens(ids[-1]))] if ids and ids[-1] in tokenizer.all_special_ids else []
 
 
 def _special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
@@ -130,7 +123,7 @@ def exported_tokenizer(tokenizer: PreTrainedTokenizerBase, plan: Layout, max_len
 
 
 def _end_texts(tokenizer: Any, ending: Sequence[str]) -> None:
-    """Append special tokens to the tokenizer's template; a tokenizer without one gets one.
+    """Put special tokens behind the text in the tokenizer's template; a tokenizer without one gets one.
 
     A second template after the first would not work: it takes the first one's begin token for a text.
 
@@ -152,10 +145,10 @@ def _end_texts(tokenizer: Any, ending: Sequence[str]) -> None:
         first, second = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))
         template = {"type": "TemplateProcessing", "single": [first], "pair": [first, second], "special_tokens": {}}
         parts = [*parts, template]
+    for pieces in (template["single"], template["pair"]):
+        text = max(n for n, piece in enumerate(pieces) if "Sequence" in piece)
+        pieces[text + 1 : text + 1] = [{"SpecialToken": {"id": token, "type_id": 0}} for token in ending]
     for token in ending:
-        piece = {"SpecialToken": {"id": token, "type_id": 0}}
-        template["single"].append(piece)
-        template["pair"].append(piece)
         number = tokenizer.convert_tokens_to_ids(token)
         template["special_tokens"][token] = {"id": token, "ids": [number], "tokens": [token]}
     state["post_processor"] = {"type": "Sequence", "processors": parts}

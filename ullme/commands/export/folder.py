@@ -74,7 +74,12 @@ def _sweep(target: Path) -> None:
 
 
 def write_model(
-    folder: Path, decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Layout, max_length: int
+    folder: Path,
+    decoder: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Layout,
+    max_length: int,
+    truncate_dim: int | None = None,
 ) -> None:
     """Write all files that ``SentenceTransformer(folder)`` and ``AutoModel.from_pretrained(folder)`` need.
 
@@ -84,6 +89,7 @@ def write_model(
         tokenizer: of :func:`~ullme.commands.export.contract.exported_tokenizer`.
         plan: pooling and prompts.
         max_length: in tokens, prompt included.
+        truncate_dim: the dimensions to which embeddings are truncated; None does not truncate.
     """
     decoder.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -104,10 +110,10 @@ def write_model(
         {"word_embedding_dimension": width, **pooling, "include_prompt": plan.include_prompt},
     )
     (folder / "2_Normalize").mkdir()
-    write_json(
-        folder / "config_sentence_transformers.json",
-        {"prompts": plan.prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
-    )
+    general: dict[str, Any] = {"prompts": plan.prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    if truncate_dim is not None:
+        general["truncate_dim"] = truncate_dim
+    write_json(folder / "config_sentence_transformers.json", general)
 
 
 _OTHER_POOLINGS = ("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens")

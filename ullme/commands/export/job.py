@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ullme.commands.export import check, contract, folder, weights
 from ullme.commands.export.texts import TEXTS, long_text
+from ullme.losses.matryoshka import truncated
 from ullme.models import loading
 from ullme.models.checkpoint import save_adapter
+from ullme.models.compression import check_truncate_dim, warn_untrained_dim
 
 if TYPE_CHECKING:
     from ullme.commands.export.contract import Layout
@@ -33,6 +37,8 @@ class Exported:
         folder: that was written.
         dtype: of the weights written.
         max_length: in tokens, prompt included.
+        dimensions: of an embedding.
+        truncate_dim: the dimensions to which sentence-transformers truncates embeddings; None does not truncate.
         layout: the settings of sentence-transformers; None for an adapter.
         merged: largest difference of a component between adapter and merged weights, in float32.
         rounded: largest 1 - cosine that the dtype costs.
@@ -43,10 +49,12 @@ class Exported:
     folder: Path
     dtype: str
     max_length: int
+    dimensions: int
     layout: Layout | None
     merged: float
     rounded: float
     loaded: float
+    truncate_dim: int | None = None
 
 
 def export_model(
@@ -56,6 +64,7 @@ def export_model(
     dtype: str = "auto",
     max_length: int = 512,
     tolerance: float = TOLERANCE,
+    truncate_dim: int | None = None,
     texts: Sequence[str] = TEXTS,
     extra: Callable[[Path, Exported], None] | None = None,
     show_progress_bar: bool = False,
@@ -70,6 +79,8 @@ def export_model(
         dtype: of the weights written: auto (the LLM's own), float32, bfloat16, float16.
         max_length: where sentence-transformers cuts a text, in tokens, prompt included.
         tolerance: the largest 1 - cosine by which the dtype may change an embedding.
+        truncate_dim: keep so many of an embedding's first dimensions; None keeps all. sentence-transformers does not
+            scale what it has truncated to unit length, unless it is asked to (``normalize_embeddings``).
         texts: real texts, on which everything is compared.
         extra: writes more files into the folder before it gets its name.
         show_progress_bar: count the steps on stderr.
@@ -92,6 +103,8 @@ def export_model(
             f"quantization={model.options.quantization}: an adapter is not merged into quantised weights; load the "
             "model with --quantization none"
         )
+    check_truncate_dim(truncate_dim, model.hidden_size)
+    warn_untrained_dim(model, truncate_dim)
     own = next(model.causal_lm.parameters()).dtype
     target = own if dtype == "auto" else getattr(torch, dtype)
     max_length = min(max_length, model.max_positions)
@@ -117,21 +130,43 @@ def export_model(
         cost = weights.check_rounded(merged, final, str(target).removeprefix("torch."), tolerance)
         step("write")
         decoder = weights.prepare_decoder(model).to(dtype=target)  # type: ignore[call-arg]
-        folder.write_model(unnamed, decoder, tokenizer, plan, max_length)
+        folder.write_model(unnamed, decoder, tokenizer, plan, max_length, truncate_dim)
         step("load and compare")
-        try:
-            found = check.plain_embeddings(unnamed, texts, work, model.device)
-        except Exception as error:  # loading may fail in many ways, by family
-            raise ValueError(weights.unsupported(model, weights.short(error))) from error
-        loaded = weights.difference(final, found)
-        if not loaded <= weights.SAME:
-            raise ValueError(weights.unsupported(model, f"a component differs by {loaded:.1e}"))
+        dimensions = truncate_dim or model.hidden_size
+        loaded = _check_loaded(model, unnamed, texts, truncated(final, dimensions))
         name = str(target).removeprefix("torch.")
-        done = Exported(Path(to), name, max_length, plan, same, cost, loaded)
+        done = Exported(Path(to), name, max_length, dimensions, plan, same, cost, loaded, truncate_dim)
         step("describe")
         if extra is not None:
             extra(unnamed, done)
     return done
+
+
+def _check_loaded(model: ULLME, folder: Path, texts: Sequence[str], expected: Tensor) -> float:
+    """The difference to the folder as sentence-transformers loads it.
+
+    Args:
+        model: that was exported.
+        folder: that was written.
+        texts: to compare on.
+        expected: (2 R, D) their embeddings as queries, then as passages; truncated as the folder's are.
+
+    Raises:
+        ValueError: it cannot be loaded, or gives other embeddings.
+    """
+    try:
+        found = check.plain_embeddings(folder, texts, weights.working_dtype(model), model.device)
+    except Exception as error:  # loading may fail in many ways, by family
+        raise ValueError(weights.unsupported(model, weights.short(error))) from error
+    if found.shape[-1] != expected.shape[-1]:
+        raise ValueError(
+            f"--truncate_dim {expected.shape[-1]}: sentence-transformers {version('sentence-transformers')} gives "
+            f"embeddings of {found.shape[-1]} dimensions; update it"
+        )
+    loaded = weights.difference(expected, found)
+    if not loaded <= weights.SAME:
+        raise ValueError(weights.unsupported(model, f"a component differs by {loaded:.1e}"))
+    return loaded
 
 
 def export_adapter(
@@ -179,7 +214,7 @@ def export_adapter(
         loaded = max(weights.difference(a, b) for a, b in zip(before, after, strict=True)) / scale
         if not loaded <= 10 * weights.SAME:
             raise ValueError(f"--adapter_only: loaded by PEFT, the adapter gives other logits (by {loaded:.1e})")
-        done = Exported(Path(to), "float32", model.max_positions, None, 0.0, 0.0, loaded)
+        done = Exported(Path(to), "float32", model.max_positions, model.hidden_size, None, 0.0, 0.0, loaded)
         step("describe")
         if extra is not None:
             extra(unnamed, done)

@@ -50,7 +50,7 @@ def write_card(folder: Path, model: ULLME, done: Exported, what: Description) ->
     adapter = done.layout is None
     parts = [
         f"# {what.title}",
-        _introduction(model, adapter),
+        _introduction(model, done),
         _adapter_use(model) if adapter else _use(model, done, what.title),
         _prompts(model),
         _training(what.source, model),
@@ -106,14 +106,22 @@ def _shown(name: str) -> str:
     return name if is_hub_name(name) else Path(name).name
 
 
-def _introduction(model: ULLME, adapter: bool) -> str:
-    options = model.options
+def _introduction(model: ULLME, done: Exported) -> str:
+    options, adapter = model.options, done.layout is None
+    length = "" if done.truncate_dim is None else f", the first of {model.hidden_size}"
+    dims = ", ".join(str(dim) for dim in model.matryoshka_dims if dim < done.dimensions)
+    nested = (
+        f" It was trained so that an embedding's first {dims} dimensions, normalised again, are embeddings too "
+        "([arXiv 2205.13147](https://arxiv.org/abs/2205.13147))."
+        if dims
+        else ""
+    )
     kind = "A LoRA adapter that turns" if adapter else "A text-embedding model:"
     base = f"`{_shown(options.model_name_or_path)}`"
     turned = f"{kind} {base} into a text-embedding model" if adapter else f"{kind} {base}"
     return (
         f"{turned}, with {options.attention} attention, {options.pooling.replace('_', ' ')} pooling and vectors of "
-        f"{model.hidden_size} numbers of unit length. Made with ULLME {ullme.__version__} "
+        f"{done.dimensions} numbers{length or ' of unit length'}.{nested} Made with ULLME {ullme.__version__} "
         "([arXiv 2408.03402](https://arxiv.org/abs/2408.03402))."
     )
 
@@ -136,6 +144,12 @@ def _use(model: ULLME, done: Exported, title: str) -> str:
             "Attention looks both ways because config.json says `is_causal: false`, which transformers knows since "
             "5.2; older versions ignore it and stay causal."
         )
+    if done.truncate_dim is not None:
+        lines.append(
+            f"sentence-transformers truncates embeddings to {done.dimensions} dimensions and compares them by cosine; "
+            "where they are compared otherwise, pass `normalize_embeddings=True`. A server may return all "
+            f"{model.hidden_size}: take the first {done.dimensions}, and normalise."
+        )
     if done.layout.ending:
         ending = " ".join(f"`{token}`" for token in done.layout.ending)
         lines.append(f"The tokenizer ends every text with {ending}, as the model was trained.")
@@ -153,6 +167,8 @@ def _plain_use(model: ULLME, done: Exported, title: str) -> str:
         "cls": "vectors = hidden[:, 0]",
         "lasttoken": "vectors = hidden[torch.arange(len(hidden)), mask[..., 0].sum(1).long() - 1]",
     }[done.layout.pooling]
+    if done.truncate_dim is not None:
+        pool += f"\nvectors = vectors[:, :{done.truncate_dim}]"
     prompt = done.layout.prompts["query"]
     texts = '["who founded the town?"]'
     put = f"[{prompt!r} + text for text in {texts}]" if prompt else texts
@@ -237,7 +253,9 @@ def _objective(loss: dict[str, Any]) -> str:
 
 
 def _term(term: dict[str, Any]) -> str:
-    settings = ", ".join(f"{k} {v}" for k, v in (term.get("init_args") or {}).items() if not isinstance(v, dict | list))
+    values = (term.get("init_args") or {}).items()
+    shown = {k: _term(v) if isinstance(v, dict) and "class_path" in v else v for k, v in values}
+    settings = ", ".join(f"{k} {v}" for k, v in shown.items() if v is not None and not isinstance(v, dict))
     name = str(term.get("class_path", "")).split(".")[-1]
     return f"{name} ({settings})" if settings else name
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+
+from ullme.batch import HostMasks
+from ullme.utils.transfer import to_device
 
 # Rows share a group while the shortest has at least this fraction of the longest's tokens. It trades padding inside
 # attention (a few per cent of the work) for fewer kernel calls.
@@ -33,132 +37,167 @@ class Group:
     offset: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Grouping:
+    """All groups of a packed row of T tokens.
+
+    Args:
+        groups: in the order of the positions below.
+        positions: positions in the packed row of the tokens of all groups, padding included, group after group.
+        key_positions: likewise of their keys.
+        ungroup_index: (T,) index of each token of the packed row in the concatenated groups: the inverse of
+            ``positions``.
+    """
+
+    groups: list[Group]
+    positions: Tensor
+    key_positions: Tensor
+    ungroup_index: Tensor
+
+
 class PackedRows:
     """The layout of R rows in one packed row of T tokens.
 
     A row may continue another one, its parent: it attends to the parent's tokens too, and its position ids follow the
     parent's. So a prompt shared by several passages is in the packed row only once.
 
+    All index arithmetic is done on the host, and what attention needs goes to the device in one copy.
+
     Args:
         lengths: R numbers, the tokens of each row.
         device: where attention runs.
         parents: R indices of the row that each row continues, or -1; a parent has no parent itself. None: no row has.
+        indices: further int64 arrays that the caller wants on the device, which travel in the same copy.
+
+    Attributes:
+        lengths: (R,) tokens of each row, on the device.
+        cu_seqlens: (R + 1,) int32 cumulative lengths, as varlen attention takes them.
+        position_ids: (1, T), which start at 0 in every row, or at the length of its parent.
+        varlen_keys: for varlen attention: the (K,) positions of all rows' keys in order (None if they are the tokens
+            themselves), and their (R + 1,) int32 cumulative lengths.
+        indices: on the device.
+        masks: attention masks by group, made in the first layer and reused in the others.
     """
 
-    def __init__(self, lengths: list[int], device: torch.device, parents: list[int] | None = None) -> None:
-        self.host_lengths = lengths
-        self.parents = parents
-        self.host_offsets = [0 if p < 0 else lengths[p] for p in parents] if parents else [0] * len(lengths)
-        self.max_length = max(lengths)
-        self.lengths = torch.tensor(lengths, device=device)
-        self.offsets = torch.tensor(self.host_offsets, device=device)
-        # (R + 1,) cumulative lengths, as varlen attention takes them
-        self.cu_seqlens = pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
-        # attention masks by group, made in the first layer and reused in the others
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        device: torch.device,
+        parents: Sequence[int] | np.ndarray | None = None,
+        indices: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        self._lengths = np.asarray(lengths, dtype=np.int64)
+        self._parents = None if parents is None else np.asarray(parents, dtype=np.int64)
+        offsets = np.zeros_like(self._lengths)
+        if self._parents is not None:
+            offsets = np.where(self._parents < 0, 0, self._lengths[self._parents])
+        self._offsets = offsets
+        ends = np.cumsum(self._lengths)
+        self._starts = ends - self._lengths
+        self.host_lengths: list[int] = self._lengths.tolist()
+        self.max_length = int(self._lengths.max())
+        self.max_keys = int((self._lengths + offsets).max())
+        position_ids = np.arange(ends[-1]) - np.repeat(self._starts - offsets, self._lengths)
+        given = dict(indices or {})
+        arrays = [self._lengths, np.append(0, ends), position_ids, *given.values()]
+        # a CPU has no varlen kernel
+        with_keys = self._parents is not None and device.type != "cpu"
+        copied = to_device([*arrays, *self._keys()] if with_keys else arrays, device)
+        self.device, self.lengths = device, copied[0]
+        self.cu_seqlens, self.position_ids = copied[1].to(torch.int32), copied[2][None]
+        self.indices = dict(zip(given, copied[3:], strict=False))
+        self.varlen_keys: tuple[Tensor | None, Tensor] = (None, self.cu_seqlens)
+        if with_keys:
+            self.varlen_keys = copied[-2], copied[-1].to(torch.int32)
         self.masks: dict[object, Tensor | None] = {}
-
-    @property
-    def max_keys(self) -> int:
-        """The most tokens that a row attends to, its parent's included."""
-        return max(map(sum, zip(self.host_lengths, self.host_offsets, strict=True)))
 
     @property
     def full_lengths(self) -> list[int]:
         """Tokens of the text that each row is a part of: its parent's included, or its longest child's."""
-        full = [sum(pair) for pair in zip(self.host_lengths, self.host_offsets, strict=True)]
-        for row, parent in enumerate(self.parents or ()):
-            if parent >= 0:
-                full[parent] = max(full[parent], full[row])
-        return full
+        full = self._lengths + self._offsets
+        if self._parents is not None:
+            children = self._parents >= 0
+            np.maximum.at(full, self._parents[children], full[children])
+        return full.tolist()
+
+    def _keys(self) -> tuple[np.ndarray, np.ndarray]:
+        """The positions of all rows' keys, row after row, and the (R + 1,) cumulative numbers of keys."""
+        assert self._parents is not None
+        counts = self._lengths + self._offsets
+        ends = np.cumsum(counts)
+        row = np.repeat(np.arange(len(counts)), counts)
+        position = np.arange(ends[-1]) - (ends - counts)[row]
+        in_parent = position < self._offsets[row]
+        index = np.where(in_parent, self._starts[self._parents[row]], self._starts[row] - self._offsets[row]) + position
+        return index, np.append(0, ends)
 
     @cached_property
-    def position_ids(self) -> Tensor:
-        """(1, T) position ids, which start at 0 in every row, or at the length of its parent."""
-        total = sum(self.host_lengths)
-        starts = (self.cu_seqlens[:-1] - self.offsets).repeat_interleave(self.lengths, output_size=total)
-        return (torch.arange(total, device=self.lengths.device) - starts)[None]
-
-    @cached_property
-    def groups(self) -> list[Group]:
+    def grouping(self) -> Grouping:
         """The rows in order of decreasing length, in groups of similar length; rows with and without parent apart."""
-        has_parent = [offset > 0 for offset in self.host_offsets]
-        order = sorted(range(len(self.host_lengths)), key=lambda r: (has_parent[r], -self.host_lengths[r]))
+        arrays: list[np.ndarray] = []
+        fields: list[list[int | None]] = []  # of each group, where its fields are among the arrays
+        for group in map(self._group, self._rows_of_groups()):
+            fields.append([])
+            for array in group:
+                fields[-1].append(None if array is None else len(arrays))
+                if array is not None:
+                    arrays.append(array)
+        indices = [arrays[places[0]] for places in fields]  # type: ignore[index]
+        keys = [arrays[places[0] if places[2] is None else places[2]] for places in fields]  # type: ignore[index]
+        ungroup_index = np.empty(len(self.position_ids[0]), dtype=np.int64)
+        base = 0
+        for index, places in zip(indices, fields, strict=True):
+            slots = np.arange(base, base + index.size).reshape(index.shape)
+            real = slice(None) if places[1] is None else arrays[places[1]]
+            ungroup_index[index[real].ravel()] = slots[real].ravel()
+            base += index.size
+        flat = [np.concatenate([index.ravel() for index in part]) for part in (indices, keys)]
+        *copied, positions, key_positions, ungroup = to_device([*arrays, *flat, ungroup_index], self.device)
+        groups = [Group(*(None if place is None else copied[place] for place in places)) for places in fields]  # type: ignore[arg-type]
+        return Grouping(groups, positions, key_positions, ungroup)
+
+    @property
+    def groups(self) -> list[Group]:
+        """See :attr:`grouping`."""
+        return self.grouping.groups
+
+    def _rows_of_groups(self) -> list[np.ndarray]:
+        """The indices of the rows of each group, the longest row first."""
+        has_parent = self._offsets > 0
+        order = np.lexsort((-self._lengths, has_parent))
         cuts = [0]
         for n, row in enumerate(order):
             first = order[cuts[-1]]
-            if has_parent[row] != has_parent[first] or self.host_lengths[row] < _GROUP_RATIO * self.host_lengths[first]:
+            if has_parent[row] != has_parent[first] or self._lengths[row] < _GROUP_RATIO * self._lengths[first]:
                 cuts.append(n)
-        return [self._group(order[a:b]) for a, b in zip(cuts, [*cuts[1:], len(order)], strict=True)]
+        return np.split(order, cuts[1:])
 
-    def _group(self, rows: list[int]) -> Group:
-        device = self.lengths.device
-        chosen = torch.tensor(rows, device=device)
-        lengths, starts = self.lengths[chosen, None], self.cu_seqlens[chosen, None].long()
-        longest, shortest = self.host_lengths[rows[0]], self.host_lengths[rows[-1]]
-        position = torch.arange(longest, device=device)
-        mask = None if longest == shortest else position < lengths
-        index = starts + position * (position < lengths)
-        if self.parents is None or self.parents[rows[0]] < 0:
-            return Group(index, mask)
-        offset = self.offsets[chosen]
-        parent_starts = self.cu_seqlens[torch.tensor([self.parents[r] for r in rows], device=device), None].long()
-        position = torch.arange(max(self.host_lengths[r] + self.host_offsets[r] for r in rows), device=device)
-        key_mask = position < lengths + offset[:, None]
-        keys = torch.where(position < offset[:, None], parent_starts + position, starts + position - offset[:, None])
-        return Group(index, mask, keys.masked_fill(~key_mask, 0), key_mask, offset)
-
-    @cached_property
-    def group_positions(self) -> Tensor:
-        """Positions in the packed row of the tokens of all groups, padding included, group after group."""
-        return torch.cat([group.index.flatten() for group in self.groups])
-
-    @cached_property
-    def group_key_positions(self) -> Tensor:
-        """Positions in the packed row of the keys of all groups, padding included, group after group."""
-        if self.parents is None:
-            return self.group_positions
-        return torch.cat([(group.index if group.keys is None else group.keys).flatten() for group in self.groups])
-
-    @cached_property
-    def ungroup_index(self) -> Tensor:
-        """(T,) index of each token of the packed row in the concatenated groups: the inverse of ``group_positions``."""
-        position = torch.empty(sum(self.host_lengths), dtype=torch.long, device=self.lengths.device)
-        base = 0
-        for group in self.groups:
-            slots = torch.arange(base, base + group.index.numel(), device=position.device).view_as(group.index)
-            real = slice(None) if group.mask is None else group.mask
-            position[group.index[real].flatten()] = slots[real].flatten()
-            base += group.index.numel()
-        return position
-
-    @cached_property
-    def varlen_keys(self) -> tuple[Tensor | None, Tensor]:
-        """For varlen attention: the (K,) positions of all rows' keys in order (None if they are the tokens themselves),
-        and their (R + 1,) cumulative lengths."""
-        if self.parents is None:
-            return None, self.cu_seqlens
-        device = self.lengths.device
-        counts = self.lengths + self.offsets
-        cu_seqlens = pad(counts.cumsum(0), (1, 0))
-        total = sum(self.host_lengths) + sum(self.host_offsets)
-        row = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=total)
-        position = torch.arange(total, device=device) - cu_seqlens[row]
-        parents = torch.tensor(self.parents, device=device).clamp(min=0)
-        in_parent = position < self.offsets[row]
-        parent_index = self.cu_seqlens[parents[row]] + position
-        index = torch.where(in_parent, parent_index, self.cu_seqlens[row] + position - self.offsets[row])
-        return index, cu_seqlens.to(torch.int32)
+    def _group(self, rows: np.ndarray) -> tuple[np.ndarray | None, ...]:
+        """The fields of a :class:`Group`, on the host."""
+        lengths, starts = self._lengths[rows, None], self._starts[rows, None]
+        position = np.arange(lengths[0, 0])
+        real = position < lengths
+        mask = None if lengths[0] == lengths[-1] else real
+        index = starts + position * real
+        if self._parents is None or self._parents[rows[0]] < 0:
+            return index, mask, None, None, None
+        offset = self._offsets[rows, None]
+        parent_starts = self._starts[self._parents[rows], None]
+        position = np.arange((lengths + offset).max())
+        key_mask = position < lengths + offset
+        keys = np.where(position < offset, parent_starts + position, starts + position - offset)
+        return index, mask, np.where(key_mask, keys, 0), key_mask, offset[:, 0]
 
 
-def real_lengths(attention_mask: Tensor) -> list[int]:
-    """The number of real tokens of each of R rows.
+def real_lengths(host: HostMasks) -> np.ndarray:
+    """(R,) the number of real tokens of each row.
 
     Raises:
         ValueError: a row has no real token, so there is nothing to pool.
     """
-    lengths = attention_mask.sum(dim=1).tolist()
-    if not lengths or min(lengths) == 0:
-        where = f"row {lengths.index(0)} has" if lengths else "the batch has"
+    lengths = host.lengths
+    if not lengths.size or lengths.min() == 0:
+        where = f"row {int(lengths.argmin())} has" if lengths.size else "the batch has"
         raise ValueError(
             f"attention_mask: {where} no real token; give every text at least one (an empty text: the end token)"
         )

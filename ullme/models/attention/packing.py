@@ -2,7 +2,8 @@
 
 Norms, projections and MLPs act on each token by itself, so nothing is computed on padding. Attention gets the row
 lengths through a forward keyword (:data:`ROWS_KEYWORD`) and runs within each row: on CUDA with
-``torch.nn.attention.varlen``, elsewhere in groups of rows of similar length. Position ids restart in every row.
+``torch.nn.attention.varlen``, elsewhere, and for heads that this kernel does not have, in groups of rows of similar
+length. Position ids restart in every row.
 
 This is an attention function registered with transformers as ``ullme_<base>``; calls without the keyword go to the
 ``<base>`` function. The choice depends on the call's arguments, never on a module's state, so gradient checkpointing
@@ -22,12 +23,15 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ullme.models.attention.packed_rows import Group, PackedRows
+from ullme.models.attention.reorder import from_groups, to_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROWS_KEYWORD = "ullme_rows"
 PREFIX = "ullme_"
+# The flash kernel's widest head; a head must also be a multiple of 8 wide.
+_MAX_HEAD_DIM = 256
 
 
 @torch.compiler.disable
@@ -73,7 +77,7 @@ def packed_attention(
         window = None
     if query.is_cuda and not dropout and softcap is None:
         query, key, value = _cast_for_autocast(query, key, value)
-        if query.dtype in (torch.float16, torch.bfloat16):
+        if _kernel_takes(query, value):
             return _varlen_attention(query, key, value, rows, scaling, causal, window), None
     return _grouped_attention(query, key, value, rows, scaling, causal, window, softcap, dropout), None
 
@@ -84,6 +88,13 @@ def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not torch.is_autocast_enabled(device):
         return tensors
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
+def _kernel_takes(query: Tensor, value: Tensor) -> bool:
+    """Whether the flash kernel has this dtype and head_dim. It has one width for queries and values (MLA has two)."""
+    head_dim = query.shape[-1]
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return half and head_dim <= _MAX_HEAD_DIM and head_dim % 8 == 0 and value.shape[-1] == head_dim
 
 
 def _varlen_attention(
@@ -97,11 +108,9 @@ def _varlen_attention(
         left, right = (window - 1, 0) if causal else (window, window)
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
     extra: dict[str, Any] = {}
-    if k.shape[1] != q.shape[1]:
-        if _varlen_has_parameter("enable_gqa"):
-            extra["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    # The kernel lets several query heads share a key head; torch up to 2.11 has no parameter for it and no check.
+    if k.shape[1] != q.shape[1] and _varlen_has_parameter("enable_gqa"):
+        extra["enable_gqa"] = True
     if _varlen_has_parameter("window_size"):
         extra["window_size"] = (left, right)
     elif (left, right) in ((-1, 0), (-1, -1)):
@@ -137,13 +146,16 @@ def _grouped_attention(
     """(1, T, H, head_dim) from one padded attention call for each group of rows of similar length."""
     repeats = q.shape[1] // k.shape[1]
     attend = partial(_softcapped, softcap=softcap) if softcap is not None else scaled_dot_product_attention
-    # One gather for all groups: in backward, each gather allocates and sums zeros of the size of its input.
-    indices = [group.index for group in rows.groups]
-    key_indices = [group.index if group.keys is None else group.keys for group in rows.groups]
+    grouping = rows.grouping
+    indices = [group.index for group in grouping.groups]
+    key_indices = [group.index if group.keys is None else group.keys for group in grouping.groups]
+    # a prompt that several rows continue is copied to each of them, and its gradient is a sum
+    shared = any(group.keys is not None for group in grouping.groups)
+    key_inverse = None if shared else grouping.ungroup_index
     grouped = zip(
-        rows.groups,
-        _gather_groups(q, rows.group_positions, indices),
-        *(_gather_groups(x, rows.group_key_positions, key_indices) for x in (k, v)),
+        grouping.groups,
+        _gather_groups(q, grouping.positions, grouping.ungroup_index, indices),
+        *(_gather_groups(x, grouping.key_positions, key_inverse, key_indices) for x in (k, v)),
         strict=True,
     )
     outputs = []
@@ -154,21 +166,24 @@ def _grouped_attention(
         mask = None if plain_causal else _cached_group_mask(rows, n, causal, window, None if softcap else q.dtype)
         out = attend(qg, kg, vg, attn_mask=mask, dropout_p=dropout, is_causal=plain_causal, scale=scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, rows.ungroup_index)[None]
+    return from_groups(torch.cat(outputs), grouping.ungroup_index)[None]
 
 
-def _gather_groups(x: Tensor, positions: Tensor, indices: list[Tensor]) -> list[Tensor]:
+def _gather_groups(x: Tensor, positions: Tensor, inverse: Tensor | None, indices: list[Tensor]) -> list[Tensor]:
     """The tokens of each group; the heads of a token are contiguous in memory.
 
     Args:
         x: (1, H, T, head_dim) packed.
         positions: the concatenated ``indices``.
+        inverse: (T,) the place of each token in ``positions``; None if a token may have several.
         indices: (n, l) positions of each group.
 
     Returns:
         (n, H, l, head_dim) for each group.
     """
-    parts = x[0].transpose(0, 1).index_select(0, positions).split([index.numel() for index in indices])
+    tokens = x[0].transpose(0, 1)
+    gathered = tokens.index_select(0, positions) if inverse is None else to_groups(tokens, positions, inverse)
+    parts = gathered.split([index.numel() for index in indices])
     return [part.unflatten(0, index.shape).transpose(1, 2) for part, index in zip(parts, indices, strict=True)]
 
 
@@ -183,7 +198,7 @@ def _cached_group_mask(
     """
     key = (n, causal, window, dtype)
     if key not in rows.masks:
-        mask = _group_mask(rows.groups[n], causal, window)
+        mask = _group_mask(rows.grouping.groups[n], causal, window)
         if mask is not None and dtype is not None:
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
         rows.masks[key] = mask

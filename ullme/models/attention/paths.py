@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ullme.batch import HostMasks
 from ullme.models.attention import rotary
 from ullme.models.attention.packed_rows import PackedRows, real_lengths
 from ullme.models.attention.packing import ROWS_KEYWORD, no_mask
+from ullme.utils.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,13 @@ class Hidden:
     lengths: Tensor
 
 
-def run_packed(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, causal: bool) -> Hidden:
+def run_packed(
+    decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, causal: bool, host: HostMasks | None = None
+) -> Hidden:
     """Run all real tokens as one packed row; see :mod:`ullme.models.attention.packing`."""
-    rows = PackedRows(real_lengths(attention_mask), input_ids.device)
-    return Hidden(run_rows(decoder, input_ids[attention_mask.bool()], rows, causal), rows.lengths)
+    host = HostMasks.of(attention_mask) if host is None else host
+    rows = PackedRows(real_lengths(host), input_ids.device, indices={"real": np.flatnonzero(host.attention)})
+    return Hidden(run_rows(decoder, input_ids.take(rows.indices["real"]), rows, causal), rows.lengths)
 
 
 def run_rows(decoder: nn.Module, tokens: Tensor, rows: PackedRows, causal: bool) -> Tensor:
@@ -58,14 +64,18 @@ def run_rows(decoder: nn.Module, tokens: Tensor, rows: PackedRows, causal: bool)
     return out.last_hidden_state[0]
 
 
-def run_padded(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, causal: bool) -> Hidden:
+def run_padded(
+    decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, causal: bool, host: HostMasks | None = None
+) -> Hidden:
     """Run a padded block, with the forward keyword ``is_causal`` if the decoder accepts it."""
     accepts = _accepts_keyword(type(text_decoder(decoder)).forward, "is_causal")
     keywords: dict[str, Any] = {"is_causal": causal} if accepts else {}
-    return _run_block(decoder, input_ids, attention_mask, **keywords)
+    return _run_block(decoder, input_ids, attention_mask, host, **keywords)
 
 
-def run_flags(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, causal: bool) -> Hidden:
+def run_flags(
+    decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, causal: bool, host: HostMasks | None = None
+) -> Hidden:
     """Run a padded block with ``is_causal`` set on all configs and modules, for families that read it only there.
 
     transformers' mask functions read the configs and so pass the right mask to every layer. Without a mask, a layer
@@ -78,14 +88,16 @@ def run_flags(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, cau
     decoder = text_decoder(decoder)
     if "flash" in (getattr(decoder.config, "_attn_implementation", None) or ""):
         raise NotImplementedError("flash attention takes no mask; set attn_implementation to sdpa or eager")
-    lengths = set(real_lengths(attention_mask))
+    host = HostMasks.of(attention_mask) if host is None else host
+    lengths = set(real_lengths(host).tolist())
     if extra_row := len(lengths) == 1 and lengths != {1}:  # a block of one-token rows is padded anyway
         input_ids = torch.cat([input_ids, input_ids[:1]])
         first_only = torch.arange(attention_mask.shape[1], device=attention_mask.device)[None] == 0
         attention_mask = torch.cat([attention_mask, first_only.to(attention_mask)])
+        host = HostMasks(np.concatenate([host.attention, np.arange(attention_mask.shape[1])[None] == 0]))
     _make_mask_buffers_bidirectional(decoder)
     with _is_causal_flags(decoder, causal):
-        hidden = _run_block(decoder, input_ids, attention_mask)
+        hidden = _run_block(decoder, input_ids, attention_mask, host)
     return Hidden(hidden.flat[:-1], hidden.lengths[:-1]) if extra_row else hidden
 
 
@@ -125,7 +137,9 @@ def _make_mask_buffers_bidirectional(decoder: nn.Module) -> None:
             module.bias, vars(module)["ullme_symmetric_mask"] = mask | mask.transpose(-1, -2), True
 
 
-def run_mask4d(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, causal: bool) -> Hidden:
+def run_mask4d(
+    decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, causal: bool, host: HostMasks | None = None
+) -> Hidden:
     """Run a padded block with a 4D mask, for families that ignore ``is_causal`` but pass a 4D mask on unchanged.
 
     If the config has several layer types, the decoder gets one mask for each.
@@ -139,7 +153,7 @@ def run_mask4d(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, ca
             return _mask4d(mask, dtype, "full_attention", config, causal)
         return {name: _mask4d(mask, dtype, name, config, causal) for name in layer_types}
 
-    return _run_block(decoder, input_ids, attention_mask, masks)
+    return _run_block(decoder, input_ids, attention_mask, host, masks)
 
 
 def _mask4d(mask: Tensor, dtype: torch.dtype, layer_type: str, config: Any, causal: bool) -> Tensor:
@@ -188,28 +202,30 @@ def _run_block(
     decoder: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor,
+    host: HostMasks | None,
     make_mask: Callable[[Tensor, torch.dtype], Tensor | dict[str, Tensor]] = lambda mask, dtype: mask,
     **keywords: Any,
 ) -> Hidden:
     """Run the decoder on right-padded rows: left padding is moved to the right, so that positions start at 0."""
     decoder = text_decoder(decoder)
-    host_lengths = real_lengths(attention_mask)
-    lengths = torch.tensor(host_lengths, device=input_ids.device)
+    host = HostMasks.of(attention_mask) if host is None else host
+    lengths = real_lengths(host)
     # At least two columns: MPT makes no mask, and fails, for a block of one.
-    width = max(2, *host_lengths)
-    real = torch.arange(width, device=input_ids.device) < lengths[:, None]
-    ids = input_ids.new_zeros(real.shape).masked_scatter(real, input_ids[attention_mask.bool()])
+    block = np.arange(max(2, lengths.max())) < lengths[:, None]
+    places = np.flatnonzero(host.attention), np.flatnonzero(block)
+    source, target, real, device_lengths = to_device([*places, block, lengths], input_ids.device)
+    ids = input_ids.new_zeros(block.size).index_copy(0, target, input_ids.take(source)).view(block.shape)
     parameter = next(decoder.parameters())
     key = rotary.length_key(decoder)
-    groups = [] if key is None else rotary.padded_groups(host_lengths, key)
-    with rotary.frequencies_by_group(decoder, groups, len(host_lengths)) if groups else nullcontext():
+    groups = [] if key is None else rotary.padded_groups(lengths.tolist(), key)
+    with rotary.frequencies_by_group(decoder, groups, len(lengths)) if groups else nullcontext():
         out = decoder(
             input_ids=ids,
             attention_mask=make_mask(real.long(), parameter.dtype),
             **keywords,
             **without_cache(type(decoder).forward),
         )
-    return Hidden(out.last_hidden_state[real], lengths)
+    return Hidden(out.last_hidden_state.flatten(0, 1).index_select(0, target), device_lengths)
 
 
 @cache
@@ -225,7 +241,8 @@ def without_cache(forward: Callable[..., Any]) -> dict[str, bool]:
     return {"use_cache": False} if "use_cache" in inspect.signature(forward).parameters else {}
 
 
-PATHS: dict[str, Callable[[nn.Module, Tensor, Tensor, bool], Hidden]] = {
+# (decoder, input_ids (R, L), attention_mask (R, L), causal, the masks on the host if they are known) -> hidden states
+PATHS: dict[str, Callable[..., Hidden]] = {
     "packed": run_packed,
     "padded": run_padded,
     "flags": run_flags,
