@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+from children import default_signals
 from search_helpers import StubEmbedder, contents, corpus_of, encoded
 
 from ullme.search import encode as encode_module
@@ -60,6 +62,28 @@ def test_stopped_at_any_file_the_same_command_goes_on(write, whole, corpus, tmp_
     whole_shards = max(0, write - 1) // 4  # behind the manifest each shard has four files
     assert again.embedded == [4, 4, 2][whole_shards:]
     assert contents(tmp_path / "e") == contents(whole)
+
+
+@pytest.mark.slow
+def test_killed_five_times_it_ends_with_the_same_bytes(tmp_path):
+    """The kernel ends a process of its own, without a handler, once it has worked for some milliseconds."""
+    corpus = corpus_of(tmp_path / "c.jsonl", 3000)
+    options = {"shard_rows": 200, "model_name": "stub"}
+    encode_corpus(StubEmbedder(), corpus, tmp_path / "whole", **options)
+    killed = 0
+    for milliseconds in (30, 60, 90, 120, 150):
+        pid = os.fork()
+        if not pid:
+            try:
+                default_signals()
+                signal.setitimer(signal.ITIMER_PROF, milliseconds / 1000)  # whose signal ends the process
+                encode_corpus(StubEmbedder(), corpus, tmp_path / "e", **options)
+            finally:
+                os._exit(0)
+        killed += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGPROF
+    assert killed
+    encode_corpus(StubEmbedder(), corpus, tmp_path / "e", **options)
+    assert contents(tmp_path / "e") == contents(tmp_path / "whole")
 
 
 def test_a_finished_folder_is_left_alone(whole, corpus, tmp_path):
