@@ -1,7 +1,7 @@
 """Real sizes on an accelerator, in one call: training, encoding, memory, where time goes, and torch.compile.
 
-python benchmarks/gpu.py                         # phi-1.5 and mistral-7b on CUDA, about ten minutes on an H200
-python benchmarks/gpu.py --models llama-3-8b --parts train encode
+python benchmarks/gpu.py                         # phi-1.5 on CUDA
+python benchmarks/gpu.py --models mistral-7b --parts encode train profile --output /tmp/mistral.json
 python benchmarks/gpu.py --tiny --device cpu     # the same way through the code on a toy, in seconds
 
 Weights are random, of the published shapes, in bfloat16 (speed and memory do not depend on their values); token rows
@@ -15,14 +15,15 @@ have MS MARCO's lengths, one positive and eight negatives a query; LoRA r 16 wit
 - compile: a contrastive step with torch.compile on and off.
 
 MFU counts model FLOPs on real tokens (nothing recomputed, no π_ref) against the rate of a large bfloat16 product that
-was measured in the same run. Results are merged into results/gpu.json after every part, so a run that is cut off leaves
-what it has.
+was measured in the same run. Every part is printed and written when it is done, memory and compile last, so a run that
+is cut off leaves what it has. The package need not be installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import time
@@ -31,6 +32,9 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read when torch first allocates
 
 import torch
 from machine import machine
@@ -46,7 +50,7 @@ from ullme.planning.flops import model_cost, step_work
 from ullme.planning.memory import GIB
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
-PARTS = ("train", "encode", "memory", "profile", "compile")
+PARTS = ("encode", "train", "profile", "memory", "compile")
 # One positive and eight negatives of at most 200 tokens, and a query: the least that a chunk with generation holds.
 LEAST = 9 * 200 + 12
 EPOCH_STEPS = 545
@@ -246,18 +250,11 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
     return str(value)
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and value < 1000
-        else f"{value:,.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["phi-1.5", "mistral-7b"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["phi-1.5"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a toy of each family, for trying the script out")
@@ -283,6 +280,7 @@ def main(argv: list[str] | None = None) -> None:
             results["models"].setdefault(name, {})[part] = value
             print(f"  {name} {part}: {value}", flush=True)
             if output is not None:
+                output.parent.mkdir(parents=True, exist_ok=True)
                 output.write_text(json.dumps(results, indent=1) + "\n")
 
         measure(name, options.parts, device, sizes, peak, keep)

@@ -81,6 +81,7 @@ def train_command(options: argparse.Namespace, name: str) -> list[str]:
         *([f"--model.backbone.init_from={options.output / EARLIER[name]}"] if name in EARLIER else []),
         *(f"--model.optimizer.lr={RATES.get(name, options.lr)}", "--model.optimizer.warmup=0.1"),
         *((f"--data.datasets=[{rules}]",) if name == "nv_embed_stage2" else (f"--data.train={data}",)),
+        *(["--data.datasets=null"] if name == "gritlm" else []),  # its rows of instructions are not among the data
         *("--data.train_name=null", "--data.max_rows=null", f"--data.batch_size={options.batch_size}"),
         f"--data.num_hard_negatives={0 if name in UNSUPERVISED else negatives}",
         *(f"--data.query_max_length={length}", f"--data.passage_max_length={length}"),

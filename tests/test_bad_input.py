@@ -349,7 +349,9 @@ def test_there_are_enough_of_them():
 @pytest.mark.parametrize(
     ("script", "command", "words"),
     [
-        ("train.py", "fit --config={broken_yaml}", ["--config={broken_yaml}", "fix the file"]),
+        pytest.param(
+            "train.py", "fit --config={broken_yaml}", ["--config={broken_yaml}", "fix the file"], marks=pytest.mark.slow
+        ),
         pytest.param(
             "evaluate.py", "--checkpoint {payload} --corpus {beir}", ["{payload}", "run code"], marks=pytest.mark.slow
         ),

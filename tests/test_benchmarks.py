@@ -26,7 +26,7 @@ def load(name: str, monkeypatch):
 @pytest.mark.parametrize(
     ("model", "parts"),
     [
-        ("mistral-7b", ["train", "encode"]),
+        pytest.param("mistral-7b", ["train", "encode"], marks=pytest.mark.slow),
         pytest.param("phi-1.5", ["train", "encode", "memory", "profile"], marks=pytest.mark.slow),
         pytest.param("llama-3-8b", ["compile"], marks=pytest.mark.slow),
     ],

@@ -18,7 +18,8 @@ from ullme.distributed import all_reduce_max, any_rank, average_gradients, mean_
 from ullme.engine.finite import NotFiniteError
 from ullme.engine.gradcache import chunk_slices
 from ullme.engine.objective import Objective
-from ullme.losses import DPO, KL, InfoNCE
+from ullme.losses import DPO, KL, CoSENT, CosineRegression, DistillationKL, InfoNCE, MarginMSE
+from ullme.losses.false_negatives import FalseNegatives
 from ullme.models import ULLME
 from ullme.planning.auto_chunk import Chunking, shrink_until_it_fits
 
@@ -33,11 +34,29 @@ NAMES = (
     "pseudo_labels",
     "matryoshka",
 )
+NAMES += (
+    "siblings",
+    "all_positives",
+    "student_margin",
+    "column_margin",
+    "guide_margin",
+    "distillation",
+    "scored_pairs",
+)
+LIMITS = {f"{name}_margin": FalseNegatives(-0.1, scores=name) for name in ("student", "column", "guide")}
 
 
 def make_objective(name: str) -> Objective:
     if name in OBJECTIVES:
         return Objective(OBJECTIVES[name]())
+    if name in LIMITS:
+        return Objective([InfoNCE(false_negatives=LIMITS[name])])
+    if name == "all_positives":
+        return Objective([InfoNCE(positives="all")])
+    if name == "distillation":
+        return Objective([DistillationKL(), MarginMSE(weight=0.1)])
+    if name == "scored_pairs":
+        return Objective([CoSENT(column="trust"), CosineRegression(column="trust")])
     return Objective([InfoNCE(bidirectional=name != "isolated", mask_duplicates=name != "cl_unmasked")])
 
 
@@ -47,7 +66,11 @@ def global_batch(name: str) -> Batch:
     keys = batch.passage_keys.clone()
     keys[4, 1] = keys[3, 0] = keys[0, 0]
     isolated = torch.tensor([False, True, False, False, True]) if name == "isolated" else None
-    return replace(batch, passage_keys=keys, isolated=isolated)
+    same = torch.tensor([1, 2, 3, 4, 2]) if name in ("siblings", "all_positives") else None  # on two ranks
+    nan = float("nan")
+    scores = torch.tensor([[1, 0, nan], [1, 2, 0], [nan] * 3, [0, 1, 1], [3, nan, 0]])
+    columns = {"score": scores, "trust": torch.tensor([0.1, nan, 0.9, 0.1, 0.5])}
+    return replace(batch, passage_keys=keys, isolated=isolated, query_keys=same, columns=columns)
 
 
 def load(folder: str, state: dict) -> ULLME:
@@ -71,7 +94,9 @@ def work(borders: list[int], folder: str, state: dict) -> dict:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("borders", [[0, 3, 5], [0, 1, 3, 5]], ids=["2 ranks", "3 ranks"])
+@pytest.mark.parametrize(
+    "borders", [[0, 3, 5], pytest.param([0, 1, 3, 5], marks=pytest.mark.slow)], ids=["2 ranks", "3 ranks"]
+)
 def test_ranks_change_no_gradient(borders, make_model, tmp_path):
     model = make_model().double().train()
     state = {n: p.detach().float() for n, p in model.named_parameters() if p.requires_grad}

@@ -208,7 +208,7 @@ def test_its_commands_exist(block, train_parser, tmp_path, monkeypatch):
 def test_its_rows_can_be_trained_on(block):
     for line in block.text.splitlines():
         record = parse_record(json.loads(line))
-        assert record.positives if record.labelled else len(record.negatives) > 1
+        assert record.positives if record.labelled else record.symmetric or len(record.negatives) > 1
 
 
 @pytest.mark.parametrize("block", [b for b in blocks("yaml") if b.runs], ids=str)

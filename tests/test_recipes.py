@@ -35,6 +35,9 @@ def world(tmp_path_factory, llm_folder):
     unlabelled.write_text(
         "\n".join(json.dumps({"query": row["query"], "candidates": [*row["neg"], *row["pos"]]}) for row in read)
     )
+    chats = root / "chats.jsonl"
+    said = [[{"role": "user", "content": r["query"]}, {"role": "assistant", "content": r["pos"][0]}] for r in read]
+    chats.write_text("\n".join(json.dumps({"messages": messages}) for messages in said))
 
     def run(name: str) -> Path:
         folder = root / name
@@ -78,7 +81,9 @@ def world(tmp_path_factory, llm_folder):
         if recipe.get("data", {}).get("num_hard_negatives", 8):
             here["data"]["num_hard_negatives"] = 2
         if "datasets" in recipe.get("data", {}):
-            here["data"]["datasets"] = [{**one, "train": rows} for one in recipe["data"]["datasets"]]
+            sets = recipe["data"]["datasets"]
+            files = [str(chats) if one.get("schema") == "chat" else rows for one in sets]
+            here["data"]["datasets"] = [{**one, "train": file} for one, file in zip(sets, files, strict=True)]
         else:
             here["data"].update(
                 train=str(texts) if recipe.get("data", {}).get("schema") == "text" else rows, train_name=None

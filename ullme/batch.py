@@ -148,6 +148,9 @@ class TokenRows:
 # passage after the same prompt as in log π(p|q) with an empty query.
 LikelihoodKind = Literal["passage_given_query", "query_given_passage", "passage"]
 
+# Whether a column of the training rows has one number a query or one a candidate.
+ColumnKind = Literal["query", "candidate"]
+
 # What a term scores a candidate by: a likelihood, or gain, log π(p|q) − log π(p).
 Direction = Literal["passage_given_query", "query_given_passage", "gain"]
 
@@ -257,6 +260,7 @@ class Batch:
             and then every query counts as another.
         columns: name -> numbers of the training rows, (B, C) float32, one a candidate, or (B,), one a query; NaN where
             a row has none.
+        terms: names of the loss terms that are for this batch, as its dataset says; None: all of the objective.
     """
 
     queries: TokenRows
@@ -270,6 +274,7 @@ class Batch:
     labelled: bool = True
     query_keys: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    terms: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.passages) != self.passage_keys.numel() or len(self.queries) != len(self.passage_keys):
@@ -327,7 +332,9 @@ class Batch:
 
     def _map(self, move: Callable[[Any], Any]) -> Batch:
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: move(part) for name, part in parts.items() if not isinstance(part, bool | Mapping | None)}
+        moved = {
+            name: move(part) for name, part in parts.items() if not isinstance(part, bool | Mapping | tuple | None)
+        }
         return replace(self, **moved, columns=_each(self.columns, move))
 
     def generation_rows(self, kind: LikelihoodKind) -> GenerationRows:
@@ -360,6 +367,9 @@ class Representations:
             only for a representation loss that asks for them (``teacher_direction``).
         query_keys: (B,), as in :class:`Batch`.
         columns: name -> (B, C) or (B,), likewise.
+        guide_queries: (B, D) embeddings by the LLM with its adapters off, without gradient; only for a representation
+            loss that asks for them (``uses_guide``).
+        guide_passages: (B, C, D), likewise.
     """
 
     queries: Tensor
@@ -370,6 +380,8 @@ class Representations:
     teacher: Tensor | None = None
     query_keys: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    guide_queries: Tensor | None = None
+    guide_passages: Tensor | None = None
 
     def __len__(self) -> int:
         return self.queries.shape[0]

@@ -17,8 +17,8 @@ from ullme.engine.presets import Generation, grl_terms
 from ullme.engine.reference import ReferenceChoice, make_reference
 from ullme.losses.base import Direction
 from ullme.losses.kl import Teacher
-from ullme.training.columns import check_columns
 from ullme.training.negatives import check_negatives
+from ullme.training.rows import check_columns
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME

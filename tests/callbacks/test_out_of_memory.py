@@ -36,7 +36,7 @@ def room(monkeypatch):
 @pytest.mark.parametrize(
     ("loss", "device"),
     [
-        ("--loss=GradCache", "cpu"),
+        pytest.param("--loss=GradCache", "cpu", marks=pytest.mark.slow),
         ("--loss=GRL", "cuda"),
         pytest.param("--loss=GradCache", "cuda", marks=pytest.mark.slow),
         pytest.param("--loss=GRL", "cpu", marks=pytest.mark.slow),

@@ -89,7 +89,7 @@ def test_the_table_names_every_callback_of_lightning():
     assert {*REFUSED, *WORKING, *NOT_BY_THEMSELVES, *BARS} == set(callbacks.__all__)
 
 
-@pytest.mark.parametrize("killed", ["after the validation", "in step 8"])
+@pytest.mark.parametrize("killed", [pytest.param("after the validation", marks=pytest.mark.slow), "in step 8"])
 def test_callbacks_go_on_where_the_run_was_killed(fit, tmp_path, killed):
     whole = fit("whole", "whole")
     fit("run", "first", killed=killed)

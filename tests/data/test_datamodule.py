@@ -6,6 +6,7 @@ from itertools import chain
 from types import SimpleNamespace
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 
@@ -199,6 +200,34 @@ def test_resuming_with_other_data_warns(make, prompt_tokenizer, tmp_path, caplog
     assert "'batch_size': (8, 4)" in caplog.text
 
 
+def test_a_checkpoint_of_the_old_order_goes_on_in_it(make, prompt_tokenizer, tmp_path):
+    """A checkpoint without a version of the order is one of version 1; so are the rows that max_rows keeps."""
+    options = {"max_rows": 20}
+    old = make(**options)
+    old.load_state_dict({"rows": 20, "batch_size": 8, "seed": 5})
+    before, _ = fit(old, prompt_tokenizer, tmp_path, max_epochs=2)
+    kept = np.random.default_rng(5).permutation(41)[:20]
+    old.setup("fit")
+    assert [old.source[i].query for i in range(20)] == [f"query {row}" for row in kept]
+    first = np.random.default_rng([5, 0]).permutation(20)[:8].tolist()
+    assert before.seen[0][0] == first
+    stopped = tmp_path / "stopped.ckpt"
+    fit(old, prompt_tokenizer, tmp_path, max_epochs=2, callbacks=[SaveAt(1, stopped)])
+    saved = torch.load(stopped, weights_only=False)
+    assert saved["ULLMEDataModule"]["order"] == 1
+    del saved["ULLMEDataModule"]["order"]
+    torch.save(saved, stopped)
+    resumed, _ = fit(make(**options), prompt_tokenizer, tmp_path, stopped, max_epochs=2)
+    assert resumed.seen == before.seen[1:]
+    new, _ = fit(make(**options), prompt_tokenizer, tmp_path, max_epochs=2)
+    assert new.seen != before.seen
+
+
+def test_the_order_of_a_newer_release_is_refused(make):
+    with pytest.raises(ValueError, match="order of rows has version 9"):
+        make().load_state_dict({"order": 9})
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_validation_gives_every_document_and_query(make, prompt_tokenizer, tmp_path, beir, num_workers):
     data = make(val=beir, val_batch_size=4, num_workers=num_workers)
@@ -254,6 +283,16 @@ def test_no_validation(make):
     data = make()
     data.setup("fit")
     assert data.val_dataloader() == []
+
+
+def test_an_instruction_that_is_not_read_is_warned_of_once(make, write_jsonl, rows, caplog):
+    told = [{**row, "Instruction": f"find {n}", "note": "x"} for n, row in enumerate(rows)]
+    data = make(train=write_jsonl(told, "told.jsonl"))
+    with caplog.at_level(logging.WARNING, "ullme.data"):
+        data.setup("fit")
+        data.setup("fit")
+    (warned,) = [message for message in caplog.messages if "nothing reads" in message]
+    assert "nothing reads the field Instruction of" in warned
 
 
 def test_counts_are_logged_once(make, prompt_tokenizer, write_jsonl, rows, caplog):

@@ -132,3 +132,33 @@ def test_columns_that_hold_no_texts_of_the_row_are_no_matter(extra):
 
 def test_a_schema_of_texts_or_of_ones_own_may_leave_columns_out():
     assert parse_record({"text": "t", "negatives": ["n"]}, "text") == Record("t", ("t",), ())
+
+
+def test_pairs_are_two_texts_of_one_kind_and_no_positive():
+    record = parse_record({"sentence1": " a", "sentence2": "b ", "score": 4.5})
+    assert record == Record("a", (), ("b",), columns={"score": 4.5}, symmetric=True)
+    assert parse_record({"sentence1": "a", "sentence2": "b", "label": "1"}, "pairs").columns == {"score": 1.0}
+    assert (record.labelled, record.num_negatives) == (False, 0)
+    with pytest.raises(BadRow, match="missing key 'sentence2'"):
+        parse_record({"sentence1": "a"}, "pairs")
+
+
+def test_chats_end_with_the_last_answer():
+    messages = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "thanks"},
+    ]
+    assert parse_record({"messages": messages}) == Record("Be short.\n\none\n\n1\n\ntwo", ("2",), ())
+    assert parse_record({"prompt": "a", "completion": "b"}) == Record("a", ("b",), ())
+    for broken, reason in (
+        (messages[:2], "holds no answer of the role assistant"),
+        (messages[2:3], "holds no answer of the role assistant after another message"),
+        ([{"role": "user"}], r"'messages\[0\]' must be an object with role and content"),
+        ([{"role": "user", "content": " "}], r"'messages\[0\].content' is an empty text"),
+    ):
+        with pytest.raises(BadRow, match=reason):
+            parse_record({"messages": broken})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ullme.batch import Representations
 from ullme.losses import InfoNCE, info_nce
+from ullme.losses.false_negatives import FalseNegatives, above_margin, known_positives
 
 
 def unit(*angles: float) -> torch.Tensor:
@@ -121,3 +123,160 @@ def test_half_precision_under_autocast_is_float32():
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         InfoNCE(**options)
+
+
+def sibling_reps(with_keys: bool = True) -> Representations:
+    """Queries 0 and 2 are one query with two positives; query 3 has the second of them as a hard negative."""
+    keys = torch.arange(12).view(4, 3)
+    keys[3, 1] = keys[2, 0]
+    query_keys = torch.tensor([5, 6, 5, 7]) if with_keys else None
+    return replace(random_reps(keys=keys), query_keys=query_keys)
+
+
+def sibling_by_loops(reps: Representations, tau: float, all_positives: bool, both_ways: bool) -> float:
+    total = 0.0
+    for i, query in enumerate(reps.queries):
+        same = [j for j in range(4) if reps.query_keys[j] == reps.query_keys[i]]
+        known = {reps.passage_keys[j, 0].item() for j in same}
+
+        def score(j, k, query=query):
+            return math.exp(query @ reps.passages[j, k] / tau)
+
+        numerator = sum(score(j, 0) for j in same) if all_positives else score(i, 0)
+        others = [(j, k) for j in range(4) for k in range(3) if reps.passage_keys[j, k].item() not in known]
+        found = -math.log(numerator / (numerator + sum(score(*one) for one in others)))
+        if both_ways:
+            own = score(i, 0)
+            rest = [math.exp(reps.queries[j] @ reps.passages[i, 0] / tau) for j in range(4) if j not in same]
+            found = (found - math.log(own / (own + sum(rest)))) / 2
+        total += found / 4
+    return total
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+@pytest.mark.parametrize("positives", ["one", "all"])
+def test_positives_of_the_same_query_against_loops(positives, both_ways):
+    reps = sibling_reps()
+    loss = InfoNCE(0.2, positives=positives, bidirectional=both_ways)
+    assert loss(reps).item() == pytest.approx(sibling_by_loops(reps, 0.2, positives == "all", both_ways), abs=1e-12)
+    assert abs(loss(reps) - InfoNCE(0.2, bidirectional=both_ways, mask_siblings=False)(reps)) > 1e-3
+    assert abs(loss(reps) - loss(replace(reps, query_keys=None))) > 1e-3
+
+
+def test_a_siblings_positive_gets_no_gradient_from_the_query():
+    """Query 0 and passages of query 2: its positive does not move for query 0, its negatives do."""
+    reps = sibling_reps().as_leaves()
+    zeros = torch.zeros(4, dtype=torch.long)
+    InfoNCE(0.2).per_query(reps, zeros, [4])[0].backward()
+    gradient = reps.passages.grad
+    assert not gradient[2, 0].any()
+    assert not gradient[3, 1].any()  # the same text, as a hard negative of another row
+    assert gradient[2, 1].abs().max() > 1e-3
+    assert gradient[0, 0].abs().max() > 1e-3
+    unmasked = sibling_reps().as_leaves()
+    InfoNCE(0.2, mask_siblings=False).per_query(unmasked, zeros, [4])[0].backward()
+    assert unmasked.passages.grad[2, 0].abs().max() > 1e-3
+
+
+def test_known_positives_of_many_and_of_one():
+    own, positives = torch.arange(4), torch.tensor([10, 11, 12, 10])
+    found = known_positives(own, torch.tensor([5, 6, 5, 5]), positives)
+    assert [set(row.tolist()) for row in found] == [{10, 12}, {11}, {10, 12}, {10, 12}]
+    assert known_positives(own, None, positives).tolist() == [[10], [11], [12], [10]]
+
+
+def test_several_positives_by_hand():
+    """−ln((e^a + e^b) / (e^a + e^b + e^c)) with cosines 1, 0 and −1, τ = 1."""
+    mask = torch.tensor([[True, True, False]])
+    loss = info_nce(unit(0), unit(0, math.pi / 2, math.pi), mask, None, 1.0)
+    assert loss.item() == pytest.approx(-math.log((math.e + 1) / (math.e + 1 + math.exp(-1))), abs=1e-12)
+    one = info_nce(unit(0), unit(0, 1, 2), torch.tensor([[True, False, False]]), None, 0.3)
+    assert one.item() == pytest.approx(info_nce(unit(0), unit(0, 1, 2), torch.tensor([0]), None, 0.3).item(), abs=1e-12)
+
+
+def test_margins_by_hand():
+    scores, positive = torch.tensor([[0.5, 0.61, 0.55, float("nan")]]), torch.tensor([0.5])
+    assert above_margin(scores, positive, margin=0.1).tolist() == [[False, True, False, False]]
+    assert above_margin(scores, positive, margin=0).tolist() == [[False, True, True, False]]
+    assert above_margin(scores, positive, ratio=0.95).tolist() == [[True, True, True, False]]
+    assert above_margin(scores, positive, margin=0.2, ratio=1.15).tolist() == [[False, True, False, False]]
+
+
+def filtered_by_loops(reps: Representations, scores: torch.Tensor, rule: FalseNegatives) -> tuple[float, float]:
+    """The loss, and the share left out; ``scores`` is (B, B * C), NaN where there is none."""
+    loss, shares = 0.0, []
+    for i in range(4):
+        positive, kept, out = scores[i, 3 * i].item(), 0.0, 0
+        own = math.exp(reps.queries[i] @ reps.passages[i, 0] / 0.2)
+        for m in range(12):
+            s = scores[i, m].item()
+            if m == 3 * i:
+                continue
+            high = rule.margin is not None and s > positive + rule.margin
+            high = high or (rule.ratio is not None and s > rule.ratio * positive)
+            out += high
+            kept += 0 if high else math.exp(reps.queries[i] @ reps.passages[m // 3, m % 3] / 0.2)
+        loss -= math.log(own / (own + kept)) / 4
+        shares.append(out / 11)
+    return loss, sum(shares) / 4
+
+
+@pytest.mark.parametrize("source", ["student", "column", "guide"])
+@pytest.mark.parametrize("limit", [{"margin": 0.05}, {"ratio": 0.9}])
+def test_negatives_that_score_too_high_are_left_out(source, limit):
+    generator = torch.Generator().manual_seed(4)
+    guide = torch.nn.functional.normalize(torch.randn(4, 4, 5, dtype=torch.double, generator=generator), dim=-1)
+    column = torch.rand(4, 3, dtype=torch.double, generator=generator)
+    column[1, 2], column[2] = float("nan"), float("nan")
+    reps = replace(random_reps(), columns={"score": column}, guide_queries=guide[:, 0], guide_passages=guide[:, 1:])
+    scores = {
+        "student": reps.queries @ reps.passages.flatten(0, 1).T,
+        "guide": guide[:, 0] @ guide[:, 1:].reshape(12, 5).T,
+        "column": torch.full((4, 12), float("nan"), dtype=torch.double),
+    }[source]
+    if source == "column":
+        for i in range(4):
+            scores[i, 3 * i : 3 * i + 3] = column[i]
+    rule = FalseNegatives(**limit, scores=source)
+    loss = InfoNCE(0.2, false_negatives=rule)
+    expected, share = filtered_by_loops(reps, scores, rule)
+    assert loss(reps).item() == pytest.approx(expected, abs=1e-12)
+    assert loss.metrics(reps)["false_negative_share"].item() == pytest.approx(share, abs=1e-12)
+    assert 0 < share < 0.9
+    assert abs(expected - InfoNCE(0.2)(reps).item()) > 1e-3
+    assert InfoNCE().metrics(reps) == {}
+
+
+@pytest.mark.parametrize("options", [{"false_negatives": FalseNegatives(0.05)}, {"positives": "all"}])
+def test_gradients_with_masks(options):
+    reps = sibling_reps()
+    loss = InfoNCE(0.3, **options)
+    found = torch.autograd.gradcheck(
+        lambda q, p: loss(replace(reps, queries=q, passages=p)),
+        (reps.queries.clone().requires_grad_(), reps.passages.clone().requires_grad_()),
+    )
+    assert found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"give a margin \(0\.1, say\) or a ratio"),
+        ({"ratio": 0.0}, r"ratio=0\.0: must be above 0"),
+        ({"margin": float("nan")}, r"margin=nan: must be a number"),
+        ({"margin": 0.1, "scores": "teacher"}, r"scores='teacher': choose student or column or guide"),
+    ],
+)
+def test_limits_that_are_none(options, message):
+    with pytest.raises(ValueError, match=message):
+        FalseNegatives(**options)
+
+
+def test_options_that_exclude_each_other():
+    with pytest.raises(ValueError, match=r"positives=all needs mask_siblings=true"):
+        InfoNCE(positives="all", mask_siblings=False)
+    with pytest.raises(ValueError, match=r"positives='some': choose one or all"):
+        InfoNCE(positives="some")
+    reps = replace(random_reps(), columns={"score": torch.zeros(4)})
+    with pytest.raises(ValueError, match=r"column='score' has one number a query; it needs one a candidate"):
+        InfoNCE(false_negatives=FalseNegatives(0.1, scores="column"))(reps)

@@ -108,6 +108,48 @@ def test_the_trial_gives_up_held_graphs_then_activations_then_halves_the_chunk(m
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_chunks_that_keep_a_device_busy_are_halved_before_layers_are_recomputed(model, monkeypatch):
+    monkeypatch.setitem(auto_chunk._LEAST, "cpu", 100)
+    found, tried = trial(model, monkeypatch, lambda tokens, *_: tokens <= 150, Chunking(400, 0, False))
+    assert found == Chunking(100, 0, False)
+    assert [(tokens, recomputed) for tokens, _, _, recomputed in tried] == [(400, False), (200, False), (80, False)]
+
+
+def test_recomputed_layers_are_tried_with_the_first_chunk_again(model, monkeypatch):
+    monkeypatch.setitem(auto_chunk._LEAST, "cpu", 100)
+    found, tried = trial(model, monkeypatch, lambda *seen: seen[-1], Chunking(400, 0, False))
+    assert found == Chunking(400, 0, True)
+    assert [recomputed for *_, recomputed in tried] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [
+        (1e6, Chunking(400, 0, False)),  # all that was planned
+        (30_000, Chunking(280, 0, False)),  # 0.9 * 30,000 = 40 * 100 - 1,000 + 100 * 240
+        (15_000, Chunking(400, 0, True)),  # below the least, so layers are recomputed
+    ],
+)
+def test_a_split_llm_is_measured_and_its_neediest_rank_decides(model, monkeypatch, free, expected):
+    """A step of n tokens takes 100 n - 1,000 bytes on this rank, 10 n with recomputed layers, and 4,000 for moments."""
+    monkeypatch.setitem(auto_chunk._LEAST, "cpu", 200)
+    monkeypatch.setattr(auto_chunk, "_local_bytes", lambda _: 0)
+    asked = []
+
+    def peak(step):
+        step()
+        gradients_there = any(p.grad is not None for p in model.parameters())
+        assert gradients_there
+        asked.append(40 * (1 + len(asked) % 2))
+        return 10 * asked[-1] if recomputes_layers(model) else 100 * asked[-1] - 1000
+
+    found = auto_chunk.fit_by_measurement(
+        model, Objective([InfoNCE(), DPO()]), Chunking(400, 90, False), 3, 10, nullcontext, free, peak
+    )
+    assert found == expected
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_the_trial_runs_with_the_layers_recomputed_that_were_chosen(model, monkeypatch):
     _, tried = trial(model, monkeypatch, lambda *_: True, Chunking(400, 0, True))
     assert tried == [(400, 1, 0, True)]

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ullme.models import ULLME
 from ullme.planning.flops import ModelCost, meta_model
-from ullme.planning.memory import Activations, activations, predict
+from ullme.planning.memory import Activations, _Traffic, activations, predict
 
 TOKENS = 512
 
@@ -58,6 +58,15 @@ def test_weights_are_not_activations(llm_folder):
     assert full.layers == half.layers == 2
     assert 0.45 * full.saved < half.saved < 0.75 * full.saved  # norms stay in float32
     assert full.peak(20, False) == 2 * full.peak(10, False)
+
+
+def test_what_kernels_move_by_hand():
+    """Two reads and a write of 8 numbers, a read and a write of 4, nothing of a product or a view."""
+    with _Traffic() as traffic:
+        a, b = torch.ones(2, 4), torch.ones(2, 4)
+        before = traffic.bytes
+        (a + b)[:1].exp() @ b.T
+    assert traffic.bytes - before == 4 * (3 * 8 + 2 * 4)
 
 
 COST = ModelCost(

@@ -62,6 +62,23 @@ def test_hours_follow_from_the_flops(job):
     assert spread.step_flops == pytest.approx(flops / 4, rel=0.15)  # other random lengths
 
 
+def test_time_from_its_parts(job):
+    """Products at 75 % of the peak, and the bytes that other kernels move at 80 % of the bandwidth."""
+    fast, slow = (replace(SMALL, bandwidth=bandwidth) for bandwidth in (1e6, 1.0))
+    plan = make_plan(job, fast)
+    products, others = plan.parts.values()
+    assert products == pytest.approx(plan.hardware_flops / 0.75e12)
+    assert others == pytest.approx(plan.traffic / (0.8 * 1e15))
+    assert plan.seconds == products + others
+    assert plan.utilisation == pytest.approx(0.75 * products / plan.seconds)
+    assert "limit     matrix products" in describe(plan)
+    assert "limit     other kernels" in describe(make_plan(job, slow))
+    assert "limit" not in describe(make_plan(job, fast, utilisation=0.5))
+    chunks = make_plan(with_(job, chunk_size=3), fast)
+    recomputed = with_(job, chunk_size=3, options=replace(job.options, gradient_checkpointing=True))
+    assert plan.traffic < chunks.traffic < make_plan(recomputed, fast).traffic
+
+
 def test_typical_lengths(job):
     batch = typical_batch(with_(job, passage_tokens=75, passage_max_length=256), 2000)
     lengths = batch.passages.attention_mask.sum(1).double()
@@ -88,7 +105,7 @@ def test_an_open_chunk_becomes_the_largest_that_fits(job):
 
 def test_layers_are_recomputed_only_where_memory_needs_it(job):
     many = with_(job, batch_size=2000, options=replace(job.options, gradient_checkpointing="auto"))
-    least = make_plan(with_(job, batch_size=2000, chunk_tokens=4096), SMALL).memory.total / GIB / 0.92
+    least = make_plan(with_(job, batch_size=2000, chunk_tokens=8192), SMALL).memory.total / GIB / 0.92
     roomy, tight = (make_plan(many, Device("d", 1.0, room)) for room in (1.001 * least, 0.999 * least))
     assert roomy.fits
     assert not roomy.job.options.gradient_checkpointing

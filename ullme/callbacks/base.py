@@ -22,8 +22,8 @@ from ullme.engine.reference import ReferenceChoice, make_reference
 from ullme.engine.teacher_quality import measure_teacher
 from ullme.losses import InfoNCE, Term
 from ullme.planning.auto_chunk import Chunking
-from ullme.training.columns import check_columns, warn_of_unused_columns
 from ullme.training.negatives import check_negatives
+from ullme.training.rows import check_rows
 
 if TYPE_CHECKING:
     from ullme.training.module import ULLMEModule
@@ -92,9 +92,8 @@ class LossCallback(L.Callback, ABC):
                 "set model.backbone.dtype=float32 (adapters are in float32 anyway)",
                 ", ".join(half),
             )
-        self._check_columns(data, trainer.is_global_zero)
-        negatives = getattr(data, "num_hard_negatives", 1)
-        self.objective.check(model, negatives, str(trainer.precision), getattr(data, "labelled", True))
+        check_rows(self.objective, data, warn=trainer.is_global_zero)
+        self.objective.check_model(model, str(trainer.precision))
         model.matryoshka_dims = self.objective.matryoshka_dims  # kept in checkpoints
 
     def measure_teacher(self, trainer: L.Trainer, model: Any) -> None:
@@ -143,20 +142,17 @@ class LossCallback(L.Callback, ABC):
 
     def _check_negatives(self, data: Any) -> None:
         rows, negatives = getattr(data, "batch_size", 0), getattr(data, "num_hard_negatives", 1)
-        check_negatives(self.objective.terms, rows, negatives)
-        for one in getattr(data, "datasets", None) or []:
-            check_negatives(self.objective.terms, rows, negatives, one.in_batch_negatives, f" of {one.train!r}")
+        sets = getattr(data, "datasets", None) or []
+        if not sets:
+            check_negatives(self.objective.terms, rows, negatives)
+        for one in sets:
+            terms = self.objective.of_terms(one.terms).terms
+            own = negatives if one.num_hard_negatives is None else one.num_hard_negatives
+            check_negatives(terms, rows, own, one.in_batch_negatives, f" of {one.train!r}")
         for term in self.objective.terms:
             if isinstance(term, InfoNCE) and not term.in_batch_negatives:
                 for source in getattr(data, "sources", []):
                     check_no_row_borrows(source, negatives, data.short_rows, f"loss term {term.name}")
-
-    def _check_columns(self, data: Any, warn: bool) -> None:
-        """Raises: ValueError: a term reads numbers that no row has."""
-        if (columns := getattr(getattr(data, "source", None), "columns", None)) is not None:
-            check_columns(self.objective.terms, columns)
-            if warn:
-                warn_of_unused_columns(self.objective.terms, columns)
 
     def _check_lengths(self, model: Any, data: Any) -> None:
         longest = {name: getattr(data, name, 0) for name in ("query_max_length", "passage_max_length")}

@@ -10,9 +10,10 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ullme.distributed import all_reduce_max
 from ullme.engine import fsdp
-from ullme.planning.auto_chunk import Chunking, largest_chunk, shrink_until_it_fits
+from ullme.planning.auto_chunk import Chunking, fit_by_measurement, largest_chunk, shrink_until_it_fits
 from ullme.planning.devices import free_memory
 from ullme.planning.memory import GIB
+from ullme.training.rows import kinds_of_batches
 
 if TYPE_CHECKING:
     from ullme.engine.objective import Objective
@@ -49,9 +50,20 @@ def choose_chunking(
     half = trainer.precision == "bf16-mixed"
     fixed = fixed_chunk_tokens(query_tokens, queries)
     chunking = largest_chunk(model, half, least, fixed, free)
-    if model.device.type == "cuda" and fsdp.split_by(model) is None:
+    if model.device.type == "cuda":
         context = trainer.precision_plugin.forward_context
-        chunking = shrink_until_it_fits(model, objective, chunking, passages, passage_tokens, context, queries)
+        datasets = kinds_of_batches(getattr(data, "source", None))
+        step = (model, objective, chunking, passages, passage_tokens, context)
+        if fsdp.split_by(model) is not None:
+            chunking = fit_by_measurement(*step, free, datasets=datasets)
+        else:
+            planned = chunking
+            chunking = shrink_until_it_fits(*step, queries, datasets)
+            if chunking != planned:
+                rank_zero_info(
+                    "auto: the planned chunks did not fit; the environment variable "
+                    "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True may make room for larger ones"
+                )
     if fixed is not None and chunking.chunk_tokens < fixed:
         raise ValueError(
             f"out of memory on {model.device} with as many tokens at once as loss says ({fixed}); "

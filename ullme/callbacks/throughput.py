@@ -199,7 +199,7 @@ def _padded_tokens(module: ULLMEModule, batch: Batch) -> int:
     microbatches = loss.microbatches(batch) if isinstance(loss, GradCache) else [chunk_rows(batch, whole)]
     objective = loss.objective
     total = 0
-    if objective.uses_reps:
+    if objective.of_terms(batch.terms).uses_reps:
         lengths = torch.cat([batch.queries.host_lengths, batch.passages.host_lengths])
         total += sum(len(rows) * int(lengths[rows].max()) for rows in microbatches)
     scoring = objective.scoring(batch)

@@ -87,7 +87,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--utilisation",
         type=float,
-        help="assumed share of the device's peak FLOP/s, recomputation included (default: 0.6, of a CPU 0.75)",
+        help="assumed share of the device's peak FLOP/s, recomputation included (default: predicted from matrix "
+        "products and memory traffic; of a CPU 0.75)",
     )
     add("--rows", type=int, help="queries in an epoch (default: data.max_rows, or the lines of local files)")
     add(
@@ -243,6 +244,10 @@ def describe(plan: Plan) -> str:
         "time": f"{plan.seconds:.2f} s a step, {plan.hours:.2f} hours an epoch of {plan.steps} steps, "
         f"at {plan.utilisation:.0%} of the device's peak (model FLOPs utilisation {plan.mfu:.0%})",
     }
+    if len(plan.parts) > 1:
+        part, seconds = max(plan.parts.items(), key=lambda item: item[1])
+        shares = ", ".join(f"{name} {value:.2f} s" for name, value in plan.parts.items())
+        lines["limit"] = f"{part}, {seconds / plan.seconds:.0%} of the time ({shares})"
     if plan.retained_tokens:
         lines["retained"] = (
             f"the memory left over keeps the graphs of {plan.retained_tokens:,} tokens "
@@ -250,7 +255,7 @@ def describe(plan: Plan) -> str:
         )
     if not plan.fits:
         lines["try"] = "; ".join(_remedies(plan))
-    if plan.utilisation > 0.75 and plan.device.kind == "cuda":
+    if plan.utilisation > 0.76 and plan.device.kind == "cuda":
         lines["note"] = "more than 75% of the peak is not realistic; lower --utilisation"
     return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
 
@@ -284,6 +289,7 @@ def paper_table(utilisation: float | None = None) -> str:
         "|---|---|---|---|---|---|",
     ]
     reached: list[float] = []
+    used: list[float] = []
     for name, days in PAPER_DAYS.items():
         cells = []
         for device, count in (("a100-80gb", 4), ("h200", 1)):
@@ -292,11 +298,11 @@ def paper_table(utilisation: float | None = None) -> str:
             plan = make_plan(job, DEVICES[device], count, utilisation=utilisation)
             cells += [_hours(plan), _memory(plan)]
             reached.append(plan.mfu)
-            assumed = plan.utilisation
+            used.append(plan.utilisation)
         lines.append(f"| {name.split('/')[-1]} | {days} days | {' | '.join(cells)} |")
     note = (
-        f"At {assumed:.0%} of the devices' peak, which is {min(reached):.0%} to {max(reached):.0%} model FLOPs "
-        "utilisation, and without the time of communication."
+        f"At {min(used):.0%} to {max(used):.0%} of the devices' peak, which is {min(reached):.0%} to "
+        f"{max(reached):.0%} model FLOPs utilisation, and without the time of communication."
     )
     return "\n".join([*lines, "", note])
 

@@ -120,6 +120,7 @@ class Collator:
             labelled=draws[0].labelled,
             query_keys=torch.tensor([query_key(drawn.query, drawn.instruction) for drawn in draws]),
             columns=stack_columns(draws),
+            terms=draws[0].terms,
             isolated=None if all(d.in_batch_negatives for d in draws) else torch.tensor([True] * len(draws)),
         )
 

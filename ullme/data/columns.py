@@ -7,16 +7,14 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from ullme.batch import ColumnKind
 from ullme.data.bad_row import BadRow
 from ullme.data.jsonl import LineReader, iter_lines, parse_line
 
 # Name -> a number of the query, or one number for each positive and then each negative; NaN where there is none.
 Columns = Mapping[str, float | tuple[float, ...]]
-
-# Whether a column has one number a query or one a candidate.
-ColumnKind = Literal["query", "candidate"]
 
 # What ``data.columns`` may be: names of fields, or column -> field or side file.
 ColumnOption = dict[str, str] | list[str] | None

@@ -18,12 +18,16 @@ from ullme.data.collator import Collator, EvalCollator, EvalDataset, TrainDatase
 from ullme.data.columns import ColumnOption, holds_numbers, split_option
 from ullme.data.loader import ResumableLoader, defer_worker_signals
 from ullme.data.mixture import Mixture, MixtureSampler, TrainSet
+from ullme.data.order import ORDER_VERSION, random_order
 from ullme.data.records import Schema, check_schema
 from ullme.data.sampler import GlobalBatchSampler, ShortRows, check_no_row_borrows, settle_short_rows
 from ullme.data.sources import OnBadRow, RowSource
 from ullme.prompts import PromptTokenizer, Role
 
 log = logging.getLogger(__name__)
+
+# What other projects call the instruction of a row.
+_INSTRUCTIONS = ("instruction", "instruct", "prompt", "task", "query_instruction", "query_prompt")
 
 
 class ULLMEDataModule(L.LightningDataModule):
@@ -40,7 +44,8 @@ class ULLMEDataModule(L.LightningDataModule):
         train_split: split of the dataset.
         train_name: configuration of the dataset, if it has several.
         schema: the columns: auto, bge, tevatron, sentence-transformers or ullme; candidates, a query and passages that
-            nobody has judged (for losses that need no label); text, one text per row (of a retrieval row, the first
+            nobody has judged (for losses that need no label); pairs, sentence1, sentence2 and score; chat, messages or
+            prompt and completion; text, one text per row (of a retrieval row, the first
             positive), which is its own positive (SimCSE, arXiv 2104.08821); or the dotted path of a function that
             parses a row.
         on_bad_row: stop at the first bad row, before training, with its file, line and reason; or skip bad rows and
@@ -64,6 +69,8 @@ class ULLMEDataModule(L.LightningDataModule):
             column: field, or column: file.jsonl, a side file with one line for each row. Of a query it is a number; of
             the candidates a list with one number for each positive and then each negative, or the two lists pos_FIELD
             and neg_FIELD.
+        cache_dir: folder of the indices of checked rows, one for all processes of a machine; null takes $ULLME_CACHE or
+            ~/.cache/ullme.
 
     Raises:
         ValueError: an option is out of its range; or, in ``setup``, data cannot be read, has a bad row, or does not fit
@@ -91,6 +98,7 @@ class ULLMEDataModule(L.LightningDataModule):
         seed: int = 42,
         drop_last: bool = True,
         columns: ColumnOption = None,
+        cache_dir: str | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -123,6 +131,7 @@ class ULLMEDataModule(L.LightningDataModule):
         self.train_name = train_name
         self.schema: Schema = schema
         self.columns = columns
+        self.cache_dir = cache_dir
         self.on_bad_row: OnBadRow = on_bad_row
         self.short_rows: ShortRows = short_rows
         self.num_hard_negatives = num_hard_negatives
@@ -136,6 +145,7 @@ class ULLMEDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.drop_last = drop_last
+        self.order_version = ORDER_VERSION
         self.source: RowSource | None = None
         self.beir: BeirFolder | None = None
 
@@ -179,11 +189,13 @@ class ULLMEDataModule(L.LightningDataModule):
 
     def _open(self, dataset: TrainSet) -> RowSource:
         """Open one dataset, and log skipped and short rows."""
-        source = dataset.open(self.on_bad_row, self.seed)
+        source = dataset.open(self.on_bad_row, self.seed, self.order_version, self.cache_dir)
+        own = dataset.num_hard_negatives
+        negatives = self.num_hard_negatives if own is None else own
         if not dataset.in_batch_negatives:
             whose = f"data.datasets: {dataset.train!r}"
-            check_no_row_borrows(source, self.num_hard_negatives, self.short_rows, whose)
-        usable, short = settle_short_rows(source, self.num_hard_negatives, self.short_rows, self.seed)
+            check_no_row_borrows(source, negatives, self.short_rows, whose)
+        usable, short = settle_short_rows(source, negatives, self.short_rows, self.seed)
         if self._rank_and_world_size()[0] == 0:
             log.info("data: %d rows to train on%s", len(usable), f" in {dataset.train}" if self.datasets else "")
             self._log_unread(dataset, source)
@@ -194,14 +206,15 @@ class ULLMEDataModule(L.LightningDataModule):
                     "data: %d of %d rows have fewer than %d hard negatives (data.short_rows=%s)",
                     short,
                     len(source),
-                    self.num_hard_negatives,
+                    negatives,
                     self.short_rows,
                 )
         return usable
 
     @staticmethod
     def _log_unread(dataset: TrainSet, source: RowSource) -> None:
-        """Name the fields that nothing reads, once: those of numbers as a warning, since a loss might want them."""
+        """Name the fields that nothing reads, once: as a warning those of numbers, which a loss might want, and what
+        looks like a row's own instruction."""
         numbers = [name for name, value in source.unread.items() if holds_numbers(value)]
         if numbers:
             log.warning(
@@ -209,7 +222,14 @@ class ULLMEDataModule(L.LightningDataModule):
                 ", ".join(numbers),
                 dataset.train,
             )
-        if others := [name for name in source.unread if name not in numbers]:
+        instructions = [name for name in source.unread if name.lower() in _INSTRUCTIONS and name not in numbers]
+        if instructions:
+            log.warning(
+                "data: nothing reads the field %s of %s; a row's instruction is called prompt, beside query and pos",
+                ", ".join(instructions),
+                dataset.train,
+            )
+        if others := [name for name in source.unread if name not in (*numbers, *instructions)]:
             log.info("data: nothing reads the fields %s of %s", ", ".join(others), dataset.train)
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -337,12 +357,14 @@ class ULLMEDataModule(L.LightningDataModule):
     ) -> GlobalBatchSampler:
         """The sampler of global batches, of one dataset or a mixture."""
         assert self.source is not None
+        order = self.order_version
         if isinstance(self.source, Mixture):
             return MixtureSampler(
-                self.source, self.batch_size, self.seed, rank, world_size, epoch, start_batch, position
+                self.source, self.batch_size, self.seed, rank, world_size, epoch, start_batch, position, order
             )
+        size, drop_last = self.batch_size, self.drop_last
         return GlobalBatchSampler(
-            len(self.source), self.batch_size, self.seed, rank, world_size, self.drop_last, epoch, start_batch, position
+            len(self.source), size, self.seed, rank, world_size, drop_last, epoch, start_batch, position, order
         )
 
     def _rank_and_world_size(self) -> tuple[int, int]:
@@ -359,10 +381,15 @@ class ULLMEDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The values that must not change for a resumed run to have the same batches as an uninterrupted one."""
         rows = len(self.source) if self.source is not None else 0
-        return {"rows": rows, "batch_size": self.batch_size, "seed": self.seed}
+        return {"rows": rows, "batch_size": self.batch_size, "seed": self.seed, "order": self.order_version}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Warn if they differ from those in the checkpoint."""
+        """Go on in the checkpoint's order of rows, and warn if other values differ from the checkpoint's.
+
+        Raises:
+            ValueError: a newer release's order.
+        """
+        self._go_on_in_order(state_dict.get("order", 1))  # checkpoints without a version have the first
         now = self.state_dict()
         changed = {k: (state_dict[k], now[k]) for k in now if k in state_dict and state_dict[k] != now[k]}
         if changed and self.source is not None:
@@ -371,3 +398,13 @@ class ULLMEDataModule(L.LightningDataModule):
                 "will be used twice or not at all",
                 changed,
             )
+
+    def _go_on_in_order(self, version: int) -> None:
+        """Change to the order of rows of a checkpoint; the rows that ``max_rows`` keeps follow from it too."""
+        if version == self.order_version:
+            return
+        random_order(1, [self.seed], version)  # raises, if it is unknown
+        self.order_version = version
+        log.info("data: the checkpoint's rows are in the order of version %d, and the run goes on in it", version)
+        if self.source is not None and any(dataset.max_rows is not None for dataset in self.sets or []):
+            self.source = self._open_train()

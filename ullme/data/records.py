@@ -40,6 +40,7 @@ class Record:
         instruction: the task description of this row, or None for the prompt contract's own.
         columns: numbers by name: a number of the query, or one for each positive and then each negative; NaN where
             there is none.
+        symmetric: whether query and passages are texts of one kind, so that both have the query's template.
     """
 
     query: str
@@ -47,6 +48,7 @@ class Record:
     negatives: tuple[str, ...]
     instruction: str | None = None
     columns: Columns = field(default_factory=dict)
+    symmetric: bool = False
 
     @property
     def labelled(self) -> bool:
@@ -69,6 +71,7 @@ class _Texts(NamedTuple):
     passages: Sequence[Any] = ()  # positives and negatives as the row has them, where they may be objects
     columns: Columns = MappingProxyType({})
     labelled: bool = True
+    symmetric: bool = False
 
 
 def parse_record(
@@ -160,10 +163,14 @@ def detect_schema(row: Mapping[str, Any]) -> Schema:
         return "ullme"
     if "candidates" in row:
         return "candidates"
+    if row.keys() >= {"sentence1", "sentence2"}:
+        return "pairs"
+    if "messages" in row or row.keys() >= {"prompt", "completion"}:
+        return "chat"
     raise BadRow(
         f"missing key: {sorted(map(str, row))} fit no schema; expected query and pos (bge), query and "
         "positive_passages (tevatron), anchor and positive (sentence-transformers), query and positive (ullme) or, "
-        "without labels, query and candidates (candidates)"
+        "without labels, query and candidates (candidates); sentence1, sentence2 and score (pairs); or messages (chat)"
     )
 
 
@@ -255,6 +262,27 @@ def _parse_candidates(row: Mapping[str, Any]) -> _Texts:
     return _Texts(_text(_get(row, "query"), "query"), [], texts, passages=values, labelled=False)
 
 
+def _parse_pairs(row: Mapping[str, Any]) -> _Texts:
+    """Two texts of one kind, whose similarity is the column ``score``; the second is no known answer to the first."""
+    texts = [_text(_get(row, key), key) for key in ("sentence1", "sentence2")]
+    return _Texts(texts[0], [], texts[1:], labelled=False, symmetric=True)
+
+
+def _parse_chat(row: Mapping[str, Any]) -> _Texts:
+    """The last answer of an assistant is the positive; what was said before it, joined by blank lines, is the query."""
+    if "messages" not in row:
+        return _Texts(_text(_get(row, "prompt"), "prompt"), [_text(_get(row, "completion"), "completion")], [])
+    said = []
+    for n, message in enumerate(_list(row, "messages")):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise BadRow(f"'messages[{n}]' must be an object with role and content")
+        said.append((message["role"], _text(message["content"], f"messages[{n}].content")))
+    answers = [n for n, (role, _) in enumerate(said) if role == "assistant"]
+    if not answers or answers[-1] == 0:
+        raise BadRow("'messages' holds no answer of the role assistant after another message")
+    return _Texts("\n\n".join(text for _, text in said[: answers[-1]]), [said[answers[-1]][1]], [])
+
+
 def _parse_text(row: Mapping[str, Any]) -> _Texts:
     """The column ``text``; of a row of retrieval, which has none, the first positive."""
     if "text" not in row and row.keys() & {"pos", "positive", "positive_passages"}:
@@ -273,6 +301,8 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any]], _Texts]] = {
     "sentence-transformers": _parse_sentence_transformers,
     "ullme": _parse_ullme,
     "candidates": _parse_candidates,
+    "pairs": _parse_pairs,
+    "chat": _parse_chat,
     "text": _parse_text,
 }
 # Schema -> the fields that its parser reads.
@@ -282,6 +312,8 @@ _FIELDS: dict[Schema, tuple[str, ...]] = {
     "sentence-transformers": ("anchor", "query", "positive", "negative"),
     "ullme": ("query", "positive", "negative"),
     "candidates": ("query", "candidates"),
+    "pairs": ("sentence1", "sentence2"),
+    "chat": ("messages", "prompt", "completion"),
     "text": ("text", "query", "pos", "positive", "positive_passages"),
 }
 
@@ -303,6 +335,7 @@ def _record(texts: _Texts, columns: Columns) -> Record:
             name: tuple(value[place] for place in kept.values()) if isinstance(value, tuple) else value
             for name, value in columns.items()
         },
+        texts.symmetric,
     )
 
 

@@ -230,7 +230,8 @@ class GradCache:
         with torch.enable_grad():
             loss = self.loss(leaves)
         with torch.autocast(loss.device.type, enabled=False):
-            queries, passages = torch.autograd.grad(loss, (leaves.queries, leaves.passages))
+            # a loss may look at the queries only, or at nothing
+            queries, passages = torch.autograd.grad(loss, (leaves.queries, leaves.passages), materialize_grads=True)
         return Representations(queries, passages, reps.passage_keys)
 
     def _chunk_losses(

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ullme.batch import GENERATION_FIELDS, Batch, GenerationRows, LikelihoodKind, TokenRows
+from ullme.batch import GENERATION_FIELDS, Batch, GenerationRows, HostMasks, LikelihoodKind, TokenRows
 from ullme.distributed import all_reduce_max, gather, world
 
 
@@ -34,7 +35,8 @@ def mismatched_pairs(batch: Batch, kinds: Iterable[LikelihoodKind]) -> Batch:
             pairs = GenerationRows(rows.prompts, _of_next_query(rows.targets, batch))
         fields[GENERATION_FIELDS[kind]] = pairs
     keys = _next_first(batch.passage_keys[:, :1])
-    return replace(batch, **fields, passages=_of_next_query(batch.passages, batch), passage_keys=keys)
+    # numbers of other candidates say nothing about these pairs
+    return replace(batch, **fields, passages=_of_next_query(batch.passages, batch), passage_keys=keys, columns={})
 
 
 def _of_next_query(rows: TokenRows, batch: Batch) -> TokenRows:
@@ -45,7 +47,10 @@ def _of_next_query(rows: TokenRows, batch: Batch) -> TokenRows:
     def shift(x: Tensor) -> Tensor:
         return _next_first(torch.nn.functional.pad(x, (0, width - x.shape[1])))
 
-    return TokenRows(shift(first.input_ids), shift(first.attention_mask))
+    host = first.host
+    if host is not None:  # with several ranks the masks of the next rank are on the device only
+        host = HostMasks(np.roll(host.attention, -1, axis=0)) if world()[1] == 1 else None
+    return TokenRows(shift(first.input_ids), shift(first.attention_mask), host=host)
 
 
 def _next_first(rows: Tensor) -> Tensor:

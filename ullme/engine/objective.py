@@ -6,7 +6,7 @@ computed for the whole batch before. Knows PyTorch only: no Lightning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from ullme.distributed import all_reduce_max, each_on_any_rank, gather_sizes, gl
 from ullme.engine.finite import FiniteChecks
 from ullme.engine.gradcache import GradCache, backward_outside_autocast, chunk_rows, embed_batch
 from ullme.engine.mismatched import mismatched_pairs
-from ullme.engine.reference import AdaptersOff, Reference
+from ullme.engine.reference import AdaptersOff, Reference, embed_with_adapters_off
 from ullme.engine.scoring import (
     Scored,
     Scoring,
@@ -63,6 +63,7 @@ class Objective:
         self.terms = list(terms)
         self.reference = reference or AdaptersOff()
         self.share_prompts = share_prompts
+        self._parts: dict[tuple[str, ...], Objective] = {}
         self.representation_terms = [t for t in terms if isinstance(t, RepresentationLoss)]
         self.chunk_terms = [t for t in terms if isinstance(t, ChunkLoss)]
         self.masking = next((t for t in terms if isinstance(t, MNTP)), None)
@@ -73,7 +74,27 @@ class Objective:
             [t for t in self.chunk_terms if t.uses_reference], self.representation_terms
         )
         self.uses_reference = bool(self.reference_likelihoods)
+        self.uses_guide = any(t.uses_guide for t in self.representation_terms)
         self.uses_reps = bool(self.representation_terms) or any(t.uses_reps for t in self.chunk_terms)
+
+    def of_terms(self, names: Collection[str] | None) -> Objective:
+        """The objective with the terms of these names alone; None: with all.
+
+        Raises:
+            ValueError: there is no such term.
+        """
+        if names is None or set(names) == {term.name for term in self.terms}:
+            return self
+        if tuple(names) not in self._parts:
+            known = [term.name for term in self.terms]
+            if unknown := [name for name in names if name not in known]:
+                raise ValueError(
+                    f"data.datasets: terms={list(names)}: loss.terms has no term {' and '.join(map(repr, unknown))}; "
+                    f"it has {', '.join(known)}"
+                )
+            terms = [term for term in self.terms if term.name in names]
+            self._parts[tuple(names)] = Objective(terms, self.reference, self.share_prompts)
+        return self._parts[tuple(names)]
 
     @property
     def matryoshka_dims(self) -> tuple[int, ...]:
@@ -92,7 +113,8 @@ class Objective:
 
     def scoring(self, batch: Batch) -> Scoring:
         """The candidates whose likelihoods a step on this batch computes, by kind of likelihood."""
-        return plan_scoring(batch, self.chunk_terms, self.representation_terms)
+        part = self.of_terms(batch.terms)
+        return plan_scoring(batch, part.chunk_terms, part.representation_terms)
 
     def check(self, model: ULLME, num_hard_negatives: int, precision: str = "32-true", labelled: bool = True) -> None:
         """Before training.
@@ -106,33 +128,52 @@ class Objective:
         Raises:
             ValueError: terms that lack negatives or a positive, or a reference that cannot be had.
         """
+        self.check_rows(num_hard_negatives, labelled)
+        self.check_model(model, precision)
+
+    def check_rows(self, num_hard_negatives: int, labelled: bool = True, where: str = "") -> None:
+        """What :meth:`check` checks of the training rows; ``where`` names their dataset."""
         if not labelled:
-            self._check_without_labels()
-        for representation_term in self.representation_terms:
-            representation_term.check_width(model.hidden_size)
-        for term in self.chunk_terms:
-            if isinstance(term, MNTP):
-                term.mask_token_id(model.tokenizer)
+            self._check_without_labels(where)
+        for term in self.terms:
             if term.needs_negatives and num_hard_negatives < 1:
                 compared = "a positive with negatives" if term.needs_positive else "a query's candidates"
                 raise ValueError(
                     f"loss term {term.name} compares {compared}, and data.num_hard_negatives="
-                    f"{num_hard_negatives}; give at least 1"
+                    f"{num_hard_negatives}{where}; give at least 1"
                 )
+
+    def check_model(self, model: ULLME, precision: str = "32-true") -> None:
+        """What :meth:`check` checks of the model."""
+        for term in self.representation_terms:
+            term.check_width(model.hidden_size)
+        if self.masking is not None:
+            self.masking.mask_token_id(model.tokenizer)
+        if self.uses_guide and model.options.lora_name is None:
+            raise ValueError(
+                "InfoNCE.false_negatives.scores=guide, but lora_name=null trains the LLM itself, so there are no "
+                "adapters to switch off; take scores=student, or a teacher's scores in a column (scores=column)"
+            )
         if self.uses_reference:
             self.reference.prepare(model, precision, self.reference_likelihoods)
 
-    def _check_without_labels(self) -> None:
+    def _check_without_labels(self, where: str) -> None:
         """Raises: ValueError: a term needs a positive."""
         if needy := [term.name for term in self.terms if term.needs_positive]:
             raise ValueError(
                 f"loss term {' and '.join(needy)} needs to know each query's positive, and rows of query and "
-                "candidates have none; train with KL (teacher: reference, direction: query_given_passage) and "
-                "PseudoLabelInfoNCE, as configs/recipes/art.yaml does, or give rows with positives"
+                f"candidates{where} have none, nor have pairs with a score; train with KL (teacher: reference, "
+                "direction: query_given_passage) and PseudoLabelInfoNCE, as configs/recipes/art.yaml does, with CoSENT "
+                "on pairs, or give rows with positives"
             )
 
     def full_batch(self, model: ULLME, batch: Batch, backward: Backward = Tensor.backward) -> Logs:
-        """The gradient in one forward and one backward; returns the loss, every term and the metrics, detached."""
+        """The gradient in one forward and one backward; returns the loss, every term and the metrics, detached.
+
+        Of a batch whose dataset names its terms, only those.
+        """
+        if (part := self.of_terms(batch.terms)) is not self:
+            return part.full_batch(model, batch, backward)
         logs: Logs = {}
         finite = FiniteChecks()
         whole = slice(0, len(batch))
@@ -141,7 +182,8 @@ class Objective:
         reps = embed_batch(embedder(model), batch) if self.uses_reps else None
         parts = []
         if self.representation_terms and reps:
-            parts.append(self._representation_loss(batch, references, logs, finite)(reps))
+            guide = self._guide(model, batch, [whole])
+            parts.append(self._representation_loss(batch, references, guide, logs, finite)(reps))
         if self.chunk_terms:
             parts.append(self._chunk_loss(model, batch, scoring, references, logs, finite, [whole])(whole, reps))
         backward_outside_autocast(backward)(torch.stack(parts).sum())
@@ -160,6 +202,8 @@ class Objective:
     ) -> Logs:
         """As :meth:`full_batch`, in the memory of one chunk; ``chunks``, ``microbatches`` and ``num_retained``: see
         :meth:`ullme.engine.gradcache.GradCache.step`."""
+        if (part := self.of_terms(batch.terms)) is not self:
+            return part.grad_cache(model, batch, chunks, backward, no_sync, microbatches, num_retained)
         logs: Logs = {}
         finite = FiniteChecks()
         scoring = self.scoring(batch)
@@ -173,7 +217,7 @@ class Objective:
             in_order = [*[slice(0, 0)] * dummy_chunks, *chunks]  # as GradCache goes through them
             chunk_loss = self._chunk_loss(model, batch, scoring, references, logs, finite, in_order)
         if self.representation_terms:
-            loss = self._representation_loss(batch, references, logs, finite)
+            loss = self._representation_loss(batch, references, self._guide(model, batch, chunks), logs, finite)
         engine = GradCache(
             embed=embedder(model) if self.uses_reps else None,
             loss=loss,
@@ -191,10 +235,17 @@ class Objective:
         return {"loss": loss, **logs, **weights}
 
     def _representation_loss(
-        self, batch: Batch, references: References, logs: Logs, finite: FiniteChecks
+        self,
+        batch: Batch,
+        references: References,
+        guide: Representations | None,
+        logs: Logs,
+        finite: FiniteChecks,
     ) -> Callable[[Representations], Tensor]:
         def total(reps: Representations) -> Tensor:
             values = []
+            if guide is not None:
+                reps = replace(reps, guide_queries=guide.queries, guide_passages=guide.passages)
             for term in self.representation_terms:
                 direction = term.teacher_direction
                 teacher = None if direction is None else _per_token(batch, references, direction)
@@ -208,6 +259,10 @@ class Objective:
             return torch.stack(values).sum()
 
         return total
+
+    def _guide(self, model: ULLME, batch: Batch, chunks: Sequence[slice]) -> Representations | None:
+        """Embeddings by the LLM with its adapters off, where a term asks for them."""
+        return embed_with_adapters_off(model, batch, chunks) if self.uses_guide else None
 
     def _chunk_loss(
         self,
@@ -296,7 +351,9 @@ class Objective:
                     found[term.name] = torch.zeros((), device=batch.row_ids.device)
                     continue
                 pairs = mismatched_pairs(batch, kinds)
-                every = torch.ones_like(pairs.passage_keys, dtype=torch.bool)
+                every = torch.ones(
+                    pairs.passage_keys.shape, dtype=torch.bool
+                )  # on the host, as all masks of candidates
                 masks = dict.fromkeys(kinds, every)
                 under_reference = {
                     kind: self.reference.logps(model, pairs, every, self.share_prompts, kind, chunks) for kind in kinds

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ullme.batch import Batch, LikelihoodKind, likelihood_keys
-from ullme.distributed import any_rank, world
-from ullme.engine.scoring import score_by_chunk
+from ullme.batch import Batch, LikelihoodKind, Representations, likelihood_keys
+from ullme.distributed import all_reduce_max, any_rank, world
+from ullme.engine.gradcache import embed_batch
+from ullme.engine.scoring import embedder, score_by_chunk
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
@@ -109,6 +110,31 @@ class AdaptersOff(Reference):
                 return score_by_chunk(model, batch, mask, share_prompts, kind, chunks or [slice(0, len(batch))])
         finally:
             model.train(training)
+
+
+@torch.no_grad()
+def embed_with_adapters_off(model: ULLME, batch: Batch, chunks: Sequence[slice]) -> Representations:
+    """Embeddings of a batch by the LLM with its adapters off, in the memory of one chunk.
+
+    Ranks of a sharded model do every forward together: one with fewer chunks embeds a query that counts for nothing.
+
+    Args:
+        model: the policy.
+        batch: B queries with their C candidates.
+        chunks: consecutive queries that are embedded together.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with model.adapters_off():
+            parts = [embed_batch(embedder(model), batch[chunk]) for chunk in chunks]
+            for _ in range(all_reduce_max(len(chunks), batch.row_ids.device) - len(chunks)):
+                embed_batch(embedder(model), batch[:1])
+    finally:
+        model.train(training)
+    torch.clear_autocast_cache()  # it would keep copies of weights that were made here, without gradient
+    queries, passages = (torch.cat([getattr(part, name) for part in parts]) for name in ("queries", "passages"))
+    return Representations(queries, passages, batch.passage_keys)
 
 
 class FrozenCopy(Reference):

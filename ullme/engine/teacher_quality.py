@@ -93,7 +93,8 @@ def measure_teacher(objective: Objective, model: ULLME, batches: Iterable[Batch]
     quality = None
     size = max(1, BLOCK // world()[1])
     for batch in islice(batches, ROWS):
-        if not batch.labelled or batch.num_candidates < 2:
+        unused = batch.terms is not None and term.name not in batch.terms
+        if unused or not batch.labelled or batch.num_candidates < 2:
             continue
         for start in range(0, len(batch), size):
             part = batch[start : start + size].to(model.device)

@@ -30,6 +30,7 @@ class Term(nn.Module):
 
     name = "term"
     needs_positive = True  # whether each query's first candidate must be known to be a positive
+    needs_negatives = False  # whether it compares a query's own candidates, so that there must be several
     columns: tuple[str, ...] = ()  # the columns of numbers that it reads
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -43,10 +44,12 @@ class RepresentationLoss(Term):
     """A term that sees the representations of the whole batch and gathers those of the other ranks itself.
 
     A term that sets ``teacher_direction`` is given ``reps.teacher``: how well the pre-trained LLM (the objective's
-    reference) finds that each candidate fits its query, in nats a token.
+    reference) finds that each candidate fits its query, in nats a token. One that sets ``uses_guide`` is given
+    ``reps.guide_queries`` and ``reps.guide_passages``, embeddings by the LLM with its adapters off.
     """
 
     teacher_direction: Direction | None = None
+    uses_guide: bool = False
     # the numbers of leading dimensions, the largest first, that the term trains as embeddings besides the full width
     matryoshka_dims: tuple[int, ...] = ()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -9,17 +11,21 @@ from torch.nn.functional import cross_entropy
 from ullme.batch import Representations
 from ullme.distributed import gather, gather_sizes, global_mean_weight, world
 from ullme.losses.base import RepresentationLoss
+from ullme.losses.false_negatives import FalseNegatives, above_margin, among, known_positives
+
+Positives = Literal["one", "all"]
 
 
 def info_nce(
     queries: Tensor, passages: Tensor, positives: Tensor, excluded: Tensor | None, temperature: float
 ) -> Tensor:
-    """Mean over queries of −log exp(s⁺/τ) / Σ exp(s/τ), in nats.
+    """Mean over queries of −log Σ exp(s⁺/τ) / Σ exp(s/τ), in nats.
 
     Args:
         queries: (B, D), of unit length for cosines.
         passages: (M, D), the positives and every negative.
-        positives: (B,) index of each query's positive among the M.
+        positives: (B,) index of each query's positive among the M; or (B, M) bool, True on each of its positives, at
+            least one, whose exponentials are summed in the numerator (MIL-NCE, arXiv 1912.06430, eq. 1).
         excluded: (B, M) bool, True where a passage is no negative of the query; never true for its positive.
         temperature: τ.
 
@@ -38,6 +44,8 @@ def _info_nce(
         scores = queries.to(wide) @ passages.to(wide).T / temperature
         if excluded is not None:
             scores = scores.masked_fill(excluded, float("-inf"))
+        if positives.dtype == torch.bool:
+            return scores.logsumexp(1) - scores.masked_fill(~positives, float("-inf")).logsumexp(1)
         return cross_entropy(scores, positives, reduction="none")
 
 
@@ -51,9 +59,14 @@ class InfoNCE(RepresentationLoss):
         mask_duplicates: a passage whose text equals the query's positive is no negative, wherever it stands.
         bidirectional: add the loss of finding a positive's query among all queries, and halve the sum.
         weight: λ_CL.
+        mask_siblings: a positive of another row with the same query is no negative, wherever it stands in the global
+            batch.
+        positives: ``one``: the numerator has the row's positive. ``all``: it has those of all rows of the global batch
+            with the same query, each text once.
+        false_negatives: leave out negatives that score too high; null leaves out none.
 
     Raises:
-        ValueError: a temperature that is not positive.
+        ValueError: a temperature that is not positive, an unknown choice, or options that exclude each other.
     """
 
     name = "info_nce"
@@ -65,6 +78,9 @@ class InfoNCE(RepresentationLoss):
         mask_duplicates: bool = True,
         bidirectional: bool = False,
         weight: float = 1.0,
+        mask_siblings: bool = True,
+        positives: Positives = "one",
+        false_negatives: FalseNegatives | None = None,
     ) -> None:
         super().__init__(weight)
         if not temperature > 0:
@@ -73,10 +89,24 @@ class InfoNCE(RepresentationLoss):
             raise ValueError(
                 "InfoNCE.bidirectional=true needs in_batch_negatives=true: its negatives are other queries"
             )
+        if positives not in get_args(Positives):
+            raise ValueError(f"InfoNCE.positives={positives!r}: choose {' or '.join(get_args(Positives))}")
+        if positives == "all" and not mask_siblings:
+            raise ValueError(
+                "InfoNCE.positives=all needs mask_siblings=true: the positives of rows with the same query cannot be "
+                "positives and negatives"
+            )
         self.temperature = temperature
         self.in_batch_negatives = in_batch_negatives
         self.mask_duplicates = mask_duplicates
         self.bidirectional = bidirectional
+        self.mask_siblings = mask_siblings
+        self.positives: Positives = positives
+        self.false_negatives = false_negatives
+        source = None if false_negatives is None else false_negatives.scores
+        self.uses_guide = source == "guide"
+        self.needs_negatives = source == "column"  # a teacher scores a query's own candidates only
+        self.columns = (false_negatives.column,) if false_negatives is not None and source == "column" else ()
 
     def forward(self, reps: Representations) -> Tensor:
         """The mean over this rank's queries, scaled so that the mean over ranks is the global mean.
@@ -85,8 +115,7 @@ class InfoNCE(RepresentationLoss):
             reps: queries (B, D), passages (B, C, D).
         """
         sizes = gather_sizes(len(reps), reps.queries.device)
-        first = torch.zeros(len(reps), dtype=torch.long, device=reps.queries.device)
-        return self.per_query(reps, first, sizes).mean() * global_mean_weight(sizes)
+        return self.per_query(reps, self._first(reps), sizes).mean() * global_mean_weight(sizes)
 
     def per_query(self, reps: Representations, positive: Tensor, sizes: list[int]) -> Tensor:
         """(B,) the loss of each of this rank's queries, in nats.
@@ -96,39 +125,100 @@ class InfoNCE(RepresentationLoss):
             positive: (B,) which of a query's candidates counts as its positive.
             sizes: queries of each rank, from :func:`~ullme.distributed.gather_sizes`.
         """
-        rank, _ = world()
-        queries, keys = gather(reps.queries, sizes), gather(reps.passage_keys, sizes)
-        passages, positive_of_all = gather(reps.passages, sizes), gather(positive, sizes)
-        own = torch.arange(len(reps), device=queries.device) + sum(sizes[:rank])
-        positive_keys = keys.gather(1, positive_of_all[:, None])[:, 0]
-        places = own * passages.shape[1] + positive
-        excluded = self._excluded(own, keys, positive_keys[own], places, reps.isolated)
-        loss = _info_nce(reps.queries, passages.flatten(0, 1), places, excluded, self.temperature)
+        whole, positive_keys, own = self._gather(reps, positive, sizes)
+        places = own * reps.passages.shape[1] + positive
+        numerator, excluded, too_high = self._masks(reps, whole, positive_keys, own, places)
+        flat = whole.passages.flatten(0, 1)
+        targets = numerator if self.positives == "all" else places
+        loss = _info_nce(reps.queries, flat, targets, excluded | too_high, self.temperature)
         if self.bidirectional:
-            others = self._others(own, torch.arange(len(queries), device=own.device), reps.isolated)
+            others = self._others(own, torch.arange(len(whole), device=own.device), reps.isolated)
             if self.mask_duplicates:
-                others = others | self._same_text(positive_keys[own], positive_keys, own)
+                others = others | (positive_keys == positive_keys[own][:, None])
+            if self.mask_siblings and whole.query_keys is not None:
+                others = others | (whole.query_keys == whole.query_keys[own][:, None])
+            others = others.scatter(1, own[:, None], False)
             answers = reps.passages[torch.arange(len(reps), device=own.device), positive]
-            loss = (loss + _info_nce(answers, queries, own, others, self.temperature)) / 2
+            loss = (loss + _info_nce(answers, whole.queries, own, others, self.temperature)) / 2
         return loss
 
-    def _excluded(
-        self, own: Tensor, keys: Tensor, positive_keys: Tensor, places: Tensor, isolated: Tensor | None
-    ) -> Tensor:
-        """(B, M) bool: what is no negative of each own query, out of the M = B_global * C passages."""
-        owner = torch.arange(keys.numel(), device=keys.device) // keys.shape[1]
-        excluded = self._others(own, owner, isolated)
+    @torch.no_grad()
+    def metrics(self, reps: Representations) -> dict[str, Tensor]:
+        """The share of the negatives that :class:`~ullme.losses.false_negatives.FalseNegatives` leaves out."""
+        if self.false_negatives is None:
+            return {}
+        positive, sizes = self._first(reps), gather_sizes(len(reps), reps.queries.device)
+        whole, positive_keys, own = self._gather(reps, positive, sizes)
+        places = own * reps.passages.shape[1] + positive
+        numerator, excluded, too_high = self._masks(reps, whole, positive_keys, own, places)
+        negatives = (~excluded & ~numerator).sum(1)
+        share = (too_high & ~excluded).sum(1) / negatives.clamp(min=1).double()
+        return {"false_negative_share": share.mean() * global_mean_weight(sizes)}
+
+    @staticmethod
+    def _first(reps: Representations) -> Tensor:
+        return torch.zeros(len(reps), dtype=torch.long, device=reps.queries.device)
+
+    @staticmethod
+    def _gather(reps: Representations, positive: Tensor, sizes: list[int]) -> tuple[Representations, Tensor, Tensor]:
+        """The representations of all ranks, (B_global,) the keys of all positives, and (B,) the own queries' places."""
+        whole, positive_of_all = reps.gather(sizes), gather(positive, sizes)
+        own = torch.arange(len(reps), device=positive.device) + sum(sizes[: world()[0]])
+        return whole, whole.passage_keys.gather(1, positive_of_all[:, None])[:, 0], own
+
+    def _masks(
+        self, reps: Representations, whole: Representations, positive_keys: Tensor, own: Tensor, places: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Three (B, M) bool masks of the M = B_global · C passages, for each own query.
+
+        Returns:
+            What stands in the numerator; what is no negative, by text or by option; and what scores too high for one.
+        """
+        keys = whole.passage_keys.flatten()
+        excluded = self._others(
+            own, torch.arange(len(keys), device=keys.device) // whole.passage_keys.shape[1], reps.isolated
+        )
+        numerator = torch.zeros_like(excluded).scatter(1, places[:, None], True)
+        mine = positive_keys[own]
+        if self.mask_siblings:
+            siblings = known_positives(own, whole.query_keys, positive_keys)[:, 1:]
+            if self.positives == "all":
+                for sibling in siblings.unbind(1):
+                    place = (keys == sibling[:, None]).int().argmax(1)  # where a text stands for the first time
+                    numerator.scatter_(1, torch.where(sibling == mine, places, place)[:, None], True)
+            # the text of the own positive is a matter of mask_duplicates
+            excluded = excluded | (among(keys, siblings) & (keys != mine[:, None]))
         if self.mask_duplicates:
-            excluded = excluded | self._same_text(positive_keys, keys.flatten(), places)
-        return excluded
+            excluded = excluded | (keys == mine[:, None])
+        excluded = excluded & ~numerator
+        return numerator, excluded, self._too_high(reps, whole, own, places) & ~numerator
 
     def _others(self, own: Tensor, owner: Tensor, isolated: Tensor | None) -> Tensor:
         """(B, M) bool: what belongs to another query, for those queries that have no in-batch negatives."""
         alone = torch.full_like(own, not self.in_batch_negatives, dtype=torch.bool) if isolated is None else isolated
         return (alone | (not self.in_batch_negatives))[:, None] & (owner != own[:, None])
 
-    @staticmethod
-    def _same_text(mine: Tensor, others: Tensor, itself: Tensor) -> Tensor:
-        """(B, M) bool: others with the same key as mine, except the entry that is mine."""
-        same = others == mine[:, None]
-        return same.scatter(1, itself[:, None], False)
+    @torch.no_grad()
+    def _too_high(self, reps: Representations, whole: Representations, own: Tensor, places: Tensor) -> Tensor:
+        """(B, M) bool: what scores too high for a negative."""
+        rule, shape = self.false_negatives, (len(own), whole.passage_keys.numel())
+        if rule is None:
+            return torch.zeros(shape, dtype=torch.bool, device=own.device)
+        if rule.scores == "column":
+            column, c = reps.columns[rule.column], whole.passage_keys.shape[1]
+            if column.dim() != 2:
+                raise ValueError(
+                    f"InfoNCE.false_negatives.column={rule.column!r} has one number a query; it needs one a candidate"
+                )
+            scores = torch.full(shape, float("nan"), dtype=column.dtype, device=own.device)
+            scores.scatter_(1, own[:, None] * c + torch.arange(c, device=own.device), column)
+        else:
+            guided = rule.scores == "guide"
+            queries = reps.guide_queries if guided else reps.queries
+            passages = whole.guide_passages if guided else whole.passages
+            assert queries is not None
+            assert passages is not None
+            wide = torch.promote_types(queries.dtype, torch.float32)
+            with torch.autocast(queries.device.type, enabled=False):
+                scores = queries.to(wide) @ passages.to(wide).flatten(0, 1).T
+        return above_margin(scores, scores.gather(1, places[:, None])[:, 0], rule.margin, rule.ratio)

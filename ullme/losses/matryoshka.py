@@ -65,7 +65,7 @@ class Matryoshka(RepresentationLoss):
         self.matryoshka_dims = tuple(dims)
         self.name = f"matryoshka_{term.name}"
         self.needs_positive, self.teacher_direction = term.needs_positive, term.teacher_direction
-        self.columns = term.columns
+        self.needs_negatives, self.columns, self.uses_guide = term.needs_negatives, term.columns, term.uses_guide
 
     def check_width(self, width: int) -> None:
         """Raises: ValueError: the largest of dims is not below D."""

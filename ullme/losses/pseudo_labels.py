@@ -44,6 +44,7 @@ class PseudoLabelInfoNCE(InfoNCE):
         use_labels: take a labelled batch's known positives in place of the teacher's, all of them: for a mixture of
             datasets with and without labels.
         weight: λ.
+        mask_siblings: as for InfoNCE.
 
     Raises:
         ValueError: a temperature that is not positive, a negative margin, or an unknown direction.
@@ -61,8 +62,9 @@ class PseudoLabelInfoNCE(InfoNCE):
         mask_duplicates: bool = True,
         use_labels: bool = False,
         weight: float = 1.0,
+        mask_siblings: bool = True,
     ) -> None:
-        super().__init__(temperature, in_batch_negatives, mask_duplicates, weight=weight)
+        super().__init__(temperature, in_batch_negatives, mask_duplicates, weight=weight, mask_siblings=mask_siblings)
         check_text_direction(self, direction)
         if margin < 0:
             raise ValueError(f"PseudoLabelInfoNCE.margin={margin}: must be 0 or more, in nats a token")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, get_args
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from ullme.models.compression import Precision
     from ullme.models.interface import Embedder
 
+Rows = TypeVar("Rows")
 EmbedBlocks = Callable[["Embedder", Iterable[TokenRows]], Iterator[Tensor]]
 
 # Texts are tokenised and sorted this many at a time, and no more than so many characters (about 150 bytes a token in a
@@ -54,6 +57,19 @@ def windows(texts: Sequence[str]) -> Iterator[slice]:
         characters += len(text)
     if texts:
         yield slice(start, len(texts))
+
+
+def _tokenised_ahead(windows: Iterable[slice], tokenise: Callable[[slice], Rows]) -> Iterator[tuple[slice, Rows]]:
+    """Each window with its rows; the next one is tokenised in a thread while this one is embedded."""
+    with ThreadPoolExecutor(1, "tokenise") as thread:
+        ahead: deque[tuple[slice, Future[Rows]]] = deque()
+        for window in windows:
+            ahead.append((window, thread.submit(tokenise, window)))
+            if len(ahead) == 2:
+                first, rows = ahead.popleft()
+                yield first, rows.result()
+        for window, rows in ahead:
+            yield window, rows.result()
 
 
 @torch.no_grad()
@@ -117,15 +133,18 @@ def encode(
     if role is not None:
         for text in set(instructions):
             tokenizer.check_length(role, max_length, text)
+
+    def tokenise(window: slice) -> Any:
+        task = instruction if shared else instruction[window]  # type: ignore[index]
+        return tokenizer.rows(texts[window], role, max_length=max_length, instruction=task)
+
     width = truncate_dim or model.hidden_size
     out = torch.empty((len(texts), width), dtype=torch.float32)
     training = model.training
     model.eval()
     try:
         with tqdm(total=len(texts), unit="text", desc="encode", disable=not show_progress_bar) as bar:
-            for window in windows(texts):
-                task = instruction if shared else instruction[window]  # type: ignore[index]
-                rows, starts = tokenizer.rows(texts[window], role, max_length=max_length, instruction=task)
+            for window, (rows, starts) in _tokenised_ahead(windows(texts), tokenise):
                 lengths = [len(row) for row in rows]
                 budget = _token_budget(batch_size, lengths, model.device)
                 batches = list(token_batches(lengths, budget))

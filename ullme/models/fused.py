@@ -157,7 +157,8 @@ class FusedRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         weight: Tensor = self.weight
-        if x.dtype == weight.dtype and x.dtype != torch.float64:
+        # torch.compile fuses the model's own operations itself
+        if x.dtype == weight.dtype and x.dtype != torch.float64 and not torch.compiler.is_compiling():
             if x.is_cuda:
                 with torch.autocast("cuda", enabled=False):
                     return _rms_norm(x, weight + self.fused_offset if self.fused_offset else weight, self.fused_eps)

@@ -6,16 +6,17 @@ of the device. No Lightning here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ullme.batch import Batch, GenerationRows, TokenRows
-from ullme.distributed import any_rank, no_collectives
+from ullme.batch import Batch, ColumnKind, GenerationRows, TokenRows
+from ullme.distributed import all_reduce_max, any_rank, no_collectives
 from ullme.engine.gradcache import chunk_slices, count_retained, microbatch_rows
 from ullme.engine.objective import Objective
 from ullme.engine.reference import Reference
@@ -33,7 +34,7 @@ _USABLE = {"cpu": 0.5, "cuda": 0.9}
 # Chunks beyond this are no faster: a CPU has tall enough matrices, a GPU has been full for long.
 _MOST = {"cpu": 2048, "cuda": 65536}
 # Chunks below this leave a GPU idle; where they would not fit, layers are recomputed instead.
-_LEAST = {"cpu": 256, "cuda": 4096}
+_LEAST = {"cpu": 256, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,13 @@ def shrink_until_it_fits(
     passage_tokens: int,
     autocast: Callable[[], AbstractContextManager],
     queries: int = 2**31,
+    datasets: Sequence[tuple[tuple[str, ...] | None, Mapping[str, ColumnKind]]] = ((None, {}),),
 ) -> Chunking:
     """Try a step on random tokens, and with less in memory until it fits; nothing is learned.
 
-    First fewer graphs are retained, then layers are recomputed if that is ``auto``, then chunks are halved. All ranks
-    end with the same choice.
+    First fewer graphs are retained, then chunks are halved as long as they keep a GPU busy, and only then, if that is
+    ``auto``, are layers recomputed, in chunks of the first size: that costs a third more time, smaller chunks next to
+    none. Then chunks are halved again. All ranks end with the same choice.
 
     Args:
         model: on the device that trains it. Its layers are recomputed from here on where that was chosen.
@@ -116,31 +119,35 @@ def shrink_until_it_fits(
         passage_tokens: of each.
         autocast: what a step runs under.
         queries: the most that a batch of this rank has.
+        datasets: of each kind of batch the names of its terms (None: all), and its columns of numbers.
 
     Raises:
         ValueError: not even one query fits.
     """
     terms = Objective(objective.terms, _NoReference(), objective.share_prompts)
     auto = model.options.gradient_checkpointing == "auto"
+    first, least = chunking.chunk_tokens, _LEAST["cpu" if model.device.type == "cpu" else "cuda"]
     while True:
         if chunking.checkpointing and auto:
             model.recompute_layers()
         tokens = chunking.chunk_tokens + chunking.retained_tokens
         batch = _random_batch(model, tokens, queries, passages, passage_tokens)
-        if not any_rank(_runs_out(model, terms, batch, chunking, autocast), model.device):
+        trials = [replace(batch, terms=of, columns=_no_numbers(batch, kinds)) for of, kinds in datasets]
+        if not any_rank(any(_runs_out(model, terms, one, chunking, autocast) for one in trials), model.device):
             return chunking
         if chunking.retained_tokens > chunking.chunk_tokens:
             chunking = replace(chunking, retained_tokens=chunking.retained_tokens // 2)
         elif chunking.retained_tokens:
             chunking = replace(chunking, retained_tokens=0)
-        elif auto and not chunking.checkpointing:
-            chunking = replace(chunking, checkpointing=True)
+        elif auto and not chunking.checkpointing and (len(batch) == 1 or chunking.chunk_tokens // 2 < least):
+            chunking = replace(chunking, chunk_tokens=first, checkpointing=True)
         elif len(batch) > 1:
             chunking = replace(chunking, chunk_tokens=min(chunking.chunk_tokens, batch.num_tokens) // 2)
         else:
             raise ValueError(
                 f"out of memory on {model.device} with one query of {batch.num_tokens} tokens in a chunk; lower "
-                "data.passage_max_length or data.num_hard_negatives, or take a device with more memory"
+                "data.passage_max_length or data.num_hard_negatives, take a device with more memory, or set the "
+                "environment variable PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, which wastes less of it"
             )
 
 
@@ -155,17 +162,106 @@ def _runs_out(
     chunks = chunk_slices(batch, None, chunking.chunk_tokens)
     microbatches = microbatch_rows(batch, chunking.chunk_tokens)
     retained = count_retained(batch, microbatches, chunking.retained_tokens)
+    kept: list[Tensor] = []
     try:
+        kept.append(_room_for_moments(model))  # which a step has in memory too
         with autocast(), no_collectives():
             terms.grad_cache(model, batch, chunks, microbatches=microbatches, num_retained=retained)
     except torch.OutOfMemoryError:
         return True
     finally:
-        for parameter in model.parameters():
-            parameter.grad = None
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        kept.clear()
+        _free(model)
     return False
+
+
+def _free(model: ULLME) -> None:
+    """Give back the gradients of a trial."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def fit_by_measurement(
+    model: ULLME,
+    objective: Objective,
+    chunking: Chunking,
+    passages: int,
+    passage_tokens: int,
+    autocast: Callable[[], AbstractContextManager],
+    free: float,
+    peak: Callable[[Callable[[], object]], float] | None = None,
+    datasets: Sequence[tuple[tuple[str, ...] | None, Mapping[str, ColumnKind]]] = ((None, {}),),
+) -> Chunking:
+    """:func:`shrink_until_it_fits` where the LLM is split over ranks, and running out of memory would leave them stuck.
+
+    Two small steps on random tokens are measured, and the memory of a larger chunk follows from their difference. The
+    rank that needs the most decides for all.
+
+    Args:
+        free: bytes that may be used, the same on every rank.
+        peak: runs something and returns the bytes that it took at the height; None measures on CUDA.
+
+    The other arguments are those of :func:`shrink_until_it_fits`.
+
+    Raises:
+        ValueError: not even one query fits.
+    """
+    terms = Objective(objective.terms, _NoReference(), objective.share_prompts)
+    auto = model.options.gradient_checkpointing == "auto"
+    least = _LEAST["cpu" if model.device.type == "cpu" else "cuda"]
+    usable = _USABLE["cuda"] * free - 2 * sum(_local_bytes(p) for p in model.parameters() if p.requires_grad)
+
+    def measured(queries: int) -> tuple[int, int]:
+        """Tokens of a step with so many queries in one chunk, and its bytes on the rank that needs the most."""
+        batch = _random_batch(model, 0, queries, passages, passage_tokens, at_least=queries)
+
+        def step(one: Batch) -> None:
+            with autocast():
+                terms.grad_cache(model, one, [slice(0, len(one))])
+
+        used = 0
+        for of, kinds in datasets:
+            one = replace(batch, terms=of, columns=_no_numbers(batch, kinds))
+            used = max(used, int((_cuda_peak if peak is None else peak)(partial(step, one))))
+            _free(model)
+        return batch.num_tokens, all_reduce_max(used, model.device)
+
+    while True:
+        if chunking.checkpointing and auto:
+            model.recompute_layers()
+        (tokens, one), (more, two) = measured(1), measured(2)
+        each = max(1.0, (two - one) / (more - tokens))
+        fits = int(tokens + (usable - one) / each)
+        if fits >= (least if auto and not chunking.checkpointing else tokens):
+            return replace(chunking, chunk_tokens=min(chunking.chunk_tokens, fits), retained_tokens=0)
+        if not auto or chunking.checkpointing:
+            raise ValueError(
+                f"out of memory on {model.device}: one query of {tokens} tokens takes {one / GIB:.1f} GiB, and "
+                f"{usable / GIB:.1f} are free; lower data.passage_max_length or data.num_hard_negatives, or take more "
+                "devices"
+            )
+        chunking = replace(chunking, checkpointing=True)
+
+
+def _cuda_peak(run: Callable[[], object]) -> float:
+    """Bytes of tensors on the current device at the height of a run, less those that were there before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _room_for_moments(model: ULLME) -> Tensor:
+    """As many bytes as AdamW's two moments, which do not exist before the first step."""
+    trained = sum(_local_bytes(p) for p in model.parameters() if p.requires_grad)
+    return torch.empty(2 * trained, dtype=torch.uint8, device=model.device)
+
+
+def _local_bytes(parameter: Tensor) -> int:
+    """Of the part that this rank holds."""
+    return getattr(parameter, "_local_tensor", parameter).numel() * parameter.element_size()
 
 
 class _NoReference(Reference):
@@ -175,9 +271,9 @@ class _NoReference(Reference):
         return torch.zeros(mask.shape, device=model.device)
 
 
-def _random_batch(model: ULLME, tokens: int, most: int, passages: int, passage_tokens: int) -> Batch:
+def _random_batch(model: ULLME, tokens: int, most: int, passages: int, passage_tokens: int, at_least: int = 1) -> Batch:
     """Queries as long as their passages, so many that ``tokens`` holds them, or ``most``."""
-    queries = max(1, min(most, tokens // ((1 + passages) * passage_tokens)))
+    queries = max(at_least, min(most, tokens // ((1 + passages) * passage_tokens)))
     vocabulary = len(token_table(model.causal_lm))
 
     def rows(n: int) -> TokenRows:
@@ -199,6 +295,13 @@ def _random_batch(model: ULLME, tokens: int, most: int, passages: int, passage_t
     return batch.to(model.device)
 
 
+def _no_numbers(batch: Batch, kinds: Mapping[str, ColumnKind]) -> dict[str, Tensor]:
+    """Columns of the kinds that the training rows have, without a number in them."""
+    shapes = {"query": batch.passage_keys.shape[:1], "candidate": batch.passage_keys.shape}
+    nothing = {kind: torch.full(shape, float("nan"), device=batch.row_ids.device) for kind, shape in shapes.items()}
+    return {name: nothing[kind] for name, kind in kinds.items()}
+
+
 def _bytes(acts: Activations, checkpointing: bool) -> float:
     """Of one token at the height of forward and backward."""
     return acts.peak(1, checkpointing)
@@ -206,5 +309,5 @@ def _bytes(acts: Activations, checkpointing: bool) -> float:
 
 def _fixed(model: ULLME, kind: str) -> float:
     """Bytes that training takes whatever the chunk: gradients, AdamW's moments, a block of logits."""
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    trained = sum(_local_bytes(p) for p in model.parameters() if p.requires_grad)
     return 3 * trained + 12 * _BLOCK_LOGITS[kind]

@@ -54,26 +54,28 @@ class Device:
         tflops: peak dense TFLOP/s, in bfloat16; of a CPU as measured, in the dtype that it computes in.
         memory_gib: GiB that a process can use.
         kind: ``cuda`` or ``cpu``.
+        bandwidth: of its memory in GB/s, as vendors give it; None where it is not known.
     """
 
     name: str
     tflops: float
     memory_gib: float
     kind: str = "cuda"
+    bandwidth: float | None = None
 
 
 DEVICES = {
-    "a100-40gb": Device("A100-40GB", 312, 39.5),
-    "a100-80gb": Device("A100-80GB", 312, 79.2),
-    "h100": Device("H100", 989, 79.2),
-    "h200": Device("H200", 989, 139.8),
-    "b200": Device("B200", 2250, 178),
-    "l40s": Device("L40S", 362, 44.5),
-    "l4": Device("L4", 121, 22.0),
-    "a10g": Device("A10G", 70, 22.0),
-    "a6000": Device("RTX A6000", 155, 47.4),
-    "rtx-4090": Device("RTX 4090", 165, 23.5),
-    "rtx-3090": Device("RTX 3090", 71, 23.5),
+    "a100-40gb": Device("A100-40GB", 312, 39.5, bandwidth=1555),
+    "a100-80gb": Device("A100-80GB", 312, 79.2, bandwidth=2039),
+    "h100": Device("H100", 989, 79.2, bandwidth=3350),
+    "h200": Device("H200", 989, 139.8, bandwidth=4800),
+    "b200": Device("B200", 2250, 178, bandwidth=8000),
+    "l40s": Device("L40S", 362, 44.5, bandwidth=864),
+    "l4": Device("L4", 121, 22.0, bandwidth=300),
+    "a10g": Device("A10G", 70, 22.0, bandwidth=600),
+    "a6000": Device("RTX A6000", 155, 47.4, bandwidth=768),
+    "rtx-4090": Device("RTX 4090", 165, 23.5, bandwidth=1008),
+    "rtx-3090": Device("RTX 3090", 71, 23.5, bandwidth=936),
 }
 
 

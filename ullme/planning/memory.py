@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ullme.models.attention import decoder_layers
 from ullme.models.attention.packing import no_mask
@@ -26,6 +28,8 @@ FRAGMENTATION = {"cuda": 0.08, "cpu": 0.5}
 # Bytes of a weight in NF4: 4 bits, and the double-quantised scale of its block of 64 weights (arXiv 2305.14314).
 _NF4_BYTES = 0.516
 _PROBE_TOKENS = 256
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm"}
+_MOVE_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "_unsafe_view", "_reshape_alias"}
 _ATTENTION = "ullme_fused_shapes"
 
 
@@ -38,12 +42,14 @@ class Activations:
         layers: number of decoder layers.
         boundary: bytes of a layer's input, all that is saved of a layer with gradient checkpointing.
         transient: bytes of the gradients that exist at the same time in backward.
+        traffic: bytes that kernels other than matrix products and attention read and write in a forward.
     """
 
     saved: float
     layers: int
     boundary: float
     transient: float
+    traffic: float = 0.0
 
     def peak(self, tokens: float, checkpointing: bool) -> float:
         """Peak bytes of a forward and backward over ``tokens`` tokens."""
@@ -89,16 +95,19 @@ def activations(model: Any, compute: torch.dtype) -> Activations:
     _use_fake_cpu_tensors(model, mode)
     model.train()
 
-    def saved(tokens: int) -> int:
+    def saved(tokens: int) -> tuple[int, int]:
         def run() -> Any:
             ids, positions = torch.zeros(1, tokens, dtype=torch.long), torch.arange(tokens)[None]
             mask = no_mask(ids.device)
             return decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
 
-        with mode, torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16 != model.dtype):
-            return _saved_bytes(run)
+        # Under autocast bfloat16 weights too leave float32 activations behind, such as those of powers and norms.
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16)
+        with mode, autocast, _Traffic() as traffic:
+            return _saved_bytes(run), traffic.bytes
 
-    once, twice = saved(_PROBE_TOKENS), saved(2 * _PROBE_TOKENS)  # both include the weights
+    # both include the weights
+    (once, moved), (twice, moved_twice) = saved(_PROBE_TOKENS), saved(2 * _PROBE_TOKENS)
     layers = decoder_layers(decoder)
     width = causal_lm.config.get_text_config().hidden_size
     widest = max(max(p.shape) for p in layers[0].parameters() if p.ndim == 2)
@@ -107,7 +116,23 @@ def activations(model: Any, compute: torch.dtype) -> Activations:
         layers=len(layers),
         boundary=width * compute.itemsize,
         transient=2 * (widest + width) * compute.itemsize,
+        traffic=(moved_twice - moved) / _PROBE_TOKENS,
     )
+
+
+class _Traffic(TorchDispatchMode):
+    """Adds up the bytes that kernels read and write; matrix products are left out, and views, which move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not (func.is_view or func.overloadpacket.__name__ in _MOVE_NOTHING | _PRODUCTS):
+            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+            self.bytes += sum(x.numel() * x.element_size() for x in tensors)
+        return out
 
 
 def _use_fake_cpu_tensors(model: nn.Module, mode: Any) -> None:

@@ -29,11 +29,17 @@ if TYPE_CHECKING:
 # Fraction of a device's memory that a plan may use; the rest is a margin for what is not predicted, and on a CPU for
 # other processes.
 USABLE = {"cuda": 0.92, "cpu": 0.5}
-# Assumed fraction of the peak, where none is given; a CPU's peak is measured.
+# Assumed fraction of the peak of a device whose memory bandwidth is not known; a CPU's peak is measured.
 UTILISATION = {"cuda": 0.6, "cpu": 0.75}
+# Assumed fractions of the vendor's peaks: of large matrix products, and of the memory's bandwidth in other kernels.
+PRODUCTS, BANDWIDTH = 0.75, 0.8
+# Of a backward, over a forward's: kernels of one input read a gradient and what was saved, and write a gradient.
+_BACKWARD_TRAFFIC = 1.5
+# Bytes that the LM head's softmax moves for each logit: written and read in half precision, three times in float32.
+_BYTES_PER_LOGIT = 16
 # Chunk sizes in tokens that are tried with chunk_tokens: auto, and the smallest one before gradient checkpointing is.
 _CHUNK_TOKENS = {"cuda": [2**n for n in range(16, 9, -1)], "cpu": [512, 256]}
-_MIN_TOKENS_BEFORE_CHECKPOINTING = {"cuda": 2**12, "cpu": 256}
+_MIN_TOKENS_BEFORE_CHECKPOINTING = {"cuda": 2**13, "cpu": 256}
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,9 @@ class Plan:
         retained_memory: bytes of these graphs.
         step_flops: model FLOPs of a step on one device.
         hardware_flops: FLOPs that the device computes in a step, including recomputation and π_ref.
-        utilisation: assumed hardware FLOPs per second, as a fraction of the device's peak.
+        traffic: bytes that other kernels than matrix products read and write in a step.
+        assumed: hardware FLOPs per second as a fraction of the device's peak, where that is given; None predicts the
+            time from its parts.
     """
 
     job: Job
@@ -113,7 +121,8 @@ class Plan:
     retained_memory: float
     step_flops: float
     hardware_flops: float
-    utilisation: float
+    traffic: float
+    assumed: float | None
 
     @property
     def fits(self) -> bool:
@@ -128,7 +137,23 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Duration of a step; communication between devices is not counted."""
-        return self.hardware_flops / (self.device.tflops * 1e12 * self.utilisation)
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The seconds of a step by what limits them; a single part where a fraction of the peak is assumed."""
+        peak = self.device.tflops * 1e12
+        if self.assumed is not None or self.device.bandwidth is None:
+            return {"everything": self.hardware_flops / (peak * (self.assumed or UTILISATION[self.device.kind]))}
+        return {
+            "matrix products": self.hardware_flops / (peak * PRODUCTS),
+            "other kernels (memory bandwidth)": self.traffic / (self.device.bandwidth * 1e9 * BANDWIDTH),
+        }
+
+    @property
+    def utilisation(self) -> float:
+        """Hardware FLOPs per second, as a fraction of the device's peak."""
+        return self.hardware_flops / (self.device.tflops * 1e12 * self.seconds)
 
     @property
     def steps(self) -> int:
@@ -156,14 +181,13 @@ def make_plan(
         device: the device.
         num_devices: how many of them; the batch is split over them.
         fsdp: whether FSDP shards the LLM over them.
-        utilisation: assumed hardware FLOPs per second, as a fraction of the device's peak; None for ``UTILISATION``.
+        utilisation: assumed hardware FLOPs per second, as a fraction of the device's peak; None predicts the time from
+            matrix products and memory traffic, or takes ``UTILISATION`` where the bandwidth is not known.
 
     Raises:
         ValueError: the batch size is not a multiple of the number of devices, or utilisation is out of range.
     """
-    if utilisation is None:
-        utilisation = UTILISATION[device.kind]
-    if not 0 < utilisation <= 1:
+    if utilisation is not None and not 0 < utilisation <= 1:
         raise ValueError(f"--utilisation={utilisation}: give a fraction of the peak, above 0 and at most 1")
     if num_devices < 1 or job.batch_size % num_devices:
         raise ValueError(f"--num_devices={num_devices}: data.batch_size={job.batch_size} must be a multiple of it")
@@ -209,7 +233,7 @@ def _plan(
     device: Device,
     num_devices: int,
     fsdp: bool,
-    utilisation: float,
+    utilisation: float | None,
     retain: bool,
 ) -> Plan:
     """The plan of a job without ``auto``; ``retain``: use the memory left over to keep graphs of microbatches."""
@@ -248,6 +272,11 @@ def _plan(
     hardware = float(cost.hardware_step(work, False, checkpointing))
     if len(chunks) > 1 and job.objective.uses_reps:
         hardware += float(cost.forward(work.embed)) * (1 - retained / batch.num_tokens)
+    again = 1 - retained / batch.num_tokens if len(chunks) > 1 and job.objective.uses_reps else 0.0
+    forwards = (1 + again + checkpointing) * work.embed.tokens + (1 + checkpointing) * work.learned.tokens
+    forwards += work.scored.tokens + work.reference.tokens
+    backwards = work.embed.tokens + work.learned.tokens
+    logits = vocabulary * (work.learned.targets + work.scored.targets + work.reference.targets)
     return Plan(
         job=job,
         device=device,
@@ -261,7 +290,8 @@ def _plan(
         retained_memory=retained * bytes_per_token,
         step_flops=float(cost.step(work)),
         hardware_flops=hardware,
-        utilisation=utilisation,
+        traffic=float(acts.traffic * (forwards + _BACKWARD_TRAFFIC * backwards) + _BYTES_PER_LOGIT * logits),
+        assumed=utilisation,
     )
 
 

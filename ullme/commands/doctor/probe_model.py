@@ -15,6 +15,7 @@ from torch import Tensor
 from ullme.batch import Batch, GenerationRows, TokenRows
 from ullme.commands.doctor.settings import Settings
 from ullme.engine.objective import Objective
+from ullme.losses.scored_pairs import ScoredPairs
 from ullme.models.config import BackboneConfig
 
 if TYPE_CHECKING:
@@ -79,6 +80,16 @@ class ProbeModel:
         return model
 
 
+def _columns(objective: Objective, keys: Tensor) -> dict[str, Tensor]:
+    """Random numbers for the columns that terms read: of pairs one a query, else one a candidate."""
+    generator = torch.Generator().manual_seed(2)
+    found: dict[str, Tensor] = {}
+    for term in objective.terms:
+        shape = keys.shape[: 1 if isinstance(term, ScoredPairs) else 2]
+        found |= {name: torch.rand(shape, generator=generator) for name in term.columns}
+    return found
+
+
 def select_model(settings: Settings | None, folder: Path) -> ProbeModel:
     """Choose the model, and save a tiny one where the configuration's LLM is large or not on this machine.
 
@@ -117,14 +128,14 @@ def select_model(settings: Settings | None, folder: Path) -> ProbeModel:
     )
     if settings is not None and settings.is_local and settings.plan.weights <= _MAX_WEIGHTS:
         vocabulary = settings.job.config.get_text_config().vocab_size
-        batch = _batch(vocabulary, candidates)
+        batch = _batch(vocabulary, candidates, objective)
         return ProbeModel(
             options, objective, batch, f"the configuration's own {options.model_name_or_path}, in float32"
         )
     vocabulary = _save_tiny(family, folder)
     options = replace(options, model_name_or_path=str(folder), model_backbone_type=None, init_from=None)
     why = "" if settings is None else f", in place of {settings.options.model_name_or_path}"
-    return ProbeModel(options, objective, _batch(vocabulary, candidates), f"a tiny random {family}{why}")
+    return ProbeModel(options, objective, _batch(vocabulary, candidates, objective), f"a tiny random {family}{why}")
 
 
 def _save_tiny(family: str, folder: Path) -> int:
@@ -150,7 +161,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, **names)
 
 
-def _batch(vocabulary: int, candidates: int) -> Batch:
+def _batch(vocabulary: int, candidates: int, objective: Objective) -> Batch:
     """Random rows of different lengths, no two alike."""
     generator = torch.Generator().manual_seed(0)
 
@@ -172,4 +183,5 @@ def _batch(vocabulary: int, candidates: int) -> Batch:
         given_query,
         query_generation=given_passage,
         passage_generation=given_query,
+        columns=_columns(objective, keys),
     )

@@ -161,7 +161,11 @@ class Settings:
         from ullme.data.mixture import TrainSet
 
         data = self.config.data
-        whole = TrainSet(data.train, data.train_split, data.train_name, data.schema) if data.train else None
+        whole = (
+            TrainSet(data.train, data.train_split, data.train_name, data.schema, columns=data.columns)
+            if data.train
+            else None
+        )
         return "; ".join(_check_first_rows(one, data.on_bad_row) for one in ([whole] if whole else data.datasets or []))
 
     def val_data(self) -> str:
@@ -187,6 +191,7 @@ _MEMORY_REMEDIES = {
 
 def _check_first_rows(one: Any, on_bad_row: str) -> str:
     """Parse the first rows of a training set. Raises: as :meth:`Settings.train_data`."""
+    from ullme.data.columns import split_option
     from ullme.data.jsonl import iter_lines, parse_line
     from ullme.data.records import parse_record
     from ullme.data.sources import check_kind, expand_files, is_jsonl
@@ -201,7 +206,7 @@ def _check_first_rows(one: Any, on_bad_row: str) -> str:
             for number, _, raw in islice(iter_lines(path), _ROWS):
 
                 def parse(raw: bytes = raw) -> Any:
-                    return parse_record(parse_line(raw), one.schema)
+                    return parse_record(parse_line(raw), one.schema, split_option(one.columns)[0])
 
                 read += _parses(parse, f"{path}:{number}", on_bad_row)
         if not read:

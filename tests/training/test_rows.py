@@ -1,0 +1,116 @@
+"""Each dataset of a mixture has its own terms: what a step computes, and what is refused before training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from test_gradcache import assert_same_gradients, gradients, make_batch
+from test_objective import with_generation
+
+from ullme.data.datamodule import ULLMEDataModule
+from ullme.data.mixture import TrainSet
+from ullme.engine.gradcache import chunk_slices
+from ullme.engine.objective import Objective
+from ullme.losses import DPO, SFT, CoSENT, DistillationKL, InfoNCE
+from ullme.losses.false_negatives import FalseNegatives
+from ullme.training.rows import check_columns, check_rows
+
+PASSAGES = {"query": "q", "pos": ["p"], "neg": ["n", "m"]}
+PAIRS = {"sentence1": "a", "sentence2": "b", "score": 0.5}
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+def write(tmp_path, name: str, row: dict) -> str:
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text("\n".join(json.dumps(row) for _ in range(4)))
+    return str(path)
+
+
+def mixture(tmp_path, *sets: tuple[dict, list[str] | None]) -> ULLMEDataModule:
+    files = [
+        TrainSet(write(tmp_path, f"set{n}", row), terms=terms, num_hard_negatives=2 if row is PASSAGES else 0)
+        for n, (row, terms) in enumerate(sets)
+    ]
+    data = ULLMEDataModule(datasets=files, batch_size=2)
+    data.setup("fit")
+    return data
+
+
+def test_every_dataset_with_terms_that_it_can_serve_is_fine(tmp_path, caplog):
+    data = mixture(tmp_path, (PASSAGES, ["info_nce", "dpo"]), (PAIRS, ["cosent"]), (CHAT, ["sft"]))
+    check_rows(Objective([InfoNCE(), DPO(), CoSENT(), SFT()]), data)
+    assert not caplog.records
+    check_rows(Objective([InfoNCE(), DPO(), CoSENT(), SFT(), DistillationKL()]), data)
+    assert "no dataset names the loss term distillation_kl" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "terms", "message"),
+    [
+        (PASSAGES, ["cosent"], r"loss term cosent reads the column 'score', in which no row of '.*set0.jsonl' has"),
+        (PAIRS, ["info_nce"], r"info_nce needs to know each query's positive.*of '.*set0.jsonl' have none"),
+        (PAIRS, None, r"info_nce and dpo and sft needs to know each query's positive"),
+        (CHAT, ["dpo"], r"dpo compares a positive with negatives.*=0 of '.*set0.jsonl'; give at least 1"),
+        (PASSAGES, ["infonce"], r"terms=\['infonce'\]: loss.terms has no term 'infonce'; it has info_nce, dpo, cosent"),
+    ],
+)
+def test_a_term_that_a_dataset_cannot_serve_is_refused_by_name(row, terms, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        check_rows(Objective([InfoNCE(), DPO(), CoSENT(), SFT()]), mixture(tmp_path, (row, terms)))
+
+
+def test_scores_need_candidates_and_unused_ones_are_named(tmp_path, caplog):
+    scored = {**PASSAGES, "pos_scores": [1], "neg_scores": [0, 0.5]}
+    data = ULLMEDataModule(train=write(tmp_path, "rows", scored), num_hard_negatives=0, batch_size=2)
+    data.setup("fit")
+    for term in (DistillationKL(), InfoNCE(false_negatives=FalseNegatives(0.1, scores="column"))):
+        with pytest.raises(
+            ValueError, match=rf"loss term {term.name} compares .*num_hard_negatives=0; give at least 1"
+        ):
+            check_rows(Objective([term]), data)
+    check_rows(Objective([InfoNCE()]), data)  # in-batch terms alone: right, but the scores are not used
+    assert "have the column score, and no loss term reads it" in caplog.text
+
+
+def test_a_column_without_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"distillation_kl reads the column 'teacher'.*\(they have 'score'\)"):
+        check_columns([DistillationKL("teacher")], {"score": "candidate"})
+    with pytest.raises(ValueError, match=r"they have no column of numbers"):
+        check_columns([DistillationKL()], {})
+
+
+def test_a_step_computes_the_terms_of_its_dataset_alone(make_model):
+    model = make_model("gpt2").double().train()
+    scores = torch.tensor([0.1, 0.9, 0.5, 0.3, 0.7])
+    whole = replace(with_generation(make_batch()), columns={"score": scores})
+    objective = Objective([InfoNCE(), SFT(2.0), CoSENT()])
+    for names, terms in (
+        (("info_nce",), [InfoNCE()]),
+        (("sft",), [SFT(2.0)]),
+        (("cosent", "sft"), [SFT(2.0), CoSENT()]),
+    ):
+        batch = replace(whole, terms=names)
+        expected_logs = Objective(terms).full_batch(model, whole)
+        expected = gradients(model)
+        for run in (
+            lambda b: objective.full_batch(model, b),
+            lambda b: objective.grad_cache(model, b, chunk_slices(b, 2, None)),
+        ):
+            logs = run(batch)
+            assert logs.keys() == expected_logs.keys()
+            assert logs["loss"].item() == pytest.approx(expected_logs["loss"].item(), abs=1e-10)
+            assert_same_gradients(gradients(model), expected, 1e-9)
+    assert batch[1:3].terms == batch.to("cpu").terms == ("cosent", "sft")
+    every = objective.full_batch(model, whole)
+    assert {"info_nce", "sft", "cosent"} <= every.keys()
+    assert objective.of_terms(["sft", "cosent", "info_nce"]) is objective
+
+
+def test_a_guide_needs_adapters(make_model):
+    objective = Objective([InfoNCE(false_negatives=FalseNegatives(0.0, scores="guide"))])
+    objective.check(make_model("gpt2"), 2)
+    with pytest.raises(ValueError, match=r"scores=guide, but lora_name=null.*scores=student"):
+        objective.check(make_model("gpt2", lora_name=None), 2)

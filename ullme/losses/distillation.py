@@ -1,0 +1,170 @@
+"""Losses that teach the embedder a teacher's scores of each query's candidates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from ullme.batch import Representations
+from ullme.distributed import gather_sizes, world
+from ullme.losses.base import RepresentationLoss
+
+
+def distillation_kl(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, teacher_temperature: float | None = None
+) -> Tensor:
+    """T² Σ P_t log(P_t / P_s), with P the softmax of the scores over T of the candidates that the teacher scored.
+
+    Knowledge distillation (arXiv 1503.02531, section 2, with its factor T²) over a list of passages (arXiv 2010.10999),
+    as sentence-transformers' DistillKLDivLoss.
+
+    Args:
+        student: (B, C) scores.
+        teacher: (B, C) scores, NaN where there is none.
+        temperature: T.
+        teacher_temperature: divides the teacher's scores instead of T; None: T.
+
+    Returns:
+        (B,) in nats; 0 for a query with fewer than two scores.
+    """
+    known = ~teacher.isnan()
+    scored = known.sum(1) > 1
+    usable = known | ~scored[:, None]  # a query without scores has a distribution too, whose term is thrown away
+    log_p = log_softmax(
+        (teacher / (teacher_temperature or temperature)).nan_to_num().masked_fill(~usable, float("-inf")), dim=1
+    )
+    log_q = log_softmax((student / temperature).masked_fill(~usable, float("-inf")), dim=1)
+    terms = torch.where(usable, log_p.exp() * (torch.where(usable, log_p, 0) - torch.where(usable, log_q, 0)), 0)
+    return torch.where(scored, terms.sum(1) * temperature**2, 0)
+
+
+def margin_mse(student: Tensor, margins: Tensor) -> tuple[Tensor, Tensor]:
+    """[(s⁺ − s⁻) − (t⁺ − t⁻)]² of each negative (Margin-MSE, arXiv 2010.02666, eq. 8).
+
+    Args:
+        student: (B, C) scores, the positive first.
+        margins: (B, C − 1) the teacher's t⁺ − t⁻, NaN where there is none.
+
+    Returns:
+        (B,) the sum over the negatives that the teacher scored, and (B,) how many they are.
+    """
+    known = ~margins.isnan()
+    errors = student[:, :1] - student[:, 1:] - margins.nan_to_num()
+    return torch.where(known, errors, 0).square().sum(1), known.sum(1)
+
+
+class Distillation(RepresentationLoss):
+    """Base of the losses that compare a query's candidates by the teacher's scores, which are a column of the rows.
+
+    Args:
+        column: of the teacher's scores, one a candidate.
+        weight: λ.
+    """
+
+    needs_positive = False
+    needs_negatives = True
+
+    def __init__(self, column: str = "score", weight: float = 1.0) -> None:
+        super().__init__(weight)
+        self.columns = (column,)
+        self.column = column
+
+    def cosines(self, reps: Representations) -> Tensor:
+        """(B, C), in float32 at least."""
+        wide = torch.promote_types(reps.queries.dtype, torch.float32)
+        with torch.autocast(reps.queries.device.type, enabled=False):
+            return torch.einsum("bd,bcd->bc", reps.queries.to(wide), reps.passages.to(wide))
+
+    def teacher(self, reps: Representations) -> Tensor:
+        """(B, C). Raises: ValueError: the column has one number a query."""
+        scores = reps.columns[self.column]
+        if scores.dim() != 2:
+            raise ValueError(
+                f"{type(self).__name__}.column={self.column!r} has one number a query, but the loss compares a query's "
+                "candidates; give a list of scores, one for each positive and then each negative"
+            )
+        return scores
+
+
+def mean_of_scored(sums: Tensor, counts: Tensor) -> Tensor:
+    """Σ sums / Σ counts over all ranks, as the mean over ranks of what each returns; 0 where nothing was scored.
+
+    Args:
+        sums: (B,) of this rank's queries.
+        counts: (B,) how many scores each sum has.
+    """
+    total = sum(gather_sizes(int(counts.sum()), counts.device))
+    return sums.sum() * world()[1] / max(total, 1)
+
+
+class DistillationKL(Distillation):
+    """:func:`distillation_kl` from the teacher's distribution over a query's candidates to the student's.
+
+    The mean over the queries of the global batch that have two scores at least. For cosines as the teacher's scores, or
+    logits of a cross-encoder (teacher_temperature 1); with a temperature far above 0.05 the distribution of cosines is
+    almost flat.
+
+    Args:
+        column: of the teacher's scores, one a candidate.
+        temperature: T, divides the cosines, and the teacher's scores too if they have no temperature of their own.
+        teacher_temperature: divides the teacher's scores; null takes ``temperature``.
+        weight: λ.
+
+    Raises:
+        ValueError: a temperature that is not positive.
+    """
+
+    name = "distillation_kl"
+
+    def __init__(
+        self,
+        column: str = "score",
+        temperature: float = 1.0,
+        teacher_temperature: float | None = None,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__(column, weight)
+        for option, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
+            if value is not None and not value > 0:
+                raise ValueError(f"DistillationKL.{option}={value}: must be above 0")
+        self.temperature, self.teacher_temperature = temperature, teacher_temperature
+
+    def forward(self, reps: Representations) -> Tensor:
+        teacher = self.teacher(reps)
+        losses = distillation_kl(self.cosines(reps), teacher, self.temperature, self.teacher_temperature)
+        return mean_of_scored(losses, (~teacher.isnan()).sum(1) > 1)
+
+
+class MarginMSE(Distillation):
+    """:func:`margin_mse`, the mean over all negatives of the global batch that the teacher scored.
+
+    A column with one number a query is the margin t⁺ − t⁻ itself, of rows with one negative.
+
+    Args:
+        column: of the teacher's scores, one a candidate.
+        scale: the student's scores are cosines times this. A cross-encoder's margins reach 10 and more, those of
+            cosines 2 at most.
+        weight: λ.
+
+    Raises:
+        ValueError: a scale that is not positive.
+    """
+
+    name = "margin_mse"
+    needs_positive = True
+
+    def __init__(self, column: str = "score", scale: float = 1.0, weight: float = 1.0) -> None:
+        super().__init__(column, weight)
+        if not scale > 0:
+            raise ValueError(f"MarginMSE.scale={scale}: must be above 0")
+        self.scale = scale
+
+    def forward(self, reps: Representations) -> Tensor:
+        scores = reps.columns[self.column]
+        if scores.dim() == 1 and reps.passages.shape[1] == 2:
+            margins = scores[:, None]
+        else:
+            teacher = self.teacher(reps)
+            margins = teacher[:, :1] - teacher[:, 1:]
+        return mean_of_scored(*margin_mse(self.scale * self.cosines(reps), margins))

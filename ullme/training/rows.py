@@ -1,0 +1,94 @@
+"""Whether the training rows have what the loss terms need: positives, negatives and numbers, dataset by dataset."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any
+
+from ullme.batch import ColumnKind
+from ullme.data.mixture import Mixture
+from ullme.data.sources import RowSource
+from ullme.losses import Term
+
+if TYPE_CHECKING:
+    from ullme.engine.objective import Objective
+
+log = logging.getLogger(__name__)
+
+
+def check_columns(terms: Iterable[Term], columns: Collection[str], where: str = "") -> None:
+    """Refuse a term whose columns no row has.
+
+    Args:
+        terms: of the objective.
+        columns: those that some row has a number in.
+        where: the dataset, for the message.
+
+    Raises:
+        ValueError: a column that a term reads is missing.
+    """
+    for term in terms:
+        if missing := [name for name in term.columns if name not in columns]:
+            held = f"they have {', '.join(map(repr, columns))}" if columns else "they have no column of numbers"
+            raise ValueError(
+                f"loss term {term.name} reads the column {' and '.join(map(repr, missing))}, in which no row{where} "
+                f"has a number ({held}); give rows with it (docs/data.md), name its field in data.columns, or leave "
+                "the term out"
+            )
+
+
+def warn_of_unused_columns(terms: Iterable[Term], columns: Collection[str], where: str = "") -> None:
+    """Name the columns that no term reads, in one warning; results stay right without them."""
+    read = {name for term in terms for name in term.columns}
+    if unused := [name for name in columns if name not in read]:
+        log.warning(
+            "data: the rows%s have the column %s, and no loss term reads it (loss.terms); a distillation term would",
+            where,
+            ", ".join(unused),
+        )
+
+
+def kinds_of_batches(source: RowSource | None) -> list[tuple[tuple[str, ...] | None, dict[str, ColumnKind]]]:
+    """Of each dataset, the names of its loss terms (None: all) and its columns."""
+    if source is None:
+        return [(None, {})]
+    if isinstance(source, Mixture):
+        pairs = zip(source.sets, source.sources, strict=True)
+        return [(None if sets.terms is None else tuple(sets.terms), one.columns) for sets, one in pairs]
+    return [(None, source.columns)]
+
+
+def check_rows(objective: Objective, data: Any, warn: bool = True) -> None:
+    """Refuse terms that a dataset cannot serve, before a model is paid for.
+
+    Args:
+        objective: of the run.
+        data: the data module, set up; without a ``source`` only its options are looked at.
+        warn: whether to name columns and terms that are not used.
+
+    Raises:
+        ValueError: a term lacks its columns, positives or negatives, or a dataset names a term that there is not.
+    """
+    source, negatives = getattr(data, "source", None), getattr(data, "num_hard_negatives", 1)
+    if not isinstance(source, Mixture):
+        objective.check_rows(negatives, getattr(data, "labelled", True))
+        if source is not None:
+            _check_columns(objective.terms, source.columns, "", warn)
+        return
+    for settings, one in zip(source.sets, source.sources, strict=True):
+        where, part = f" of {settings.train!r}", objective.of_terms(settings.terms)
+        own = negatives if settings.num_hard_negatives is None else settings.num_hard_negatives
+        part.check_rows(own, one.labelled, where)
+        _check_columns(part.terms, one.columns, where, warn)
+    named = [settings.terms for settings in source.sets]
+    used = {name for terms in named for name in terms or []}
+    unused = [term.name for term in objective.terms if term.name not in used]
+    if warn and unused and None not in named:
+        log.warning("data.datasets: no dataset names the loss term %s, so it is never used", ", ".join(unused))
+
+
+def _check_columns(terms: list[Term], columns: Collection[str], where: str, warn: bool) -> None:
+    check_columns(terms, columns, where)
+    if warn:
+        warn_of_unused_columns(terms, columns, where)
