@@ -153,7 +153,7 @@ def check(words: list[str], train_parser) -> None:
             return
     program = words.pop(0)
     if program == "torchrun":
-        words = words[words.index("train.py") :]
+        words = words[words.index("-m" if "-m" in words else "train.py") :]
         program = "python"
     if program == "python" and words[0] == "-m":
         program, words = words[1], words[2:]

@@ -13,6 +13,9 @@ from ullme.utils.dotted_names import add_cwd_to_path
 COMMANDS = {
     "train": ("ullme.commands.train", "train an embedder (train.py)"),
     "evaluate": ("ullme.commands.evaluate", "evaluate an embedder on MTEB or local data (evaluate.py)"),
+    "encode": ("ullme.commands.encode", "embed a corpus into shards on disk"),
+    "index": ("ullme.commands.index", "build a FAISS or BM25 index of an encoded corpus"),
+    "search": ("ullme.commands.search", "search an encoded corpus: dense, BM25, or both"),
     "export": ("ullme.commands.export.cli", "export a trained model as a folder for sentence-transformers"),
     "merge": ("ullme.commands.merge", "merge runs of one LLM into one model"),
     "plan": ("ullme.commands.plan", "predict memory and hours of a run"),

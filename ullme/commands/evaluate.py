@@ -152,7 +152,7 @@ def _check(options: Any) -> None:
 
 def _run(options: Any) -> int:
     """Evaluate; with several processes on the first, while the others embed for it."""
-    _silence_libraries()
+    silence_libraries()
     from ullme.distributed import leave_process_group, world
     from ullme.eval import ranks
 
@@ -267,7 +267,7 @@ def _dtype(options: Any, device: str | None) -> str | None:
     return dtype
 
 
-def _silence_libraries() -> None:
+def silence_libraries() -> None:
     """Silence the warnings and progress bars of all libraries but mteb's bars."""
     warnings.filterwarnings("ignore")
     for library in ("mteb", "transformers", "sentence_transformers", "datasets", "huggingface_hub"):

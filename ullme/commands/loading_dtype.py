@@ -38,7 +38,7 @@ def known_dtype(model: str | None, checkpoint: str | Path | None, asked: str | N
         checkpoint: as for :func:`dtype_to_load`.
         asked: auto leaves the training's dtype out of it.
     """
-    from ullme.models.wrapped import adapter_folder  # which imports mteb
+    from ullme.models.loading import adapter_folder  # which imports transformers
 
     if checkpoint is None and model is not None and (adapter := adapter_folder(model)) is not None:
         model, checkpoint = None, adapter

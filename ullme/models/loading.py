@@ -50,6 +50,25 @@ def is_adapter(name: str) -> bool:
     return has_file(name, "adapter_config.json") and not has_file(name, "config.json")
 
 
+def is_sentence_transformer(name: str) -> bool:
+    """Whether a name is a sentence-transformers model: a folder or hub model with a modules.json."""
+    return has_file(name, "modules.json")
+
+
+def adapter_folder(name: str) -> Path | None:
+    """The folder of the PEFT adapter with this name, downloaded if necessary; None if the name is no adapter.
+
+    An LLM that has an adapter in the same folder is an LLM.
+    """
+    if not is_adapter(name):
+        return None
+    if (folder := Path(name)).is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+
+
 def load_config(options: BackboneConfig) -> PretrainedConfig:
     """Read config.json and check it, before any weight is read.
 

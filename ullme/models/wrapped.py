@@ -17,7 +17,7 @@ from mteb.types import PromptType
 
 from ullme.models.checkpoint import load_embedder, usable_device
 from ullme.models.compression import check_truncate_dim
-from ullme.models.loading import has_file, is_adapter
+from ullme.models.loading import adapter_folder, is_sentence_transformer
 from ullme.models.revision import revision
 
 if TYPE_CHECKING:
@@ -270,25 +270,6 @@ def _query_prompt(task_metadata: TaskMetadata) -> str | None:
 def _embedding_size(model: Any) -> int | None:
     """The embedding dimension of a ULLME or a sentence-transformers model."""
     return model.get_embedding_dimension() if hasattr(model, "get_embedding_dimension") else model.hidden_size
-
-
-def is_sentence_transformer(name: str) -> bool:
-    """Whether a name is a sentence-transformers model: a folder or hub model with a modules.json."""
-    return has_file(name, "modules.json")
-
-
-def adapter_folder(name: str) -> Path | None:
-    """The folder of the PEFT adapter with this name, downloaded if necessary; None if the name is no adapter.
-
-    An LLM that has an adapter in the same folder is an LLM.
-    """
-    if not is_adapter(name):
-        return None
-    if (folder := Path(name)).is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
 
 
 def result_name(model_name: str, checkpoint: str | Path | None) -> str:

@@ -190,9 +190,14 @@ def check_writable(folder: Path, option: str = "trainer.default_root_dir") -> No
         ) from None
 
 
-def sweep(folder: str | Path) -> None:
-    """Remove unfinished files of processes that no longer run."""
-    for path in Path(folder).glob(f"{UNFINISHED}*"):
+def sweep(folder: str | Path, names: str = "*") -> None:
+    """Remove unfinished files of processes that no longer run.
+
+    Args:
+        folder: to look in.
+        names: pattern of what stands behind the prefix: the process's number, a dot and the file's name.
+    """
+    for path in Path(folder).glob(f"{UNFINISHED}{names}"):
         process = path.name.removeprefix(UNFINISHED).split(".")[0]
         if not (process.isdigit() and _alive(int(process))):
             path.unlink(missing_ok=True)

@@ -1,0 +1,130 @@
+"""``ullme encode``, ``ullme index`` and ``ullme search`` on a tiny LLM, and their mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from eval_helpers import save_sentence_transformer
+from search_helpers import contents, write_corpus
+
+from ullme.commands import encode, index, search
+from ullme.models.checkpoint import save_adapter
+from ullme.search.shards import Shards
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("commands")
+
+
+@pytest.fixture
+def command(place, llm_folder) -> list[str]:
+    corpus = str(write_corpus(place / "corpus.jsonl"))
+    common = ["--corpus", corpus, "--shard_rows=4", "--max_length=64", "--device=cpu", "--dtype=float32"]
+    return [llm_folder("llama"), *common, "--progress=false"]
+
+
+@pytest.fixture
+def folder(place, command) -> Path:
+    if not (place / "e").exists():
+        assert encode.main([*command, "--to", str(place / "e")]) == 0
+    return place / "e"
+
+
+def test_encode_in_two_jobs(folder, command, place, capsys):
+    assert encode.main([*command, "--to", str(place / "two"), "--shard=1/2"]) == 0
+    assert "4 of 10 documents encoded by this command; other shards are still missing" in capsys.readouterr().out
+    assert encode.main([*command, "--to", str(place / "two"), "--shard=0/2"]) == 0
+    assert "6 of 10 documents encoded by this command; all shards are there" in capsys.readouterr().out
+    assert contents(place / "two") == contents(folder)
+    assert encode.main([*command, "--to", str(folder)]) == 0
+    assert "0 of 10 documents encoded" in capsys.readouterr().out
+
+
+def test_another_prompt_is_refused(folder, command, capsys):
+    assert encode.main([*command, "--to", str(folder), "--passage_prompt=other: {text}"]) == 2
+    error = capsys.readouterr().err
+    assert "the prompts, field passage was '{text}' and is 'other: {text}' now; give another folder" in error
+    assert error.count("\n") == 1
+
+
+def test_search_for_a_text(folder, capsys):
+    assert search.main([str(folder), "title 3 text of document n3", "--k=2", "--device=cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all("text of document" in line for line in lines)
+    assert search.main([str(folder), "title 3", "--k=1", "--json", "--device=cpu"]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == {"score", "id", "text"}
+
+
+def test_index_and_search_for_queries(folder, place, capsys):
+    pytest.importorskip("bm25s")
+    assert index.main([str(folder), "--factory=none", "--bm25"]) == 0
+    assert "BM25 of 10 documents" in capsys.readouterr().out
+    (place / "q.tsv").write_text("q1\tdocument n3\nq2\tdocument n4\n")
+    run = ["--queries", str(place / "q.tsv"), "--to", str(place / "run.trec"), "--k=1", "--device=cpu"]
+    assert search.main([str(folder), "--method=bm25", *run]) == 0
+    assert "2 documents for 2 queries, BM25" in capsys.readouterr().out
+    rows = [line.split() for line in (place / "run.trec").read_text().splitlines()]
+    assert [(row[0], row[2], row[3], row[5]) for row in rows] == [
+        ("q1", "d3", "1", "ullme-bm25"),
+        ("q2", "d4", "1", "ullme-bm25"),
+    ]
+    assert search.main([str(folder), "--method=fused", *run]) == 0
+    assert "fusion of exact search and BM25" in capsys.readouterr().out
+
+
+def test_a_faiss_index_prints_its_recall(folder, place, capsys):
+    pytest.importorskip("faiss")
+    (place / "q.jsonl").write_text('{"_id": 1, "text": "document"}\n')
+    for more, on in ([], "10 documents of the corpus"), (["--queries", str(place / "q.jsonl")], "1 queries"):
+        assert index.main([str(folder), "--device=cpu", *more]) == 0
+        assert f"Flat, recall@10 1.0000 of exact search, on {on}" in capsys.readouterr().out
+    assert search.main([str(folder), "document", "--device=cpu"]) == 0
+
+
+@pytest.mark.slow
+def test_adapters_and_sentence_transformers(make_model, place, command, capsys):
+    adapter = save_adapter(make_model(), place / "adapter")
+    for model, more in ((adapter, []), (save_sentence_transformer(place), ["--truncate_dim=8"])):
+        to = place / f"of-{model.name}"
+        assert encode.main([str(model), *command[1:], *more, "--to", str(to)]) == 0, capsys.readouterr().err
+        assert len(Shards(to)) == 10
+        assert search.main([str(to), "title 3 text of document n3", "--k=1", "--device=cpu"]) == 0
+        assert "text of document" in capsys.readouterr().out
+
+
+MISTAKES = [
+    (encode, [], "nothing to encode with: name a run folder"),
+    (encode, ["model"], "give --corpus FILE, FOLDER or DATASET, and --to FOLDER"),
+    (encode, ["model", "--corpus=no.jsonl", "--to=x"], "--corpus no.jsonl: no such file"),
+    (encode, ["model", "--corpus=no.jsonl", "--to=x", "--precision=int4"], "--precision int4: choose"),
+    (encode, ["model", "--corpus=no.jsonl", "--to=x", "--shard=2/2"], "--shard 2/2: give I/N"),
+    (index, [], "name a folder that `ullme encode --to` wrote"),
+    (index, ["x", "--factory=none"], "--factory none builds no index"),
+    (index, ["x", "--sample=0"], "--sample 0 must be at least 1"),
+    (search, [], "name a folder that `ullme encode --to` wrote"),
+    (search, ["x"], "give a text to search for, or --queries FILE --to FILE"),
+    (search, ["x", "y", "--queries=q"], "give a text to search for, or --queries FILE --to FILE"),
+    (search, ["x", "--queries=q"], "--queries FILE and --to FILE belong together"),
+    (search, ["x", " "], "the text to search for is empty"),
+    (search, ["x", "y", "--k=0"], "--k 0 must be at least 1"),
+    (search, ["x", "y", "--method=z"], "--method z: choose dense, bm25, fused"),
+    (search, ["x", "y"], "x has no manifest.json; give a folder that `ullme encode --to` wrote"),
+]
+
+
+@pytest.mark.parametrize(("module", "argv", "message"), MISTAKES)
+def test_mistakes_are_one_line(module, argv, message, capsys):
+    assert module.main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", [encode, index, search])
+def test_help_explains_every_option(module):
+    for action in module.parser()._actions:
+        assert action.help, action.dest

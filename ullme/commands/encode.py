@@ -1,0 +1,197 @@
+"""The command line of ``ullme encode``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+from ullme.commands.evaluate import MODEL_OPTIONS, PROMPT_OPTIONS
+from ullme.utils.errors import check_empty_options, print_error
+
+if TYPE_CHECKING:
+    from ullme.search.corpus import Corpus
+    from ullme.search.embedder import TextEmbedder
+    from ullme.search.encode import EncodeSettings
+
+DESCRIPTION = (
+    "Embed a corpus into a folder of shards: memory-mapped vectors with their ids and texts, and a manifest that says "
+    "by which model and prompts. `ullme search` searches it. A command that was stopped goes on where it was when it "
+    "is given again. Several GPUs: torchrun --nproc-per-node N -m ullme encode ..., or --shard I/N in each job of a "
+    "SLURM array; both write the same shards."
+)
+# Options of MODEL_OPTIONS that say how the model is used, not how it is loaded.
+_NOT_LOADING = ("device", "max_length", "truncate_dim")
+
+
+def parser() -> ArgumentParser:
+    """The options; every one may also stand in a YAML file given with --config."""
+    options = ArgumentParser(prog="ullme encode", description=DESCRIPTION, exit_on_error=False)
+    options.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options")
+    options.add_argument(
+        "model", nargs="?", type=str | None, help="run folder, LLM, PEFT adapter or sentence-transformers model"
+    )
+    options.add_argument("--to", type=str | None, metavar="FOLDER", help="a new folder, or one to go on in")
+    corpus = options.add_argument_group("Corpus")
+    corpus.add_argument(
+        "--corpus",
+        type=str | None,
+        metavar="NAME",
+        help="JSON lines of _id, text and perhaps title; a BEIR folder; Parquet; a folder of such files; a hub dataset",
+    )
+    corpus.add_argument("--corpus_config", type=str | None, help="configuration of a hub dataset")
+    corpus.add_argument("--corpus_split", type=str | None, help="split of a hub dataset, if it has several")
+    corpus.add_argument(
+        "--id_column", type=str, default="auto", help="auto: _id, id, docid or doc_id; none: number the documents"
+    )
+    corpus.add_argument(
+        "--text_columns",
+        nargs="+",
+        type=str,
+        default=["title", "text"],
+        help="joined by a space; the last must be there",
+    )
+    corpus.add_argument(
+        "--on_empty", type=str, default="stop", help="a document without text: stop, skip it, or keep (embed) it"
+    )
+    stored = options.add_argument_group("Embeddings")
+    stored.add_argument("--role", type=str, default="passage", help="prompt template: passage or query")
+    stored.add_argument("--precision", type=str, default="float32", help="of the vectors: float32, float16 or int8")
+    stored.add_argument("--shard_rows", type=int | None, help="documents in a shard (default: 16384)")
+    model = options.add_argument_group("Model")
+    for name, (type_, text) in MODEL_OPTIONS.items():
+        model.add_argument(f"--{name}", type=type_ | None, help=text)
+    for name, (_, type_, text) in PROMPT_OPTIONS.items():
+        help_ = "for a template with {instruction}" if name == "instruction" else text
+        model.add_argument(f"--{name}", type=type_ | None, help=f"{help_} (default: the run's)")
+    work = options.add_argument_group("Work")
+    work.add_argument("--batch_size", type=int | None, help="texts of average length in a forward (default: by device)")
+    work.add_argument("--shard", type=str | None, metavar="I/N", help="write only every Nth shard, from number I on")
+    work.add_argument("--progress", type=bool, default=True, help="progress bar")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Encode a corpus.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+
+    Returns:
+        The exit status: 0, or 2 for a mistake in the arguments or the corpus, printed in one line; 130 after Ctrl-C.
+    """
+    try:
+        options_parser = parser()
+        options = options_parser.parse_args(argv)
+        check_empty_options(options_parser, options)
+        return _run(options)
+    except (ArgumentError, ValueError) as error:
+        if os.environ.get("RANK", "0") == "0":  # every process of torchrun found the same error
+            return print_error(error)
+        return 2
+    except KeyboardInterrupt:
+        print("\nCtrl-C: the shards that were written stay; the same command goes on with the others", file=sys.stderr)
+        return 130
+
+
+def _run(options: Any) -> int:
+    """Check what can be checked without the model, then encode."""
+    if options.model is None:
+        raise ValueError(
+            "nothing to encode with: name a run folder, an LLM, an adapter or a sentence-transformers model"
+        )
+    if options.corpus is None or options.to is None:
+        raise ValueError("give --corpus FILE, FOLDER or DATASET, and --to FOLDER")
+    from ullme.search.corpus import SHARD_ROWS, check_corpus
+    from ullme.search.encode import encode_corpus, local_device, own_part
+
+    settings, part = _settings(options), own_part(options.shard)
+    corpus = _corpus(options)
+    shard_rows = SHARD_ROWS if options.shard_rows is None else options.shard_rows
+    plan = check_corpus(corpus, shard_rows)
+    _print_empty(corpus, plan)
+    embedder, model_options = _load(options, options.device or local_device())
+    done = encode_corpus(
+        embedder,
+        corpus,
+        options.to,
+        settings,
+        plan=plan,
+        model_name=stored_name(options.model),
+        model_options=model_options,
+        part=part,
+        show_progress_bar=options.progress and part[0] == 0,
+    )
+    state = "all shards are there" if done.finished else "other shards are still missing"
+    written = sum(plan.shards[number].rows for number in done.written)
+    print(f"{options.to}: {written} of {plan.documents} documents encoded by this command; {state}")
+    return 0
+
+
+def _settings(options: Any) -> EncodeSettings:
+    from ullme.search.encode import EncodeSettings
+
+    names = ("role", "instruction", "max_length", "precision", "truncate_dim", "batch_size")
+    settings = EncodeSettings(**{name: options[name] for name in names})
+    settings.check()
+    return settings
+
+
+def _corpus(options: Any) -> Corpus:
+    from ullme.search.corpus import Columns, open_corpus
+
+    columns = Columns(options.id_column, tuple(options.text_columns))
+    return open_corpus(
+        options.corpus,
+        columns=columns,
+        on_empty=options.on_empty,
+        config=options.corpus_config,
+        split=options.corpus_split,
+    )
+
+
+def _print_empty(corpus: Corpus, plan: Any) -> None:
+    number, what = (plan.skipped, "left out") if plan.skipped else (plan.empty, "embedded as the end token")
+    if number:
+        print(f"encode: {number} documents of {corpus.name} have no text and are {what}", file=sys.stderr)
+
+
+def _load(options: Any, device: str | None) -> tuple[TextEmbedder, dict[str, Any]]:
+    """The model, and the options to load it with again."""
+    given = {name: options[name] for name in MODEL_OPTIONS if name not in _NOT_LOADING}
+    prompts = {field: options[name] for name, (field, *_) in PROMPT_OPTIONS.items() if name != "instruction"}
+    return load_model(options.model, device, given, {k: v for k, v in prompts.items() if v is not None})
+
+
+def load_model(
+    name: str, device: str | None, given: dict[str, Any], prompts: dict[str, Any]
+) -> tuple[TextEmbedder, dict[str, Any]]:
+    """Load a model, on a CPU that is slow in half precision in float32, without the messages of libraries.
+
+    Returns:
+        The model, and the options with which :func:`~ullme.search.embedder.load_text_embedder` loads it again.
+    """
+    from ullme.commands.evaluate import silence_libraries
+    from ullme.commands.loading_dtype import dtype_to_load
+    from ullme.models.checkpoint import usable_device
+    from ullme.search.embedder import is_checkpoint, load_text_embedder
+
+    silence_libraries()
+    device = usable_device(device)
+    options = {key: value for key, value in given.items() if value is not None}
+    model, checkpoint = (None, name) if is_checkpoint(name) else (name, None)
+    dtype = dtype_to_load(model, checkpoint, options.get("dtype"), device.split(":")[0])
+    if dtype is not None:
+        options["dtype"] = dtype
+    if prompts:
+        options["prompts"] = prompts
+    return load_text_embedder(name, device=device, **options), options
+
+
+def stored_name(name: str) -> str:
+    """A model's name for the manifest: the absolute path, if it is a path."""
+    return str(Path(name).resolve()) if Path(name).exists() else name

@@ -1,0 +1,123 @@
+"""The command line of ``ullme index``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+from ullme.utils.errors import check_empty_options, print_error
+
+if TYPE_CHECKING:
+    from ullme.search.shards import Shards
+
+DESCRIPTION = (
+    "Build an index beside the shards of `ullme encode`: FAISS, BM25 (bm25s), or both. Exact search needs none; one "
+    "makes search faster, and the recall it costs is printed. Needs pip install 'ullme[search]'."
+)
+
+
+def parser() -> ArgumentParser:
+    """The options; every one may also stand in a YAML file given with --config."""
+    options = ArgumentParser(prog="ullme index", description=DESCRIPTION, exit_on_error=False)
+    options.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options")
+    options.add_argument("folder", nargs="?", type=str | None, help="folder of `ullme encode`")
+    dense = options.add_argument_group("FAISS")
+    dense.add_argument(
+        "--factory",
+        type=str,
+        default="Flat",
+        help="of faiss.index_factory: Flat (exact), HNSW32, IVF4096,PQ64 ...; none builds no FAISS index",
+    )
+    dense.add_argument("--parameters", type=str, default="", help="of search: efSearch=200 (HNSW), nprobe=32 (IVF) ...")
+    dense.add_argument("--train_rows", type=int, default=200_000, help="vectors, drawn at random, that train an index")
+    dense.add_argument("--seed", type=int, default=0, help="of the draws")
+    dense.add_argument(
+        "--queries",
+        type=str | None,
+        metavar="FILE",
+        help="measure recall@100 on these queries, JSON lines of _id and text (default: on documents of the corpus)",
+    )
+    dense.add_argument("--sample", type=int, default=200, help="queries to measure it on")
+    words = options.add_argument_group("BM25")
+    words.add_argument("--bm25", action="store_true", help="build a BM25 index too")
+    words.add_argument("--stopwords", type=str, default="en", help="language of the words to leave out, or none")
+    options.add_argument("--device", type=str | None, help="of the exact search that recall is measured against")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build the indexes and print their recall.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+
+    Returns:
+        The exit status: 0, or 2 for a mistake in the arguments or the folder, printed in one line.
+    """
+    try:
+        options_parser = parser()
+        options = options_parser.parse_args(argv)
+        check_empty_options(options_parser, options)
+        return _run(options)
+    except (ArgumentError, ValueError) as error:
+        return print_error(error)
+
+
+def _run(options: Any) -> int:
+    _check(options)
+    from ullme.search import bm25, faiss_index
+    from ullme.search.shards import Shards
+
+    dense = options.factory != "none"
+    if dense:  # both, before an hour of building one of them
+        faiss_index.import_faiss()
+    if options.bm25:
+        bm25.import_bm25s()
+    shards = Shards(options.folder)
+    if dense:
+        _build_faiss(options, shards)
+    if options.bm25:
+        bm25.build_index(shards, options.stopwords)
+        print(f"{options.folder}/{bm25.FOLDER}: BM25 of {len(shards)} documents")
+    return 0
+
+
+def _check(options: Any) -> None:
+    """Raises: ValueError: a mistake in the arguments."""
+    if options.folder is None:
+        raise ValueError("name a folder that `ullme encode --to` wrote")
+    if options.factory == "none" and not options.bm25:
+        raise ValueError("--factory none builds no index; give a factory, --bm25, or both")
+    for name in ("train_rows", "sample"):
+        if options[name] < 1:
+            raise ValueError(f"--{name} {options[name]} must be at least 1")
+
+
+def _build_faiss(options: Any, shards: Shards) -> None:
+    from ullme.models.checkpoint import usable_device
+    from ullme.search import faiss_index
+
+    device = usable_device(options.device)
+    queries = _queries(options, shards)
+    index = faiss_index.build_index(shards, options.factory, options.parameters, options.train_rows, options.seed)
+    k = min(100, len(shards))
+    found = faiss_index.recall(index, shards, queries, k, device)
+    of = f"{len(queries)} documents of the corpus" if options.queries is None else f"{len(queries)} queries"
+    print(f"{options.folder}/{faiss_index.FOLDER}: {options.factory}, recall@{k} {found:.4f} of exact search, on {of}")
+
+
+def _queries(options: Any, shards: Shards) -> Any:
+    """(Q, D) embeddings to measure recall on: of queries, or those of documents."""
+    from ullme.search import faiss_index
+
+    if options.queries is None:
+        return faiss_index.sample_queries(shards, options.sample, options.seed)
+    from ullme.commands.evaluate import silence_libraries
+    from ullme.search.queries import read_queries
+    from ullme.search.searcher import Searcher
+
+    texts = list(read_queries(options.queries).values())[: options.sample]
+    silence_libraries()
+    return Searcher(options.folder, device=options.device, exact=True).embed(texts)

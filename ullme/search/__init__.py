@@ -1,0 +1,1 @@
+"""Encode a corpus into shards on disk, index it, and search it."""

@@ -1,0 +1,114 @@
+"""A BM25 index (bm25s) over the documents of the shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ullme.search import index_files
+from ullme.search.shards import Shards
+
+FOLDER = "bm25"
+
+
+class BM25Index:
+    """An open index, mapped into memory.
+
+    Args:
+        shards: that it is of.
+        description: what index.json says.
+    """
+
+    def __init__(self, shards: Shards, description: dict[str, Any]) -> None:
+        self._retriever = import_bm25s().BM25.load(str(shards.folder / FOLDER), mmap=True)
+        self._stopwords: str = description["stopwords"]
+        self._documents = len(shards)
+
+    def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k documents of the largest BM25 score for each query.
+
+        Returns:
+            (Q, k) float32 scores and (Q, k) int64 rows; -inf and -1 where fewer documents share a word with the query.
+        """
+        scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+        rows = np.full((len(queries), k), -1, dtype=np.int64)
+        depth = min(k, self._documents)
+        for number, words in enumerate(tokenized(queries, self._stopwords)):
+            own = self._retriever.get_scores(words) if words else np.zeros(self._documents, dtype=np.float32)
+            best = _best(own, depth)
+            scores[number, : len(best)], rows[number, : len(best)] = own[best], best
+        return scores, rows
+
+
+def _best(scores: np.ndarray, k: int) -> np.ndarray:
+    """The rows of the k largest positive scores, the smaller row first where scores are equal."""
+    rows = np.flatnonzero(scores > 0)
+    if len(rows) > k:
+        least = np.partition(scores[rows], len(rows) - k)[len(rows) - k]
+        rows = rows[scores[rows] >= least]
+    return rows[np.argsort(-scores[rows], kind="stable")][:k]
+
+
+def open_index(shards: Shards) -> BM25Index:
+    """The index beside the shards.
+
+    Raises:
+        ValueError: there is none, it is damaged, of other shards, or bm25s is not installed.
+    """
+    description = index_files.read_description(shards, FOLDER)
+    if description is None:
+        raise ValueError(f"{shards.folder} has no BM25 index; build it with `ullme index {shards.folder} --bm25`")
+    return BM25Index(shards, description)
+
+
+def build_index(shards: Shards, stopwords: str = "en") -> BM25Index:
+    """Build an index of all documents, with bm25s's defaults (Lucene's variant, k1 1.5, b 0.75), and write it.
+
+    The tokens of the corpus are held in memory.
+
+    Args:
+        shards: with the documents.
+        stopwords: language of the words to leave out, such as en, de or fr, or "none".
+
+    Raises:
+        ValueError: bm25s is not installed, or has no stop words of the language.
+    """
+    bm25s = import_bm25s()
+    words = tokenized([document.text for document in shards.all_documents()], stopwords)
+    if not any(words):
+        raise ValueError(f"{shards.folder}: no document has a word of at least two letters, so BM25 finds none")
+    retriever = bm25s.BM25()
+    retriever.index(words, show_progress=False)
+
+    def write(folder: Path) -> dict[str, Any]:
+        retriever.save(str(folder))
+        return {"stopwords": stopwords, "bm25s": bm25s.__version__}
+
+    index_files.write_index(shards, FOLDER, write)
+    return open_index(shards)
+
+
+def tokenized(texts: Sequence[str], stopwords: str) -> list[list[str]]:
+    """The words of each text, in lower case, without stop words.
+
+    Raises:
+        ValueError: bm25s has no stop words of the language.
+    """
+    try:
+        return import_bm25s().tokenize(
+            list(texts), stopwords=None if stopwords == "none" else stopwords, return_ids=False, show_progress=False
+        )
+    except ValueError as error:
+        raise ValueError(f"--stopwords {stopwords}: {error}; give a language such as en, or none") from None
+
+
+def import_bm25s() -> Any:
+    """Raises: ValueError: it is not installed."""
+    try:
+        import bm25s
+    except ImportError:
+        raise ValueError("bm25s is not installed: pip install 'ullme[search]'") from None
+    return bm25s
