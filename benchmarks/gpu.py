@@ -1,7 +1,7 @@
 """Real sizes on an accelerator, in one call: training, encoding, memory, where time goes, and torch.compile.
 
 python benchmarks/gpu.py                         # phi-1.5 on CUDA
-python benchmarks/gpu.py --models mistral-7b --parts encode train profile --output /tmp/mistral.json
+python benchmarks/gpu.py --models mistral-7b --parts encode train profile --output results/mistral.json
 python benchmarks/gpu.py --tiny --device cpu     # the same way through the code on a toy, in seconds
 
 Weights are random, of the published shapes, in bfloat16 (speed and memory do not depend on their values); token rows

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ullme.commands.evaluate import MODEL_OPTIONS, PROMPT_OPTIONS
-from ullme.utils.errors import check_empty_options, print_error
+from ullme.utils.errors import run_command
 
 if TYPE_CHECKING:
     from ullme.search.corpus import Corpus
@@ -85,14 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 2 for a mistake in the arguments or the corpus, printed in one line; 130 after Ctrl-C.
     """
     try:
-        options_parser = parser()
-        options = options_parser.parse_args(argv)
-        check_empty_options(options_parser, options)
-        return _run(options)
-    except (ArgumentError, ValueError) as error:
-        if os.environ.get("RANK", "0") == "0":  # every process of torchrun found the same error
-            return print_error(error)
-        return 2
+        return run_command(parser(), _run, argv)
     except KeyboardInterrupt:
         print("\nCtrl-C: the shards that were written stay; the same command goes on with the others", file=sys.stderr)
         return 130

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,10 +10,10 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ullme.eval.quantized import check_precision
-from ullme.utils.errors import check_empty_options, explain_permission, print_error
+from ullme.utils.errors import run_command
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -107,18 +106,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0; 1 where a task could not be evaluated; 2 for a mistake in the arguments, in one line;
         130 after Ctrl-C.
     """
+    return run_command(parser(), _run_until_ctrl_c, argv)
+
+
+def _run_until_ctrl_c(options: Any) -> int:
     try:
-        options_parser = parser()
-        options = options_parser.parse_args(argv)
-        check_empty_options(options_parser, options)
         _check(options)
         return _run(options)
-    except (ArgumentError, ValueError) as error:
-        if os.environ.get("RANK", "0") == "0":  # every process of torchrun found the same error
-            return print_error(error)
-        return 2
-    except PermissionError as error:
-        return print_error(explain_permission(error))
     except KeyboardInterrupt:
         done = f"finished tasks are in {options.output}; the same command goes on with the others"
         print(f"\nCtrl-C: {done}", file=sys.stderr)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser
 
-from ullme.utils.errors import print_error
+from ullme.utils.errors import run_command
 
 DESCRIPTION = (
     "Merge runs of the same LLM into one model: the weighted average of what they trained, or another combination. The "
@@ -47,12 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for a mistake in the arguments, printed in one line.
     """
-    try:
-        options = parser().parse_args(argv)
-        _check(options)
-        return _run(options)
-    except (ArgumentError, ValueError) as error:
-        return print_error(error)
+    return run_command(parser(), _run, argv)
 
 
 def _check(options: Any) -> None:
@@ -67,6 +62,7 @@ def _check(options: Any) -> None:
 
 
 def _run(options: Any) -> int:
+    _check(options)
     from ullme.commands.export.folder import atomic_folder
     from ullme.models.merging import check_request, merge_runs, save_merged
 

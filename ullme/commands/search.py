@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser
 
-from ullme.utils.errors import check_empty_options, print_error
+from ullme.utils.errors import run_command
 
 if TYPE_CHECKING:
     from ullme.search.queries import Hit
@@ -58,13 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for a mistake in the arguments or the folder, printed in one line.
     """
-    try:
-        options_parser = parser()
-        options = options_parser.parse_args(argv)
-        check_empty_options(options_parser, options)
-        return _run(options)
-    except (ArgumentError, ValueError) as error:
-        return print_error(error)
+    return run_command(parser(), _run, argv)
 
 
 def _check(options: Any) -> None:

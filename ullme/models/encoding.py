@@ -95,6 +95,18 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
+def _as_list(texts: Sequence[str]) -> list[str]:
+    """Raises: ValueError: a text instead of a list, or an entry that is no text."""
+    if isinstance(texts, str):
+        raise ValueError(f"texts={texts!r}: give a list of texts; one text is [text]")
+    texts = list(texts)
+    if (n := next((n for n, text in enumerate(texts) if not isinstance(text, str)), None)) is not None:
+        raise ValueError(f"texts[{n}]={texts[n]!r} is a {type(texts[n]).__name__}; every text must be a str")
+    if (n := next((n for n, text in enumerate(texts) if not _is_utf8(text)), None)) is not None:
+        raise ValueError(f"texts[{n}]={texts[n]!r:.80} holds half a surrogate pair, which is no character; remove it")
+    return texts
+
+
 def encode(
     model: Embedder,
     texts: Sequence[str],
@@ -106,19 +118,14 @@ def encode(
     convert_to_tensor: bool,
     truncate_dim: int | None = None,
     precision: Precision = "float32",
+    on_batch: Callable[[int], None] | None = None,
 ) -> np.ndarray | Tensor:
-    """See :meth:`ullme.models.ULLME.encode`."""
+    """See :meth:`ullme.models.ULLME.encode`; ``on_batch`` is called with the number of texts of each batch."""
     from tqdm.auto import tqdm
 
-    if isinstance(texts, str):
-        raise ValueError(f"texts={texts!r}: give a list of texts; one text is [text]")
+    texts = _as_list(texts)
     if max_length < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"batch_size={batch_size}, max_length={max_length}: both must be at least 1")
-    texts = list(texts)
-    if (n := next((n for n, text in enumerate(texts) if not isinstance(text, str)), None)) is not None:
-        raise ValueError(f"texts[{n}]={texts[n]!r} is a {type(texts[n]).__name__}; every text must be a str")
-    if (n := next((n for n, text in enumerate(texts) if not _is_utf8(text)), None)) is not None:
-        raise ValueError(f"texts[{n}]={texts[n]!r:.80} holds half a surrogate pair, which is no character; remove it")
     if role is not None and role not in get_args(Role):
         raise ValueError(f"role={role!r}: choose {', '.join(get_args(Role))} or None")
     compression.check_truncate_dim(truncate_dim, model.hidden_size)
@@ -154,6 +161,8 @@ def encode(
                 for batch, rep in zip(batches, model.embed_blocks(model, blocks), strict=True):
                     out[torch.tensor(batch) + window.start] = rep if truncate_dim is None else truncated(rep, width)
                     bar.update(len(batch))
+                    if on_batch is not None:
+                        on_batch(len(batch))
     finally:
         model.train(training)
     if precision == "float32":

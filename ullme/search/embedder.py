@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
+from ullme.models import encoding
 from ullme.models.revision import revision
 from ullme.prompts import Role
 
@@ -77,26 +78,19 @@ class ULLMEEmbedder:
         truncate_dim: int | None = None,
         on_batch: OnBatch | None = None,
     ) -> np.ndarray:
-        inner = self.model.embed_blocks
-        if on_batch is not None:
-
-            def reporting(model: Any, blocks: Any) -> Any:
-                for rep in inner(model, blocks):
-                    yield rep
-                    on_batch(len(rep))
-
-            self.model.embed_blocks = reporting
-        try:
-            return self.model.encode(
-                texts,
-                role=role,
-                instruction=instruction,
-                max_length=max_length,
-                batch_size=batch_size,
-                truncate_dim=truncate_dim,
-            )
-        finally:
-            self.model.embed_blocks = inner
+        found = encoding.encode(
+            self.model,
+            texts,
+            role,
+            instruction,
+            batch_size,
+            max_length,
+            show_progress_bar=False,
+            convert_to_tensor=False,
+            truncate_dim=truncate_dim,
+            on_batch=on_batch,
+        )
+        return cast(np.ndarray, found)
 
 
 class SentenceTransformerEmbedder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from inspect import Parameter, signature
@@ -15,6 +15,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 
 # Lines that jsonargparse prints around the reason, once for every type that it tried.
 _PARSER_NOISE = re.compile(
@@ -135,6 +136,27 @@ def check_accelerator(trainer: Any) -> None:
         )
 
 
+def run_command(parser: ArgumentParser, run: Callable[[Any], int], argv: Sequence[str] | None = None) -> int:
+    """Parse the arguments and run a command.
+
+    Args:
+        parser: of its options, made with ``exit_on_error=False``.
+        run: takes the options and returns the exit status.
+        argv: the arguments; None takes those of the process.
+
+    Returns:
+        The exit status of ``run``, or 2 for a mistake in the arguments or files, printed in one line.
+    """
+    try:
+        options = parser.parse_args(argv)
+        check_empty_options(parser, options)
+        return run(options)
+    except (ArgumentError, ValueError) as error:
+        return print_error(error)
+    except PermissionError as error:
+        return print_error(explain_permission(error))
+
+
 def print_error(error: BaseException) -> int:
     """Print an error in one line on stderr; with ULLME_TRACEBACK=1 raise it instead.
 
@@ -143,7 +165,8 @@ def print_error(error: BaseException) -> int:
     """
     if os.environ.get("ULLME_TRACEBACK"):
         raise error
-    print(f"error: {one_line(error)}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # every process of torchrun found the same error
+        print(f"error: {one_line(error)}", file=sys.stderr)
     return 2
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ullme.commands.evaluate import MODEL_OPTIONS, PROMPT_OPTIONS
+from ullme.utils.errors import run_command
 
 if TYPE_CHECKING:
     from ullme.commands.export.job import Exported
@@ -69,15 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for a mistake in the arguments, printed in one line.
     """
-    try:
-        options = parser().parse_args(argv)
-        _check(options)
-        return _run(options)
-    except (ArgumentError, ValueError) as error:
-        if os.environ.get("ULLME_TRACEBACK"):
-            raise
-        print(f"export: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return run_command(parser(), _run, argv)
 
 
 def _check(options: Any) -> None:
@@ -105,6 +96,7 @@ def _check(options: Any) -> None:
 
 
 def _run(options: Any) -> int:
+    _check(options)
     _silence_libraries()
     from ullme.commands.export import hub
     from ullme.commands.export.job import export_adapter, export_model
