@@ -30,29 +30,22 @@ def retrieval_metrics(
     from torchmetrics.retrieval import RetrievalMRR, RetrievalNormalizedDCG, RetrievalRecall
 
     copies = np.array([-1 if copy is None else copy for copy in left_out or [None] * len(queries)], dtype=np.int64)
-    positives = [[passage for passage, grade in judged.items() if grade > 0] for judged in relevant]
-    width = max(1, *map(len, positives)) if positives else 1
-    wanted = np.array([row + [0] * (width - len(row)) for row in positives], dtype=np.int64).reshape(-1, width)
-    judged_places, copy_places, is_copy = to_device([wanted, copies.clip(0), copies >= 0], queries.device)
-    best: list[Tensor] = []  # for each block, on the device: passages found, their scores, scores of the judged ones
+    copy_places, is_copy = to_device([copies.clip(0), copies >= 0], queries.device)
+    best: list[Tensor] = []  # for each block, on the device: the passages found, the nearest first
     for start in range(0, len(queries), _BLOCK):
         block = slice(start, start + _BLOCK)
         similar = queries[block].float() @ corpus.float().T
         own = torch.where(is_copy[block], -torch.inf, similar.gather(1, copy_places[block, None])[:, 0])
         similar.scatter_(1, copy_places[block, None], own[:, None])
-        top = similar.topk(min(DEPTH, len(corpus)), dim=1)
-        judged_scores = similar.gather(1, judged_places[block])
-        best.append(torch.cat([top.values.double(), top.indices.double(), judged_scores.double()], 1))
-    depth = min(DEPTH, len(corpus))
-    values, indices, judged_values = torch.cat(best).cpu().split([depth, depth, width], 1)  # the one wait
+        best.append(similar.topk(min(DEPTH, len(corpus)), dim=1).indices)
     scores, grades, indexes = [], [], []
-    for row, (judged, positive) in enumerate(zip(relevant, positives, strict=True)):
-        ranked = indices[row].long() != int(copies[row])
-        found = indices[row, ranked].long().tolist()
+    for row, (judged, found) in enumerate(zip(relevant, torch.cat(best).tolist(), strict=True)):  # the one wait
+        retrieved = [passage for passage in found if passage != copies[row]]
         # Relevant passages below the cut-off are included: recall and the ideal ranking count them.
-        missed = [n for n, passage in enumerate(positive) if passage not in set(found)]
-        scores.append(torch.cat([values[row, ranked], judged_values[row, missed]]).float())
-        passages = found + [positive[n] for n in missed]
+        missed = [passage for passage, grade in judged.items() if grade > 0 and passage not in set(retrieved)]
+        passages = retrieved + missed
+        # The order stands for the cosines: torchmetrics counts no passage as found whose score is not above 0.
+        scores.append(torch.arange(len(passages), 0, -1, dtype=torch.float32))
         grades.append(torch.tensor([max(judged.get(passage, 0), 0) for passage in passages]))
         indexes.append(torch.full((len(passages),), row))
     preds, target, index = torch.cat(scores), torch.cat(grades), torch.cat(indexes)
