@@ -22,6 +22,7 @@ COMMANDS = {
     "doctor": ("ullme.commands.doctor.cli", "check this machine, installation and configuration"),
     "support": ("ullme.commands.support.survey", "try every decoder family of transformers on a tiny model"),
     "reproduce": ("ullme.commands.reproduce.cli", "train and evaluate a table of the paper"),
+    "cache": ("ullme.commands.cache", "list or clear the indices of checked training rows on this machine"),
     "quickstart": ("ullme.commands.quickstart", "train, evaluate and search in miniature, offline, in a few minutes"),
 }
 EPILOG = """ullme COMMAND --help explains a command; with --print_config train fit and evaluate show all options.

@@ -6,6 +6,7 @@ from itertools import chain
 from types import SimpleNamespace
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 
@@ -197,6 +198,34 @@ def test_resuming_with_other_data_warns(make, prompt_tokenizer, tmp_path, caplog
         assert "other data" not in caplog.text
         fit(make(batch_size=4), prompt_tokenizer, tmp_path, tmp_path / "stopped.ckpt", max_steps=3)
     assert "'batch_size': (8, 4)" in caplog.text
+
+
+def test_a_checkpoint_of_the_old_order_goes_on_in_it(make, prompt_tokenizer, tmp_path):
+    """A checkpoint without a version of the order is one of version 1; so are the rows that max_rows keeps."""
+    options = {"max_rows": 20}
+    old = make(**options)
+    old.load_state_dict({"rows": 20, "batch_size": 8, "seed": 5})
+    before, _ = fit(old, prompt_tokenizer, tmp_path, max_epochs=2)
+    kept = np.random.default_rng(5).permutation(41)[:20]
+    old.setup("fit")
+    assert [old.source[i].query for i in range(20)] == [f"query {row}" for row in kept]
+    first = np.random.default_rng([5, 0]).permutation(20)[:8].tolist()
+    assert before.seen[0][0] == first
+    stopped = tmp_path / "stopped.ckpt"
+    fit(old, prompt_tokenizer, tmp_path, max_epochs=2, callbacks=[SaveAt(1, stopped)])
+    saved = torch.load(stopped, weights_only=False)
+    assert saved["ULLMEDataModule"]["order"] == 1
+    del saved["ULLMEDataModule"]["order"]
+    torch.save(saved, stopped)
+    resumed, _ = fit(make(**options), prompt_tokenizer, tmp_path, stopped, max_epochs=2)
+    assert resumed.seen == before.seen[1:]
+    new, _ = fit(make(**options), prompt_tokenizer, tmp_path, max_epochs=2)
+    assert new.seen != before.seen
+
+
+def test_the_order_of_a_newer_release_is_refused(make):
+    with pytest.raises(ValueError, match="order of rows has version 9"):
+        make().load_state_dict({"order": 9})
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,6 +93,17 @@ def test_datasets_follow_one_another_in_no_fixed_order(tmp_path):
     changes = sum(a != b for a, b in pairwise(kinds))
     assert 3 < changes < 18
     assert [batch[0] >= 40 for batch in batches(sampler)] != kinds  # in the next epoch
+
+
+def test_the_old_order_of_a_mixture(tmp_path):
+    """As the releases before version 2 of the order computed it."""
+    sets = [TrainSet(write(tmp_path, "a", 13), weight=2), TrainSet(write(tmp_path, "b", 5))]
+    both = Mixture(sets, [open_source(one.train) for one in sets])
+    passes = [np.random.default_rng([3, 1, 0, n]).permutation(13)[:12].reshape(3, 4) for n in range(2)]
+    passes.append(np.random.default_rng([3, 1, 1, 0]).permutation(5)[:4].reshape(1, 4) + 13)
+    expected = np.random.default_rng([3, 1]).permutation(np.concatenate(passes)).tolist()
+    assert batches(MixtureSampler(both, 4, seed=3, epoch=1, order_version=1)) == expected
+    assert batches(MixtureSampler(both, 4, seed=3, epoch=1)) != expected
 
 
 def test_rows_carry_their_datasets_rules_and_borrow_from_it_alone(tmp_path):

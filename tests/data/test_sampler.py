@@ -166,6 +166,17 @@ class TestGlobalBatchSampler:
         step = 10
         assert list(sampler) == list(GlobalBatchSampler(43, 8, 7, epoch=2))
 
+    def test_the_old_order_is_numpys_permutation(self):
+        old = batches(43, 8, 7, epoch=2, order_version=1)
+        expected = np.random.default_rng([7, 2]).permutation(43)[:40].reshape(5, 8).tolist()
+        assert [[row for row, _ in batch] for batch in old] == expected
+        assert old != batches(43, 8, 7, epoch=2)
+
+    def test_a_hundred_million_rows_take_no_memory(self):
+        batch = next(iter(GlobalBatchSampler(100_000_001, 8, 0, start_batch=10_000_000)))
+        assert len({row for row, _ in batch}) == 8
+        assert max(row for row, _ in batch) > 10_000_000
+
     def test_seeds_differ(self):
         assert batches(40, 8, 0) != batches(40, 8, 1)
 

@@ -313,9 +313,10 @@ def test_json_lines_under_other_endings(tmp_path, name):
 @pytest.mark.parametrize(
     ("spec", "files", "message"),
     [
-        ("rows.jsonl.gz", ["rows.jsonl.gz"], r"rows\.jsonl\.gz is no file of a kind that is read .*; unpack it first"),
-        ("*.gz", ["a.jsonl.gz"], r"a\.jsonl\.gz is no file .*; unpack it first"),
-        (".", ["a.jsonl", "b.jsonl.gz"], r"b\.jsonl\.gz is no file .*; unpack it first"),
+        ("rows.jsonl.xz", ["rows.jsonl.xz"], r"rows\.jsonl\.xz is no file of a kind that is read .*; unpack it first"),
+        ("*.xz", ["a.jsonl.xz"], r"a\.jsonl\.xz is no file .*; unpack it first"),
+        (".", ["a.jsonl", "b.jsonl.xz"], r"b\.jsonl\.xz is no file .*; unpack it first"),
+        ("*.gz", ["a.jsonl.gz"], r"a\.jsonl\.gz:1: cannot be read .*damaged or cut off"),
         ("rows.xlsx", ["rows.xlsx"], r"rows\.xlsx is no file .*; convert it to JSONL"),
         ("rows", ["rows"], r"rows is no file .*; convert it to JSONL"),
     ],

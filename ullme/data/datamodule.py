@@ -18,6 +18,7 @@ from ullme.data.collator import Collator, EvalCollator, EvalDataset, TrainDatase
 from ullme.data.columns import ColumnOption, holds_numbers, split_option
 from ullme.data.loader import ResumableLoader, defer_worker_signals
 from ullme.data.mixture import Mixture, MixtureSampler, TrainSet
+from ullme.data.order import ORDER_VERSION, random_order
 from ullme.data.records import Schema, check_schema
 from ullme.data.sampler import GlobalBatchSampler, ShortRows, check_no_row_borrows, settle_short_rows
 from ullme.data.sources import OnBadRow, RowSource
@@ -68,6 +69,8 @@ class ULLMEDataModule(L.LightningDataModule):
             column: field, or column: file.jsonl, a side file with one line for each row. Of a query it is a number; of
             the candidates a list with one number for each positive and then each negative, or the two lists pos_FIELD
             and neg_FIELD.
+        cache_dir: folder of the indices of checked rows, one for all processes of a machine; null takes $ULLME_CACHE or
+            ~/.cache/ullme.
 
     Raises:
         ValueError: an option is out of its range; or, in ``setup``, data cannot be read, has a bad row, or does not fit
@@ -95,6 +98,7 @@ class ULLMEDataModule(L.LightningDataModule):
         seed: int = 42,
         drop_last: bool = True,
         columns: ColumnOption = None,
+        cache_dir: str | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -127,6 +131,7 @@ class ULLMEDataModule(L.LightningDataModule):
         self.train_name = train_name
         self.schema: Schema = schema
         self.columns = columns
+        self.cache_dir = cache_dir
         self.on_bad_row: OnBadRow = on_bad_row
         self.short_rows: ShortRows = short_rows
         self.num_hard_negatives = num_hard_negatives
@@ -140,6 +145,7 @@ class ULLMEDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.drop_last = drop_last
+        self.order_version = ORDER_VERSION
         self.source: RowSource | None = None
         self.beir: BeirFolder | None = None
 
@@ -183,7 +189,7 @@ class ULLMEDataModule(L.LightningDataModule):
 
     def _open(self, dataset: TrainSet) -> RowSource:
         """Open one dataset, and log skipped and short rows."""
-        source = dataset.open(self.on_bad_row, self.seed)
+        source = dataset.open(self.on_bad_row, self.seed, self.order_version, self.cache_dir)
         own = dataset.num_hard_negatives
         negatives = self.num_hard_negatives if own is None else own
         if not dataset.in_batch_negatives:
@@ -351,12 +357,14 @@ class ULLMEDataModule(L.LightningDataModule):
     ) -> GlobalBatchSampler:
         """The sampler of global batches, of one dataset or a mixture."""
         assert self.source is not None
+        order = self.order_version
         if isinstance(self.source, Mixture):
             return MixtureSampler(
-                self.source, self.batch_size, self.seed, rank, world_size, epoch, start_batch, position
+                self.source, self.batch_size, self.seed, rank, world_size, epoch, start_batch, position, order
             )
+        size, drop_last = self.batch_size, self.drop_last
         return GlobalBatchSampler(
-            len(self.source), self.batch_size, self.seed, rank, world_size, self.drop_last, epoch, start_batch, position
+            len(self.source), size, self.seed, rank, world_size, drop_last, epoch, start_batch, position, order
         )
 
     def _rank_and_world_size(self) -> tuple[int, int]:
@@ -373,10 +381,15 @@ class ULLMEDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The values that must not change for a resumed run to have the same batches as an uninterrupted one."""
         rows = len(self.source) if self.source is not None else 0
-        return {"rows": rows, "batch_size": self.batch_size, "seed": self.seed}
+        return {"rows": rows, "batch_size": self.batch_size, "seed": self.seed, "order": self.order_version}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Warn if they differ from those in the checkpoint."""
+        """Go on in the checkpoint's order of rows, and warn if other values differ from the checkpoint's.
+
+        Raises:
+            ValueError: a newer release's order.
+        """
+        self._go_on_in_order(state_dict.get("order", 1))  # checkpoints without a version have the first
         now = self.state_dict()
         changed = {k: (state_dict[k], now[k]) for k in now if k in state_dict and state_dict[k] != now[k]}
         if changed and self.source is not None:
@@ -385,3 +398,13 @@ class ULLMEDataModule(L.LightningDataModule):
                 "will be used twice or not at all",
                 changed,
             )
+
+    def _go_on_in_order(self, version: int) -> None:
+        """Change to the order of rows of a checkpoint; the rows that ``max_rows`` keeps follow from it too."""
+        if version == self.order_version:
+            return
+        random_order(1, [self.seed], version)  # raises, if it is unknown
+        self.order_version = version
+        log.info("data: the checkpoint's rows are in the order of version %d, and the run goes on in it", version)
+        if self.source is not None and any(dataset.max_rows is not None for dataset in self.sets or []):
+            self.source = self._open_train()

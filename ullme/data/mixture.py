@@ -13,6 +13,7 @@ from itertools import accumulate
 import numpy as np
 
 from ullme.data.columns import ColumnKind, ColumnOption, split_option
+from ullme.data.order import ORDER_VERSION, Order, random_order
 from ullme.data.records import Record, Schema, check_schema
 from ullme.data.sampler import Draw, GlobalBatchSampler, ShortRows, draw
 from ullme.data.sources import OnBadRow, RowSource, open_source
@@ -70,7 +71,9 @@ class TrainSet:
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"data.datasets: weight={self.weight} of {self.train!r} must be a positive number")
 
-    def open(self, on_bad_row: OnBadRow, seed: int) -> RowSource:
+    def open(
+        self, on_bad_row: OnBadRow, seed: int, order_version: int = ORDER_VERSION, cache_dir: str | None = None
+    ) -> RowSource:
         """Open the dataset; see :func:`ullme.data.sources.open_source`."""
         return open_source(
             self.train,
@@ -80,7 +83,9 @@ class TrainSet:
             on_bad_row=on_bad_row,
             max_rows=self.max_rows,
             seed=seed,
+            order_version=order_version,
             columns=self.columns,
+            cache_dir=cache_dir,
         )
 
 
@@ -159,6 +164,7 @@ class MixtureSampler(GlobalBatchSampler):
         epoch: the first iteration's epoch.
         start_batch: the first iteration's first batch.
         position: as for :class:`~ullme.data.sampler.GlobalBatchSampler`.
+        order_version: likewise.
 
     Raises:
         ValueError: a dataset with fewer rows than a batch, or a batch size that is not a multiple of ``world_size``.
@@ -174,6 +180,7 @@ class MixtureSampler(GlobalBatchSampler):
         epoch: int = 0,
         start_batch: int = 0,
         position: Callable[[], int] | None = None,
+        order_version: int = ORDER_VERSION,
     ) -> None:
         self.mixture = mixture
         self.batches_per_pass = [len(source) // max(1, batch_size) for source in mixture.sources]
@@ -186,20 +193,54 @@ class MixtureSampler(GlobalBatchSampler):
         pairs = zip(mixture.sets, self.batches_per_pass, strict=True)
         self.batches_per_epoch = [max(1, round(settings.weight * batches)) for settings, batches in pairs]
         rows = sum(self.batches_per_epoch) * batch_size
-        super().__init__(rows, batch_size, seed, rank, world_size, True, epoch, start_batch, position)
+        super().__init__(rows, batch_size, seed, rank, world_size, True, epoch, start_batch, position, order_version)
 
-    def order(self, epoch: int) -> np.ndarray:
+    def order(self, epoch: int) -> Order:
         """All rows of an epoch, batch after batch."""
-        batches = np.concatenate([self._batches_of(dataset, epoch) for dataset in range(len(self.batches_per_pass))])
-        return np.random.default_rng([self.seed, epoch]).permutation(batches).reshape(-1)
+        return MixtureOrder(self, epoch)
 
-    def _batches_of(self, dataset: int, epoch: int) -> np.ndarray:
-        """(batches, batch_size) rows of one dataset in an epoch."""
-        per_pass, per_epoch = self.batches_per_pass[dataset], self.batches_per_epoch[dataset]
-        rows, start = len(self.mixture.sources[dataset]), self.mixture.starts[dataset]
-        passes = [
-            np.random.default_rng([self.seed, epoch, dataset, n]).permutation(rows)[: per_pass * self.batch_size]
-            + start
-            for n in range(-(-per_epoch // per_pass))
-        ]
-        return np.concatenate(passes).reshape(-1, self.batch_size)[:per_epoch]
+
+class MixtureOrder:
+    """The rows of an epoch of a mixture, batch after batch.
+
+    Batches are numbered dataset after dataset and shuffled with the key (seed, epoch); batch k of a dataset takes the
+    rows of pass k // (batches of a pass), a random order with the key (seed, epoch, dataset, pass).
+
+    Args:
+        sampler: of the mixture.
+        epoch: from 0.
+    """
+
+    def __init__(self, sampler: MixtureSampler, epoch: int) -> None:
+        self.sampler, self.epoch = sampler, epoch
+        self._first_batch = [0, *accumulate(sampler.batches_per_epoch)]
+        self._batches = self._order(self._first_batch[-1])
+        self._passes: dict[tuple[int, int], Order] = {}
+
+    def __len__(self) -> int:
+        return self._first_batch[-1] * self.sampler.batch_size
+
+    def __getitem__(self, position: int) -> int:
+        return int(self.at(np.array([position]))[0])
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """(n,) rows at (n,) positions."""
+        places, within = np.divmod(positions, self.sampler.batch_size)
+        rows = np.empty(len(positions), dtype=np.int64)
+        for place in np.unique(places):
+            chosen = places == place
+            rows[chosen] = self._rows(self._batches[int(place)], within[chosen])
+        return rows
+
+    def _rows(self, batch: int, within: np.ndarray) -> np.ndarray:
+        """(n,) rows of a batch, given their places in it."""
+        dataset = bisect_right(self._first_batch, batch) - 1
+        number, batch = divmod(batch - self._first_batch[dataset], self.sampler.batches_per_pass[dataset])
+        if (dataset, number) not in self._passes:
+            rows = len(self.sampler.mixture.sources[dataset])
+            self._passes[dataset, number] = self._order(rows, dataset, number)
+        rows_of_pass = self._passes[dataset, number]
+        return rows_of_pass.at(batch * self.sampler.batch_size + within) + self.sampler.mixture.starts[dataset]
+
+    def _order(self, num_rows: int, *which: int) -> Order:
+        return random_order(num_rows, [self.sampler.seed, self.epoch, *which], self.sampler.order_version)

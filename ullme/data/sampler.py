@@ -15,6 +15,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from ullme.data.columns import Columns
+from ullme.data.order import ORDER_VERSION, Order, random_order
 from ullme.data.records import Record
 from ullme.data.sources import RowSource, Subset
 
@@ -191,7 +192,7 @@ def check_no_row_borrows(source: RowSource, num_hard_negatives: int, short_rows:
 
 
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (row, epoch), cut from one permutation of all rows per (seed, epoch) that every rank shares.
+    """Batches of (row, epoch), cut from one random order of all rows per (seed, epoch) that every rank shares.
 
     A rank takes its slice of every global batch, so the union over ranks is the batch of a single process. An
     iteration starts at ``start_batch`` and, once exhausted, is followed by the next epoch from its beginning; one
@@ -209,6 +210,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         start_batch: the first iteration's first batch.
         position: batches seen so far over all epochs; asked at the start of every iteration, in place of ``epoch``
             and ``start_batch``. A trainer's step counter keeps the data in step with training, whatever happened.
+        order_version: of the random order, see :data:`ullme.data.order.ORDER_VERSION`.
 
     Raises:
         ValueError: ``batch_size`` does not divide by ``world_size``, or an epoch has no batch.
@@ -225,6 +227,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         epoch: int = 0,
         start_batch: int = 0,
         position: Callable[[], int] | None = None,
+        order_version: int = ORDER_VERSION,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(
@@ -238,6 +241,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         self.world_size = world_size
         self.drop_last = drop_last
         self.position = position
+        self.order_version = order_version
         if not len(self):
             raise ValueError(
                 f"data.batch_size={batch_size} is larger than the {num_rows} rows there are; lower it"
@@ -257,9 +261,9 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         self.epoch = epoch
         self.start_batch = start_batch
 
-    def order(self, epoch: int) -> np.ndarray:
-        """Rows in the order in which an epoch's batches are cut from them."""
-        return np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
+    def order(self, epoch: int) -> Order:
+        """The rows in the order in which an epoch's batches are cut from them."""
+        return random_order(self.num_rows, [self.seed, epoch], self.order_version)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         if self.position is not None:
@@ -267,6 +271,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         epoch = self.epoch
         order = self.order(epoch)
         for batch in range(self.start_batch, len(self)):
-            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            first = batch * self.batch_size
+            rows = order.at(np.arange(first, min(first + self.batch_size, self.num_rows)))
             yield [(row, epoch) for row in np.array_split(rows, self.world_size)[self.rank].tolist()]
         self.load(epoch + 1)

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import csv
 import glob
+import json
+import logging
+import os
 import re
-from array import array
+import time
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from zlib import crc32
@@ -19,8 +23,19 @@ from zlib import crc32
 import numpy as np
 
 from ullme.data.columns import ColumnKind, ColumnOption, SideFile, has_number, kind_of, split_option
-from ullme.data.jsonl import LineReader, iter_lines, parse_line
+from ullme.data.jsonl import COMPRESSIONS, LineReader, iter_lines, parse_line
+from ullme.data.order import ORDER_VERSION, Order, random_order
 from ullme.data.records import BadRow, Record, Schema, parse_record, unread
+from ullme.data.row_index import (
+    MOST_NEGATIVES,
+    VERSION,
+    Numbers,
+    Writer,
+    cached_index,
+    code_identity,
+    file_identity,
+    sample_digest,
+)
 from ullme.utils.progress import progress
 
 if TYPE_CHECKING:
@@ -31,6 +46,11 @@ OnBadRow = Literal["stop", "skip"]
 _JSONL = (".jsonl", ".json", ".ndjson")
 _TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz")
+
+# Seconds between two looks at whether a file has changed since its rows were checked.
+SECONDS_BETWEEN_CHECKS = 1.0
+
+log = logging.getLogger(__name__)
 # An empty cell of a CSV file has no value; the words None, NA and null are texts as any other.
 _CELLS: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
 _SAVED_TO_DISK = ("dataset_info.json", "dataset_dict.json")
@@ -40,7 +60,7 @@ class RowSource(Protocol):
     """The type of a sequence of training rows.
 
     Attributes:
-        num_negatives: (rows,) number of hard negatives of each row.
+        num_negatives: (rows,) number of hard negatives of each row, 65,535 at most.
         skipped: "file:line: reason" of every bad row that was skipped.
         longest_instruction: the longest instruction of a row, or None if no row has one.
         labelled: whether rows say which text is a positive; in one source all do, or none.
@@ -65,21 +85,22 @@ class RowSource(Protocol):
 
 
 class _QueryIndex:
-    """The rows that have a query, found by a hash of it, in 12 bytes a row.
+    """The rows that have a query, found by a hash of it.
 
     Args:
-        hashes: (rows,) 32-bit hashes of the rows' queries.
+        hashes: (rows,) 32-bit hashes of the rows' queries, sorted.
+        rows: (rows,) the row of each hash.
     """
 
-    def __init__(self, hashes: array[int]) -> None:
-        self._rows = np.argsort(hashes, kind="stable")
-        self._hashes = np.asarray(hashes, dtype=np.uint32)[self._rows]
+    def __init__(self, hashes: Numbers, rows: Numbers) -> None:
+        self._hashes, self._rows = hashes, rows
 
     def positives(self, source: RowSource, query: str) -> set[str]:
         """See :meth:`RowSource.positives_of`."""
+        hashes = self._hashes.array
         wanted = np.uint32(_hash(query))
-        first, last = (np.searchsorted(self._hashes, wanted, side) for side in ("left", "right"))
-        records = [source[row] for row in self._rows[first:last].tolist()]
+        first, last = (np.searchsorted(hashes, wanted, side) for side in ("left", "right"))
+        records = [source[row] for row in self._rows.array[first:last].tolist()]
         return {text for r in records if r.query == query for text in r.positives or r.negatives}
 
 
@@ -114,14 +135,11 @@ class _Rows:
 class _CheckedRows:
     """Collects the positions of valid rows and the errors of bad ones while a source is checked."""
 
-    def __init__(self, rows: _Rows, on_bad_row: OnBadRow) -> None:
+    def __init__(self, rows: _Rows, on_bad_row: OnBadRow, writer: Writer) -> None:
         self.rows = rows
         self.on_bad_row = on_bad_row
-        self.count = 0
-        self.positions = array("q")
-        self.numbers = array("q")  # of the valid rows, among all; kept only where a side file needs them
-        self.num_negatives = array("q")
-        self.queries = array("L")
+        self.writer = writer
+        self.count = self.valid = 0
         self.skipped: list[str] = []
         self.longest_instruction: str | None = None
         self.labelled: bool | None = None
@@ -158,11 +176,12 @@ class _CheckedRows:
                 "so that a batch is of one kind"
             )
         self.labelled = record.labelled
-        self.positions.append(position)
-        if self.rows.side:
-            self.numbers.append(number)
-        self.num_negatives.append(record.num_negatives)
-        self.queries.append(_hash(record.query))
+        self.valid += 1
+        self.writer.positions.append(position)
+        if self.rows.side:  # else nothing asks which row it is among all
+            self.writer.numbers.append(number)
+        self.writer.num_negatives.append(min(record.num_negatives, MOST_NEGATIVES))
+        self.writer.queries.append(_hash(record.query))
         if record.instruction is not None and len(record.instruction) > len(self.longest_instruction or ""):
             self.longest_instruction = record.instruction
         if (keys := frozenset(row)) not in self._keys:
@@ -179,9 +198,9 @@ class _CheckedRows:
             if name not in self.columns and has_number(value):
                 self.columns[name] = kind
 
-    def finish(self, name: str) -> None:
-        """Raises: ValueError: there is no valid row."""
-        if not self.positions:
+    def finish(self, name: str) -> dict[str, Any]:
+        """What is known of all rows. Raises: ValueError: there is no valid row."""
+        if not self.valid:
             first = f"; the first of {len(self.skipped)} bad rows is {self.skipped[0]}" if self.skipped else ""
             raise ValueError(f"data.train={name!r} holds no usable row{first}")
         for column, file in self.rows.side.items():
@@ -190,6 +209,32 @@ class _CheckedRows:
                     f"data.columns.{column}={str(file.path)!r} has {len(file)} lines, and data.train={name!r} "
                     f"{self.count} rows; give one line for each row, in the order of the rows"
                 )
+        return {
+            "skipped": self.skipped,
+            "longest_instruction": self.longest_instruction,
+            "labelled": bool(self.labelled),
+            "columns": self.columns,
+            "unread": {name: _example(value) for name, value in self.unread.items()},
+        }
+
+
+def _example(value: Any) -> Any:
+    """A value as JSON has it, or its text."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def _identity(rows: _Rows, schema: Schema, columns: ColumnOption, on_bad_row: OnBadRow) -> dict[str, Any]:
+    """All that decides which rows are valid, beside their files."""
+    side = [file_identity(file.path) for file in rows.side.values()]
+    return {
+        "version": VERSION,
+        "options": [schema, columns, on_bad_row],
+        "side": side,
+        "code": code_identity(schema),
+    }
 
 
 class JsonlSource:
@@ -202,6 +247,7 @@ class JsonlSource:
         on_bad_row: ``stop`` raises at the first bad row, ``skip`` leaves it out and records it in ``skipped``.
         split: see ``files``.
         columns: columns of numbers, see :data:`ullme.data.columns.ColumnOption`.
+        cache_dir: of the index of checked rows, see :func:`ullme.data.row_index.cached_index`.
 
     Raises:
         ValueError: no such file, a bad row ("file:line: reason"), or no usable row.
@@ -214,23 +260,62 @@ class JsonlSource:
         on_bad_row: OnBadRow = "stop",
         split: str = "train",
         columns: ColumnOption = None,
+        cache_dir: str | None = None,
     ) -> None:
         specs = [files] if isinstance(files, str) else list(files)
         self.files = [path for name in specs for path in expand_files(name, split)]
         self._parser = _Rows(schema, columns)
-        checked = _CheckedRows(self._parser, on_bad_row)
-        self._ends: list[int] = []
-        for path in self.files:
-            for number, offset, line in iter_lines(path):
-                checked.add(offset, f"{path}:{number}", line)
-            self._ends.append(len(checked.positions))
-        checked.finish(", ".join(specs))
-        self._offsets, self._numbers = np.asarray(checked.positions), np.asarray(checked.numbers)
-        self.num_negatives = np.asarray(checked.num_negatives)
-        self.skipped, self.longest_instruction = checked.skipped, checked.longest_instruction
-        self.labelled, self.columns, self.unread = bool(checked.labelled), checked.columns, checked.unread
-        self._queries = _QueryIndex(checked.queries)
-        self._lines = LineReader(self.files)
+        self._identities: list[list[Any]] = []
+
+        def identity() -> dict[str, Any]:
+            self._identities = [file_identity(path) for path in self.files]
+            return {"files": self._identities, **_identity(self._parser, schema, columns, on_bad_row)}
+
+        def build(writer: Writer) -> dict[str, Any]:
+            return self._build(_CheckedRows(self._parser, on_bad_row, writer), ", ".join(specs))
+
+        packed = any(path.suffix.lower() in COMPRESSIONS for path in self.files)
+        index = cached_index(identity, build, cache_dir, packed)
+        self._ends: list[int] = index.facts["ends"]
+        self._offsets, self._numbers, self.num_negatives = index.positions, index.numbers, index.num_negatives
+        self.skipped, self.longest_instruction = index.facts["skipped"], index.facts["longest_instruction"]
+        self.labelled, self.columns, self.unread = (index.facts[name] for name in ("labelled", "columns", "unread"))
+        self._queries = _QueryIndex(index.query_hashes, index.query_rows)
+        self._unpacked = [self._unpacked_file(index.folder, n) for n in range(len(self.files))]
+        self._next_checks = [0.0] * len(self.files)  # time.monotonic() from which a file is looked at again
+        self._lines = LineReader([unpacked or path for unpacked, path in zip(self._unpacked, self.files, strict=True)])
+        if empty := [
+            str(path) for n, path in enumerate(self.files) if self._ends[n] == (self._ends[n - 1] if n else 0)
+        ]:
+            log.warning("data: %d of %d files hold no row: %s", len(empty), len(self.files), ", ".join(empty[:3]))
+
+    def _build(self, checked: _CheckedRows, name: str) -> dict[str, Any]:
+        """Check all rows; compressed files are unpacked beside the index, for access to single rows."""
+        ends = []
+        for n, path in enumerate(self.files):
+            with ExitStack() as stack:
+                copy = None
+                if path.suffix.lower() in COMPRESSIONS:
+                    if checked.writer.folder is None:
+                        raise ValueError(
+                            f"data.train: {path} is compressed and must be unpacked to the cache, which is not "
+                            "writable; set data.cache_dir to a folder with room for it"
+                        )
+                    copy = stack.enter_context(self._unpacked_name(checked.writer.folder, n).open("wb"))
+                for number, offset, line in iter_lines(path, copy):
+                    checked.add(offset, f"{path}:{number}", line)
+            ends.append(checked.valid)
+        return {"ends": ends, **checked.finish(name)}
+
+    @staticmethod
+    def _unpacked_name(folder: Path, number: int) -> Path:
+        return folder / f"unpacked{number}.jsonl"
+
+    def _unpacked_file(self, folder: Path | None, number: int) -> Path | None:
+        """Where the lines of a compressed file are; None for others."""
+        if folder is None or self.files[number].suffix.lower() not in COMPRESSIONS:
+            return None
+        return self._unpacked_name(folder, number)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -238,8 +323,31 @@ class JsonlSource:
     def __getitem__(self, row: int) -> Record:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        line = self._lines.read(bisect_right(self._ends, row), int(self._offsets[row]))
-        return self._parser.parse(line, int(self._numbers[row]) if len(self._numbers) else row)
+        file = bisect_right(self._ends, row)
+        if self._unpacked[file] is None and time.monotonic() >= self._next_checks[file]:
+            self._check_unchanged(file)
+        line = self._lines.read(file, self._offsets[row])
+        try:
+            return self._parser.parse(line, self._numbers[row] if len(self._numbers) else row)
+        except BadRow:
+            if self._unpacked[file] is None:
+                self._check_unchanged(file)
+            raise
+
+    def _check_unchanged(self, file: int) -> None:
+        """Raises: ValueError: the file is not the one that was checked. One that only got longer is."""
+        self._next_checks[file] = time.monotonic() + SECONDS_BETWEEN_CHECKS
+        handle = self._lines.handle(file)
+        status = os.fstat(handle.fileno())
+        path, size, *times, digest = self._identities[file]
+        if [status.st_size, status.st_mtime_ns, status.st_ctime_ns] == [size, *times]:
+            return
+        if status.st_size < size or sample_digest(handle, size) != digest:
+            raise ValueError(
+                f"data.train: {path} changed since its rows were checked; train on a copy that nobody writes to (the "
+                "run can be resumed, with the rows as they were)"
+            )
+        self._identities[file] = [path, size, status.st_mtime_ns, status.st_ctime_ns, digest]
 
     def positives_of(self, query: str) -> set[str]:
         return self._queries.positives(self, query)
@@ -255,6 +363,7 @@ class HubSource:
         schema: the columns, see :func:`ullme.data.records.parse_record`.
         on_bad_row: as in :class:`JsonlSource`; messages call rows "path[split] row i".
         columns: as in :class:`JsonlSource`.
+        cache_dir: likewise.
 
     Raises:
         ValueError: it cannot be loaded, a bad row, or no usable row.
@@ -268,18 +377,28 @@ class HubSource:
         schema: Schema = "auto",
         on_bad_row: OnBadRow = "stop",
         columns: ColumnOption = None,
+        cache_dir: str | None = None,
     ) -> None:
         self._parser = _Rows(schema, columns)
         self.dataset = _load(path, name, split)
-        checked = _CheckedRows(self._parser, on_bad_row)
-        for i, row in enumerate(progress(f"checking {path}", self.dataset, unit="row")):
-            checked.add(i, f"{path}[{split}] row {i}", row)
-        checked.finish(f"{path}[{split}]")
-        self._rows = np.asarray(checked.positions)
-        self.num_negatives = np.asarray(checked.num_negatives)
-        self.skipped, self.longest_instruction = checked.skipped, checked.longest_instruction
-        self.labelled, self.columns, self.unread = bool(checked.labelled), checked.columns, checked.unread
-        self._queries = _QueryIndex(checked.queries)
+        files = [Path(file["filename"]) for file in self.dataset.cache_files]
+
+        def identity() -> dict[str, Any]:
+            known = _identity(self._parser, schema, columns, on_bad_row)
+            rows = [len(self.dataset), str(self.dataset._fingerprint), path, split]
+            return {"files": [file_identity(file) for file in files], "dataset": rows, **known}
+
+        def build(writer: Writer) -> dict[str, Any]:
+            checked = _CheckedRows(self._parser, on_bad_row, writer)
+            for i, row in enumerate(progress(f"checking {path}", self.dataset, unit="row")):
+                checked.add(i, f"{path}[{split}] row {i}", row)
+            return checked.finish(f"{path}[{split}]")
+
+        index = cached_index(identity, build, cache_dir)
+        self._rows, self.num_negatives = index.positions, index.num_negatives
+        self.skipped, self.longest_instruction = index.facts["skipped"], index.facts["longest_instruction"]
+        self.labelled, self.columns, self.unread = (index.facts[name] for name in ("labelled", "columns", "unread"))
+        self._queries = _QueryIndex(index.query_hashes, index.query_rows)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -292,6 +411,34 @@ class HubSource:
 
     def positives_of(self, query: str) -> set[str]:
         return self._queries.positives(self, query)
+
+
+class FirstRows:
+    """The first rows of a random order of another source.
+
+    Args:
+        source: the other source.
+        order: of all its rows.
+        count: how many are kept.
+    """
+
+    def __init__(self, source: RowSource, order: Order, count: int) -> None:
+        self.source, self.order, self.count = source, order, count
+        blocks = (np.arange(first, min(first + (1 << 20), count)) for first in range(0, count, 1 << 20))
+        self.num_negatives = np.concatenate([source.num_negatives[order.at(block)] for block in blocks])
+        self.skipped, self.longest_instruction = source.skipped, source.longest_instruction
+        self.labelled, self.columns, self.unread = source.labelled, source.columns, source.unread
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, row: int) -> Record:
+        if not 0 <= row < self.count:
+            raise IndexError(f"row {row} of {self.count}")
+        return self.source[self.order[row]]
+
+    def positives_of(self, query: str) -> set[str]:
+        return self.source.positives_of(query)  # those of the other rows are positives all the same
 
 
 class Subset:
@@ -328,7 +475,9 @@ def open_source(
     on_bad_row: OnBadRow = "stop",
     max_rows: int | None = None,
     seed: int = 42,
+    order_version: int = ORDER_VERSION,
     columns: ColumnOption = None,
+    cache_dir: str | None = None,
 ) -> RowSource:
     """Open training rows by the value of ``data.train``.
 
@@ -341,7 +490,9 @@ def open_source(
         on_bad_row: ``stop`` or ``skip``, see :class:`JsonlSource`.
         max_rows: keep this many rows, the first after a shuffle with ``seed``; None keeps all.
         seed: of that shuffle.
+        order_version: of that shuffle, see :data:`ullme.data.order.ORDER_VERSION`.
         columns: columns of numbers, see :data:`ullme.data.columns.ColumnOption`.
+        cache_dir: of the index of checked rows, see :func:`ullme.data.row_index.cached_index`.
 
     Raises:
         ValueError: no such file, several datasets, a bad row, or no usable row.
@@ -355,21 +506,21 @@ def open_source(
     for one in specs:
         check_kind(one)
     if all(map(is_jsonl, specs)):
-        source = JsonlSource(specs, schema, on_bad_row, split, columns)
+        source = JsonlSource(specs, schema, on_bad_row, split, columns, cache_dir)
     elif len(specs) == 1 or all(map(_is_table, specs)):
-        source = HubSource(specs[0] if len(specs) == 1 else specs, name, split, schema, on_bad_row, columns)
+        source = HubSource(specs[0] if len(specs) == 1 else specs, name, split, schema, on_bad_row, columns, cache_dir)
     else:
         raise ValueError(f"data.train={specs}: a list must hold JSONL files or table files only; name one dataset")
     if max_rows is None or max_rows >= len(source):
         return source
-    return Subset(source, np.random.default_rng(seed).permutation(len(source))[:max_rows])
+    return FirstRows(source, random_order(len(source), [seed], order_version), max_rows)
 
 
 def expand_files(name: str, split: str) -> list[Path]:
     """The files of a path, a pattern or a folder, sorted. Raises: ValueError: there are none."""
     path = Path(name)
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if _suffix(p) in _JSONL and p.is_file())
+        files = sorted(p for p in path.iterdir() if _is_lines(p) and p.is_file())
         of_split = [p for p in files if re.match(rf"{re.escape(split)}[-._]", p.name)]
         files = of_split or files
     elif path.is_file():
@@ -385,13 +536,19 @@ def is_jsonl(name: str) -> bool:
     """Whether a name in ``data.train`` is a JSONL file, pattern or folder, not a dataset."""
     path = Path(name)
     if not path.is_dir():
-        return _suffix(path) in _JSONL
+        found = [path] if path.is_file() else [Path(file) for file in glob.glob(name, recursive=True)]
+        return all(map(_is_lines, found)) if found else _is_lines(path)
     saved = any((path / marker).exists() for marker in _SAVED_TO_DISK)
     return not saved and any(_suffix(p) in _JSONL for p in path.iterdir())
 
 
 def _suffix(path: str | Path) -> str:
     return Path(path).suffix.lower()
+
+
+def _is_lines(path: Path) -> bool:
+    """Whether a file's name says that it holds JSON lines, compressed or not."""
+    return _suffix(path.with_suffix("") if _suffix(path) in COMPRESSIONS else path) in _JSONL
 
 
 def _is_table(name: str) -> bool:
@@ -403,13 +560,13 @@ def check_kind(name: str) -> None:
     read."""
     if Path(name).is_dir():
         folder = is_jsonl(name)
-        files = [p for p in sorted(Path(name).iterdir()) if folder and _suffix(p) in _COMPRESSED]
+        files = [p for p in sorted(Path(name).iterdir()) if folder and _suffix(p) in _COMPRESSED and not _is_lines(p)]
     else:
         there = [Path(name)] if Path(name).is_file() else sorted(map(Path, glob.glob(name, recursive=True)))
-        files = [p for p in there if p.is_file() and _suffix(p) not in (*_JSONL, *_TABLES)]
+        files = [p for p in there if p.is_file() and not _is_lines(p) and _suffix(p) not in _TABLES]
     if files:
         remedy = "unpack it first" if _suffix(files[0]) in _COMPRESSED else "convert it to JSONL"
-        read = ", ".join([*_JSONL, *_TABLES])
+        read = ", ".join([*_JSONL, ".jsonl.gz", ".jsonl.zst", *_TABLES])
         raise ValueError(f"data.train={name!r}: {files[0]} is no file of a kind that is read ({read}); {remedy}")
 
 

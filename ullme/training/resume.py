@@ -37,7 +37,7 @@ _COMPARED_TRAINER_OPTIONS = (
 )
 # ... except for those that change only speed, memory or validation.
 _IGNORED = re.compile(
-    r"data\.(num_workers|val|val_split|val_batch_size)|model\.backbone\.gradient_checkpointing"
+    r"data\.(num_workers|cache_dir|val|val_split|val_batch_size)|model\.backbone\.gradient_checkpointing"
     r"|loss(\.init_args)?\.(chunk_size|chunk_tokens|on_oom|cache_reference)"
 )
 _SECRET_KEY = re.compile(r"(^|_)(api_?key|token|passw(or)?d|secret)$", re.IGNORECASE)

@@ -1,0 +1,381 @@
+"""An index of checked rows on disk, so that a machine checks the rows of a file once and not at every start.
+
+An entry of the cache is a folder named after the identity of what was checked: the files (path, size, times and a
+digest of samples), the schema, the columns and the code that reads rows. It is written under another name and renamed
+when it is whole. One process builds it, the others wait.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import os
+import shutil
+import sys
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ullme.data import bad_row, columns, jsonl, records
+from ullme.utils.atomic_files import UNFINISHED, check_writable
+from ullme.utils.dotted_names import named
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+CACHE_VARIABLE = "ULLME_CACHE"
+LIMIT_VARIABLE = "ULLME_CACHE_GB"
+DEFAULT_LIMIT = 100.0  # GB
+# Bytes of all files together, below which checking the rows is quicker than keeping an index of them.
+SMALLEST = 1 << 20
+MOST_NEGATIVES = 2**16 - 1  # a row with more is counted as one with so many
+_FACTS = "index.json"
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+_BUFFERED = 1 << 16
+
+
+class NumbersWriter:
+    """A growing one-dimensional .npy file; what is appended is in memory only until the next block is written.
+
+    Args:
+        path: of the file.
+        dtype: of the numbers.
+    """
+
+    def __init__(self, path: Path, dtype: type[np.generic]) -> None:
+        self.dtype = np.dtype(dtype)
+        self.count = 0
+        self._buffer = array("q")
+        self._file = path.open("wb")
+        self._write_header()
+
+    def append(self, number: int) -> None:
+        self._buffer.append(number)
+        self.count += 1
+        if len(self._buffer) == _BUFFERED:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what is left, and the number of numbers into the header."""
+        self._flush()
+        self._file.seek(0)
+        self._write_header()  # numpy leaves room for a longer shape
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _flush(self) -> None:
+        np.asarray(self._buffer).astype(self.dtype).tofile(self._file)
+        self._buffer = array("q")
+
+    def _write_header(self) -> None:
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.count,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
+class Numbers:
+    """Numbers in memory, or in a .npy file that is mapped into memory by every process that reads them.
+
+    Args:
+        source: the numbers, or the path of the file, which a pickle holds instead of its numbers.
+    """
+
+    def __init__(self, source: np.ndarray | Path) -> None:
+        self.source = source
+        self._array: np.ndarray | None = None
+        self._count = len(self.array)
+
+    @property
+    def array(self) -> np.ndarray:
+        """(n,) the numbers."""
+        if self._array is None:
+            # np.memmap takes longer than a plain array to read one number
+            loaded = np.load(self.source, mmap_mode="r") if isinstance(self.source, Path) else self.source
+            self._array = np.asarray(loaded)  # a mapping stays readable when the cache is cleared
+        return self._array
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, place: int) -> int:
+        return int(self.array[place])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_array": None}
+
+
+@dataclass
+class RowIndex:
+    """What is known of the valid rows of a source.
+
+    Args:
+        positions: (rows,) byte offsets in a file, or numbers of a dataset's rows.
+        numbers: (rows,) among all rows, bad ones included; empty where nothing needs them.
+        num_negatives: (rows,) uint16.
+        facts: what is one for all rows, JSON.
+        query_hashes: (rows,) uint32, sorted.
+        query_rows: (rows,) the row of each hash.
+        folder: the entry of the cache; None in memory.
+    """
+
+    positions: Numbers
+    numbers: Numbers
+    num_negatives: np.ndarray
+    facts: dict[str, Any]
+    query_hashes: Numbers
+    query_rows: Numbers
+    folder: Path | None = None
+
+
+@dataclass
+class Writer:
+    """Where the checks of a source write to: files of the cache, or memory.
+
+    Args:
+        folder: None for memory.
+    """
+
+    folder: Path | None = None
+    positions: Any = field(init=False)
+    numbers: Any = field(init=False)
+    num_negatives: Any = field(init=False)
+    queries: Any = field(init=False)  # 32-bit hashes
+
+    def __post_init__(self) -> None:
+        def numbers(name: str, dtype: type[np.generic]) -> Any:
+            return array("q") if self.folder is None else NumbersWriter(self.folder / f"{name}.npy", dtype)
+
+        self.positions, self.numbers = numbers("positions", np.int64), numbers("numbers", np.int64)
+        self.num_negatives = numbers("num_negatives", np.uint16)
+        self.queries = numbers("queries", np.uint32)
+
+    def close(self, facts: dict[str, Any]) -> None:
+        """Complete the files."""
+        if self.folder is None:
+            return
+        for numbers in (self.positions, self.numbers, self.num_negatives, self.queries):
+            numbers.close()
+        hashes, rows = sorted_hashes(np.load(self.folder / "queries.npy"))
+        (self.folder / "queries.npy").unlink()
+        for name, values in (("query_hashes", hashes), ("query_rows", rows)):
+            with (self.folder / f"{name}.npy").open("wb") as stream:
+                np.save(stream, values)
+                stream.flush()
+                os.fsync(stream.fileno())
+        sizes = {path.name: path.stat().st_size for path in self.folder.iterdir()}
+        with (self.folder / _FACTS).open("w") as file:
+            json.dump({"facts": facts, "sizes": sizes}, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def cached_index(
+    identity: Callable[[], dict[str, Any]],
+    build: Callable[[Writer], dict[str, Any]],
+    cache_dir: str | None = None,
+    unpacks: bool = False,
+) -> RowIndex:
+    """The index of a source, from the cache if it is there, else built.
+
+    Args:
+        identity: of all that the index depends on, JSON; asked again after building.
+        build: checks all rows, writes their numbers and returns the facts.
+        cache_dir: the folder of the cache, which must be writable; None takes $ULLME_CACHE or ~/.cache/ullme, and where
+            that is not writable, warns and keeps the index in memory.
+        unpacks: whether ``build`` needs a folder; else the index of files below 1 MiB is made in memory every time.
+
+    Raises:
+        ValueError: a folder that was named is not writable, the data changed while they were read, or ``build``'s.
+    """
+    from filelock import FileLock
+
+    known = identity()
+    small = not unpacks and sum(size for _, size, *_ in known["files"]) < SMALLEST
+    root = None if small else _writable_root(cache_dir)
+    if root is None:
+        writer = Writer()
+        facts = build(writer)
+        _check_same(known, identity())
+        counts = np.asarray(writer.num_negatives).clip(max=MOST_NEGATIVES).astype(np.uint16)
+        positions, numbers = (Numbers(np.asarray(one)) for one in (writer.positions, writer.numbers))
+        hashes, rows = map(Numbers, sorted_hashes(np.asarray(writer.queries, dtype=np.uint32)))
+        return RowIndex(positions, numbers, counts, facts, hashes, rows)
+    key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
+    folder = root / key
+    with FileLock(root / f"{key}.lock"):
+        if (found := _load(folder)) is None:
+            with _unfinished(root, folder) as place:
+                writer = Writer(place)
+                facts = build(writer)
+                _check_same(known, identity())
+                writer.close(facts)
+            _evict(root, keep=folder)
+            found = _load(folder)
+        assert found is not None
+    return found
+
+
+def sorted_hashes(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The (rows,) hashes of rows, sorted, and the row of each; rows of the same hash stay in their order."""
+    rows = np.argsort(hashes, kind="stable")
+    return hashes[rows], rows
+
+
+def cache_root(cache_dir: str | None = None) -> Path:
+    """The folder of all indices."""
+    given = cache_dir or os.environ.get(CACHE_VARIABLE)
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ullme"
+    return (Path(given) if given else default) / "rows"
+
+
+def entries(root: Path) -> list[tuple[Path, int, float]]:
+    """(folder, bytes, time of last use in seconds since 1970) of every whole entry, the longest unused first."""
+    found = []
+    for folder in root.glob("*/") if root.is_dir() else ():
+        if (folder / _FACTS).is_file():
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            found.append((folder, size, (folder / _FACTS).stat().st_mtime))
+    return sorted(found, key=lambda entry: entry[2])
+
+
+def clear(root: Path) -> int:
+    """Remove every entry. Returns: the bytes that were freed. Runs that use one keep it open and go on."""
+    found = entries(root)
+    for folder, _, _ in found:
+        shutil.rmtree(folder)
+    _sweep_folders(root)
+    return sum(size for _, size, _ in found)
+
+
+def size_limit() -> float:
+    """The size of the cache in bytes above which unused entries are removed. Raises: ValueError: $ULLME_CACHE_GB."""
+    given = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT))
+    try:
+        limit = float(given)
+    except ValueError:
+        limit = -1.0
+    if not limit >= 0:
+        raise ValueError(f"{LIMIT_VARIABLE}={given!r} must be a size in GB, such as 50")
+    return limit * 1e9
+
+
+def file_identity(path: Path) -> list[Any]:
+    """Path, size, times and a digest of samples of a file. Raises: ValueError: it is gone."""
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            digest = sample_digest(file, status.st_size)
+    except OSError as error:
+        raise ValueError(
+            f"data.train: {path} cannot be read ({error.strerror}); check the path and its rights"
+        ) from error
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, digest]
+
+
+def sample_digest(file: BinaryIO, size: int) -> str:
+    """Digest of 16 blocks of 64 KiB, evenly spaced over the first ``size`` bytes; of all of a smaller file."""
+    digest = hashlib.sha256(str(size).encode())
+    last = max(0, size - _SAMPLE_BYTES)
+    for i in range(_SAMPLES):
+        start = i * _SAMPLE_BYTES if size <= _SAMPLES * _SAMPLE_BYTES else i * last // (_SAMPLES - 1)
+        digest.update(os.pread(file.fileno(), max(0, min(_SAMPLE_BYTES, size - start)), start))
+    return digest.hexdigest()
+
+
+def code_identity(schema: str) -> list[str]:
+    """Digests of the code that reads a row: another release, or another parser of the user, checks rows anew."""
+    modules = [bad_row, columns, jsonl, records]
+    files = [module.__file__ for module in modules]
+    if "." in schema:
+        own = named(schema, "data.schema")
+        files.append(inspect.getsourcefile(sys.modules[own.__module__]) or "")
+    return [hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else "" for file in files]
+
+
+def _writable_root(cache_dir: str | None) -> Path | None:
+    root = cache_root(cache_dir)
+    try:
+        check_writable(root, "data.cache_dir")
+    except ValueError as error:
+        if cache_dir is not None:
+            raise
+        log.warning(
+            "data: rows are checked again at every start and by every process: %s (data.cache_dir or $%s)",
+            error,
+            CACHE_VARIABLE,
+        )
+        return None
+    return root
+
+
+def _load(folder: Path) -> RowIndex | None:
+    """A whole entry; None where there is none. A damaged one is removed."""
+    try:
+        content = json.loads((folder / _FACTS).read_text())
+        wrong = [name for name, size in content["sizes"].items() if (folder / name).stat().st_size != size]
+    except (OSError, ValueError, KeyError, AttributeError):
+        wrong = [_FACTS]
+    if wrong:
+        if folder.exists():
+            log.warning("data: the index %s is damaged; the rows are checked again", folder)
+            shutil.rmtree(folder)
+        return None
+    os.utime(folder / _FACTS)
+    counts = np.load(folder / "num_negatives.npy", mmap_mode="r")
+    names = ("positions", "numbers", "query_hashes", "query_rows")
+    positions, numbers, hashes, rows = (Numbers(folder / f"{name}.npy") for name in names)
+    return RowIndex(positions, numbers, counts, content["facts"], hashes, rows, folder)
+
+
+@contextmanager
+def _unfinished(root: Path, folder: Path) -> Iterator[Path]:
+    """A folder to write to, renamed to ``folder`` at the end and removed after an error."""
+    place = root / f"{UNFINISHED}{os.getpid()}.{folder.name}"
+    _sweep_folders(root)
+    place.mkdir()
+    try:
+        yield place
+        os.replace(place, folder)
+    except OSError as error:
+        raise ValueError(
+            f"the index of the rows cannot be written to {root} ({error.strerror or error}); free space, or choose "
+            f"another folder with data.cache_dir or ${CACHE_VARIABLE}"
+        ) from error
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _sweep_folders(root: Path) -> None:
+    """Remove what processes that were killed left behind."""
+    for place in root.glob(f"{UNFINISHED}*.*/") if root.is_dir() else ():
+        process = place.name.removeprefix(UNFINISHED).split(".")[0]
+        if not (process.isdigit() and Path(f"/proc/{process}").exists()):
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _evict(root: Path, keep: Path) -> None:
+    """Remove the entries that were not used for longest until the cache is below its limit."""
+    limit = size_limit()
+    found = entries(root)
+    total = sum(size for _, size, _ in found)
+    for folder, size, _ in found:
+        if total > limit and folder != keep:
+            log.info("data: the cache %s is above %.0f GB ($%s): %s removed", root, limit / 1e9, LIMIT_VARIABLE, folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            total -= size
+
+
+def _check_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Raises: ValueError: a file of rows or of a column has changed. Source code may: the loaded code read the rows."""
+    files = [(one, other) for kind in ("files", "side") for one, other in zip(before[kind], after[kind], strict=True)]
+    if changed := [str(one[0]) for one, other in files if one != other]:
+        raise ValueError(
+            f"data.train: {', '.join(changed)} changed while the rows were checked; start again when it is complete"
+        )
