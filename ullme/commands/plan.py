@@ -188,7 +188,7 @@ def _template_tokens(prompts: Prompts, role: Any) -> int:
 
 
 def _count_lines(train: str | list[str]) -> int:
-    from ullme.data.sources import expand_files
+    from ullme.data.files import expand_files
 
     names = [train] if isinstance(train, str) else train
     try:

@@ -6,12 +6,9 @@ keep the texts in memory, and is cheap to pickle for dataloader workers.
 
 from __future__ import annotations
 
-import csv
-import glob
 import json
 import logging
 import os
-import re
 import time
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -23,6 +20,7 @@ from zlib import crc32
 import numpy as np
 
 from ullme.data.columns import ColumnKind, ColumnOption, SideFile, has_number, kind_of, split_option
+from ullme.data.files import check_kind, expand_files, is_jsonl, is_table
 from ullme.data.jsonl import COMPRESSIONS, LineReader, iter_lines, parse_line
 from ullme.data.order import ORDER_VERSION, Order, random_order
 from ullme.data.records import BadRow, Record, Schema, parse_record, unread
@@ -36,24 +34,19 @@ from ullme.data.row_index import (
     file_identity,
     sample_digest,
 )
+from ullme.data.tables import load
 from ullme.utils.progress import progress
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    pass
 
 OnBadRow = Literal["stop", "skip"]
 
-_JSONL = (".jsonl", ".json", ".ndjson")
-_TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz")
 
 # Seconds between two looks at whether a file has changed since its rows were checked.
 SECONDS_BETWEEN_CHECKS = 1.0
 
 log = logging.getLogger(__name__)
-# An empty cell of a CSV file has no value; the words None, NA and null are texts as any other.
-_CELLS: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
-_SAVED_TO_DISK = ("dataset_info.json", "dataset_dict.json")
 
 
 class RowSource(Protocol):
@@ -380,7 +373,7 @@ class HubSource:
         cache_dir: str | None = None,
     ) -> None:
         self._parser = _Rows(schema, columns)
-        self.dataset = _load(path, name, split)
+        self.dataset = load(path, name, split)
         files = [Path(file["filename"]) for file in self.dataset.cache_files]
 
         def identity() -> dict[str, Any]:
@@ -507,155 +500,10 @@ def open_source(
         check_kind(one)
     if all(map(is_jsonl, specs)):
         source = JsonlSource(specs, schema, on_bad_row, split, columns, cache_dir)
-    elif len(specs) == 1 or all(map(_is_table, specs)):
+    elif len(specs) == 1 or all(map(is_table, specs)):
         source = HubSource(specs[0] if len(specs) == 1 else specs, name, split, schema, on_bad_row, columns, cache_dir)
     else:
         raise ValueError(f"data.train={specs}: a list must hold JSONL files or table files only; name one dataset")
     if max_rows is None or max_rows >= len(source):
         return source
     return FirstRows(source, random_order(len(source), [seed], order_version), max_rows)
-
-
-def expand_files(name: str, split: str) -> list[Path]:
-    """The files of a path, a pattern or a folder, sorted. Raises: ValueError: there are none."""
-    path = Path(name)
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if _is_lines(p) and p.is_file())
-        of_split = [p for p in files if re.match(rf"{re.escape(split)}[-._]", p.name)]
-        files = of_split or files
-    elif path.is_file():
-        files = [path]
-    else:
-        files = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.is_file())
-    if not files:
-        raise ValueError(f"data.train={name!r}: no such file; check the path (it is read relative to {Path.cwd()})")
-    return files
-
-
-def is_jsonl(name: str) -> bool:
-    """Whether a name in ``data.train`` is a JSONL file, pattern or folder, not a dataset."""
-    path = Path(name)
-    if not path.is_dir():
-        found = [path] if path.is_file() else [Path(file) for file in glob.glob(name, recursive=True)]
-        return all(map(_is_lines, found)) if found else _is_lines(path)
-    saved = any((path / marker).exists() for marker in _SAVED_TO_DISK)
-    return not saved and any(_suffix(p) in _JSONL for p in path.iterdir())
-
-
-def _suffix(path: str | Path) -> str:
-    return Path(path).suffix.lower()
-
-
-def _is_lines(path: Path) -> bool:
-    """Whether a file's name says that it holds JSON lines, compressed or not."""
-    return _suffix(path.with_suffix("") if _suffix(path) in COMPRESSIONS else path) in _JSONL
-
-
-def _is_table(name: str) -> bool:
-    return _suffix(name) in _TABLES
-
-
-def check_kind(name: str) -> None:
-    """Raises: ValueError: a file that is there, or one beside the JSONL files of a folder, is of a kind that is not
-    read."""
-    if Path(name).is_dir():
-        folder = is_jsonl(name)
-        files = [p for p in sorted(Path(name).iterdir()) if folder and _suffix(p) in _COMPRESSED and not _is_lines(p)]
-    else:
-        there = [Path(name)] if Path(name).is_file() else sorted(map(Path, glob.glob(name, recursive=True)))
-        files = [p for p in there if p.is_file() and not _is_lines(p) and _suffix(p) not in _TABLES]
-    if files:
-        remedy = "unpack it first" if _suffix(files[0]) in _COMPRESSED else "convert it to JSONL"
-        read = ", ".join([*_JSONL, ".jsonl.gz", ".jsonl.zst", *_TABLES])
-        raise ValueError(f"data.train={name!r}: {files[0]} is no file of a kind that is read ({read}); {remedy}")
-
-
-def _load(path: str | Sequence[str], name: str | None, split: str) -> Dataset:
-    """Load a dataset with the ``datasets`` library. Raises: ValueError: it cannot be loaded, or has no such split."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
-    from datasets.exceptions import DatasetsError
-
-    files = [path] if isinstance(path, str) else list(path)
-    try:
-        if all(map(_is_table, files)):
-            kind = _suffix(files[0])
-            return load_dataset(_TABLES[kind], data_files={split: files}, split=split, **_reading(kind, files[0]))
-        if any((Path(files[0]) / marker).exists() for marker in _SAVED_TO_DISK):
-            saved = load_from_disk(files[0])
-            if not isinstance(saved, DatasetDict):
-                return saved
-            if split not in saved:
-                raise ValueError(f"it has the splits {sorted(saved)}")
-            return saved[split]
-        return _load_repository(files[0], name, split)
-    except PermissionError as error:
-        raise ValueError(
-            f"data.train={path!r}: the datasets library cannot write its cache ({error}); set HF_HOME (or "
-            "HF_DATASETS_CACHE) to a folder that can be written"
-        ) from error
-    except (FileNotFoundError, ConnectionError, ValueError, DatasetsError) as error:
-        raise ValueError(
-            f"data.train={path!r}, data.train_split={split!r}, data.train_name={name!r} cannot be loaded ({error}); "
-            "name a JSONL file, a folder or a dataset that can be reached, and a split it has"
-        ) from error
-
-
-def _load_repository(path: str, name: str | None, split: str) -> Dataset:
-    """A dataset of the hub or a dataset folder; where a script would have to load it, its data files are read instead.
-
-    ``datasets`` runs no loading scripts since 4.0, and Tevatron/msmarco-passage, the default training set, has one.
-
-    Raises:
-        ValueError: only a script can load it.
-    """
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(path, name, split=split, **_cell_options(path, name))
-    except RuntimeError as error:
-        if "scripts are no longer supported" not in str(error):
-            raise
-        reason = "a script loads it, which the installed version of datasets does not run"
-        if name is not None:
-            raise ValueError(f"{reason}; leave out data.train_name to read its files") from error
-        if not (files := _json_files(path, split)):
-            raise ValueError(f"{reason}, and it has no file {split}*.jsonl or {split}*.jsonl.gz") from error
-    return load_dataset("json", data_files={split: files}, split=split)
-
-
-def _cell_options(path: str, name: str | None) -> dict[str, Any]:
-    """For a folder or a hub dataset of CSV files, in which every cell is to be read as text; else none."""
-    from datasets import load_dataset_builder
-    from datasets.packaged_modules.csv.csv import Csv
-
-    try:
-        return _CELLS if isinstance(load_dataset_builder(path, name), Csv) else {}
-    except Exception:  # whatever is wrong with it, loading it says so
-        return {}
-
-
-def _json_files(path: str, split: str) -> list[str]:
-    """Paths or addresses of the files of JSON lines, compressed or not, that a folder or a dataset of the hub has for a
-    split (train.jsonl, train-00001.jsonl.gz)."""
-    from huggingface_hub import HfApi
-
-    if Path(path).is_dir():
-        found = {str(file.relative_to(path)): str(file) for file in Path(path).rglob("*")}
-    else:
-        found = {file: f"hf://datasets/{path}/{file}" for file in HfApi().list_repo_files(path, repo_type="dataset")}
-    wanted = re.compile(rf"{re.escape(split)}([-._].*)?\.jsonl?(\.(gz|zst|xz|bz2))?")
-    return [address for file, address in sorted(found.items()) if wanted.fullmatch(Path(file).name)]
-
-
-def _reading(kind: str, file: str) -> dict[str, Any]:
-    """Options of ``load_dataset`` for table files of a kind: every cell of a CSV or TSV file is a text."""
-    from datasets import Features, Value
-
-    if _TABLES[kind] != "csv":
-        return {}
-    # Quotation marks of a TSV file are ordinary characters, as in the STS files of evaluation.
-    options: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
-    first = next(iter(sorted(glob.glob(file, recursive=True))), file)
-    with open(first, encoding="utf-8-sig", newline="") as stream:
-        header = next(csv.reader(stream, delimiter=options.get("sep", ","), quoting=options.get("quoting", 0)), [])
-    return {**options, **_CELLS, "features": Features({column: Value("string") for column in header})}

@@ -192,9 +192,9 @@ _MEMORY_REMEDIES = {
 def _check_first_rows(one: Any, on_bad_row: str) -> str:
     """Parse the first rows of a training set. Raises: as :meth:`Settings.train_data`."""
     from ullme.data.columns import split_option
+    from ullme.data.files import check_kind, expand_files, is_jsonl
     from ullme.data.jsonl import iter_lines, parse_line
     from ullme.data.records import parse_record
-    from ullme.data.sources import check_kind, expand_files, is_jsonl
 
     names = [one.train] if isinstance(one.train, str) else list(one.train)
     for name in names:
