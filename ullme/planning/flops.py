@@ -111,7 +111,7 @@ class ModelCost:
         return 4 * self.attention_layers * self.attention_width * work.pairs
 
     def step(self, work: StepWork) -> Count:
-        """Model FLOPs of a training step: what the gradient takes if nothing is done twice; adapters off is left out."""
+        """Model FLOPs of a training step: what the gradient takes if nothing is done twice, the reference left out."""
         learned = work.embed, work.learned
         return sum(self.forward(w) + self.backward(w) for w in learned) + self.forward(work.scored)
 
