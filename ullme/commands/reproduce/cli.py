@@ -115,8 +115,9 @@ def run(options: Any) -> int:
             build_miniature(table)
         failed = cell_runner.run()
     status = report(table)
-    for name, reason in failed.items():
-        print(f"reproduce: failed: {name}: {reason}", file=sys.stderr)
+    for name, reasons in failed.items():
+        for reason in reasons.splitlines():
+            print(f"reproduce: failed: {name}: {reason}", file=sys.stderr)
     return 1 if failed else status
 
 
