@@ -22,7 +22,7 @@ from ullme.losses import InfoNCE
 from ullme.models.config import BackboneConfig
 from ullme.prompts import Prompts
 from ullme.training.module import OptimizerConfig, ULLMEModule
-from ullme.training.retrieval_metrics import retrieval_metrics
+from ullme.training.retrieval_metrics import ranking_metrics
 
 STEPS = 5
 INTERRUPTED = 3
@@ -204,15 +204,15 @@ def clean(name: str) -> str:
 
 
 def validate(folder: str, strategy: str, ranks: int) -> tuple[dict[str, float], torch.Tensor]:
-    """The validation scores, and the embeddings of corpus and queries that they come from."""
+    """The validation scores, and the rankings that they come from."""
     seen = []
 
-    def recorded(queries: torch.Tensor, corpus: torch.Tensor, *others: Any) -> dict[str, float]:
-        seen.append(torch.cat([corpus, queries]))
-        return retrieval_metrics(queries, corpus, *others)
+    def recorded(found: torch.Tensor, relevant: Any) -> dict[str, float]:
+        seen.append(found)
+        return ranking_metrics(found, relevant)
 
     trainer = make_trainer(folder, strategy, ranks, [])
-    with mock.patch("ullme.training.retrieval_metrics.retrieval_metrics", recorded):
+    with mock.patch("ullme.training.retrieval_metrics.ranking_metrics", recorded):
         (scores,) = {tuple(found.items()) for found in trainer.validate(make_module(folder, True), make_data(folder))}
     return dict(scores), seen[0]
 

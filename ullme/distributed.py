@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 # Gradients in one all-reduce: 128 MiB in float32, enough to use a network fully, little beside a model.
 BUCKET_ELEMENTS = 2**25
 
@@ -155,6 +156,23 @@ def broadcast(parameters: Iterable[Tensor]) -> None:
         return
     for parameter in parameters:
         dist.broadcast(parameter.detach(), src=0)
+
+
+def from_rank_zero(make: Callable[[], T]) -> T:
+    """What ``make()`` returns on rank 0, which alone calls it; what it raises there, every rank raises."""
+    if world()[1] == 1:
+        return make()
+    sent: list[Any] = [None, None]
+    if world()[0] == 0:
+        try:
+            sent[0] = make()
+        except Exception as error:
+            dist.broadcast_object_list([None, f"{type(error).__name__}: {error}"])
+            raise
+    dist.broadcast_object_list(sent)
+    if sent[1] is not None:
+        raise ValueError(f"rank 0: {sent[1]}")
+    return sent[0]
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
