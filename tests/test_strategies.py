@@ -69,6 +69,13 @@ def test_ranks_do_equally_many_forwards(together):
 
 
 @pytest.mark.distributed
+def test_no_host_waits_for_others_in_a_step(together):
+    """A barrier makes it wait for its GPU too; Lightning's ``sync_dist`` has one for each value that is logged."""
+    ranks, results = together
+    assert {rank[case]["barriers"] for rank in results for case in CASES[ranks]} == {0}
+
+
+@pytest.mark.distributed
 def test_validation_over_ranks_is_exact(together, folder):
     _, results = together
     scores, ranking = validate(folder, "-", 1)

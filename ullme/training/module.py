@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ullme.batch import Batch
-from ullme.distributed import average_gradients
+from ullme.distributed import average_gradients, mean_of_each
 from ullme.engine import fsdp
 from ullme.engine.finite import NotFiniteError, check_finite
 from ullme.models.config import BackboneConfig
@@ -158,9 +158,9 @@ class ULLMEModule(L.LightningModule):
         self.log("lr", optimizer.param_groups[0]["lr"])
         schedule: Any = self.lr_schedulers()
         schedule.step()
-        self.log("train/loss", logs["loss"], prog_bar=True, batch_size=len(batch), sync_dist=True)
-        terms = {f"train/{name}": value for name, value in logs.items() if name != "loss"}
-        self.log_dict({**terms, "train/grad_norm": gradient_norm}, batch_size=len(batch), sync_dist=True)
+        means = mean_of_each({**logs, "grad_norm": gradient_norm})
+        self.log("train/loss", means.pop("loss"), prog_bar=True, batch_size=len(batch))
+        self.log_dict({f"train/{name}": value for name, value in means.items()}, batch_size=len(batch))
         return logs
 
     def _seed_step(self) -> None:
