@@ -38,12 +38,12 @@ class BM25Index:
         depth = min(k, self._documents)
         for number, words in enumerate(tokenized(queries, self._stopwords)):
             own = self._retriever.get_scores(words) if words else np.zeros(self._documents, dtype=np.float32)
-            best = _best(own, depth)
+            best = best_rows(own, depth)
             scores[number, : len(best)], rows[number, : len(best)] = own[best], best
         return scores, rows
 
 
-def _best(scores: np.ndarray, k: int) -> np.ndarray:
+def best_rows(scores: np.ndarray, k: int) -> np.ndarray:
     """The rows of the k largest positive scores, the smaller row first where scores are equal."""
     rows = np.flatnonzero(scores > 0)
     if len(rows) > k:
