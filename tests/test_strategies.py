@@ -69,15 +69,23 @@ def test_ranks_do_equally_many_forwards(together):
 
 
 @pytest.mark.distributed
+def test_no_host_waits_for_others_in_a_step(together):
+    """A barrier makes it wait for its GPU too; Lightning's ``sync_dist`` has one for each value that is logged."""
+    ranks, results = together
+    assert {rank[case]["barriers"] for rank in results for case in CASES[ranks]} == {0}
+
+
+@pytest.mark.distributed
 def test_validation_over_ranks_is_exact(together, folder):
     _, results = together
-    scores, embeddings = validate(folder, "-", 1)
+    scores, ranking = validate(folder, "-", 1)
     assert 0 < scores["val/mrr@10"] < 1
+    assert sorted(ranking[0, :12].tolist()) == [*range(12)]
     for rank in results:
         for strategy in ("ddp", "fsdp2"):
-            found, vectors = rank["val", strategy]
+            found, ranks_ranking = rank["val", strategy]
             assert found == scores
-            assert torch.equal(vectors, embeddings)
+            assert torch.equal(ranks_ranking, ranking)
 
 
 @pytest.mark.distributed

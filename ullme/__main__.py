@@ -14,6 +14,7 @@ COMMANDS = {
     "train": ("ullme.commands.train", "train an embedder (train.py)"),
     "evaluate": ("ullme.commands.evaluate", "evaluate an embedder on MTEB or local data (evaluate.py)"),
     "encode": ("ullme.commands.encode", "embed a corpus into shards on disk"),
+    "queries": ("ullme.commands.queries", "let an LLM write queries for the documents of a corpus"),
     "index": ("ullme.commands.index", "build a FAISS or BM25 index of an encoded corpus"),
     "search": ("ullme.commands.search", "search an encoded corpus: dense, BM25, or both"),
     "mine": ("ullme.commands.mine", "mine hard negatives for rows, or candidates for queries, from a corpus"),
