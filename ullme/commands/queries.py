@@ -208,12 +208,16 @@ def _load_llm(name: str, dtype: str | None, device: str | None) -> ULLME:
     """The model; its LLM is what is used. Raises: ValueError: it cannot be loaded, or is no LLM."""
     from ullme.commands.encode import load_model
     from ullme.models.loading import is_sentence_transformer
-    from ullme.search.embedder import ULLMEEmbedder
+    from ullme.search.embedder import ULLMEEmbedder, is_checkpoint
 
     if is_sentence_transformer(name):
         raise ValueError(f"{name!r} is a sentence-transformers model, which embeds and does not write; name an LLM")
     embedder, _ = load_model(name, device, {"dtype": dtype}, {})
     assert isinstance(embedder, ULLMEEmbedder)
+    if embedder.model.options.lora_name is None and is_checkpoint(name):
+        raise ValueError(
+            f"{name!r}: training changed the LLM itself (lora_name=null), and the pre-trained one writes; name that"
+        )
     return embedder.model
 
 
