@@ -10,7 +10,7 @@ from mining_helpers import DOCUMENTS, cosines, dense, make_folder, read, rows_of
 from search_helpers import StubEmbedder
 
 from ullme.data.records import parse_record
-from ullme.search import bm25
+from ullme.search import bm25, mining
 from ullme.search.mining import mine
 from ullme.search.mining_parts import Parts
 from ullme.search.mining_rows import UnlabelledQueries
@@ -222,3 +222,13 @@ def test_more_than_there_are(folder, tmp_path):
         mine(queries, dense(folder), tmp_path / "q.jsonl", MiningSettings(40, range_min=1))
     with pytest.raises(ValueError, match="--num_negatives 1: candidates of a query without labels are compared"):
         mine(queries, dense(folder), tmp_path / "q.jsonl", MiningSettings(1))
+
+
+def test_blocks_are_larger_where_the_corpus_is(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(mining, "SMALL_BLOCK", 1)
+    mined(tmp_path, QUESTIONS, dense(folder), MiningSettings(3))
+    assert len(list((tmp_path / "m.jsonl.parts").glob("part-*"))) == 5  # 40 // 16 rows each
+    mined(
+        tmp_path / "2", QUESTIONS, dense(folder), MiningSettings(3), query_likelihood=lambda pairs: np.zeros(len(pairs))
+    )
+    assert len(list((tmp_path / "2" / "m.jsonl.parts").glob("part-*"))) == 10

@@ -19,8 +19,9 @@ from ullme.search.retrievers import Question, Retriever
 from ullme.search.text_hashes import TextHashes, hashes_of, text_hash
 from ullme.utils.progress import progress
 
-# Rows whose queries are searched together: each block reads the vectors of the whole corpus once.
-BLOCK_ROWS = 4096
+# Rows whose queries are searched together, and whose negatives are a part of the file: each block reads the vectors of
+# the whole corpus once, so that blocks are large where that takes long.
+SMALL_BLOCK, LARGE_BLOCK = 512, 4096
 
 # n pairs of query and passage -> (n,) log π(query | passage), in nats a token of the query.
 QueryLikelihood = Callable[[Sequence[tuple[str, str]]], np.ndarray]
@@ -65,7 +66,7 @@ def mine(
     query_likelihood: QueryLikelihood | None = None,
     likelihood_name: str | None = None,
     on_fewer: OnFewer = "keep",
-    block_rows: int = BLOCK_ROWS,
+    block_rows: int | None = None,
 ) -> Written:
     """Mine negatives and write them as training rows; the same call again does what is missing.
 
@@ -84,12 +85,14 @@ def mine(
         likelihood_name: changes with whatever changes ``query_likelihood``.
         on_fewer: a row that gets fewer negatives than asked for is written with them (``keep``), left out (``skip``),
             or an error (``stop``). A query without labels needs two candidates at least.
-        block_rows: rows whose queries are searched together.
+        block_rows: rows whose queries are searched together; None: 512 to 4,096, more with more documents.
 
     Raises:
         ValueError: a value out of range, a file or parts of another command, or a disk that cannot be written.
     """
     settings = settings or MiningSettings()
+    if block_rows is None:
+        block_rows = _usual_block(retriever, query_likelihood is not None)
     _check(settings, rows, retriever, query_likelihood, on_fewer, block_rows)
     parts = Parts(file)
     parts.check(
@@ -123,6 +126,12 @@ def mine(
     written = parts.finish(len(blocks), settings.num_negatives, field, least, on_fewer)
     written.outside = outside
     return written
+
+
+def _usual_block(retriever: Retriever, likelihoods: bool) -> int:
+    if retriever.name != "dense" or likelihoods:  # the search is no faster, or not what takes long
+        return SMALL_BLOCK
+    return min(max(SMALL_BLOCK, len(retriever.shards) // 16), LARGE_BLOCK)
 
 
 def _check(
