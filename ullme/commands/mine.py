@@ -182,8 +182,8 @@ def _rows(options: Any) -> MiningRows:
     rows = open_rows(options.rows, options.schema, options.on_bad_row)
     if rows.source.skipped:
         print(f"mine: {len(rows.source.skipped)} bad rows are left out, the first {rows.source.skipped[0]}")
-    if lost := [*rows.source.columns, *rows.source.unread]:
-        print(f"mine: the fields {', '.join(lost)} of {rows.name} are not written", file=sys.stderr)
+    if lost := [name for name in (*rows.source.columns, *rows.source.unread) if name not in ("pos_ids", "neg_ids")]:
+        print(f"mine: of {rows.name} these fields are not written: {', '.join(lost)}", file=sys.stderr)
     return rows
 
 
