@@ -232,7 +232,7 @@ def test_the_order_of_a_newer_release_is_refused(make):
 def test_validation_gives_every_document_and_query(make, prompt_tokenizer, tmp_path, beir, num_workers):
     data = make(val=beir, val_batch_size=4, num_workers=num_workers)
     module, _ = fit(data, prompt_tokenizer, tmp_path, max_epochs=1, num_sanity_val_steps=0)
-    assert sorted(module.validated) == [(0, i) for i in range(10)] + [(1, i) for i in range(3)]
+    assert sorted(module.validated) == [(0, i) for i in range(3)] + [(1, i) for i in range(10)]
     assert data.beir.corpus_ids[4] == "c4"
     assert data.beir.query_ids == ["q0", "q1", "q2"]
 
@@ -259,7 +259,7 @@ def test_each_validation_text_is_cut_at_its_own_length(make, prompt_tokenizer, b
     data.setup("validate")
     monkeypatch.setattr(data, "_prompt_tokenizer", lambda: prompt_tokenizer)
     widths = [max(rows.rows.input_ids.shape[1] for rows in loader) for loader in data.val_dataloader()]
-    assert widths == [9, len("Instruct: find\nQuery: a b c")]
+    assert widths == [len("Instruct: find\nQuery: a b c"), 9]
 
 
 def test_validation_texts_match_their_indices(make, tokenizer, prompt_tokenizer, beir, monkeypatch):
@@ -269,8 +269,8 @@ def test_validation_texts_match_their_indices(make, tokenizer, prompt_tokenizer,
     monkeypatch.setattr(data, "_prompt_tokenizer", lambda: prompt_tokenizer)
     for loader, texts, prefix in zip(
         data.val_dataloader(),
-        (list(data.beir.corpus.values()), list(data.beir.queries.values())),
-        ("", "Instruct: find\nQuery: "),
+        (list(data.beir.queries.values()), list(data.beir.corpus.values())),
+        ("Instruct: find\nQuery: ", ""),
         strict=True,
     ):
         for rows in loader:

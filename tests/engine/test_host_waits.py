@@ -16,7 +16,7 @@ from ullme.engine.finite import FiniteChecks
 from ullme.engine.gradcache import chunk_slices, microbatch_rows
 from ullme.engine.objective import Objective
 from ullme.losses import DPO, KL, KTO, InfoNCE
-from ullme.training import retrieval_metrics
+from ullme.training.validation import CorpusRanking
 
 
 @pytest.fixture
@@ -61,15 +61,18 @@ def test_a_wait_would_be_noticed(make_model):
             model(moved.input_ids, moved.attention_mask)
 
 
-def test_validation_waits_once_after_all_blocks(monkeypatch):
-    monkeypatch.setattr(retrieval_metrics, "_BLOCK", 2)
-    products = []
-    topk = torch.Tensor.topk
-    monkeypatch.setattr(torch.Tensor, "topk", lambda x, *a, **k: products.append(x.shape) or topk(x, *a, **k))
-    queries, corpus = torch.empty(6, 8, device=DEVICE), torch.empty(9, 8, device=DEVICE)
-    with CopiesToDevice() as copies, pytest.raises(NotImplementedError, match="meta"):
-        retrieval_metrics.retrieval_metrics(queries, corpus, [{n: 1} for n in range(6)])
-    assert products == [(2, 9)] * 3
+@pytest.mark.usefixtures("without_autocast")
+def test_validation_waits_once_after_all_batches():
+    """It reads nothing before the last batch is ranked."""
+    ranking = CorpusRanking(6, 9, 8, 5, DEVICE, [0, *[None] * 5])
+    batches = torch.arange(9, device=DEVICE).split(2)
+    with CopiesToDevice() as copies:
+        ranking.add_queries(torch.empty(6, 8, device=DEVICE), torch.arange(6, device=DEVICE))
+        for places in batches:
+            ranking.add_passages(torch.empty(len(places), 8, device=DEVICE), places)
+        with pytest.raises(RuntimeError, match="meta"):
+            ranking.merge_ranks()
+    assert len(batches) == 5
     assert copies.waited == 0
 
 
@@ -100,6 +103,7 @@ CALLS = {
     "merge_unit_rows": lambda: distributed.merge_unit_rows(torch.empty(2, 3, device=DEVICE)),
     "broadcast": lambda: distributed.broadcast([WHOLE]),
     "average_gradients": lambda: distributed.average_gradients([WHOLE]),
+    "mean_of_each": lambda: distributed.mean_of_each({"a": torch.empty((), device=DEVICE)}),
     "mean_over_ranks": lambda: distributed.mean_over_ranks(torch.empty(3, device=DEVICE)),
 }
 

@@ -305,18 +305,19 @@ class ULLMEDataModule(L.LightningDataModule):
             yield collator([dataset[place] for place in places[: -(-rows // ranks)]])
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """Dataloaders of the corpus and the queries, in this order; an empty list without validation.
+        """Dataloaders of the queries and the corpus, in this order; an empty list without validation.
 
-        They yield :class:`~ullme.data.collator.EvalRows`, whose ``indices`` are indices of ``beir.corpus_ids`` and
-        ``beir.query_ids``. The texts are split over ranks; a few may be in the batches of two ranks.
+        They yield :class:`~ullme.data.collator.EvalRows`, whose ``indices`` are indices of ``beir.query_ids`` and
+        ``beir.corpus_ids``. The queries come first, so that passages can be ranked as they are embedded. The texts are
+        split over ranks; a few may be in the batches of two ranks.
         """
         if self.beir is None:
             warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # on purpose
             return []
         prompt_tokenizer = self._prompt_tokenizer()
         return [
-            self._eval_loader(list(self.beir.corpus.values()), prompt_tokenizer, "passage", self.passage_max_length),
             self._eval_loader(list(self.beir.queries.values()), prompt_tokenizer, "query", self.query_max_length),
+            self._eval_loader(list(self.beir.corpus.values()), prompt_tokenizer, "passage", self.passage_max_length),
         ]
 
     def _eval_loader(

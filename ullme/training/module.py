@@ -6,7 +6,6 @@ import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import lightning as L
@@ -17,11 +16,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ullme.batch import Batch
-from ullme.distributed import average_gradients, merge_unit_rows
+from ullme.distributed import average_gradients, mean_of_each
 from ullme.engine import fsdp
 from ullme.engine.finite import NotFiniteError, check_finite
 from ullme.models.config import BackboneConfig
+from ullme.models.rank_zero import loading_on_rank_zero
 from ullme.prompts import Prompts
+from ullme.training import split_checkpoints
 from ullme.training.atomic_checkpoints import install_atomic_io
 
 if TYPE_CHECKING:
@@ -120,7 +121,11 @@ class ULLMEModule(L.LightningModule):
         from ullme.models import ULLME
 
         if self.model is None:
-            self.model = self._shard(ULLME(**self.backbone.to_dict(), prompts=self.prompts).train())
+            strategy = None if self._trainer is None else self.trainer.strategy
+            splits = isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
+            with loading_on_rank_zero(strategy.root_device) if splits else nullcontext():
+                model = ULLME(**self.backbone.to_dict(), prompts=self.prompts).train()
+            self.model = self._shard(model)
             if self._trainer is not None:
                 # Batches hold integers only, and Lightning's conversion of dtypes fails on frozen dataclasses.
                 self.trainer.precision_plugin.convert_input = _identity
@@ -129,7 +134,7 @@ class ULLMEModule(L.LightningModule):
         """Shard the LLM over ranks if the strategy is FSDP, version 1 or 2."""
         strategy = None if self._trainer is None else self.trainer.strategy
         if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
-            self._load_any_checkpoint(strategy)
+            split_checkpoints.install(self, strategy)
         if isinstance(strategy, FSDPStrategy):
             return fsdp.shard_fsdp1(model, strategy.root_device, strategy.mixed_precision_config)
         if isinstance(strategy, ModelParallelStrategy):
@@ -158,9 +163,9 @@ class ULLMEModule(L.LightningModule):
         self.log("lr", optimizer.param_groups[0]["lr"])
         schedule: Any = self.lr_schedulers()
         schedule.step()
-        self.log("train/loss", logs["loss"], prog_bar=True, batch_size=len(batch), sync_dist=True)
-        terms = {f"train/{name}": value for name, value in logs.items() if name != "loss"}
-        self.log_dict({**terms, "train/grad_norm": gradient_norm}, batch_size=len(batch), sync_dist=True)
+        means = mean_of_each({**logs, "grad_norm": gradient_norm})
+        self.log("train/loss", means.pop("loss"), prog_bar=True, batch_size=len(batch))
+        self.log_dict({f"train/{name}": value for name, value in means.items()}, batch_size=len(batch))
         return logs
 
     def _seed_step(self) -> None:
@@ -211,34 +216,39 @@ class ULLMEModule(L.LightningModule):
             self._monitors_checked = True
 
     def on_validation_epoch_start(self) -> None:
-        """Allocate the embeddings of all corpus texts and queries."""
+        """Begin to rank the corpus for each query."""
+        from ullme.training.retrieval_metrics import DEPTH
+        from ullme.training.validation import CorpusRanking
+
         beir = self._beir()
-        self._corpus = torch.zeros(len(beir.corpus), self.model.hidden_size, device=self.device)
-        self._queries = torch.zeros(len(beir.queries), self.model.hidden_size, device=self.device)
+        place = {name: n for n, name in enumerate(beir.corpus)}
+        own_copies = [place[query] if query in beir.own_copies else None for query in beir.queries]
+        sizes = len(beir.queries), len(beir.corpus), self.model.hidden_size
+        self._ranking = CorpusRanking(*sizes, DEPTH, self.device, own_copies)
 
     def validation_step(self, batch: EvalRows, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Embed a batch of the corpus (dataloader 0) or of the queries (dataloader 1)."""
+        """Embed a batch of the queries (dataloader 0), or embed and rank one of the corpus (dataloader 1)."""
         rows = batch.rows
         rep = self.model(rows.input_ids, rows.attention_mask, pool_mask=rows.pool_mask, host=rows.host)["rep"]
-        (self._corpus if dataloader_idx == 0 else self._queries)[batch.indices] = rep.float()
+        add = self._ranking.add_queries if dataloader_idx == 0 else self._ranking.add_passages
+        add(rep, batch.indices)
 
     def on_validation_epoch_end(self) -> None:
         """Compute and log retrieval metrics, unless only a part of the data was embedded."""
-        from ullme.training.retrieval_metrics import retrieval_metrics
+        from ullme.training.retrieval_metrics import ranking_metrics
 
-        beir = self._beir()
-        index = {name: n for n, name in enumerate(beir.corpus)}
-        relevant = [{index[p]: grade for p, grade in beir.qrels[query].items()} for query in beir.queries]
-        queries, corpus = merge_unit_rows(self._queries), merge_unit_rows(self._corpus)
-        del self._corpus, self._queries
-        if not (queries.any(dim=1).all() and corpus.any(dim=1).all()):
+        ranking = self._ranking
+        del self._ranking
+        if not ranking.merge_ranks():
             rank_zero_warn(
                 "validation: only a part of data.val was embedded (trainer.limit_val_batches, overfit_batches or "
                 "fast_dev_run), so no retrieval metrics are logged"
             )
             return
-        own = [index[query] if query in beir.own_copies else None for query in beir.queries]
-        scores = retrieval_metrics(queries, corpus, relevant, own)
+        beir = self._beir()
+        place = {name: n for n, name in enumerate(beir.corpus)}
+        relevant = [{place[p]: grade for p, grade in beir.qrels[query].items()} for query in beir.queries]
+        scores = ranking_metrics(ranking.best(), relevant)
         self.log_dict({f"val/{name}": value for name, value in scores.items()}, prog_bar=True, rank_zero_only=True)
 
     def _beir(self) -> BeirFolder:
@@ -257,33 +267,8 @@ class ULLMEModule(L.LightningModule):
         from ullme.models.trained_weights import check_can_resume
 
         self.configure_model()
-        if "state_dict" in checkpoint:  # else _load_any_checkpoint has checked it
+        if "state_dict" in checkpoint:  # else split_checkpoints has checked it
             check_can_resume(self.model, checkpoint)
-
-    def _load_any_checkpoint(self, strategy: FSDPStrategy | ModelParallelStrategy) -> None:
-        """Make a sharding strategy load the checkpoints of every strategy.
-
-        Lightning's FSDP strategies copy the weights before on_load_checkpoint is called, and expect optimizer states of
-        all weights, not of the trained ones. An adapter is not sharded, so its weights and states are copied as they
-        are.
-        """
-        from ullme.models.trained_weights import STATE_PREFIX, check_can_resume
-        from ullme.utils import atomic_files
-
-        load = strategy.load_checkpoint
-
-        def load_checked(path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            stored = atomic_files.checked(path)
-            check_can_resume(self.model, stored, str(path))
-            if not fsdp.whole_parameters(self.model):
-                return load(path, *args, **kwargs)
-            state = {name.removeprefix(STATE_PREFIX): value for name, value in stored["state_dict"].items()}
-            fsdp.copy_whole(self.model, state)
-            for optimizer, value in zip(strategy.optimizers, stored["optimizer_states"], strict=False):
-                optimizer.load_state_dict(value)
-            return stored
-
-        strategy.load_checkpoint = load_checked  # type: ignore[assignment,method-assign]
 
 
 def _identity(data: Any) -> Any:

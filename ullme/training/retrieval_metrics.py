@@ -1,22 +1,24 @@
-"""Retrieval metrics of embeddings in memory, by torchmetrics."""
+"""Retrieval metrics of rankings and of embeddings in memory, by torchmetrics."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ullme.utils.transfer import to_device
+from ullme.distributed import no_collectives
+from ullme.training.validation import CorpusRanking
 
 DEPTH = 100
-# Queries whose similarities with the whole corpus are in memory at once.
-_BLOCK = 256
+# Passages whose similarities with all queries are in memory at once.
+_BLOCK = 1024
 
 
 def retrieval_metrics(
     queries: Tensor, corpus: Tensor, relevant: list[dict[int, int]], left_out: list[int | None] | None = None
 ) -> dict[str, float]:
-    """nDCG@10, MRR@10 and Recall@100 by cosine similarity, averaged over queries.
+    """nDCG@10, MRR@10 and Recall@100 by cosine similarity, averaged over queries, on one rank.
 
     Args:
         queries: (Q, D) normalised embeddings.
@@ -27,20 +29,29 @@ def retrieval_metrics(
     Returns:
         ``ndcg@10``, ``mrr@10``, ``recall@100``, from 0 to 1.
     """
+    ranking = CorpusRanking(len(queries), len(corpus), queries.shape[1], DEPTH, queries.device, left_out)
+    ranking.add_queries(queries, torch.arange(len(queries), device=queries.device))
+    with no_collectives():
+        for block in torch.arange(len(corpus), device=corpus.device).split(_BLOCK):
+            ranking.add_passages(corpus[block], block)
+    return ranking_metrics(ranking.best(), relevant)
+
+
+def ranking_metrics(found: Tensor, relevant: Sequence[dict[int, int]]) -> dict[str, float]:
+    """nDCG@10, MRR@10 and Recall@100 of rankings, averaged over queries.
+
+    Args:
+        found: (Q, :data:`DEPTH`) int64 passages of each query, the nearest first; -1 stands for none, at the end.
+        relevant: for each query, passage -> relevance grade (0 is not relevant).
+
+    Returns:
+        ``ndcg@10``, ``mrr@10``, ``recall@100``, from 0 to 1.
+    """
     from torchmetrics.retrieval import RetrievalMRR, RetrievalNormalizedDCG, RetrievalRecall
 
-    copies = np.array([-1 if copy is None else copy for copy in left_out or [None] * len(queries)], dtype=np.int64)
-    copy_places, is_copy = to_device([copies.clip(0), copies >= 0], queries.device)
-    best: list[Tensor] = []  # for each block, on the device: the passages found, the nearest first
-    for start in range(0, len(queries), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        similar = queries[block].float() @ corpus.float().T
-        own = torch.where(is_copy[block], -torch.inf, similar.gather(1, copy_places[block, None])[:, 0])
-        similar.scatter_(1, copy_places[block, None], own[:, None])
-        best.append(similar.topk(min(DEPTH, len(corpus)), dim=1).indices)
     scores, grades, indexes = [], [], []
-    for row, (judged, found) in enumerate(zip(relevant, torch.cat(best).tolist(), strict=True)):  # the one wait
-        retrieved = [passage for passage in found if passage != copies[row]]
+    for row, (judged, places) in enumerate(zip(relevant, found.tolist(), strict=True)):
+        retrieved = [passage for passage in places if passage >= 0]
         # Relevant passages below the cut-off are included: recall and the ideal ranking count them.
         missed = [passage for passage, grade in judged.items() if grade > 0 and passage not in set(retrieved)]
         passages = retrieved + missed
