@@ -13,6 +13,8 @@ import torch.distributed as dist
 from eval_helpers import write_jsonl
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ullme.callbacks import GRL, GradCache
 from ullme.data.datamodule import ULLMEDataModule
@@ -65,6 +67,17 @@ class Float64(ULLMEModule):
         return super()._shard(model.double())
 
 
+class Communicated(TorchDispatchMode):
+    """Counts the elements that collectives of tensors send or gather."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.elements += sum(x.numel() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+        return func(*args, **(kwargs or {}))
+
+
 class Recorder(L.Callback):
     """The global loss of every step, and every gradient of the first."""
 
@@ -76,6 +89,7 @@ class Recorder(L.Callback):
         self.idle = 0
         self.in_step = False
         self.barriers = 0
+        self.communicated = 0
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         pl_module.model.register_forward_pre_hook(self._count)
@@ -100,7 +114,9 @@ class Recorder(L.Callback):
             dist.all_reduce(loss)
         self.losses.append(loss.item() / trainer.world_size)
         if trainer.global_step == INTERRUPTED and self.checkpoint:
-            trainer.save_checkpoint(self.checkpoint)
+            with Communicated() as count:
+                trainer.save_checkpoint(self.checkpoint)
+            self.communicated = count.elements
 
 
 Case = tuple[str, str, bool]  # strategy, objective, adapter or all weights
@@ -168,7 +184,8 @@ def train(folder: str, case: Case, ranks: int, resume: str | None = None) -> dic
     chunks: dict[str, Any] = {"chunk_tokens": 90, "reference": "adapters_off" if lora else "frozen_copy"}
     loss = GRL(**chunks) if objective == "grl" else GradCache([InfoNCE()], **chunks)
     # Lightning moves FSDP1's weights to the CPU for a checkpoint, which there frees what they share memory with
-    recorder = Recorder(checkpoint(folder, case, ranks) if strategy != "fsdp1" and not resume else None)
+    saves = not resume and (strategy != "fsdp1" or lora)
+    recorder = Recorder(checkpoint(folder, case, ranks) if saves else None)
     trainer = make_trainer(folder, strategy, ranks, [loss, recorder])
     double = lora or strategy != "fsdp1"  # torch's clipping of FSDP1's shards knows no float64
     module, step = make_module(folder, lora, double), Engine.step
@@ -196,6 +213,7 @@ def train(folder: str, case: Case, ranks: int, resume: str | None = None) -> dic
         "forwards": recorder.forwards,
         "idle": recorder.idle,
         "barriers": recorder.barriers,
+        "communicated": recorder.communicated,
     }
 
 

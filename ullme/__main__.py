@@ -18,6 +18,7 @@ COMMANDS = {
     "index": ("ullme.commands.index", "build a FAISS or BM25 index of an encoded corpus"),
     "search": ("ullme.commands.search", "search an encoded corpus: dense, BM25, or both"),
     "mine": ("ullme.commands.mine", "mine hard negatives for rows, or candidates for queries, from a corpus"),
+    "adapt": ("ullme.commands.adapt.cli", "from documents and an LLM to an embedder of them and a search"),
     "export": ("ullme.commands.export.cli", "export a trained model as a folder for sentence-transformers"),
     "merge": ("ullme.commands.merge", "merge runs of one LLM into one model"),
     "plan": ("ullme.commands.plan", "predict memory and hours of a run"),

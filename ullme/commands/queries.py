@@ -141,6 +141,7 @@ def write_queries(
     settings, round_trip = settings or query_writer.WriteSettings(), round_trip or RoundTripSettings()
     round_trip.check()
     folder = Path(f"{file}.parts")
+    atomic_files.sweep(folder.parent, f"*.{Path(file).name}")
     plan = check_corpus(corpus)
     with progress("writing queries", total=query_writer.chosen_documents(plan, settings), unit="document") as bar:
         documents = query_writer.write_parts(writer, corpus, plan, folder, settings, bar.update)
@@ -208,12 +209,16 @@ def _load_llm(name: str, dtype: str | None, device: str | None) -> ULLME:
     """The model; its LLM is what is used. Raises: ValueError: it cannot be loaded, or is no LLM."""
     from ullme.commands.encode import load_model
     from ullme.models.loading import is_sentence_transformer
-    from ullme.search.embedder import ULLMEEmbedder
+    from ullme.search.embedder import ULLMEEmbedder, is_checkpoint
 
     if is_sentence_transformer(name):
         raise ValueError(f"{name!r} is a sentence-transformers model, which embeds and does not write; name an LLM")
     embedder, _ = load_model(name, device, {"dtype": dtype}, {})
     assert isinstance(embedder, ULLMEEmbedder)
+    if embedder.model.options.lora_name is None and is_checkpoint(name):
+        raise ValueError(
+            f"{name!r}: training changed the LLM itself (lora_name=null), and the pre-trained one writes; name that"
+        )
     return embedder.model
 
 
