@@ -90,7 +90,9 @@ def test_the_margin_is_of_the_least_positive_of_all_rows(folder, tmp_path):
     scores = cosines(query)
     order = np.argsort(-scores)
     rows = [{"query": query, "pos": [DOCUMENTS[order[n]]]} for n in (0, 4)]
-    first, second = mined(tmp_path, rows, dense(folder), MiningSettings(3, absolute_margin=0.0))
+    embedder = StubEmbedder()
+    first, second = mined(tmp_path, rows, dense(folder, embedder), MiningSettings(3, absolute_margin=0.0))
+    assert embedder.embedded == [1]  # one search for both
     assert first["neg_ids"] == second["neg_ids"] == [f"d{n}" for n in order[5:8]]
     assert first["pos_scores"] == pytest.approx([scores[order[0]]], abs=1e-6)
 

@@ -231,8 +231,7 @@ def _corpus(options: Any, parts: Parts, rows: MiningRows) -> Any:
 
     assert isinstance(rows, LabelledRows)
     path = parts.folder / "passages.jsonl"
-    if not path.exists():
-        write_passages(rows.source, path)
+    write_passages(rows.source, path)  # again, for the rows may have other negatives now
     return open_corpus(str(path))
 
 
