@@ -243,7 +243,8 @@ def _checked_qrels(adaptation: Adaptation, corpus: Corpus) -> Mapping[str, Mappi
         skipped = "; --on_empty skip leaves out those without text, keep does not" if corpus.on_empty == "skip" else ""
         raise ValueError(
             f"--qrels {path} judges {len(missing)} documents that are not in {corpus.name}, such as "
-            f"{sorted(missing)[:3]}; give the corpus that was judged (its ids: --id_column), or remove these lines{skipped}"
+            f"{sorted(missing)[:3]}; give the corpus that was judged (its ids: --id_column), or remove these lines"
+            f"{skipped}"
         )
     return qrels
 
