@@ -13,6 +13,8 @@ import torch.distributed as dist
 from eval_helpers import write_jsonl
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ullme.callbacks import GRL, GradCache
 from ullme.data.datamodule import ULLMEDataModule
@@ -65,6 +67,17 @@ class Float64(ULLMEModule):
         return super()._shard(model.double())
 
 
+class Communicated(TorchDispatchMode):
+    """Counts the elements that collectives of tensors send or gather."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.elements += sum(x.numel() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+        return func(*args, **(kwargs or {}))
+
+
 class Recorder(L.Callback):
     """The global loss of every step, and every gradient of the first."""
 
@@ -74,12 +87,18 @@ class Recorder(L.Callback):
         self.gradients: dict[str, torch.Tensor] = {}
         self.forwards = 0
         self.idle = 0
+        self.in_step = False
+        self.barriers = 0
+        self.communicated = 0
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         pl_module.model.register_forward_pre_hook(self._count)
 
     def _count(self, *args: Any) -> None:
         self.forwards += 1
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.in_step = True
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if not self.gradients:
@@ -89,12 +108,15 @@ class Recorder(L.Callback):
                 self.gradients = whole({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+        self.in_step = False
         loss = outputs["loss"].clone()
         if trainer.world_size > 1:
             dist.all_reduce(loss)
         self.losses.append(loss.item() / trainer.world_size)
         if trainer.global_step == INTERRUPTED and self.checkpoint:
-            trainer.save_checkpoint(self.checkpoint)
+            with Communicated() as count:
+                trainer.save_checkpoint(self.checkpoint)
+            self.communicated = count.elements
 
 
 Case = tuple[str, str, bool]  # strategy, objective, adapter or all weights
@@ -162,7 +184,8 @@ def train(folder: str, case: Case, ranks: int, resume: str | None = None) -> dic
     chunks: dict[str, Any] = {"chunk_tokens": 90, "reference": "adapters_off" if lora else "frozen_copy"}
     loss = GRL(**chunks) if objective == "grl" else GradCache([InfoNCE()], **chunks)
     # Lightning moves FSDP1's weights to the CPU for a checkpoint, which there frees what they share memory with
-    recorder = Recorder(checkpoint(folder, case, ranks) if strategy != "fsdp1" and not resume else None)
+    saves = not resume and (strategy != "fsdp1" or lora)
+    recorder = Recorder(checkpoint(folder, case, ranks) if saves else None)
     trainer = make_trainer(folder, strategy, ranks, [loss, recorder])
     double = lora or strategy != "fsdp1"  # torch's clipping of FSDP1's shards knows no float64
     module, step = make_module(folder, lora, double), Engine.step
@@ -172,7 +195,12 @@ def train(folder: str, case: Case, ranks: int, resume: str | None = None) -> dic
         assert not getattr(trainer.strategy.model, "require_backward_grad_sync", False)  # DDP's own averaging
         step(engine, *args)
 
-    with mock.patch.object(Engine, "step", recorded):
+    def counted(*args: Any, **kwargs: Any) -> None:
+        recorder.barriers += recorder.in_step
+        barrier(*args, **kwargs)
+
+    barrier = dist.barrier
+    with mock.patch.object(Engine, "step", recorded), mock.patch.object(dist, "barrier", counted):
         trainer.fit(module, make_data(folder), ckpt_path=resume)
     copy = getattr(loss.objective.reference, "copy", None)
     assert copy is None or strategy != "fsdp2" or split_by(copy) == "fsdp2"  # no rank holds all of the reference
@@ -184,6 +212,8 @@ def train(folder: str, case: Case, ranks: int, resume: str | None = None) -> dic
         "norm": trainer.callback_metrics["train/grad_norm"].item(),
         "forwards": recorder.forwards,
         "idle": recorder.idle,
+        "barriers": recorder.barriers,
+        "communicated": recorder.communicated,
     }
 
 

@@ -14,7 +14,15 @@ from test_gradcache import assert_same_gradients, gradients, make_batch
 from test_objective import OBJECTIVES, with_generation
 
 from ullme.batch import Batch
-from ullme.distributed import all_reduce_max, any_rank, average_gradients, mean_over_ranks, merge_unit_rows, world
+from ullme.distributed import (
+    all_reduce_max,
+    any_rank,
+    average_gradients,
+    mean_of_each,
+    mean_over_ranks,
+    merge_unit_rows,
+    world,
+)
 from ullme.engine.finite import NotFiniteError
 from ullme.engine.gradcache import chunk_slices
 from ullme.engine.objective import Objective
@@ -185,6 +193,7 @@ def talk() -> dict:
         "any": any_rank(rank == 1, torch.device("cpu")),
         "most": all_reduce_max(rank + 4, torch.device("cpu")),
         "mean": mean_over_ranks(torch.arange(float(rank + 1))),
+        "each": mean_of_each({"a": torch.tensor(float(rank)), "b": torch.tensor(0.5 * rank, dtype=torch.bfloat16)}),
     }
 
 
@@ -200,4 +209,6 @@ def test_what_ranks_tell_each_other(tmp_path):
         assert torch.equal(found["rows"], expected)  # to the last bit; rank 0 was first at row 3
         assert found["any"] is True
         assert found["most"] == 6
+        assert found["each"] == {"a": 1.0, "b": 0.5}
+        assert found["each"]["b"].dtype == torch.bfloat16
         assert found["mean"] == pytest.approx((0 + 0 + 1 + 0 + 1 + 2) / 6)

@@ -54,9 +54,27 @@ def test_ranks_train_as_one_process(together, alone):
             for name, gradient in expected["gradients"].items():
                 torch.testing.assert_close(found["gradients"][name], gradient, rtol=0, atol=exact, msg=f"{case} {name}")
         state = results[0][case]["state"]
-        assert state.keys() == expected["state"].keys(), case
-        for name, weight in expected["state"].items():
-            torch.testing.assert_close(state[name], weight, rtol=0, atol=near, msg=f"{case} {name}")
+        # of an adapter, FSDP gathers nothing else
+        saved = (
+            {f"model.{name}" for name in expected["gradients"]} if lora and "fsdp" in strategy else expected["state"]
+        )
+        assert set(state) == set(saved), case
+        for name, weight in state.items():
+            torch.testing.assert_close(weight, expected["state"][name], rtol=0, atol=near, msg=f"{case} {name}")
+
+
+@pytest.mark.distributed
+def test_saving_an_adapter_gathers_no_weights(together, alone):
+    """A checkpoint of all weights gathers at least these; of an adapter, only its path is sent."""
+    ranks, results = together
+    size = sum(weight.numel() for weight in alone("-", "cl", False)["state"].values())
+    for case in CASES[ranks]:
+        strategy, _, lora = case
+        if strategy == "fsdp1" and not lora:
+            continue  # see strategy_runs
+        for rank in results:
+            sent = rank[case]["communicated"]
+            assert sent < 0.05 * size if lora or strategy == "ddp" else sent > 0.5 * size, case
 
 
 @pytest.mark.distributed
@@ -66,6 +84,13 @@ def test_ranks_do_equally_many_forwards(together):
     for case in CASES[ranks]:
         assert len({rank[case]["forwards"] for rank in results}) == 1
         assert max(rank[case]["idle"] for rank in results) > 0
+
+
+@pytest.mark.distributed
+def test_no_host_waits_for_others_in_a_step(together):
+    """A barrier makes it wait for its GPU too; Lightning's ``sync_dist`` has one for each value that is logged."""
+    ranks, results = together
+    assert {rank[case]["barriers"] for rank in results for case in CASES[ranks]} == {0}
 
 
 @pytest.mark.distributed

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 # Gradients in one all-reduce: 128 MiB in float32, enough to use a network fully, little beside a model.
 BUCKET_ELEMENTS = 2**25
 
@@ -157,6 +158,23 @@ def broadcast(parameters: Iterable[Tensor]) -> None:
         dist.broadcast(parameter.detach(), src=0)
 
 
+def from_rank_zero(make: Callable[[], T]) -> T:
+    """What ``make()`` returns on rank 0, which alone calls it; what it raises there, every rank raises."""
+    if world()[1] == 1:
+        return make()
+    sent: list[Any] = [None, None]
+    if world()[0] == 0:
+        try:
+            sent[0] = make()
+        except Exception as error:
+            dist.broadcast_object_list([None, f"{type(error).__name__}: {error}"])
+            raise
+    dist.broadcast_object_list(sent)
+    if sent[1] is not None:
+        raise ValueError(f"rank 0: {sent[1]}")
+    return sent[0]
+
+
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace every ``.grad`` by its mean over ranks, in few large all-reduces.
 
@@ -201,3 +219,17 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     if world()[1] > 1:
         dist.all_reduce(total)
     return (total[0] / total[1]).to(x.dtype)
+
+
+def mean_of_each(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mean over ranks of each of several scalars, which have the same names on every rank. Without gradient.
+
+    One collective for all of them: Lightning's ``sync_dist`` takes two for each value, of which one, a barrier, makes
+    the host wait for the GPU.
+    """
+    if world()[1] == 1 or not values:
+        return dict(values)
+    means = torch.stack([value.detach().double() for value in values.values()])
+    dist.all_reduce(means)
+    means.div_(world()[1])
+    return {name: mean.to(value.dtype) for (name, value), mean in zip(values.items(), means.unbind(), strict=True)}

@@ -9,8 +9,8 @@ from ullme.commands import quickstart
 from ullme.commands.quickstart import Scores, bm25_scores, main, table, training_terms
 from ullme.demo.world import build_world
 
-SMALL = ["--entities=150", "--pretrain_steps=50", "--hidden_size=64", "--num_layers=1"]
-SHORT = ["--trainer.max_steps=60", "--data.batch_size=16", "--data.num_workers=0", "--model.optimizer.lr=1e-2"]
+SMALL = ["--entities=120", "--pretrain_steps=30", "--hidden_size=64", "--num_layers=1"]
+SHORT = ["--trainer.max_steps=30", "--data.batch_size=16", "--data.num_workers=0", "--model.optimizer.lr=1e-2"]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_training_wins(tmp_path, capsys):
     assert scores["trained"]["ndcg_at_10"] > 2 * scores["untrained"]["ndcg_at_10"]
     assert scores["trained"]["ndcg_at_10"] > scores["untrained"]["ndcg_at_10"] + 0.15
     losses = [loss for _, loss in training_terms(output / "train")["total"]]
-    assert len(losses) == 60
+    assert len(losses) == 30
     assert losses[-1] < losses[0] - 1
     assert (output / "quickstart.png").read_bytes().startswith(b"\x89PNG")
     assert "Recall@100" in capsys.readouterr().out

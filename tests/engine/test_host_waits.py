@@ -103,6 +103,7 @@ CALLS = {
     "merge_unit_rows": lambda: distributed.merge_unit_rows(torch.empty(2, 3, device=DEVICE)),
     "broadcast": lambda: distributed.broadcast([WHOLE]),
     "average_gradients": lambda: distributed.average_gradients([WHOLE]),
+    "mean_of_each": lambda: distributed.mean_of_each({"a": torch.empty((), device=DEVICE)}),
     "mean_over_ranks": lambda: distributed.mean_over_ranks(torch.empty(3, device=DEVICE)),
 }
 

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ullme.batch import Batch, GenerationRows
 from ullme.engine.objective import Objective
 from ullme.engine.presets import grl_terms
-from ullme.losses import KTO
+from ullme.losses import KTO, InfoNCE
+from ullme.losses.false_negatives import FalseNegatives
 from ullme.models.config import BackboneConfig
 from ullme.models.loading import load_config
 from ullme.planning.flops import ModelCost, StepWork, Work, embedding_work, generation_work, model_cost, step_work
@@ -69,6 +70,9 @@ def test_steps_by_hand():
     layers_again = COST.forward(embed) + COST.forward(learned) - 2 * 500 * 12  # the head keeps what it needs
     assert COST.hardware_step(work, False, True, False) == bare + layers_again
     assert COST.hardware_step(work, False, False, True) == bare + COST.forward(reference, adapters=False)
+    guided = replace(work, guide=embed)
+    assert COST.step(guided) == model
+    assert COST.hardware_step(guided, False, False, False) == bare + COST.forward(embed, adapters=False)
 
 
 def test_work_of_embedding(batch):
@@ -108,6 +112,8 @@ def test_work_of_a_step_follows_the_terms(batch):
     assert work("sft", False).reference == nothing
     detached = work("sft", detach_generation=True)
     assert (detached.learned, detached.scored) == (positive, negative)
+    guided = Objective([InfoNCE(false_negatives=FalseNegatives(margin=0.0, scores="guide"))])
+    assert step_work(batch, guided, causal=False, share_prompts=True) == StepWork(embed, guide=embed)
     kto = [KTO(reference_pairs="first_negative"), KTO()]
     own, mismatched = (step_work(batch, Objective([term]), causal=False, share_prompts=True) for term in kto)
     assert own == StepWork(nothing, every, negative, every)

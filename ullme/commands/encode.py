@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from ullme.commands.corpus_options import add_corpus_options, open_chosen_corpus
 from ullme.commands.evaluate import MODEL_OPTIONS, PROMPT_OPTIONS
 from ullme.utils.errors import run_command
 
@@ -37,28 +38,7 @@ def parser() -> ArgumentParser:
         "model", nargs="?", type=str | None, help="run folder, LLM, PEFT adapter or sentence-transformers model"
     )
     options.add_argument("--to", type=str | None, metavar="FOLDER", help="a new folder, or one to go on in")
-    corpus = options.add_argument_group("Corpus")
-    corpus.add_argument(
-        "--corpus",
-        type=str | None,
-        metavar="NAME",
-        help="JSON lines of _id, text and perhaps title; a BEIR folder; Parquet; a folder of such files; a hub dataset",
-    )
-    corpus.add_argument("--corpus_config", type=str | None, help="configuration of a hub dataset")
-    corpus.add_argument("--corpus_split", type=str | None, help="split of a hub dataset, if it has several")
-    corpus.add_argument(
-        "--id_column", type=str, default="auto", help="auto: _id, id, docid or doc_id; none: number the documents"
-    )
-    corpus.add_argument(
-        "--text_columns",
-        nargs="+",
-        type=str,
-        default=["title", "text"],
-        help="joined by a space; the last must be there",
-    )
-    corpus.add_argument(
-        "--on_empty", type=str, default="stop", help="a document without text: stop, skip it, or keep (embed) it"
-    )
+    add_corpus_options(options)
     stored = options.add_argument_group("Embeddings")
     stored.add_argument("--role", type=str, default="passage", help="prompt template: passage or query")
     stored.add_argument("--precision", type=str, default="float32", help="of the vectors: float32, float16 or int8")
@@ -109,7 +89,7 @@ def _run(options: Any) -> int:
     from ullme.search.corpus import SHARD_ROWS, check_corpus
 
     encode = _engine(options)
-    corpus = _corpus(options)
+    corpus = open_chosen_corpus(options)
     plan = check_corpus(corpus, SHARD_ROWS if options.shard_rows is None else options.shard_rows)
     _print_empty(corpus, plan)
     done = encode(corpus, plan)
@@ -187,19 +167,6 @@ def _settings(options: Any) -> EncodeSettings:
     settings = EncodeSettings(**{name: options[name] for name in names})
     settings.check()
     return settings
-
-
-def _corpus(options: Any) -> Corpus:
-    from ullme.search.corpus import Columns, open_corpus
-
-    columns = Columns(options.id_column, tuple(options.text_columns))
-    return open_corpus(
-        options.corpus,
-        columns=columns,
-        on_empty=options.on_empty,
-        config=options.corpus_config,
-        split=options.corpus_split,
-    )
 
 
 def _print_empty(corpus: Corpus, plan: Any) -> None:

@@ -14,7 +14,7 @@ Knows PyTorch and ULLME: no Lightning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ullme.distributed import broadcast
 from ullme.models.attention import decoder_layers
+from ullme.models.rank_zero import Weights, loading_on_rank_zero
 from ullme.models.trained_weights import trainable_shapes
 
 if TYPE_CHECKING:
@@ -58,43 +59,75 @@ def split_modules(model: ULLME) -> list[tuple[nn.Module, str, nn.Module]]:
     return found
 
 
-def _prepare(model: Any, device: torch.device, kind: str) -> set[nn.Parameter]:
-    """Move the weights that stay whole, which FSDP leaves alone, and start them from rank 0's random numbers."""
+def _split(
+    model: Any,
+    device: torch.device,
+    kind: str,
+    split: Callable[[nn.Module, list[nn.Parameter]], nn.Module],
+) -> Any:
+    """Split a model layer by layer; what stays whole goes to the device, with rank 0's values.
+
+    Args:
+        model: whole on rank 0; on the others too, or built inside
+            :func:`~ullme.models.rank_zero.loading_on_rank_zero`. Then rank 0 sends them each layer before it is split.
+        device: of this rank.
+        kind: of FSDP.
+        split: splits a module, and leaves out those of its parameters that stay whole.
+    """
     if model.options.quantization != "none":
         raise ValueError(
             f"quantization={model.options.quantization!r}: quantised weights are not split over ranks; set "
             "trainer.strategy=ddp (a copy on each GPU, which is small), or quantization=none"
         )
-    whole = [] if model.options.trained == "all" else [p for p in model.parameters() if p.requires_grad]
-    for parameter in whole:
-        parameter.data = parameter.data.to(device)
-    broadcast(whole)
+    trains_all = model.options.trained == "all"
+
+    def whole(module: nn.Module) -> list[nn.Parameter]:
+        return [] if trains_all else [p for p in module.parameters() if p.requires_grad]
+
     model._whole_shapes = trainable_shapes(model)
     model._split_by = kind
-    return set(whole)
+    layers = split_modules(model)
+    weights = Weights(model, device) if model.is_on_rank_zero else None
+    if weights is None:
+        for parameter in whole(model):
+            parameter.data = parameter.data.to(device)
+        broadcast(whole(model))
+    else:
+        inside = {module for _, _, layer in layers for module in layer.modules()}
+        weights.place([module for module in model.modules() if module not in inside])
+    for parent, name, layer in layers:
+        if weights is not None:
+            weights.place(list(layer.modules()))
+        setattr(parent, name, split(layer, whole(layer)))
+    model.is_on_rank_zero = False
+    return split(model, whole(model))
 
 
-def shard_fsdp2(model: Any, mesh: DeviceMesh, device: torch.device) -> ULLME:
+def shard_fsdp2(model: ULLME, mesh: DeviceMesh, device: torch.device) -> ULLME:
     """Split with ``torch.distributed.fsdp.fully_shard``, in place.
 
     Args:
-        model: whole; its LLM is the same on every rank.
+        model: whole, as in :func:`_split`.
         mesh: one-dimensional.
         device: of this rank.
     """
     from torch.distributed.fsdp import fully_shard
 
-    whole = _prepare(model, device, "fsdp2")
-    model._split_alike = partial(shard_fsdp2, mesh=mesh, device=device)
-    for _, _, layer in split_modules(model):
-        fully_shard(layer, mesh=mesh, ignored_params=whole)
-    return fully_shard(model, mesh=mesh, ignored_params=whole)
+    def split(module: nn.Module, whole: list[nn.Parameter]) -> Any:
+        return fully_shard(module, mesh=mesh, ignored_params=set(whole))
+
+    vars(model)["_split_alike"] = partial(shard_fsdp2, mesh=mesh, device=device)
+    return _split(model, device, "fsdp2", split)
 
 
-def split_alike(model: ULLME, other: ULLME) -> ULLME:
-    """Split another model in the same way; FSDP1 leaves it whole on every rank."""
+def split_alike(model: ULLME, build: Callable[[], ULLME]) -> ULLME:
+    """Build another model and split it in the same way; under FSDP1 and without FSDP every rank holds it whole."""
     split = getattr(model, "_split_alike", None)
-    return other if split is None else split(other)
+    if split is None:
+        return build().to(model.device)
+    with loading_on_rank_zero(model.device):
+        other = build()
+    return split(other)
 
 
 def full_precision_buffers(mixed_precision: MixedPrecision | None, trains_all: bool) -> MixedPrecision | None:
@@ -117,22 +150,18 @@ def shard_fsdp1(model: ULLME, device: torch.device, mixed_precision: MixedPrecis
     """Wrap with FullyShardedDataParallel, inside ``torch.distributed.fsdp.wrap.enable_wrap``.
 
     Args:
-        model: whole; its LLM is the same on every rank.
+        model: whole, as in :func:`_split`.
         device: of this rank.
         mixed_precision: the strategy's; buffers keep their dtype whatever it says.
     """
     from torch.distributed.fsdp.wrap import wrap
 
-    whole = _prepare(model, device, "fsdp1")
     precision = full_precision_buffers(mixed_precision, model.options.trained == "all")
 
-    def split(module: nn.Module) -> nn.Module:
-        ignored = [p for p in module.parameters() if p in whole]
-        return wrap(module, device_id=device, ignored_states=ignored, mixed_precision=precision)
+    def split(module: nn.Module, whole: list[nn.Parameter]) -> nn.Module:
+        return wrap(module, device_id=device, ignored_states=whole, mixed_precision=precision)
 
-    for parent, name, layer in split_modules(model):
-        setattr(parent, name, split(layer))
-    return split(model)  # type: ignore[return-value]
+    return _split(model, device, "fsdp1", split)
 
 
 def split_by(model: ULLME) -> Literal["fsdp1", "fsdp2"] | None:
@@ -145,6 +174,15 @@ def whole_parameters(model: ULLME) -> list[nn.Parameter]:
     if model.options.trained == "all" and split_by(model):
         return []
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def whole_state(model: ULLME) -> dict[str, Tensor]:
+    """By the names of :func:`trainable_shapes`, the trained weights that this rank holds whole; nothing is gathered."""
+    return {
+        name.replace("_fsdp_wrapped_module.", ""): parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 @torch.no_grad()

@@ -153,8 +153,11 @@ class FrozenCopy(Reference):
             options = {**model.options.to_dict(), "lora_name": None, "train": None, "gradient_checkpointing": False}
             if model.options.init_mode == "continue":
                 options["init_from"] = None
-            copy = ULLME(**options, prompts=model.prompts).requires_grad_(False).eval().to(model.device)
-            self.copy = split_alike(model, copy)
+
+            def build() -> ULLME:
+                return ULLME(**options, prompts=model.prompts).requires_grad_(False).eval()
+
+            self.copy = split_alike(model, build)
 
     def logps(
         self,

@@ -1,7 +1,8 @@
 """Local files as mteb tasks, made at run time and scored by mteb's own code.
 
 A task is called after its file or folder, followed by a hash of the content (``banking77-1a2b3c4d``), so that mteb's
-result cache is not used for a file that has changed.
+result cache is not used for a file that has changed. A file is read twice: once to check it before anything is
+computed, and again when its task is evaluated, so that only one task's texts are in memory.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Column -> its values, row by row.
+Columns = dict[str, list[Any]]
 # Names that need the name of their folder in front of them.
 GENERIC_NAMES = {"all", "corpus", "data", "dataset", "dev", "eval", "pairs", "rerank", "test", "train", "validation"}
 
@@ -42,15 +45,16 @@ def retrieval_task(folder: str | Path, split: str = "test") -> AbsTask:
         for note in beir.notes:
             logger.warning("corpus: %s", note)
     files = [folder / "corpus.jsonl", folder / "queries.jsonl", folder / "qrels" / f"{split}.tsv"]
+    own_copies = bool(beir.own_copies)
     # mteb's cache must not answer with a score in which own copies were ranked.
-    digest = content_hash(*files, rules="own copies are not ranked" if beir.own_copies else "")
+    rules = "own copies are not ranked" if own_copies else ""
 
     def load() -> dict[str, Any]:
-        return _retrieval_data(*_without_clashes(beir))
+        return _retrieval_data(*_without_clashes(read_beir(folder, split)))
 
     # mteb then leaves every document out that has the query's id.
-    own_copies = {"ignore_identical_ids": bool(beir.own_copies)}
-    return _make_task(AbsTaskRetrieval, "Retrieval", "ndcg_at_10", folder, digest, load, **own_copies)
+    options: dict[str, Any] = {"rules": rules, "ignore_identical_ids": own_copies}
+    return _make_task(AbsTaskRetrieval, "Retrieval", "ndcg_at_10", folder, files, load, **options)
 
 
 def _without_clashes(beir: BeirFolder) -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, int]]]:
@@ -76,6 +80,16 @@ def reranking_task(file: str | Path) -> AbsTask:
     from mteb.abstasks import AbsTaskRetrieval
 
     path = existing_file(file, "reranking")
+    _read_reranking(path)
+
+    def load() -> dict[str, Any]:
+        return _retrieval_data(*_read_reranking(path))
+
+    return _make_task(AbsTaskRetrieval, "Reranking", "map_at_1000", path, [path], load)
+
+
+def _read_reranking(path: Path) -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, int]], dict[str, Any]]:
+    """Corpus, queries, judgements and the candidates of each query. Raises: ValueError: a bad row."""
     corpus: dict[str, str] = {}
     queries, qrels, candidates = {}, {}, {}
     for n, (where, row) in enumerate(read_jsonl(path, ("query", "pos", "neg"), "reranking"), start=1):
@@ -87,11 +101,7 @@ def reranking_task(file: str | Path) -> AbsTask:
         qrels[f"q{n}"] = {id_: int(passage in set(positives)) for passage, id_ in ids.items()}
         # mteb breaks ties of equal scores by id, whatever the order here.
         candidates[f"q{n}"] = sorted(ids.values())
-
-    def load() -> dict[str, Any]:
-        return _retrieval_data({id_: passage for passage, id_ in corpus.items()}, queries, qrels, candidates)
-
-    return _make_task(AbsTaskRetrieval, "Reranking", "map_at_1000", path, content_hash(path), load)
+    return {id_: passage for passage, id_ in corpus.items()}, queries, qrels, candidates
 
 
 def sts_task(file: str | Path) -> AbsTask:
@@ -103,13 +113,19 @@ def sts_task(file: str | Path) -> AbsTask:
     from mteb.abstasks import AbsTaskSTS
 
     path = existing_file(file, "sts")
+    scores = _read_sts(path)["score"]
+    bounds = {"min_score": min(scores), "max_score": max(scores)}
+    return _make_task(
+        AbsTaskSTS, "STS", "cosine_spearman", path, [path], lambda: _splits(test=_read_sts(path)), **bounds
+    )
+
+
+def _read_sts(path: Path) -> Columns:
     rows = read_tsv(path, ("sentence1", "sentence2", "score"), "sts")
     scores = [number(row, "score", where) for where, row in rows]
     if len(set(scores)) < 2:
         raise ValueError(f"sts: {path} has the same score on every row; a rank correlation needs at least two values")
-    columns = {**{name: [row[name] for _, row in rows] for name in ("sentence1", "sentence2")}, "score": scores}
-    bounds = {"min_score": min(scores), "max_score": max(scores)}
-    return _make_task(AbsTaskSTS, "STS", "cosine_spearman", path, content_hash(path), _splits(test=columns), **bounds)
+    return {**{name: [row[name] for _, row in rows] for name in ("sentence1", "sentence2")}, "score": scores}
 
 
 def pair_classification_task(file: str | Path) -> AbsTask:
@@ -121,8 +137,15 @@ def pair_classification_task(file: str | Path) -> AbsTask:
     from mteb.abstasks import AbsTaskPairClassification
 
     path = existing_file(file, "pair_classification")
+    _read_pairs(path)
+    return _make_task(
+        AbsTaskPairClassification, "PairClassification", "max_ap", path, [path], lambda: _splits(test=_read_pairs(path))
+    )
+
+
+def _read_pairs(path: Path) -> Columns:
     rows = read_jsonl(path, ("sentence1", "sentence2", "label"), "pair_classification")
-    columns: dict[str, list[Any]] = {"sentence1": [], "sentence2": [], "labels": []}
+    columns: Columns = {"sentence1": [], "sentence2": [], "labels": []}
     for where, row in rows:
         if (label := number(row, "label", where)) not in (0, 1):
             raise ValueError(f"{where}: 'label' must be 0 or 1, not {row['label']!r}")
@@ -130,9 +153,7 @@ def pair_classification_task(file: str | Path) -> AbsTask:
         for name in ("sentence1", "sentence2"):
             columns[name].append(text(row, name, where))
     _need_two_labels(columns["labels"], "pair_classification", path)
-    return _make_task(
-        AbsTaskPairClassification, "PairClassification", "max_ap", path, content_hash(path), _splits(test=columns)
-    )
+    return columns
 
 
 def classification_task(folder: str | Path) -> AbsTask:
@@ -145,18 +166,28 @@ def classification_task(folder: str | Path) -> AbsTask:
 
     folder = Path(folder)
     files = {split: existing_file(folder / f"{split}.jsonl", "classification") for split in ("train", "test")}
+    _read_classes(files)
+    return _make_task(
+        AbsTaskClassification,
+        "Classification",
+        "accuracy",
+        folder,
+        [*files.values()],
+        lambda: _splits(**_read_classes(files)),
+    )
+
+
+def _read_classes(files: dict[str, Path]) -> dict[str, Columns]:
     read = {split: _labelled(path, "classification") for split, path in files.items()}
     names = sorted(set(read["train"][1]))
     _need_two_labels(names, "classification", files["train"])
     if unknown := sorted(set(read["test"][1]) - set(names)):
         raise ValueError(f"classification: {files['test']} has labels that train.jsonl lacks: {unknown[:5]}")
     index = {name: n for n, name in enumerate(names)}
-    columns: dict[str, dict[str, list[Any]]] = {
+    return {
         split: {"text": sentences, "label": [index[label] for label in labels]}
         for split, (sentences, labels) in read.items()
     }
-    digest = content_hash(*files.values())
-    return _make_task(AbsTaskClassification, "Classification", "accuracy", folder, digest, _splits(**columns))
 
 
 def clustering_task(file: str | Path) -> AbsTask:
@@ -168,17 +199,21 @@ def clustering_task(file: str | Path) -> AbsTask:
     from mteb.abstasks import AbsTaskClustering
 
     path = existing_file(file, "clustering")
-    sentences, labels = _labelled(path, "clustering")
-    _need_two_labels(labels, "clustering", path)
-    columns = {"sentences": sentences, "labels": labels}
+    count = len(_read_clusters(path)["labels"])
     # mteb's default embeds 4 % of a task's texts; a local file is embedded whole.
-    whole = {
+    whole: dict[str, Any] = {
         "max_fraction_of_documents_to_embed": None,
-        "max_documents_per_cluster": min(len(sentences), 16_384),
+        "max_documents_per_cluster": min(count, 16_384),
     }
     return _make_task(
-        AbsTaskClustering, "Clustering", "v_measure", path, content_hash(path), _splits(test=columns), **whole
+        AbsTaskClustering, "Clustering", "v_measure", path, [path], lambda: _splits(test=_read_clusters(path)), **whole
     )
+
+
+def _read_clusters(path: Path) -> Columns:
+    sentences, labels = _labelled(path, "clustering")
+    _need_two_labels(labels, "clustering", path)
+    return {"sentences": sentences, "labels": labels}
 
 
 def _labelled(path: Path, option: str) -> tuple[list[str], list[str]]:
@@ -196,13 +231,11 @@ def _need_two_labels(labels: Iterable[Any], option: str, path: Path) -> None:
         raise ValueError(f"{option}: {path} has one label only; at least two are needed")
 
 
-def _splits(**columns: dict[str, list[Any]]) -> Callable[[], Any]:
-    def load() -> Any:
-        from datasets import Dataset, DatasetDict
+def _splits(**columns: Columns) -> Any:
+    """The data of a task of any other type in mteb's layout."""
+    from datasets import Dataset, DatasetDict
 
-        return DatasetDict({split: Dataset.from_dict(values) for split, values in columns.items()})
-
-    return load
+    return DatasetDict({split: Dataset.from_dict(values) for split, values in columns.items()})
 
 
 def _retrieval_data(
@@ -231,15 +264,31 @@ def _make_task(
     type_: Any,
     main_score: str,
     path: Path,
-    digest: str,
+    files: Sequence[Path],
     load: Callable[[], Any],
+    rules: str = "",
     **attributes: Any,
 ) -> AbsTask:
-    """An instance of ``base`` whose data come from ``load()``."""
+    """An instance of ``base`` whose data come from ``load()``, as long as the files are those that were checked.
+
+    Args:
+        base: mteb's class.
+        type_: mteb's type.
+        main_score: mteb's name of it.
+        path: the file or folder that names the task.
+        files: all that ``load`` reads.
+        load: reads the files and returns the data in mteb's layout.
+        rules: see :func:`content_hash`.
+        **attributes: of the class.
+    """
     from mteb.abstasks.task_metadata import TaskMetadata
+
+    digest = content_hash(*files, rules=rules)
 
     def load_data(self: AbsTask, **_: Any) -> None:
         self.dataset = load()
+        if content_hash(*files, rules=rules) != digest:
+            raise ValueError(f"{path} changed after it was checked; evaluate again, or a copy that nobody writes to")
         self.data_loaded = True
 
     metadata = TaskMetadata(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ullme.eval.table import Row
+from ullme.utils.errors import one_line
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -75,7 +76,8 @@ def evaluate_tasks(
 ) -> list[Row]:
     """Evaluate tasks one after the other, each written to disk as soon as it is done.
 
-    A task whose data cannot be downloaded gives a row with the reason and no score; the others are evaluated.
+    A task that fails, whatever the error, gives a row with the reason and no score; the others are evaluated. The
+    traceback of what is neither missing data nor a ValueError is logged. After each task its data are released.
 
     Args:
         model: a :class:`~ullme.models.WrappedULLME` or any other mteb encoder.
@@ -93,15 +95,34 @@ def evaluate_tasks(
     with _cache(output) as cache:
         for task in tasks:
             score, error = None, None
+            parts = [part for part in getattr(task, "tasks", [task]) if not part.data_loaded]
             try:
                 result = _evaluate(
                     model, task, cache, overwrite=overwrite, batch_size=batch_size, show_progress_bar=show_progress_bar
                 )
                 score = _score(result, task, task.hf_subsets)
-            except TaskDataError as reason:
-                error = str(reason)
+            except Exception as reason:
+                error = _failure(task, reason)
             rows.append(Row(task.metadata.name, task.metadata.type, task.metadata.main_score, score, error))
+            for part in parts:
+                _release(part)
     return rows
+
+
+def _failure(task: AbsTask, error: Exception) -> str:
+    """Why a task failed, in one line that begins with its name."""
+    if isinstance(error, TaskDataError):
+        return str(error)
+    name, kind, text = task.metadata.name, type(error).__name__, one_line(error)
+    logger.error("%s failed: %s", name, kind, exc_info=None if isinstance(error, ValueError) else error)
+    return f"{name}: {text}" if isinstance(error, ValueError) and text else f"{name}: {kind}: {text}"
+
+
+def _release(task: AbsTask) -> None:
+    """Release the data of a task; mteb itself keeps those of a task that failed."""
+    if task.data_loaded:
+        task.unload_data()
+    task.dataset = None
 
 
 def find_tasks(names: Sequence[str], langs: Sequence[str] | None = None) -> list[AbsTask]:

@@ -7,6 +7,7 @@ ranks one by one, so every embedding, and every score, equals the single process
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 def join() -> None:
@@ -67,7 +70,7 @@ def embed_over_ranks(model: ULLME, blocks: Iterable[TokenRows]) -> Iterator[Tens
 
 def serve(model: ULLME) -> None:
     """Embed for the first rank until it calls :func:`stop_serving`."""
-    while _exchange(model, None):
+    while _exchange(model, None):  # not empty on any rank until the end
         pass
 
 
@@ -78,12 +81,24 @@ def stop_serving() -> None:
 
 
 def _exchange(model: ULLME, shares: list[list[TokenRows]] | None) -> list[list[Tensor]]:
-    """Scatter the blocks, embed this rank's share, and gather the embeddings on the first rank; empty at the end."""
+    """Scatter the blocks, embed this rank's share, and gather the embeddings on the first rank; empty at the end.
+
+    Raises:
+        RuntimeError: on the first rank alone: a rank failed. All ranks stay ready for the next blocks.
+    """
     rank, ranks = world()
     mine: list[list[TokenRows] | None] = [None]
     dist.scatter_object_list(mine, shares)
     if mine[0] is None:
         return []
-    found: list[list[Tensor]] = [[]] * ranks
-    dist.gather_object([*embed_blocks(model, mine[0])], found if rank == 0 else None)
-    return found
+    error, embedded = None, []
+    try:
+        embedded = [*embed_blocks(model, mine[0])]
+    except Exception as reason:
+        logger.exception("evaluate: rank %d cannot embed", rank)
+        error = f"{type(reason).__name__}: {reason}"
+    found: list[tuple[str | None, list[Tensor]]] = [(None, [])] * ranks
+    dist.gather_object((error, embedded), found if rank == 0 else None)
+    if failed := [f"rank {n}: {message}" for n, (message, _) in enumerate(found) if message is not None]:
+        raise RuntimeError("; ".join(failed))
+    return [share for _, share in found]

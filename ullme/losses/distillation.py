@@ -40,7 +40,7 @@ def distillation_kl(
 
 
 def margin_mse(student: Tensor, margins: Tensor) -> tuple[Tensor, Tensor]:
-    """[(s⁺ − s⁻) − (t⁺ − t⁻)]² of each negative (Margin-MSE, arXiv 2010.02666, eq. 8).
+    """[(s⁺ − s⁻) − (t⁺ − t⁻)]² of each negative (Margin-MSE, arXiv 2010.02666).
 
     Args:
         student: (B, C) scores, the positive first.

@@ -46,7 +46,7 @@ def among(keys: Tensor, wanted: Tensor) -> Tensor:
 def above_margin(scores: Tensor, positive: Tensor, margin: float | None = None, ratio: float | None = None) -> Tensor:
     """Passages that score too high for negatives.
 
-    s⁻ > s⁺ + margin (Qwen3-Embedding, arXiv 2506.05176, eq. 2, with 0.1), or s⁻ > ratio · s⁺ (NV-Retriever, arXiv
+    s⁻ > s⁺ + margin (Qwen3-Embedding, arXiv 2506.05176, with 0.1), or s⁻ > ratio · s⁺ (NV-Retriever, arXiv
     2407.15831, section 4: TopK-PercPos, with 0.95), or either. A missing score (NaN) is never too high.
 
     Args:

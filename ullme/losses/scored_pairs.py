@@ -14,7 +14,7 @@ from ullme.losses.distillation import mean_of_scored
 def cosent(cosines: Tensor, scores: Tensor, temperature: float = 0.05) -> Tensor:
     """log(1 + Σ exp((cos_j − cos_i) / τ)) over the pairs i, j with score_i > score_j.
 
-    CoSENT (doi 10.1109/TASLP.2024.3402087; AnglE, arXiv 2309.12871, eq. 1).
+    CoSENT (doi 10.1109/TASLP.2024.3402087; AnglE, arXiv 2309.12871).
 
     Args:
         cosines: (B,) of each pair of texts.

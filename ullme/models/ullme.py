@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ullme.batch import HostMasks, TokenRows
-from ullme.models import attention, encoding, likelihood, loading, stages
+from ullme.models import attention, encoding, likelihood, loading, rank_zero, stages
 from ullme.models.config import BackboneConfig
 from ullme.models.encoding import EmbedBlocks
 from ullme.models.fused import fuse
@@ -21,7 +21,7 @@ from ullme.models.pooling import pool, select_pooled
 from ullme.prompts import Prompts, PromptTokenizer, Role
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from ullme.models.compression import Precision
 
@@ -50,6 +50,7 @@ class ULLME(nn.Module):
         matryoshka_dims: the numbers of leading dimensions that training made embeddings of, the largest first
             (:class:`~ullme.losses.Matryoshka`); empty for none.
         fingerprint: hash that identifies the pre-trained LLM in its dtype.
+        is_on_rank_zero: the other ranks have no memory for the weights yet (:mod:`ullme.models.rank_zero`).
         attention_path: how the LLM is run to embed (packed, padded, flags or mask4d), as chosen by the probe.
 
     Raises:
@@ -75,28 +76,31 @@ class ULLME(nn.Module):
         config = loading.load_config(self.options)
         self.options = loading.choose_dtype(self.options, config)
         self.tokenizer = loading.load_tokenizer(self.options)
-        if self.options.init_from is not None and self.options.init_mode == "merge":
-            model, earlier_pooler = stages.merged_backbone(type(self), self.options)
-        else:
-            model, earlier_pooler = loading.load_backbone(self.options, config), None
+        self.is_on_rank_zero = rank_zero.split_device() is not None
+        model, earlier_pooler = rank_zero.load(lambda: self._load(config), config, self.options)
         if not self.options.llm_dropout:
             turn_off_dropout(model)
         fuse(model)
         if self.options.attention_dropout is not None:
             set_attention_dropout(model, self.options.attention_dropout)
         loading.check_vocabulary(self.tokenizer, model, model_name_or_path)
-        self.attention_path = self._choose_attention_path(model)
-        self._probed_device_type = model.device.type
+        self.attention_path, self._probed_device_type = self._first_attention_path(model)
         self._head_checked = self._compiled = False
         self._autocast_is_needless: tuple[tuple[torch.dtype, torch.dtype], bool] | None = None
-        self.fingerprint = loading.fingerprint(model)
+        self.fingerprint = rank_zero.of_rank_zero(lambda: loading.fingerprint(model))
         self.llm = loading.add_adapter(model, self.options)
         self.pooler = make_pooler(self.options, self.hidden_size, earlier_pooler)
         if self.options.init_from is not None and self.options.init_mode == "continue":
-            stages.continue_training(self)
+            rank_zero.of_rank_zero(lambda: stages.continue_training(self))
         if self.options.gradient_checkpointing is True:
             self.recompute_layers()
         self.eval()  # like from_pretrained, so that a loaded model embeds without dropout
+
+    def _load(self, config: PretrainedConfig) -> tuple[PreTrainedModel, nn.Module | None]:
+        """The LLM, and the pooler of the earlier run that was merged into it, if it has one."""
+        if self.options.init_from is not None and self.options.init_mode == "merge":
+            return stages.merged_backbone(type(self), self.options)
+        return loading.load_backbone(self.options, config), None
 
     def recompute_layers(self) -> None:
         """Turn on gradient checkpointing."""
@@ -117,13 +121,28 @@ class ULLME(nn.Module):
             layer.compile(dynamic=True, options={"fallback_random": True})
         self._compiled = True
 
+    def _first_attention_path(self, model: PreTrainedModel) -> tuple[str, str]:
+        """The attention path, and the type of device on which it was probed.
+
+        A model that will be split over GPUs is probed on them, in the first forward: rank 0's CPU would take minutes
+        for a 7B LLM. On CPUs rank 0 probes for all.
+        """
+        device = rank_zero.split_device()
+        if device is not None and device.type != "cpu":
+            return self._unprobed_path(model), "none"
+        path = rank_zero.of_rank_zero(lambda: self._choose_attention_path(model))
+        if path == "packed":
+            attention.packing.install(model)  # on ranks that did not probe
+        return path, model.device.type if device is None else device.type
+
     def _choose_attention_path(self, model: PreTrainedModel) -> str:
         """The path that passes the probe, or without a probe the one in the options (auto: packed)."""
-        path, causal = self.options.attention_path, self.options.attention == "causal"
         if self.options.probe:
-            return attention.choose_path(model, causal, path)
-        if path == "auto":
-            path = "packed"
+            return attention.choose_path(model, self.options.attention == "causal", self.options.attention_path)
+        return self._unprobed_path(model)
+
+    def _unprobed_path(self, model: PreTrainedModel) -> str:
+        path = "packed" if self.options.attention_path == "auto" else self.options.attention_path
         if path == "packed":
             attention.packing.install(model)
         return path

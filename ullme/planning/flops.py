@@ -59,12 +59,14 @@ class StepWork:
         learned: likelihoods that a term learns from.
         scored: likelihoods without gradient, statistics included.
         reference: likelihoods under π_ref.
+        guide: queries and passages with the adapters off, without gradient, for masks of false negatives.
     """
 
     embed: Work = Work()
     learned: Work = Work()
     scored: Work = Work()
     reference: Work = Work()
+    guide: Work = Work()
 
     def __add__(self, other: StepWork) -> StepWork:
         return StepWork(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -109,7 +111,7 @@ class ModelCost:
         return 4 * self.attention_layers * self.attention_width * work.pairs
 
     def step(self, work: StepWork) -> Count:
-        """Model FLOPs of a training step: what the gradient takes if nothing is done twice, π_ref left out."""
+        """Model FLOPs of a training step: what the gradient takes if nothing is done twice, the reference left out."""
         learned = work.embed, work.learned
         return sum(self.forward(w) + self.backward(w) for w in learned) + self.forward(work.scored)
 
@@ -121,7 +123,7 @@ class ModelCost:
             checkpointing: the layers run again in backward.
             reference: π_ref is computed, not read from a cache.
         """
-        total = self.step(work)
+        total = self.step(work) + self.forward(work.guide, adapters=False)
         if first_forward:
             total = total + self.forward(work.embed)
         if checkpointing:
@@ -201,7 +203,8 @@ def step_work(batch: Batch, objective: Objective, causal: bool, share_prompts: b
         causal: the attention of embedding.
         share_prompts: a prompt really runs once for all of its targets (asked for, and the backbone is packed).
     """
-    total = StepWork(embedding_work(batch, causal) if objective.uses_reps else Work())
+    embed = embedding_work(batch, causal) if objective.uses_reps else Work()
+    total = StepWork(embed, guide=embed if objective.uses_guide else Work())
     if objective.masking is not None:
         total += StepWork(learned=masked_work(batch, objective.masking.share, causal))
     for kind, scored in objective.scoring(batch).items():

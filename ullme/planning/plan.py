@@ -274,7 +274,7 @@ def _plan(
         hardware += float(cost.forward(work.embed)) * (1 - retained / batch.num_tokens)
     again = 1 - retained / batch.num_tokens if len(chunks) > 1 and job.objective.uses_reps else 0.0
     forwards = (1 + again + checkpointing) * work.embed.tokens + (1 + checkpointing) * work.learned.tokens
-    forwards += work.scored.tokens + work.reference.tokens
+    forwards += work.scored.tokens + work.reference.tokens + work.guide.tokens
     backwards = work.embed.tokens + work.learned.tokens
     logits = vocabulary * (work.learned.targets + work.scored.targets + work.reference.targets)
     return Plan(

@@ -6,7 +6,6 @@ import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import lightning as L
@@ -17,11 +16,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ullme.batch import Batch
-from ullme.distributed import average_gradients
+from ullme.distributed import average_gradients, mean_of_each
 from ullme.engine import fsdp
 from ullme.engine.finite import NotFiniteError, check_finite
 from ullme.models.config import BackboneConfig
+from ullme.models.rank_zero import loading_on_rank_zero
 from ullme.prompts import Prompts
+from ullme.training import split_checkpoints
 from ullme.training.atomic_checkpoints import install_atomic_io
 
 if TYPE_CHECKING:
@@ -120,7 +121,11 @@ class ULLMEModule(L.LightningModule):
         from ullme.models import ULLME
 
         if self.model is None:
-            self.model = self._shard(ULLME(**self.backbone.to_dict(), prompts=self.prompts).train())
+            strategy = None if self._trainer is None else self.trainer.strategy
+            splits = isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
+            with loading_on_rank_zero(strategy.root_device) if splits else nullcontext():
+                model = ULLME(**self.backbone.to_dict(), prompts=self.prompts).train()
+            self.model = self._shard(model)
             if self._trainer is not None:
                 # Batches hold integers only, and Lightning's conversion of dtypes fails on frozen dataclasses.
                 self.trainer.precision_plugin.convert_input = _identity
@@ -129,7 +134,7 @@ class ULLMEModule(L.LightningModule):
         """Shard the LLM over ranks if the strategy is FSDP, version 1 or 2."""
         strategy = None if self._trainer is None else self.trainer.strategy
         if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
-            self._load_any_checkpoint(strategy)
+            split_checkpoints.install(self, strategy)
         if isinstance(strategy, FSDPStrategy):
             return fsdp.shard_fsdp1(model, strategy.root_device, strategy.mixed_precision_config)
         if isinstance(strategy, ModelParallelStrategy):
@@ -158,9 +163,9 @@ class ULLMEModule(L.LightningModule):
         self.log("lr", optimizer.param_groups[0]["lr"])
         schedule: Any = self.lr_schedulers()
         schedule.step()
-        self.log("train/loss", logs["loss"], prog_bar=True, batch_size=len(batch), sync_dist=True)
-        terms = {f"train/{name}": value for name, value in logs.items() if name != "loss"}
-        self.log_dict({**terms, "train/grad_norm": gradient_norm}, batch_size=len(batch), sync_dist=True)
+        means = mean_of_each({**logs, "grad_norm": gradient_norm})
+        self.log("train/loss", means.pop("loss"), prog_bar=True, batch_size=len(batch))
+        self.log_dict({f"train/{name}": value for name, value in means.items()}, batch_size=len(batch))
         return logs
 
     def _seed_step(self) -> None:
@@ -262,33 +267,8 @@ class ULLMEModule(L.LightningModule):
         from ullme.models.trained_weights import check_can_resume
 
         self.configure_model()
-        if "state_dict" in checkpoint:  # else _load_any_checkpoint has checked it
+        if "state_dict" in checkpoint:  # else split_checkpoints has checked it
             check_can_resume(self.model, checkpoint)
-
-    def _load_any_checkpoint(self, strategy: FSDPStrategy | ModelParallelStrategy) -> None:
-        """Make a sharding strategy load the checkpoints of every strategy.
-
-        Lightning's FSDP strategies copy the weights before on_load_checkpoint is called, and expect optimizer states of
-        all weights, not of the trained ones. An adapter is not sharded, so its weights and states are copied as they
-        are.
-        """
-        from ullme.models.trained_weights import STATE_PREFIX, check_can_resume
-        from ullme.utils import atomic_files
-
-        load = strategy.load_checkpoint
-
-        def load_checked(path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            stored = atomic_files.checked(path)
-            check_can_resume(self.model, stored, str(path))
-            if not fsdp.whole_parameters(self.model):
-                return load(path, *args, **kwargs)
-            state = {name.removeprefix(STATE_PREFIX): value for name, value in stored["state_dict"].items()}
-            fsdp.copy_whole(self.model, state)
-            for optimizer, value in zip(strategy.optimizers, stored["optimizer_states"], strict=False):
-                optimizer.load_state_dict(value)
-            return stored
-
-        strategy.load_checkpoint = load_checked  # type: ignore[assignment,method-assign]
 
 
 def _identity(data: Any) -> Any:

@@ -52,6 +52,15 @@ def test_the_papers_tables_have_all_rows(name, cells):
     assert [cell for cell in chosen(table, []) if cell[1] == "base"] == [(model, "base", 0) for model in table.models]
 
 
+def test_an_option_that_names_a_class_stays_data():
+    """Terms of a loss reach train.py as they are written; they are not made here."""
+    table = filled(shipped("columns"), "an-llm", "data")
+    (term,) = table.rows["matryoshka"].stages[0].options["loss.init_args.terms"]
+    assert term["class_path"] == "ullme.losses.Matryoshka"
+    assert term["init_args"]["dims"] == [128, 64, 32]
+    assert term["init_args"]["term"]["class_path"] == "ullme.losses.InfoNCE"
+
+
 def test_options_of_the_command_line_win():
     assert shipped("table2", "--seeds=[5]", "--output=elsewhere").seeds == [5]
 

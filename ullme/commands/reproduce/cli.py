@@ -11,10 +11,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 from ullme.commands.reproduce.cells import Cell, Overrides, parse_options
-from ullme.commands.reproduce.spec import Table, check, chosen, filled
+from ullme.commands.reproduce.spec import Model, Row, Stage, Table, check, chosen, filled
 from ullme.utils.config_files import locate_in_arguments
 
 DESCRIPTION = (
@@ -115,20 +115,24 @@ def run(options: Any) -> int:
             build_miniature(table)
         failed = cell_runner.run()
     status = report(table)
-    for name, reason in failed.items():
-        print(f"reproduce: failed: {name}: {reason}", file=sys.stderr)
+    for name, reasons in failed.items():
+        for reason in reasons.splitlines():
+            print(f"reproduce: failed: {name}: {reason}", file=sys.stderr)
     return 1 if failed else status
 
 
 def read_table(options: Any) -> Table:
-    """The options that describe the table, as dataclasses."""
-    namespace = options.clone()
+    """The options that describe the table, as dataclasses.
+
+    Not jsonargparse's ``instantiate``, which would also make objects of the ``class_path``s in options of train.py.
+    """
     own = {field.name for field in fields(Table)}
-    for name in [name for name in namespace.as_dict() if name not in own]:
-        namespace.pop(name)
-    bare = ArgumentParser(exit_on_error=False)
-    bare.add_class_arguments(Table, "table")
-    return bare.instantiate(Namespace(table=namespace)).table
+    values = {name: value for name, value in options.as_dict().items() if name in own}
+    values["models"] = {name: Model(**model) for name, model in values["models"].items()}
+    rows = {}
+    for name, row in values["rows"].items():
+        rows[name] = Row(**{**row, "stages": [Stage(**stage) for stage in row["stages"]]})
+    return Table(**{**values, "rows": rows})
 
 
 def commands(cells: Sequence[Cell]) -> str:

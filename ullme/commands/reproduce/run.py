@@ -18,7 +18,7 @@ from threading import Condition
 from typing import IO, Any
 
 from ullme.commands.reproduce.cells import Cell, shell_line
-from ullme.commands.reproduce.collect import add_seconds, collect_scores
+from ullme.commands.reproduce.collect import TASKS_FILE, add_seconds, collect_scores
 from ullme.commands.reproduce.scores import SCORES_FILE
 from ullme.training.resume import FINISHED
 from ullme.utils import atomic_files
@@ -78,7 +78,7 @@ class Runner:
         """Run all cells.
 
         Returns:
-            Cell name -> why it failed; empty if all succeeded.
+            Cell name -> why it failed, in several lines where tasks failed; empty if all succeeded.
 
         Raises:
             KeyboardInterrupt: after SIGINT or SIGTERM, once the trainings have saved their checkpoints.
@@ -125,8 +125,17 @@ class Runner:
                 self._run_process(cell, "training", cell.train_command(stage), devices, log, lock, {})
         command = with_torchrun(cell.evaluate_command(), len(devices))
         named = cell.evaluate_environment()
-        self._run_process(cell, "evaluating", command, devices, cell.folder / "evaluate.log", lock, named)
-        collect_scores(cell)
+        tasks = cell.folder / TASKS_FILE
+        tasks.unlink(missing_ok=True)
+        try:
+            self._run_process(cell, "evaluating", command, devices, cell.folder / "evaluate.log", lock, named)
+        except CellError:
+            if self.stopping or not tasks.is_file():
+                raise
+        scores = collect_scores(cell)
+        if scores.failed:
+            count = f"{len(scores.failed)} of {len(scores.failed) + len(scores.tasks)} tasks failed"
+            raise CellError("\n".join([count, *scores.failed.values()]))
 
     def _run_process(
         self,
@@ -229,7 +238,8 @@ def done(cell: Cell) -> bool:
                 f"{cell.folder} holds results of other settings: {key}={_short(then[key])} "
                 f"(now {_short(now[key])}){more}; give another --output, or delete the folder"
             )
-    return (cell.folder / SCORES_FILE).is_file()
+    scores = cell.folder / SCORES_FILE
+    return scores.is_file() and not json.loads(scores.read_text()).get("failed")
 
 
 def differing(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
