@@ -10,6 +10,7 @@ PEFT's modules, weight names and file formats do not change, only the class of :
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -156,6 +157,10 @@ def modules_to_exclude(model: nn.Module) -> list[str]:
 @torch.no_grad()
 def _computes_linear(layer: nn.Linear) -> bool:
     """Whether a layer that overrides ``forward`` still computes W x + b, as Falcon's does."""
+    if layer.weight.is_meta:  # has no numbers to compare, and any will do
+        layer = copy.deepcopy(layer).to_empty(device="cpu")
+        for parameter in layer.parameters():
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
     x = torch.linspace(-1, 1, 2 * layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
     x = x.view(1, 2, layer.in_features)
     try:
