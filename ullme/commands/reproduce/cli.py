@@ -115,17 +115,17 @@ def run(options: Any) -> int:
         from ullme.commands.reproduce.halving import check_whole_points, run_halving
         from ullme.commands.reproduce.preflight import runner
 
-        cell_runner = runner(missing, parallel)  # checks all of them
-        stop = table.sweep.stop if table.sweep else None
-        if stop is not None:
-            check_stops(cells, stop)
+        stop = table.sweep.stop
+        if stop.steps:
             check_whole_points(cells, points)
+            check_stops(cells, stop)
+        cell_runner = runner(missing, parallel)  # checks all of them
         if table.world:
             build_miniature(table)
-        if stop is None:
-            failed = cell_runner.run()
-        else:
+        if stop.steps:
             failed = run_halving(cells, points, stop, lambda some: runner(some, parallel).run() if some else {})
+        else:
+            failed = cell_runner.run()
     status = report(table, points)
     for name, reasons in failed.items():
         for reason in reasons.splitlines():
@@ -144,8 +144,7 @@ def read_table(options: Any) -> Table:
     rows = {}
     for name, row in values["rows"].items():
         rows[name] = Row(**{**row, "stages": [Stage(**stage) for stage in row["stages"]]})
-    if (sweep := values["sweep"]) is not None:
-        values["sweep"] = Sweep(**{**sweep, "stop": None if sweep["stop"] is None else Halving(**sweep["stop"])})
+    values["sweep"] = Sweep(**{**values["sweep"], "stop": Halving(**values["sweep"]["stop"])})
     return Table(**{**values, "rows": rows})
 
 

@@ -111,7 +111,7 @@ class Table:
     evaluate_options: dict[str, Value] = field(default_factory=dict)
     wandb_project: str = "ullme"
     world: Literal["miniature"] | None = None
-    sweep: Sweep | None = None
+    sweep: Sweep = field(default_factory=Sweep)
 
 
 def check(table: Table) -> None:

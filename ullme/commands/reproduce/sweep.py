@@ -25,11 +25,12 @@ class Halving:
     seeds, and the points are compared within an LLM and a row. All have the learning rates of a whole training.
 
     Args:
-        steps: of training, ascending; each is followed by a validation (``trainer.val_check_interval``).
+        steps: of training, ascending; each is followed by a validation (``trainer.val_check_interval``). Empty: no
+            early stopping, every point is trained to its end.
         keep: the share of the points that goes on, rounded up.
     """
 
-    steps: list[int]
+    steps: list[int] = field(default_factory=list)
     keep: float = 0.5
 
 
@@ -39,12 +40,12 @@ class Sweep:
 
     Args:
         grid: name of an axis -> option of train.py -> its values. Several options of one axis change together, so they
-            need as many values each.
-        stop: early stopping; null trains every point to its end.
+            need as many values each. Empty: no sweep.
+        stop: early stopping.
     """
 
-    grid: dict[str, dict[str, list[Value]]]
-    stop: Halving | None = None
+    grid: dict[str, dict[str, list[Value]]] = field(default_factory=dict)
+    stop: Halving = field(default_factory=Halving)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def expanded(table: Table) -> tuple[Table, dict[str, Point]]:
     Raises:
         ValueError: a mistake in the sweep.
     """
-    if (sweep := table.sweep) is None:
+    sweep = table.sweep
+    if sweep == Sweep():
         return table, {}
     check_sweep(table, sweep)
     rows: dict[str, Row] = {}
@@ -127,8 +129,8 @@ def check_sweep(table: Table, sweep: Sweep) -> None:
         raise ValueError(f"{given}: a sweep has a row for each point, so rows cannot be named; leave {given} out")
     if not any(row.trained for row in table.rows.values()):
         raise ValueError("sweep: no row of the table is trained; add one with stages")
-    if (stop := sweep.stop) is not None:
-        _check_stop(table, stop)
+    if sweep.stop != Halving():
+        _check_stop(table, sweep.stop)
 
 
 def _check_grid(grid: dict[str, dict[str, list[Value]]]) -> None:

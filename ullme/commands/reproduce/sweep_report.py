@@ -56,7 +56,6 @@ def write_sweep(table: Table, points: Mapping[str, Point], cells: Sequence[CellS
         points: row id -> point.
         cells: the finished ones.
     """
-    assert table.sweep is not None
     folder, axes = Path(table.output), list(table.sweep.grid)
     found = results(table, points, cells)
     metric = _metric(table, points)
@@ -76,7 +75,7 @@ def write_sweep(table: Table, points: Mapping[str, Point], cells: Sequence[CellS
 def results(table: Table, points: Mapping[str, Point], cells: Sequence[CellScores]) -> list[Result]:
     """Every point of every LLM, in the order of the grid."""
     grid = Grid.of(cells)
-    stops = table.sweep.stop.steps if table.sweep and table.sweep.stop else []
+    stops = table.sweep.stop.steps
     found = []
     for model in table.models:
         for row_id, point in points.items():
@@ -93,8 +92,8 @@ def _metric(table: Table, points: Mapping[str, Point]) -> str:
 
 
 def _rule(table: Table, metric: str) -> str:
-    stop = table.sweep.stop if table.sweep else None
-    if stop is None:
+    stop = table.sweep.stop
+    if not stop.steps:
         return "Every point is trained to its end and evaluated."
     steps = ", ".join(map(str, stop.steps))
     return (
