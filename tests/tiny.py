@@ -54,6 +54,17 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
+def make_readable_tokenizer():
+    """The same, and what it decodes is text."""
+    from copy import deepcopy
+
+    from tokenizers import decoders
+
+    tokenizer = deepcopy(make_tokenizer())
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 def make_llm(family: str, **sizes):
     """A random causal LM of two layers; weights are large enough for every effect to be visible."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -262,18 +262,6 @@ def test_a_batch_refuses_a_column_of_another_shape():
         blank_batch(keys, columns={"a": torch.zeros(3)})
 
 
-def test_fields_that_nothing_reads_are_named_once(write_jsonl, caplog):
-    rows = [{**row, "source": "web", "bm25": [1, 2]} for row in scored_rows(4)]
-    data = ULLMEDataModule(train=write_jsonl(rows), num_hard_negatives=2, batch_size=2)
-    with caplog.at_level("INFO"):
-        data.setup("fit")
-        data.setup("fit")
-    found = [(r.levelname, r.getMessage()) for r in caplog.records if "nothing reads" in r.getMessage()]
-    assert [level for level, _ in found] == ["WARNING", "INFO"]
-    assert "numbers in the fields weight, bm25 of" in found[0][1]
-    assert "the fields source of" in found[1][1]
-
-
 def test_every_field_of_the_known_formats_is_read(write_jsonl):
     row = {**BGE, "prompt": "Do it.", "pos_scores": [1, 2], "neg_scores": [1, 2]}
     assert open_source(write_jsonl([row])).unread == {}

@@ -285,16 +285,6 @@ def test_no_validation(make):
     assert data.val_dataloader() == []
 
 
-def test_an_instruction_that_is_not_read_is_warned_of_once(make, write_jsonl, rows, caplog):
-    told = [{**row, "Instruction": f"find {n}", "note": "x"} for n, row in enumerate(rows)]
-    data = make(train=write_jsonl(told, "told.jsonl"))
-    with caplog.at_level(logging.WARNING, "ullme.data"):
-        data.setup("fit")
-        data.setup("fit")
-    (warned,) = [message for message in caplog.messages if "nothing reads" in message]
-    assert "nothing reads the field Instruction of" in warned
-
-
 def test_counts_are_logged_once(make, prompt_tokenizer, write_jsonl, rows, caplog):
     path = write_jsonl([*rows, {"query": "no positive"}], "bad.jsonl")
     with caplog.at_level(logging.INFO, "ullme.data"):

@@ -13,7 +13,7 @@ import torch
 from ullme.batch import Representations
 from ullme.data.collator import Collator
 from ullme.data.datamodule import ULLMEDataModule
-from ullme.data.mixture import Mixture, MixtureSampler, TrainSet
+from ullme.data.mixture import Mixture, MixtureSampler, TrainSet, epoch_batches
 from ullme.data.sampler import Draw
 from ullme.data.sources import open_source
 from ullme.losses import InfoNCE
@@ -63,6 +63,36 @@ def test_weights_count_passes(tmp_path, weight, expected):
     assert len(found) == expected
     times = Counter(row for batch in found for row in batch)
     assert max(times.values()) <= -(-expected // 3)
+
+
+def test_shares_follow_from_rows_to_the_power_alpha():
+    """By hand: 100, 25 and 1 full batches; their roots are 10, 5 and 1, of 16."""
+    assert epoch_batches([100, 25, 1], [1, 1, 1]) == [100, 25, 1]
+    assert epoch_batches([100, 25, 1], [1, 1, 1], 0.5) == [round(126 * root / 16) for root in (10, 5, 1)] == [79, 39, 8]
+    assert epoch_batches([100, 25, 1], [1, 1, 1], 0) == [42, 42, 42]
+    # weights 1, 2, 4: 100 + 50 + 4 batches; weighted roots 10, 10 and 4, of 24
+    assert epoch_batches([100, 25, 1], [1, 2, 4], 0.5) == [round(154 * part / 24) for part in (10, 10, 4)]
+    assert epoch_batches([10**9, 1], [1, 1], 1.0)[1] == 1  # every dataset is met
+    assert epoch_batches([3, 1], [0.34, 1]) == [1, 1]
+
+
+def test_alpha_counts_rows_after_max_rows_and_meets_each_of_a_pass_once(tmp_path, caplog):
+    """32 of 60 rows and 8 rows are 8 and 2 batches of 4; with α = 0, 5 batches of each in an epoch of 10."""
+    sets = [TrainSet(write(tmp_path, "a", 60), max_rows=32), TrainSet(write(tmp_path, "b", 8))]
+    found = {}
+    for alpha in (1.0, 0.0):
+        module = ULLMEDataModule(datasets=sets, batch_size=4, num_hard_negatives=1, mixture_alpha=alpha, num_workers=0)
+        with caplog.at_level("INFO"):
+            module.setup("fit")
+        found[alpha] = batches(module._sampler(0, 1))
+    assert [Counter(batch[0] < 32 for batch in found[alpha]) for alpha in (1.0, 0.0)] == [
+        {True: 8, False: 2},
+        {True: 5, False: 5},
+    ]
+    times = Counter(row for batch in found[0.0] for row in batch if row >= 32)
+    assert set(times) == set(range(32, 40))
+    assert set(times.values()) == {2, 3}  # two and a half passes
+    assert "b.jsonl: 5 of 10 batches of an epoch, 2.50 passes over its rows" in caplog.text
 
 
 def test_epochs_and_ranks_and_resuming_are_pure_functions(tmp_path):
@@ -234,6 +264,9 @@ def test_without_in_batch_negatives_no_row_borrows(tmp_path, negatives, short_ro
         ({}, "give exactly one of them"),
         ({"train": "a", "datasets": []}, "give exactly one of them"),
         ({"datasets": []}, "holds no dataset"),
+        ({"train": "a", "mixture_alpha": 0.5}, r"data\.mixture_alpha=0\.5 weighs data\.datasets, and data\.train='a'"),
+        ({"train": "a", "mixture_alpha": -0.1}, r"data\.mixture_alpha=-0\.1 must be between 0 .* and 1"),
+        ({"train": "a", "mixture_alpha": float("nan")}, r"data\.mixture_alpha=nan must be between"),
     ],
 )
 def test_what_to_train_on_is_said_once(options, message):

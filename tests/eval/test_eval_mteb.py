@@ -95,19 +95,6 @@ def test_two_models_do_not_share_results(model, tiny_llm, sts_file, tmp_path):
     assert len(list(tmp_path.rglob("similar-*.json"))) == 2
 
 
-def test_data_out_of_reach_leave_the_other_tasks_alone(model, sts_file, tmp_path, monkeypatch):
-    unreachable, reachable = local_tasks.sts_task(sts_file), local_tasks.sts_task(sts_file)
-
-    def offline(**_):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(unreachable, "load_data", offline)
-    failed, done = evaluate_tasks(model, [unreachable, reachable], show_progress_bar=False)
-    assert failed.score is None
-    assert "could not be downloaded" in failed.error
-    assert done.score is not None
-
-
 @pytest.fixture
 def registered(monkeypatch):
     """mteb knows its own mock tasks by name."""

@@ -193,6 +193,10 @@ def _evaluate(options: Any, tasks: list[AbsTask], model: WrappedULLME) -> int:
     if options.scores is not None:
         write_rows(rows, options.scores)
     failed = [row for row in rows if row.error is not None]
+    if failed:
+        print(
+            f"evaluate: {len(failed)} of {len(rows)} tasks failed; the same command tries them again", file=sys.stderr
+        )
     for row in failed:
         print(f"evaluate: {row.error}", file=sys.stderr)
     return 1 if failed else 0

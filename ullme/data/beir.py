@@ -68,7 +68,7 @@ def read_beir(folder: str | Path, split: str = "test") -> BeirFolder:
 
     corpus = _read_texts(folder / "corpus.jsonl", document)
     path = folder / "qrels" / f"{split}.tsv"
-    judgements = _read_qrels(path)
+    judgements = read_qrels(path)
     _check_ids(path, "queries.jsonl", judgements, queries)
     qrels, notes = _known_documents(judgements, corpus, path)
     judged = {query: text for query, text in queries.items() if query in qrels}
@@ -90,7 +90,7 @@ def preview(folder: str | Path, split: str, rows: int) -> None:
     folder = Path(folder)
     _read_texts(folder / "corpus.jsonl", _document, rows)
     _read_texts(folder / "queries.jsonl", _query, rows)
-    _read_qrels(folder / "qrels" / f"{split}.tsv", rows)
+    read_qrels(folder / "qrels" / f"{split}.tsv", rows)
 
 
 def _read_texts(path: Path, parse: Callable[[dict[str, Any]], str], max_lines: int | None = None) -> dict[str, str]:
@@ -144,7 +144,7 @@ def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
     return value.strip()
 
 
-def _read_qrels(path: Path, max_lines: int | None = None) -> dict[str, dict[str, int]]:
+def read_qrels(path: Path, max_lines: int | None = None) -> dict[str, dict[str, int]]:
     """Query id -> document id -> grade."""
     if not path.is_file() and path.parent.is_dir():
         splits = sorted(p.stem for p in path.parent.glob("*.tsv"))

@@ -15,19 +15,17 @@ from torch.utils.data import DataLoader
 from ullme.batch import Batch, LikelihoodKind
 from ullme.data.beir import BeirFolder, read_beir
 from ullme.data.collator import Collator, EvalCollator, EvalDataset, TrainDataset, length_sorted_batches
-from ullme.data.columns import ColumnOption, holds_numbers, split_option
+from ullme.data.columns import ColumnOption, split_option
 from ullme.data.loader import ResumableLoader, defer_worker_signals
-from ullme.data.mixture import Mixture, MixtureSampler, TrainSet
+from ullme.data.mixture import Mixture, MixtureSampler, TrainSet, check_alpha
 from ullme.data.order import ORDER_VERSION, random_order
 from ullme.data.records import Schema, check_schema
 from ullme.data.sampler import GlobalBatchSampler, ShortRows, check_no_row_borrows, settle_short_rows
 from ullme.data.sources import OnBadRow, RowSource
+from ullme.data.unread_fields import log_unread
 from ullme.prompts import PromptTokenizer, Role
 
 log = logging.getLogger(__name__)
-
-# What other projects call the instruction of a row.
-_INSTRUCTIONS = ("instruction", "instruct", "prompt", "task", "query_instruction", "query_prompt")
 
 
 class ULLMEDataModule(L.LightningDataModule):
@@ -71,6 +69,9 @@ class ULLMEDataModule(L.LightningDataModule):
             and neg_FIELD.
         cache_dir: folder of the indices of checked rows, one for all processes of a machine; null takes $ULLME_CACHE or
             ~/.cache/ullme.
+        mixture_alpha: α between 0 and 1: an epoch has batches of each of ``datasets`` in proportion to its rows to the
+            power α (times its weight); below 1, small datasets are repeated. See
+            :func:`~ullme.data.mixture.epoch_batches`.
 
     Raises:
         ValueError: an option is out of its range; or, in ``setup``, data cannot be read, has a bad row, or does not fit
@@ -99,6 +100,7 @@ class ULLMEDataModule(L.LightningDataModule):
         drop_last: bool = True,
         columns: ColumnOption = None,
         cache_dir: str | None = None,
+        mixture_alpha: float = 1.0,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -118,6 +120,12 @@ class ULLMEDataModule(L.LightningDataModule):
         if (train is None) == (datasets is None):
             both = f"data.train={train!r} and data.datasets={datasets!r}"
             raise ValueError(f"{both}: give exactly one of them (the rows to train on)")
+        check_alpha(mixture_alpha)
+        if datasets is None and mixture_alpha != 1:
+            raise ValueError(
+                f"data.mixture_alpha={mixture_alpha} weighs data.datasets, and data.train={train!r} is one dataset; "
+                "name each of its files in data.datasets, or leave it out"
+            )
         if datasets is not None and not datasets:
             raise ValueError("data.datasets=[] holds no dataset; name at least one, or give data.train")
         self.sets = (
@@ -132,6 +140,7 @@ class ULLMEDataModule(L.LightningDataModule):
         self.schema: Schema = schema
         self.columns = columns
         self.cache_dir = cache_dir
+        self.mixture_alpha = mixture_alpha
         self.on_bad_row: OnBadRow = on_bad_row
         self.short_rows: ShortRows = short_rows
         self.num_hard_negatives = num_hard_negatives
@@ -168,7 +177,10 @@ class ULLMEDataModule(L.LightningDataModule):
                     log.warning("data.val: %s", note)
         if stage in ("fit", None) and self.source is None:
             self.source = self._open_train()
-            self._sampler(*self._rank_and_world_size())  # raises now, if options do not fit the data
+            sampler = self._sampler(*self._rank_and_world_size())  # raises now, if options do not fit the data
+            if isinstance(sampler, MixtureSampler) and self._rank_and_world_size()[0] == 0:
+                for line in sampler.shares():
+                    log.info("data: %s", line)
 
     @property
     def labelled(self) -> bool:
@@ -198,7 +210,7 @@ class ULLMEDataModule(L.LightningDataModule):
         usable, short = settle_short_rows(source, negatives, self.short_rows, self.seed)
         if self._rank_and_world_size()[0] == 0:
             log.info("data: %d rows to train on%s", len(usable), f" in {dataset.train}" if self.datasets else "")
-            self._log_unread(dataset, source)
+            log_unread(dataset.train, source)
             if source.skipped:
                 log.warning("data: skipped %d bad rows, the first: %s", len(source.skipped), source.skipped[:3])
             if short:
@@ -210,27 +222,6 @@ class ULLMEDataModule(L.LightningDataModule):
                     self.short_rows,
                 )
         return usable
-
-    @staticmethod
-    def _log_unread(dataset: TrainSet, source: RowSource) -> None:
-        """Name the fields that nothing reads, once: as a warning those of numbers, which a loss might want, and what
-        looks like a row's own instruction."""
-        numbers = [name for name, value in source.unread.items() if holds_numbers(value)]
-        if numbers:
-            log.warning(
-                "data: nothing reads the numbers in the fields %s of %s; name those that a loss needs in data.columns",
-                ", ".join(numbers),
-                dataset.train,
-            )
-        instructions = [name for name in source.unread if name.lower() in _INSTRUCTIONS and name not in numbers]
-        if instructions:
-            log.warning(
-                "data: nothing reads the field %s of %s; a row's instruction is called prompt, beside query and pos",
-                ", ".join(instructions),
-                dataset.train,
-            )
-        if others := [name for name in source.unread if name not in (*numbers, *instructions)]:
-            log.info("data: nothing reads the fields %s of %s", ", ".join(others), dataset.train)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """This rank's slices of the global batches, starting at the trainer's step counter."""
@@ -360,9 +351,8 @@ class ULLMEDataModule(L.LightningDataModule):
         assert self.source is not None
         order = self.order_version
         if isinstance(self.source, Mixture):
-            return MixtureSampler(
-                self.source, self.batch_size, self.seed, rank, world_size, epoch, start_batch, position, order
-            )
+            place, alpha = (rank, world_size, epoch, start_batch), self.mixture_alpha
+            return MixtureSampler(self.source, self.batch_size, self.seed, *place, position, order, alpha)
         size, drop_last = self.batch_size, self.drop_last
         return GlobalBatchSampler(
             len(self.source), size, self.seed, rank, world_size, drop_last, epoch, start_batch, position, order
@@ -382,7 +372,8 @@ class ULLMEDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The values that must not change for a resumed run to have the same batches as an uninterrupted one."""
         rows = len(self.source) if self.source is not None else 0
-        return {"rows": rows, "batch_size": self.batch_size, "seed": self.seed, "order": self.order_version}
+        known = {"rows": rows, "batch_size": self.batch_size, "seed": self.seed, "order": self.order_version}
+        return known if self.datasets is None else {**known, "mixture_alpha": self.mixture_alpha}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on in the checkpoint's order of rows, and warn if other values differ from the checkpoint's.

@@ -30,7 +30,8 @@ class TrainSet:
         schema: the columns, as in ``data.schema``.
         max_rows: train on this many rows, the first after a shuffle; null uses all.
         instruction: the task, for rows without an instruction; null takes the prompt contract's.
-        weight: passes over the dataset in an epoch; 0.5 takes half of its batches, 2 takes them twice.
+        weight: passes over the dataset in an epoch; 0.5 takes half of its batches, 2 takes them twice. With
+            ``data.mixture_alpha`` below 1 it multiplies the dataset's share instead, see :func:`epoch_batches`.
         in_batch_negatives: false uses only a query's own hard negatives, as for classes or clusters, where another
             query's positive may be correct (NV-Embed, arXiv 2405.17428, section 4.2). So its rows must not borrow
             negatives (``data.short_rows``) either.
@@ -149,6 +150,33 @@ class Mixture:
         )
 
 
+def check_alpha(alpha: float) -> None:
+    """Raises: ValueError: an exponent that is not between 0 and 1."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(
+            f"data.mixture_alpha={alpha} must be between 0 (as many batches of each dataset) and 1 (as many as it has)"
+        )
+
+
+def epoch_batches(batches: Sequence[int], weights: Sequence[float], alpha: float = 1.0) -> list[int]:
+    """How many batches of each dataset are in an epoch.
+
+    With n_i full batches and weight w_i, dataset i has the share w_i n_i^α / Σ_j w_j n_j^α of Σ_j w_j n_j batches,
+    rounded, and one at least: XLM, arXiv 1901.07291, section 3.1; mT5, arXiv 2010.11934, section 3.2. α = 1 gives
+    w_i n_i; a smaller α gives more to small datasets, whose rows then come several times in an epoch. In T5's terms
+    (arXiv 1910.10683, section 3.5.2) the temperature is 1 / α.
+
+    Args:
+        batches: n_i.
+        weights: w_i.
+        alpha: α, from 0 to 1.
+    """
+    powers = [weight * count**alpha for weight, count in zip(weights, batches, strict=True)]
+    total = sum(weight * count for weight, count in zip(weights, batches, strict=True))
+    scale = total / sum(powers)
+    return [max(1, round(scale * power)) for power in powers]
+
+
 class MixtureSampler(GlobalBatchSampler):
     """Global batches of one dataset each, in another random order in every epoch.
 
@@ -165,6 +193,7 @@ class MixtureSampler(GlobalBatchSampler):
         start_batch: the first iteration's first batch.
         position: as for :class:`~ullme.data.sampler.GlobalBatchSampler`.
         order_version: likewise.
+        alpha: of :func:`epoch_batches`.
 
     Raises:
         ValueError: a dataset with fewer rows than a batch, or a batch size that is not a multiple of ``world_size``.
@@ -181,6 +210,7 @@ class MixtureSampler(GlobalBatchSampler):
         start_batch: int = 0,
         position: Callable[[], int] | None = None,
         order_version: int = ORDER_VERSION,
+        alpha: float = 1.0,
     ) -> None:
         self.mixture = mixture
         self.batches_per_pass = [len(source) // max(1, batch_size) for source in mixture.sources]
@@ -190,10 +220,19 @@ class MixtureSampler(GlobalBatchSampler):
                     f"data.datasets: {settings.train!r} has {len(source)} rows, fewer than a batch of "
                     f"data.batch_size={batch_size} from one dataset; lower it or leave the dataset out"
                 )
-        pairs = zip(mixture.sets, self.batches_per_pass, strict=True)
-        self.batches_per_epoch = [max(1, round(settings.weight * batches)) for settings, batches in pairs]
+        weights = [settings.weight for settings in mixture.sets]
+        self.batches_per_epoch = epoch_batches(self.batches_per_pass, weights, alpha)
         rows = sum(self.batches_per_epoch) * batch_size
         super().__init__(rows, batch_size, seed, rank, world_size, True, epoch, start_batch, position, order_version)
+
+    def shares(self) -> list[str]:
+        """A line about each dataset: its batches in an epoch, and how often its rows come."""
+        whole = sum(self.batches_per_epoch)
+        counts = zip(self.mixture.sets, self.batches_per_epoch, self.batches_per_pass, strict=True)
+        return [
+            f"{settings.train}: {batches} of {whole} batches of an epoch, {batches / one_pass:.2f} passes over its rows"
+            for settings, batches, one_pass in counts
+        ]
 
     def order(self, epoch: int) -> Order:
         """All rows of an epoch, batch after batch."""

@@ -279,13 +279,26 @@ def lm_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits
 
 
+def check_stored_head(model: PreTrainedModel) -> None:
+    """Raises: ValueError: the LM head was not among the stored weights, so it is random, and so are likelihoods."""
+    missing: frozenset[str] = getattr(model, "weights_not_stored", frozenset())
+    head = model.get_output_embeddings().weight
+    if any(value is head and name in missing for name, value in model.named_parameters(remove_duplicate=False)):
+        raise ValueError(
+            f"model_name_or_path={model.config._name_or_path!r} stores no language-model head, so that it can "
+            "embed and not generate; take the LLM itself, not an embedding model made of it"
+        )
+
+
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
     """Compare :func:`lm_logits` with the model's own forward on a few tokens.
 
     Raises:
-        ValueError: the family does something else around its LM head, so likelihoods would be wrong.
+        ValueError: the family does something else around its LM head, so likelihoods would be wrong; or there is no
+            trained head.
     """
+    check_stored_head(model)
     training = model.training
     table = token_table(model)
     device = table.device

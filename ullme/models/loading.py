@@ -166,14 +166,18 @@ def load_backbone(options: BackboneConfig, config: PretrainedConfig) -> PreTrain
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     extra = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
     with _loading_errors(options.model_name_or_path, "weights"):
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             options.model_name_or_path,
             config=config,
             dtype=dtype,
             trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
             **extra,
             **quantization_options(options),
         )
+    model, report = loaded
+    model.weights_not_stored = frozenset(report["missing_keys"])  # they are random
+    return model
 
 
 def check_quantization(options: BackboneConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,14 @@ class BM25Index:
     Args:
         shards: that it is of.
         description: what index.json says.
+
+    Attributes:
+        stopwords: language of the words that are left out, or none.
     """
 
     def __init__(self, shards: Shards, description: dict[str, Any]) -> None:
         self._retriever = import_bm25s().BM25.load(str(shards.folder / FOLDER), mmap=True)
-        self._stopwords: str = description["stopwords"]
+        self.stopwords: str = description["stopwords"]
         self._documents = len(shards)
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -36,14 +39,18 @@ class BM25Index:
         scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
         rows = np.full((len(queries), k), -1, dtype=np.int64)
         depth = min(k, self._documents)
-        for number, words in enumerate(tokenized(queries, self._stopwords)):
-            own = self._retriever.get_scores(words) if words else np.zeros(self._documents, dtype=np.float32)
-            best = _best(own, depth)
+        for number, own in enumerate(self.all_scores(queries)):
+            best = best_rows(own, depth)
             scores[number, : len(best)], rows[number, : len(best)] = own[best], best
         return scores, rows
 
+    def all_scores(self, queries: Sequence[str]) -> Iterator[np.ndarray]:
+        """For each query the (n,) float32 scores of all documents; zero where no word is shared."""
+        for words in tokenized(queries, self.stopwords):
+            yield self._retriever.get_scores(words) if words else np.zeros(self._documents, dtype=np.float32)
 
-def _best(scores: np.ndarray, k: int) -> np.ndarray:
+
+def best_rows(scores: np.ndarray, k: int) -> np.ndarray:
     """The rows of the k largest positive scores, the smaller row first where scores are equal."""
     rows = np.flatnonzero(scores > 0)
     if len(rows) > k:

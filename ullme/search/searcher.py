@@ -86,14 +86,30 @@ class Searcher:
 
         return usable_device(self._device)
 
-    def embed(self, queries: Sequence[str]) -> np.ndarray:
-        """(Q, D) float32 embeddings of queries, as the folder's are."""
+    def embed(self, queries: Sequence[str], instruction: str | None = None) -> np.ndarray:
+        """(Q, D) float32 embeddings of queries, as the folder's are.
+
+        Args:
+            queries: Q texts.
+            instruction: theirs; None takes the searcher's.
+        """
         return self.embedder.embed(
             queries,
             "query",
-            instruction=self.instruction,
+            instruction=instruction or self.instruction,
             max_length=self.max_length or self.embedder.default_max_length,
             truncate_dim=self.shards.manifest["truncate_dim"],
+        )
+
+    def embed_documents(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, D) float32 embeddings of texts, as documents of the folder were embedded, before they were quantised."""
+        manifest = self.shards.manifest
+        return self.embedder.embed(
+            texts,
+            manifest["role"],
+            instruction=manifest["instruction"],
+            max_length=manifest["max_length"],
+            truncate_dim=manifest["truncate_dim"],
         )
 
     def dense(self, queries: Sequence[str] | np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

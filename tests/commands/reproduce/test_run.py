@@ -161,12 +161,36 @@ def _terminate_once(there):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_task_without_a_score_leaves_the_cell_undone(cells, tmp_path):
+def test_a_failed_task_leaves_the_cell_undone_and_keeps_the_other_scores(cells, tmp_path):
     class Unreachable(Fake):
         rows = (*ROWS, {**ROWS[0], "task": "NQ", "score": None, "error": "NQ: not on this machine"})
 
-    failed = runner(cells(Unreachable)).run()
-    assert "1 of 2 tasks have no score; the first: NQ: not on this machine" in failed["tiny/grl/seed0"]
+        def evaluate_command(self):
+            return ["-c", f"{super().evaluate_command()[1]}; raise SystemExit(1)"]
+
+    [cell] = cells(Unreachable)
+    failed = runner([cell]).run()
+    assert failed[cell.name].splitlines() == ["1 of 2 tasks failed", "NQ: not on this machine"]
+    [scores] = read_scores(tmp_path)
+    assert [task.name for task in scores.tasks] == ["facts"]
+    assert scores.failed == {"NQ": "NQ: not on this machine"}
+    assert not run.done(cell)
+    [again] = cells(type("Unreachable", (Fake,), {}))
+    assert runner([again]).run() == {}
+    assert run.done(again)
+    assert len(trainings(again)) == 1
+
+
+def test_the_scores_of_an_earlier_evaluation_are_not_taken_for_those_of_one_that_was_killed(cells, tmp_path):
+    class Killed(Fake):
+        def evaluate_command(self):
+            return ["-c", "import os; os.kill(os.getpid(), 9)"]
+
+    [cell] = cells(Fake)
+    runner([cell]).run()
+    (cell.folder / "scores.json").unlink()
+    [again] = cells(Killed)
+    assert "SIGKILL" in runner([again]).run()[again.name]
     assert read_scores(tmp_path) == []
 
 

@@ -17,19 +17,15 @@ from ullme.eval.table import read_rows
 from ullme.utils import atomic_files
 
 SECONDS_FILE = "seconds.json"
+TASKS_FILE = "tasks.json"  # what evaluate.py --scores writes
 _LIBRARIES = ("ullme", "torch", "transformers", "peft", "lightning", "mteb")
 
 
 def collect_scores(cell: Cell) -> CellScores:
-    """Read what a cell's evaluation and training wrote, and write its scores.json.
-
-    Raises:
-        ValueError: a task has no score.
-    """
-    rows = read_rows(cell.folder / "tasks.json")
-    if missing := [row for row in rows if row.score is None]:
-        raise ValueError(f"{len(missing)} of {len(rows)} tasks have no score; the first: {missing[0].error}")
-    tasks = [TaskScore(plain_name(r.task), r.type, r.main_score, (r.score or 0.0) / 100) for r in rows]
+    """Read what a cell's evaluation and training wrote, and write its scores.json."""
+    rows = read_rows(cell.folder / TASKS_FILE)
+    tasks = [TaskScore(plain_name(r.task), r.type, r.main_score, r.score / 100) for r in rows if r.score is not None]
+    failed = {plain_name(r.task): r.error or "no score" for r in rows if r.score is None}
     known = {row.task for row in rows}
     queries = {plain_name(t): q for t, q in read_per_query(cell.folder / "per_query").items() if t in known}
     commands = [cell.train_command(stage) for stage, _ in cell.stages] + [cell.evaluate_command()]
@@ -41,6 +37,7 @@ def collect_scores(cell: Cell) -> CellScores:
         queries,
         [shell_line(command) for command in commands],
         {**machine(), "seconds": seconds(cell), **training_totals(cell)},
+        failed,
     )
     write_scores(cell.folder, scores)
     return scores

@@ -17,10 +17,12 @@ from pathlib import Path
 from threading import Condition
 from typing import IO, Any
 
+from ullme.callbacks.checkpoint import STOPPED_FILE
 from ullme.commands.reproduce.cells import Cell, shell_line
-from ullme.commands.reproduce.collect import add_seconds, collect_scores
+from ullme.commands.reproduce.collect import TASKS_FILE, add_seconds, collect_scores
 from ullme.commands.reproduce.scores import SCORES_FILE
 from ullme.training.resume import FINISHED
+from ullme.training.signals import TERMINATED
 from ullme.utils import atomic_files
 
 SETTINGS_FILE = "settings.json"
@@ -78,7 +80,7 @@ class Runner:
         """Run all cells.
 
         Returns:
-            Cell name -> why it failed; empty if all succeeded.
+            Cell name -> why it failed, in several lines where tasks failed; empty if all succeeded.
 
         Raises:
             KeyboardInterrupt: after SIGINT or SIGTERM, once the trainings have saved their checkpoints.
@@ -123,10 +125,23 @@ class Runner:
             if not (folder / "checkpoints" / FINISHED).is_file():
                 log = cell.folder / f"{folder.name}.log"
                 self._run_process(cell, "training", cell.train_command(stage), devices, log, lock, {})
+        if cell.stop_after is not None:
+            if not (cell.stages[0][1] / STOPPED_FILE.format(cell.stop_after)).is_file():
+                raise CellError(f"the training ended before step {cell.stop_after}, at which sweep.stop compares it")
+            return
         command = with_torchrun(cell.evaluate_command(), len(devices))
         named = cell.evaluate_environment()
-        self._run_process(cell, "evaluating", command, devices, cell.folder / "evaluate.log", lock, named)
-        collect_scores(cell)
+        tasks = cell.folder / TASKS_FILE
+        tasks.unlink(missing_ok=True)
+        try:
+            self._run_process(cell, "evaluating", command, devices, cell.folder / "evaluate.log", lock, named)
+        except CellError:
+            if self.stopping or not tasks.is_file():
+                raise
+        scores = collect_scores(cell)
+        if scores.failed:
+            count = f"{len(scores.failed)} of {len(scores.failed) + len(scores.tasks)} tasks failed"
+            raise CellError("\n".join([count, *scores.failed.values()]))
 
     def _run_process(
         self,
@@ -170,12 +185,15 @@ class Runner:
             self.running.discard(process)
         seconds = time.perf_counter() - started
         add_seconds(cell, log.stem, seconds)
+        if status == TERMINATED and cell.stop_after is not None and not self.stopping:
+            status = 0
         if status:
             ended = f"status {status}" if status > 0 else signal.Signals(-status).name
             raise CellError(
                 "stopped" if self.stopping else f"{what} ended with {ended}: {failure_reason(log, begin)} (see {log})"
             )
-        print(f"== {cell.name}: {what}: {seconds:.0f} s", flush=True)
+        reached = "" if cell.stop_after is None else f" to step {cell.stop_after}"
+        print(f"== {cell.name}: {what}{reached}: {seconds:.0f} s", flush=True)
 
     def _stop(self) -> None:
         """Send SIGTERM to every process and wait until it has saved and ended."""
@@ -229,7 +247,8 @@ def done(cell: Cell) -> bool:
                 f"{cell.folder} holds results of other settings: {key}={_short(then[key])} "
                 f"(now {_short(now[key])}){more}; give another --output, or delete the folder"
             )
-    return (cell.folder / SCORES_FILE).is_file()
+    scores = cell.folder / SCORES_FILE
+    return scores.is_file() and not json.loads(scores.read_text()).get("failed")
 
 
 def differing(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -41,6 +41,8 @@ class CellScores:
         queries: retrieval task -> query id -> the task's metric for that query alone, where it is known.
         commands: what was run for this cell, in order, as shell lines.
         notes: hardware, versions, seconds of training and of evaluation, tokens seen; plain values.
+        failed: task -> why it has no score. Such a cell is not done: the table shows the tasks that it has, and the
+            next start evaluates the others.
     """
 
     model: str
@@ -50,6 +52,7 @@ class CellScores:
     queries: dict[str, dict[str, float]] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def cell_folder(root: Path, model: str, row: str, seed: int) -> Path:
@@ -58,7 +61,7 @@ def cell_folder(root: Path, model: str, row: str, seed: int) -> Path:
 
 
 def write_scores(folder: Path, scores: CellScores) -> None:
-    """Write a cell's scores atomically: a cell with this file is done."""
+    """Write a cell's scores atomically: a cell with this file and without failed tasks is done."""
     text = json.dumps(asdict(scores), indent=1)
     atomic_files.write_atomically(folder / SCORES_FILE, lambda file: file.write(text.encode()), option="--output")
 

@@ -1,0 +1,1 @@
+"""``ullme adapt``: from a folder of documents to an embedder of them and a search."""

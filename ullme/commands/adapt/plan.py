@@ -1,0 +1,229 @@
+"""The steps of ``ullme adapt``, as commands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ullme.commands.adapt.steps import Step, digest_of
+
+Method = Literal["query_distillation", "art"]
+
+# Options of `ullme queries` that do not change what is written, only what is kept.
+_ROUND_TRIP = ("round_trip", "k", "candidates", "stopwords")
+# Documents that are found for a test query.
+FOUND = 10
+SYSTEMS = ("before", "adapted", "BM25", "fused")
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What is adapted to what, and how.
+
+    Args:
+        llm: name or absolute folder of the LLM.
+        corpus: options that name the documents, as for ``ullme encode``.
+        folder: of all results.
+        queries: file of training queries; None lets the LLM write them.
+        labelled: whether the file has rows with positives.
+        method: ``query_distillation`` (contrastive learning, and the KL to the LLM's query likelihood), for rows with
+            positives; or ``art`` (the KL and pseudo-labels, arXiv 2206.10658).
+        max_documents: to write queries for; None takes all.
+        num_negatives: of a query, found by BM25.
+        seed: of writing and training.
+        train_configs: YAML files for the training, on top of the method's own.
+        overrides: step -> NAME=VALUE of its command.
+        factory: of ``ullme index``; none searches exactly.
+        test_queries: file of queries, with ``qrels``.
+        qrels: judgements on them; None measures nothing.
+        device: of all steps; None takes a GPU if there is one.
+    """
+
+    llm: str
+    corpus: tuple[str, ...]
+    folder: Path
+    queries: str | None = None
+    labelled: bool = False
+    method: Method = "query_distillation"
+    max_documents: int | None = None
+    num_negatives: int = 7
+    seed: int = 0
+    train_configs: tuple[str, ...] = ()
+    overrides: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    factory: str = "none"
+    test_queries: str | None = None
+    qrels: str | None = None
+    device: str | None = None
+
+    def check(self) -> None:
+        """Raises: ValueError: options out of range, or that do not go together."""
+        if self.method not in get_args(Method):
+            raise ValueError(f"--method {self.method}: choose auto, {', '.join(get_args(Method))}")
+        for name in ("max_documents", "num_negatives"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed} must not be negative")
+        if (self.test_queries is None) != (self.qrels is None):
+            raise ValueError("--test_queries FILE and --qrels FILE belong together: queries, and judgements on them")
+        if self.queries is not None and not self.labelled and self.method == "query_distillation":
+            raise ValueError(
+                f"--method query_distillation learns from positives, and {self.queries} has none; give --method art, "
+                "or rows of query and pos"
+            )
+
+    def given(self, step: str) -> list[str]:
+        """The overrides of a step as arguments."""
+        return [f"--{one.lstrip('-')}" for one in self.overrides.get(step, ())]
+
+    @property
+    def on_device(self) -> list[str]:
+        return [] if self.device is None else [f"--device={self.device}"]
+
+
+def train_arguments(adaptation: Adaptation) -> list[str]:
+    """Arguments of ``ullme train fit``."""
+    folder = adaptation.folder
+    configs = ["configs/base.yaml", f"configs/adapt/{adaptation.method}.yaml", *adaptation.train_configs]
+    arguments = [
+        *(f"--config={config}" for config in configs),
+        f"--seed_everything={adaptation.seed}",
+        f"--model.backbone.model_name_or_path={adaptation.llm}",
+        f"--data.train={folder / 'rows.jsonl'}",
+        f"--data.seed={adaptation.seed}",
+        f"--data.num_hard_negatives={adaptation.num_negatives}",
+        f"--trainer.default_root_dir={folder / 'run'}",
+        f"--trainer.logger.init_args.save_dir={folder / 'run'}",
+    ]
+    if adaptation.method == "art":
+        arguments.append(f"--loss.init_args.cache_reference={folder / 'reference'}")
+    if adaptation.device is not None:
+        arguments.append(f"--trainer.accelerator={'cpu' if adaptation.device == 'cpu' else 'gpu'}")
+    return [*arguments, *adaptation.given("train")]
+
+
+def steps(adaptation: Adaptation, untrained: Sequence[str] = ()) -> list[Step]:
+    """All steps, in order.
+
+    Args:
+        adaptation: what is asked for.
+        untrained: options of ``ullme encode`` that give the untrained LLM the training's prompts, pooling and
+            attention; only needed with ``qrels``.
+    """
+    adaptation.check()
+    found = [*_rows(adaptation), _train(adaptation), *_embeddings(adaptation)]
+    return found if adaptation.qrels is None else [*found, *_evaluation(adaptation, untrained)]
+
+
+def _rows(adaptation: Adaptation) -> list[Step]:
+    """Queries, and their candidates with the LLM's query likelihood."""
+    folder, llm = adaptation.folder, adaptation.llm
+    written, rows = folder / "queries.jsonl", folder / "rows.jsonl"
+    found = []
+    source, inputs = str(written), {}
+    after: tuple[str, ...] = ("queries",)
+    if adaptation.queries is None:
+        options = [f"--seed={adaptation.seed}", *adaptation.on_device]
+        if adaptation.max_documents is not None:
+            options.append(f"--max_documents={adaptation.max_documents}")
+        command = ("queries", llm, *adaptation.corpus, "--to", str(written), *options, *adaptation.given("queries"))
+        keeps_for = tuple(one for one in command if one.removeprefix("--").partition("=")[0] not in _ROUND_TRIP)
+        parts = (Path(f"{written}.parts"),)
+        found.append(Step("queries", command, (written,), keeps=parts, keeps_for=keeps_for))
+    else:
+        source, inputs, after = adaptation.queries, {"queries": digest_of(adaptation.queries)}, ()
+    labels = adaptation.method == "query_distillation"
+    command = (
+        "mine",
+        *(("--rows", source) if labels else ("--queries", source)),
+        *adaptation.corpus,
+        *("--method=bm25", f"--num_negatives={adaptation.num_negatives + (not labels)}"),
+        *([f"--likelihood={llm}"] if labels else []),  # ART's loss computes it
+        *("--to", str(rows)),
+        *adaptation.on_device,
+        *adaptation.given("mine"),
+    )
+    return [*found, Step("candidates", command, (rows, Path(f"{rows}.parts")), after, inputs)]
+
+
+def _train(adaptation: Adaptation) -> Step:
+    configs = {config: digest_of(config) for config in adaptation.train_configs}
+    writes = (adaptation.folder / "run",)
+    return Step("train", ("train", "fit", *train_arguments(adaptation)), writes, ("candidates",), configs)
+
+
+def _embeddings(adaptation: Adaptation) -> list[Step]:
+    """The search: vectors and indexes."""
+    folder = adaptation.folder
+    vectors = folder / "embeddings"
+    common = (*adaptation.on_device, *adaptation.given("encode"))
+    encode = ("encode", str(folder / "run"), *adaptation.corpus, "--to", str(vectors), *common)
+    index = ("index", str(vectors), f"--factory={adaptation.factory}", "--bm25", *adaptation.given("index"))
+    writes = [vectors / "bm25", *([] if adaptation.factory == "none" else [vectors / "faiss"])]
+    return [
+        Step("encode", encode, (vectors,), ("train",)),
+        Step("index", index, tuple(writes), ("encode",)),
+    ]
+
+
+def _evaluation(adaptation: Adaptation, untrained: Sequence[str]) -> list[Step]:
+    """The untrained LLM's embeddings, and what each system finds for the test queries."""
+    folder = adaptation.folder
+    assert adaptation.test_queries is not None
+    before, after = folder / "before", folder / "embeddings"
+    common = (*adaptation.on_device, *adaptation.given("encode"))
+    encode = ("encode", adaptation.llm, *adaptation.corpus, "--to", str(before), *untrained, *common)
+    found = [Step("encode before", encode, (before,))]
+    inputs = {"test queries": digest_of(adaptation.test_queries)}
+    for system, where, method, after_steps in (
+        ("before", before, "dense", ("encode before",)),
+        ("adapted", after, "dense", ("encode",)),
+        ("BM25", after, "bm25", ("index",)),
+        ("fused", after, "fused", ("encode", "index")),
+    ):
+        file = found_file(folder, system)
+        asked = ("--queries", adaptation.test_queries, "--to", str(file), f"--method={method}", f"--k={FOUND}")
+        device = () if method == "bm25" else adaptation.on_device
+        command = ("search", str(where), *asked, *device, *adaptation.given("search"))
+        found.append(Step(f"search {system}", command, (file,), after_steps, inputs))
+    return found
+
+
+def found_file(folder: Path, system: str) -> Path:
+    """What a system found for the test queries."""
+    return folder / f"found-{system.lower()}.jsonl"
+
+
+def corpus_arguments(options: Any) -> tuple[str, ...]:
+    """The options of :func:`~ullme.commands.corpus_options.add_corpus_options` as arguments, defaults left out."""
+    found = ["--corpus", options.corpus]
+    for name, default in (("corpus_config", None), ("corpus_split", None), ("id_column", "auto"), ("on_empty", "stop")):
+        if options[name] != default:
+            found.append(f"--{name}={options[name]}")
+    if list(options.text_columns) != ["title", "text"]:
+        found += ["--text_columns", *options.text_columns]
+    return tuple(found)
+
+
+def untrained_arguments(config: Any) -> tuple[list[str], list[str]]:
+    """Options that give an LLM without training the prompts, pooling and attention of a training.
+
+    Args:
+        config: of the training, as ``ullme.commands.train.read_configs`` returns it.
+
+    Returns:
+        Of ``ullme encode``, and of ``ullme search`` for the queries.
+    """
+    from ullme.prompts import Prompts
+
+    prompts, usual = config.model.prompts, Prompts()
+    encode = [f"--{name}={getattr(config.model.backbone, name)}" for name in ("attention", "pooling")]
+    for option, name in (("query_prompt", "query"), ("passage_prompt", "passage"), ("pooled", "pooled")):
+        if (value := getattr(prompts, name)) != getattr(usual, name):
+            encode.append(f"--{option}={value}")
+    if prompts.append_eos:
+        encode.append("--append_eos=true")
+    instruction = [] if prompts.instruction == usual.instruction else [f"--instruction={prompts.instruction}"]
+    return [*encode, *(instruction if "{instruction}" in prompts.passage else [])], instruction

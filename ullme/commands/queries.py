@@ -1,0 +1,237 @@
+"""The command line of ``ullme queries``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from ullme.commands.corpus_options import add_corpus_options, open_chosen_corpus
+from ullme.utils import atomic_files
+from ullme.utils.errors import run_command
+from ullme.utils.progress import progress
+
+if TYPE_CHECKING:
+    from ullme.models.ullme import ULLME
+    from ullme.search.corpus import Corpus
+    from ullme.search.query_writer import QueryWriter, WriteSettings
+    from ullme.search.round_trip import Kept, RoundTripSettings
+
+DESCRIPTION = (
+    "Let an LLM write search queries for documents, and keep those that find their document again, each once. The rows "
+    "of query, pos and pos_ids are training data for data.train, or for `ullme mine`. What was written stays in "
+    "FILE.parts: a command that was stopped goes on there, and other options of the round trip write nothing anew."
+)
+
+
+def parser() -> ArgumentParser:
+    """The options; every one may also stand in a YAML file given with --config."""
+    options = ArgumentParser(prog="ullme queries", description=DESCRIPTION, exit_on_error=False)
+    options.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options")
+    options.add_argument("llm", nargs="?", type=str | None, help="LLM; of a run or an adapter the LLM alone is used")
+    options.add_argument("--to", type=str | None, metavar="FILE", help="JSON lines to write")
+    add_corpus_options(options)
+    prompt = options.add_argument_group("Prompt")
+    prompt.add_argument("--template", type=str | None, help="{document}, and {query} at the end (default: see docs)")
+    prompt.add_argument("--instruction", type=str | None, help="in front of the examples")
+    prompt.add_argument(
+        "--examples", type=str | None, metavar="FILE", help="JSON lines of document and query, or none (default: three)"
+    )
+    prompt.add_argument("--document_max_length", type=int, default=256, help="tokens of a document that are read")
+    written = options.add_argument_group("Writing")
+    written.add_argument("--max_documents", type=int | None, help="draw so many documents at random (default: all)")
+    written.add_argument("--per_document", type=int, default=1, help="queries for each document")
+    written.add_argument("--max_new_tokens", type=int, default=32, help="tokens of a query")
+    written.add_argument("--temperature", type=float, default=0.7, help="of sampling; 0 takes the likeliest token")
+    written.add_argument("--top_p", type=float, default=0.9, help="probability of the likeliest tokens to draw from")
+    written.add_argument("--seed", type=int, default=0, help="of all draws")
+    written.add_argument("--batch_size", type=int, default=16, help="documents that are read at once")
+    kept = options.add_argument_group("Round trip")
+    kept.add_argument(
+        "--round_trip",
+        type=str,
+        default="bm25",
+        help="how a query finds its document: bm25; likelihood (of the query, after BM25's documents); none: keep all",
+    )
+    kept.add_argument("--k", type=int | None, help="it is among the first k (default: 10 by bm25, 1 by likelihood)")
+    kept.add_argument("--candidates", type=int, default=10, help="of likelihood, the own document among them")
+    kept.add_argument("--stopwords", type=str, default="en", help="language of the words BM25 leaves out, or none")
+    work = options.add_argument_group("Work")
+    work.add_argument("--dtype", type=str | None, help="of the weights: auto, float32, bfloat16 or float16")
+    work.add_argument("--device", type=str | None, help="such as cuda:0 or cpu (default: a GPU if there is one)")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write queries for a corpus.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+
+    Returns:
+        The exit status: 0, or 2 for a mistake in the arguments or the corpus, printed in one line; 130 after Ctrl-C.
+    """
+    try:
+        return run_command(parser(), _run, argv)
+    except KeyboardInterrupt:
+        print("\nCtrl-C: the queries that were written stay; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _run(options: Any) -> int:
+    if options.llm is None:
+        raise ValueError("nothing to write with: name an LLM")
+    if options.corpus is None or options.to is None:
+        raise ValueError("give --corpus FILE, FOLDER or DATASET, and --to FILE.jsonl")
+    if Path(options.to).suffix != ".jsonl":
+        raise ValueError(f"--to {options.to}: the rows are JSON lines; name it {Path(options.to).stem}.jsonl")
+    settings, round_trip = _write_settings(options), _round_trip_settings(options)
+    settings.check()
+    round_trip.check()
+    atomic_files.check_writable(Path(options.to).absolute().parent, "--to")
+    if round_trip.by != "none":
+        from ullme.search.bm25 import import_bm25s
+
+        import_bm25s()
+    corpus = open_chosen_corpus(options)
+    model = _load_llm(options.llm, options.dtype, options.device)
+    from ullme.search.query_writer import LLMQueryWriter
+
+    writer = LLMQueryWriter(model)
+    writer.check(settings)
+    kept, documents = write_queries(writer, corpus, options.to, settings, round_trip, model)
+    print(_summary(options.to, documents, kept, round_trip))
+    return 0
+
+
+def write_queries(
+    writer: QueryWriter,
+    corpus: Corpus,
+    file: str | Path,
+    settings: WriteSettings | None = None,
+    round_trip: RoundTripSettings | None = None,
+    model: ULLME | None = None,
+) -> tuple[Kept, int]:
+    """Write queries for a corpus, keep some, and write them as training rows; the same call again goes on.
+
+    Args:
+        writer: of the queries.
+        corpus: the documents.
+        file: of the rows ``_id``, ``query``, ``pos`` and ``pos_ids``; it is there whole or not at all. The queries as
+            they were written are in a folder beside it, with ``.parts`` behind its name.
+        settings: how they are written.
+        round_trip: which are kept.
+        model: with ``round_trip.by="likelihood"``, whose LLM scores.
+
+    Returns:
+        What was kept and what not, and the number of documents.
+
+    Raises:
+        ValueError: a value out of range, a bad document, a folder of other queries, or no query that is kept.
+    """
+    from ullme.search import query_writer
+    from ullme.search.corpus import check_corpus
+    from ullme.search.round_trip import Kept, RoundTripSettings, rank_parts
+
+    settings, round_trip = settings or query_writer.WriteSettings(), round_trip or RoundTripSettings()
+    round_trip.check()
+    folder = Path(f"{file}.parts")
+    atomic_files.sweep(folder.parent, f"*.{Path(file).name}")
+    plan = check_corpus(corpus)
+    with progress("writing queries", total=query_writer.chosen_documents(plan, settings), unit="document") as bar:
+        documents = query_writer.write_parts(writer, corpus, plan, folder, settings, bar.update)
+    texts, ranker = _ranker(corpus, round_trip, model)
+    kept = Kept(round_trip.k)
+    rows = []
+    with progress("round trip", total=documents * settings.per_document, unit="query") as bar:
+        parts = query_writer.read_parts(folder)
+        for queries, ranks in rank_parts(parts, folder, round_trip, ranker, bar.update):
+            rows += [_row(query, texts[query.document]) for query in kept.filter(queries, ranks)]
+    if not rows:
+        raise ValueError(
+            f"no query is kept of {kept.counts.total()}: {_reasons(kept, round_trip)}; look at "
+            f"{query_writer.part_path(folder, 0)}, and take a larger LLM, other --examples, a larger --k or "
+            "--round_trip none"
+        )
+    query_writer.write_text(Path(file), "".join(rows))
+    return kept, documents
+
+
+def _row(query: Any, text: str) -> str:
+    row = {
+        "_id": f"{query.document}-{query.number}",
+        "query": query.text,
+        "pos": [text],
+        "pos_ids": [query.document],
+    }
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _ranker(corpus: Corpus, settings: RoundTripSettings, model: ULLME | None) -> tuple[dict[str, str], Any]:
+    """The documents' texts by id, and what ranks them."""
+    from ullme.search.round_trip import BM25Ranker, LikelihoodRanker, Texts
+
+    if settings.by == "none":
+        return {document.id: document.text for _, document in corpus.documents()}, None
+    texts = Texts.of(corpus, settings.stopwords)
+    by_id = dict(zip(texts.ids, texts.texts, strict=True))
+    if settings.by == "bm25":
+        return by_id, BM25Ranker(texts)
+    if model is None:
+        raise ValueError("round_trip.by='likelihood' needs a model whose LLM scores")
+    return by_id, LikelihoodRanker(texts, model, settings)
+
+
+def _write_settings(options: Any) -> WriteSettings:
+    from ullme.search.query_prompt import query_prompt
+    from ullme.search.query_writer import WriteSettings
+
+    prompt = query_prompt(options.template, options.instruction, options.examples)
+    names = [field.name for field in fields(WriteSettings) if field.name != "prompt"]
+    return WriteSettings(prompt, **{name: options[name] for name in names})
+
+
+def _round_trip_settings(options: Any) -> RoundTripSettings:
+    from ullme.search.round_trip import RoundTripSettings
+
+    k = options.k
+    if k is None:
+        k = 1 if options.round_trip == "likelihood" else 10
+    return RoundTripSettings(options.round_trip, k, options.candidates, options.stopwords, options.document_max_length)
+
+
+def _load_llm(name: str, dtype: str | None, device: str | None) -> ULLME:
+    """The model; its LLM is what is used. Raises: ValueError: it cannot be loaded, or is no LLM."""
+    from ullme.commands.encode import load_model
+    from ullme.models.loading import is_sentence_transformer
+    from ullme.search.embedder import ULLMEEmbedder, is_checkpoint
+
+    if is_sentence_transformer(name):
+        raise ValueError(f"{name!r} is a sentence-transformers model, which embeds and does not write; name an LLM")
+    embedder, _ = load_model(name, device, {"dtype": dtype}, {})
+    assert isinstance(embedder, ULLMEEmbedder)
+    if embedder.model.options.lora_name is None and is_checkpoint(name):
+        raise ValueError(
+            f"{name!r}: training changed the LLM itself (lora_name=null), and the pre-trained one writes; name that"
+        )
+    return embedder.model
+
+
+def _summary(file: str, documents: int, kept: Kept, settings: RoundTripSettings) -> str:
+    left_out = _reasons(kept, settings)
+    return f"{file}: {kept.counts['kept']} queries for {documents} documents" + (f"; {left_out}" if left_out else "")
+
+
+def _reasons(kept: Kept, settings: RoundTripSettings) -> str:
+    """Why queries were left out, in words."""
+    says = {
+        "empty": "are empty",
+        "inconsistent": f"do not find their document among the first {settings.k} by {settings.by}",
+        "repeated": "say what one before says",
+    }
+    return ", ".join(f"{kept.counts[key]} {text}" for key, text in says.items() if kept.counts[key])
