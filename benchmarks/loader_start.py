@@ -56,7 +56,9 @@ def start(train: str, model: str, batches: int) -> dict[str, float]:
     from ullme.data.datamodule import ULLMEDataModule
     from ullme.prompts import Prompts, PromptTokenizer
 
-    tokenizer = PromptTokenizer(AutoTokenizer.from_pretrained(model), Prompts(query="{text}"))
+    plain = AutoTokenizer.from_pretrained(model)
+    plain.pad_token = plain.pad_token or plain.eos_token
+    tokenizer = PromptTokenizer(plain, Prompts(query="{text}"))
     options: dict[str, Any] = {"batch_size": BATCH_SIZE, "num_hard_negatives": 2, "num_workers": 0}
     options |= {"query_max_length": 128, "passage_max_length": 128}
     before, wall, cpu = anonymous_mib(), time.perf_counter(), time.process_time()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from search_helpers import write_corpus
 from test_training import write_rows
 from tiny import make_tokenizer
 
@@ -143,6 +144,20 @@ def test_nested_embeddings_on_a_toy(llm_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(nested, "run", None)
     nested.main(arguments)
     assert len((tmp_path / "nested.jsonl").read_text().splitlines()) == 2
+
+
+def test_encoding_into_shards_on_a_toy(llm_folder, tmp_path, monkeypatch, capsys):
+    """Both sides embed the same, which the script checks itself."""
+    benchmark = load("encode_shards", monkeypatch)
+    corpus, place = write_corpus(tmp_path / "corpus.jsonl", 20), tmp_path / "result.json"
+    options = ["--passages=20", "--rounds=2", "--max_length=64", "--output", str(place)]
+    benchmark.main([llm_folder("llama"), str(corpus), *options])
+    found = json.loads(place.read_text())
+    assert found["passages"] == 20
+    assert found["ratio"] > 0
+    assert len(found["rounds"]) == 2
+    assert str(tmp_path) not in place.read_text()
+    assert "passages a CPU second" in capsys.readouterr().out
 
 
 def test_quantised_similarities(monkeypatch):

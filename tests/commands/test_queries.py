@@ -160,6 +160,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(command, tmp_path, mon
     assert queries.main([*command, "--to", str(file)]) == 0
     assert file.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert contents(Path(f"{file}.parts")) == contents(tmp_path / "whole.jsonl.parts")
+    assert not list(tmp_path.glob(".*"))
 
 
 def _die_in_write(calls: int) -> None:

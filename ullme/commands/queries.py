@@ -141,6 +141,7 @@ def write_queries(
     settings, round_trip = settings or query_writer.WriteSettings(), round_trip or RoundTripSettings()
     round_trip.check()
     folder = Path(f"{file}.parts")
+    atomic_files.sweep(folder.parent, f"*.{Path(file).name}")
     plan = check_corpus(corpus)
     with progress("writing queries", total=query_writer.chosen_documents(plan, settings), unit="document") as bar:
         documents = query_writer.write_parts(writer, corpus, plan, folder, settings, bar.update)

@@ -227,10 +227,10 @@ def _check_settings(folder: Path, writer: QueryWriter, plan: CorpusPlan, setting
     """
     here = {"LLM": writer.fingerprint(), "corpus": plan.sha256, **settings.to_dict()}
     path = folder / SETTINGS
+    atomic_files.sweep(folder)
     if not path.exists():
         write_text(path, json.dumps(here, indent=1, ensure_ascii=False) + "\n")
         return
-    atomic_files.sweep(folder)
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -24,7 +24,12 @@ pytest.importorskip("bm25s")
 SMALL = {
     "train": [
         *("trainer.max_epochs=-1", "trainer.max_steps=2", "trainer.enable_progress_bar=false", "data.batch_size=4"),
-        *("data.num_workers=0", "model.prompts.query=q: {text}", "data.passage_max_length=32"),
+        *(
+            "data.num_workers=0",
+            "model.prompts.query=q: {text}",
+            "data.passage_max_length=32",
+            "data.query_max_length=32",
+        ),
         *("trainer.enable_model_summary=false", "model.backbone.dtype=float32", "model.optimizer.lr=0.1"),
     ],
     "queries": ["document_max_length=16", "max_new_tokens=8", "examples=none", "instruction=", "round_trip=none"],

@@ -240,9 +240,11 @@ def _checked_qrels(adaptation: Adaptation, corpus: Corpus) -> Mapping[str, Mappi
     for _, document in corpus.documents():
         missing.discard(document.id)
     if missing:
+        skipped = "; --on_empty skip leaves out those without text, keep does not" if corpus.on_empty == "skip" else ""
         raise ValueError(
             f"--qrels {path} judges {len(missing)} documents that are not in {corpus.name}, such as "
             f"{sorted(missing)[:3]}; give the corpus that was judged (its ids: --id_column), or remove these lines"
+            f"{skipped}"
         )
     return qrels
 

@@ -122,6 +122,8 @@ def _rows(adaptation: Adaptation) -> list[Step]:
     folder, llm = adaptation.folder, adaptation.llm
     written, rows = folder / "queries.jsonl", folder / "rows.jsonl"
     found = []
+    source, inputs = str(written), {}
+    after: tuple[str, ...] = ("queries",)
     if adaptation.queries is None:
         options = [f"--seed={adaptation.seed}", *adaptation.on_device]
         if adaptation.max_documents is not None:
@@ -130,10 +132,8 @@ def _rows(adaptation: Adaptation) -> list[Step]:
         keeps_for = tuple(one for one in command if one.removeprefix("--").partition("=")[0] not in _ROUND_TRIP)
         parts = (Path(f"{written}.parts"),)
         found.append(Step("queries", command, (written,), keeps=parts, keeps_for=keeps_for))
-        source, inputs, after = str(written), {}, ("queries",)
     else:
-        source, after = adaptation.queries, ()
-        inputs = {"queries": digest_of(adaptation.queries)}
+        source, inputs, after = adaptation.queries, {"queries": digest_of(adaptation.queries)}, ()
     labels = adaptation.method == "query_distillation"
     command = (
         "mine",
