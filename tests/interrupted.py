@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from children import PATIENCE, default_signals
+from lightning.pytorch.utilities import rank_zero_only
 from test_training import arguments, logged  # noqa: F401 - arguments is a fixture
 
 from ullme.commands import train
@@ -53,6 +54,7 @@ def start(arguments, tmp_path):  # noqa: F811
                 if ranks > 1:  # what torchrun and SLURM tell a process
                     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
                     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(ranks)}
+                    rank_zero_only.rank = rank  # which Lightning sets when it is imported
                 play(argv, tmp_path / (log if not rank else f"{log}-{rank}"), then)
             processes.append(pid)
         try:

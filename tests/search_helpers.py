@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,19 @@ class StubEmbedder:
         if on_batch is not None:
             on_batch(len(texts))
         return out / np.linalg.norm(out, axis=1, keepdims=True)
+
+
+class SlowEmbedder(StubEmbedder):
+    """Takes half a second a call, so that a process can be killed in the middle of its work."""
+
+    def embed(self, texts, role, **options):
+        time.sleep(0.5)
+        return super().embed(texts, role, **options)
+
+
+def load_slow() -> tuple[SlowEmbedder, dict]:
+    """As Ray's actors load a model."""
+    return SlowEmbedder(), {}
 
 
 def write_corpus(path: Path, number: int = 10) -> Path:

@@ -34,6 +34,9 @@ def test_quickstart():
     found = namespace["search"](namespace["model"], namespace["rows"][0]["query"])
     assert found[0][0] == 0  # a question that was trained on
     assert found[0][1] > found[1][1] > found[2][1]
+    hits, in_memory = namespace["hits"], namespace["search"](namespace["model"], "my brake grooves are gone")
+    assert [hit.id for hit in hits] == [f"doc{n}" for n, _ in in_memory]
+    assert [hit.score for hit in hits] == pytest.approx([cosine for _, cosine in in_memory], abs=1e-5)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from children import default_signals
 from eval_helpers import write_jsonl
 from interrupted import wait
 from mining_helpers import DOCUMENTS, read
-from search_helpers import contents
+from search_helpers import StubEmbedder, contents
 
 from ullme.commands import encode, mine
 from ullme.search import mining
@@ -61,7 +61,7 @@ def test_likelihoods(folder, place, llm_folder, rows, tmp_path, capsys):
     for before, after in zip(read(tmp_path / "scored.jsonl"), read(tmp_path / "m.jsonl"), strict=True):
         (limit,) = after["pos_likelihoods"]
         assert limit < 0
-        assert max(after["neg_likelihoods"]) <= limit
+        assert all(value <= limit for value in after["neg_likelihoods"])
         likelier = {t for t, v in zip(before["neg"], before["neg_likelihoods"], strict=True) if v > limit}
         assert not likelier & set(after["neg"])
         dropped += len(likelier)
@@ -84,6 +84,9 @@ def test_by_bm25_from_a_corpus_and_from_the_rows(place, rows, tmp_path, capsys):
     capsys.readouterr()
     assert mine.main([*argv, "--to", str(tmp_path / "own.jsonl"), "--range_min=1", "--stopwords=none"]) == 2
     assert "holds rows of another command: the stopwords was 'en' and is 'none' now" in capsys.readouterr().err
+    other = write_jsonl(tmp_path / "other.jsonl", [{**row, "neg": ["something else"]} for row in ROWS])
+    assert mine.main(["--rows", str(other), *argv[2:], "--to", str(tmp_path / "own.jsonl"), "--range_min=1"]) == 2
+    assert "holds embeddings of another command: --corpus was" in capsys.readouterr().err
 
 
 def test_the_rows_passages_by_a_model(rows, llm_folder, tmp_path, capsys):
@@ -212,3 +215,9 @@ def test_ctrl_c(folder, rows, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mining, "TextHashes", stopped)
     assert mine.main([folder, *rows, "--to", str(tmp_path / "m.jsonl")]) == 130
     assert "the same command goes on with the others" in capsys.readouterr().err
+
+
+def test_likelihoods_need_a_causal_llm(folder, rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(encode, "load_model", lambda *options: (StubEmbedder(), {}))
+    assert mine.main([folder, *rows, "--to", str(tmp_path / "m.jsonl"), "--likelihood=st"]) == 2
+    assert "--likelihood st is a sentence-transformers model; name a causal LLM" in capsys.readouterr().err

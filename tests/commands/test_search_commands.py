@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from eval_helpers import save_sentence_transformer
-from search_helpers import contents, write_corpus
+from search_helpers import contents, encoded, write_corpus
 
 from ullme.commands import encode, index, search
 from ullme.models.checkpoint import save_adapter
+from ullme.search.encode import EncodeSettings
 from ullme.search.shards import Shards
 
 
@@ -94,6 +95,40 @@ def test_adapters_and_sentence_transformers(make_model, place, command, capsys):
         assert len(Shards(to)) == 10
         assert search.main([str(to), "title 3 text of document n3", "--k=1", "--device=cpu"]) == 0
         assert "text of document" in capsys.readouterr().out
+
+
+def fails(capsys, *argv: str) -> str:
+    """The one line that ``ullme search`` prints."""
+    assert search.main([*argv]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_bad_folders_and_queries_are_named_before_the_model_is_loaded(tmp_path, capsys):
+    """The folder's model does not exist, so a search that came as far as to load it would say so."""
+    pytest.importorskip("bm25s")
+    folder = encoded(tmp_path / "e")
+    assert index.main([str(folder), "--factory=none", "--bm25"]) == 0
+    to = ["--to", str(tmp_path / "run.trec")]
+    (tmp_path / "none.jsonl").write_text("\n")
+    assert "none.jsonl holds no query; give at least one" in fails(
+        capsys, str(folder), "--queries", str(tmp_path / "none.jsonl"), *to
+    )
+    (tmp_path / "tab.jsonl").write_text('{"_id": "a\\tb", "text": "c"}\n')
+    error = fails(capsys, str(folder), "--queries", str(tmp_path / "tab.jsonl"), *to)
+    assert r"the id 'a\tb' holds white space, which separates the fields of a TREC run" in error
+    vectors = folder / "shard-00001.npy"
+    whole = vectors.read_bytes()
+    vectors.write_bytes(whole[:-1])
+    error = fails(capsys, str(folder), "text", "--method=bm25")
+    assert f"shard-00001.npy has {len(whole) - 1} bytes instead of {len(whole)}); the same `ullme encode`" in error
+    vectors.write_bytes(whole)
+    newer = encoded(tmp_path / "newer" / "e", settings=EncodeSettings(precision="float16"))
+    (folder / "bm25").rename(newer / "bm25")
+    error = fails(capsys, str(newer), "text", "--method=bm25")
+    assert "is an index of other shards than are in" in error
+    assert f"run `ullme index {newer}` again" in error
 
 
 MISTAKES = [

@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny import save_llm
 from torch.profiler import ProfilerActivity, profile
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ullme.models import ULLME
 from ullme.planning.flops import ModelCost, meta_model
-from ullme.planning.memory import Activations, _Traffic, activations, predict
+from ullme.planning.memory import Activations, _attention, _saved_bytes, _Traffic, activations, predict
 
 TOKENS = 512
 
@@ -45,6 +46,32 @@ def test_activations_are_what_a_step_allocates(tmp_path, family, dropout, checkp
 
     step()  # gradients are there from now on
     assert counted.peak(TOKENS, checkpointing) == pytest.approx(peak_bytes(step, tmp_path), rel=0.1)
+
+
+@pytest.mark.parametrize(("dtype", "half"), [("bfloat16", True), ("float32", True), ("float32", False)])
+@pytest.mark.parametrize("family", ["phi", "gpt2"])
+def test_precision_is_that_of_a_run(family, dtype, half, llm_folder, monkeypatch):
+    """A token's saved tensors as in a forward of ULLME under the trainer's autocast, with the kernel's in attention."""
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "max_position_embeddings": 512}
+    model = ULLME(llm_folder(family, **sizes), dtype=dtype, lora_r=4, lora_dropout=0.2).train()
+    counted = activations(
+        meta_model(model.causal_lm.config, model.options, getattr(torch, dtype)),
+        torch.bfloat16 if half else torch.float32,
+    )
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "ullme_sdpa", _attention)
+
+    def saved(rows: int) -> int:
+        ids = torch.ones(rows, 64, dtype=torch.long)
+
+        def run() -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                return model(ids)["rep"]
+
+        return _saved_bytes(run)
+
+    pooled = 4 * 64  # in float32, and a few bytes of packing
+    assert counted.saved > 10 * pooled
+    assert (saved(8) - saved(4)) / 256 == pytest.approx(counted.saved + pooled, abs=pooled / 8)
 
 
 def test_weights_are_not_activations(llm_folder):

@@ -10,7 +10,7 @@ from mining_helpers import DOCUMENTS, cosines, dense, make_folder, read, rows_of
 from search_helpers import StubEmbedder
 
 from ullme.data.records import parse_record
-from ullme.search import bm25
+from ullme.search import bm25, mining
 from ullme.search.mining import mine
 from ullme.search.mining_parts import Parts
 from ullme.search.mining_rows import UnlabelledQueries
@@ -90,7 +90,9 @@ def test_the_margin_is_of_the_least_positive_of_all_rows(folder, tmp_path):
     scores = cosines(query)
     order = np.argsort(-scores)
     rows = [{"query": query, "pos": [DOCUMENTS[order[n]]]} for n in (0, 4)]
-    first, second = mined(tmp_path, rows, dense(folder), MiningSettings(3, absolute_margin=0.0))
+    embedder = StubEmbedder()
+    first, second = mined(tmp_path, rows, dense(folder, embedder), MiningSettings(3, absolute_margin=0.0))
+    assert embedder.embedded == [1]  # one search for both
     assert first["neg_ids"] == second["neg_ids"] == [f"d{n}" for n in order[5:8]]
     assert first["pos_scores"] == pytest.approx([scores[order[0]]], abs=1e-6)
 
@@ -222,3 +224,13 @@ def test_more_than_there_are(folder, tmp_path):
         mine(queries, dense(folder), tmp_path / "q.jsonl", MiningSettings(40, range_min=1))
     with pytest.raises(ValueError, match="--num_negatives 1: candidates of a query without labels are compared"):
         mine(queries, dense(folder), tmp_path / "q.jsonl", MiningSettings(1))
+
+
+def test_blocks_are_larger_where_the_corpus_is(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(mining, "SMALL_BLOCK", 1)
+    mined(tmp_path, QUESTIONS, dense(folder), MiningSettings(3))
+    assert len(list((tmp_path / "m.jsonl.parts").glob("part-*"))) == 5  # 40 // 16 rows each
+    mined(
+        tmp_path / "2", QUESTIONS, dense(folder), MiningSettings(3), query_likelihood=lambda pairs: np.zeros(len(pairs))
+    )
+    assert len(list((tmp_path / "2" / "m.jsonl.parts").glob("part-*"))) == 10

@@ -19,8 +19,8 @@ def test_rows_know_the_positives_of_the_others(tmp_path):
             {"query": "a", "pos": ["p3", "P1 "]},
         ],
     )
-    assert rows[0] == MiningRow("a", ("p1", "p2"), ("P1", "p3"), "find")
-    assert rows[1] == MiningRow("b", ("p1",))
+    assert rows[0] == MiningRow("a", ("p1", "p2"), ("P1", "p1", "p2", "p3"), "find")
+    assert rows[1] == MiningRow("b", ("p1",), ("p1",))
     assert (len(rows), rows.most_positives) == (3, 3)  # "P1 " is a copy of p1
     assert sorted(rows.positive_hashes.tolist()) == sorted(hashes_of(["p1", "p2", "p3"]).tolist())
 

@@ -41,6 +41,10 @@ def test_dense(tmp_path):
         (["passage"], "query", "instruct"),
         (["elsewhere"], "passage", None),
     ]
+    embedder.embedded.clear()
+    retriever.takes_instructions = False  # as of a sentence-transformers model
+    retriever.find(QUESTIONS[1:2], 4)
+    assert [call for call in embedder.embedded if isinstance(call, tuple)] == [(["passage"], "query", None)]
     assert retriever.identity() == {"model": "1", "instruction": "None", "max_length": "None"}
 
 

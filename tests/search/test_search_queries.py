@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
 
-from ullme.search.queries import Hit, check_output, read_queries, write_hits
+from ullme.search.queries import Hit, check_ids, check_output, read_queries, write_hits
+from ullme.utils import atomic_files
 
 
 def test_both_formats_of_queries(tmp_path):
@@ -45,6 +47,24 @@ def test_a_trec_run(tmp_path):
     with pytest.raises(ValueError, match=r"the id 'd 2' holds white space.*to a \.jsonl file"):
         write_hits(tmp_path / "other.trec", HITS, "tag")
     assert not (tmp_path / "other.trec").exists()
+
+
+def test_ids_that_a_trec_run_cannot_hold():
+    for bad in ("a\tb", "a b", ""):
+        with pytest.raises(ValueError, match=r"holds white space, which separates .* write --to a \.jsonl file"):
+            check_ids("run.trec", ["a", bad])
+    check_ids("run.trec", ["a", "b"])
+    check_ids("run.jsonl", ["a b"])
+
+
+def test_a_full_disk_leaves_no_half_result(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(atomic_files.os, "fsync", full)
+    with pytest.raises(ValueError, match=r"run.jsonl' cannot be written \(No space left on device\); free space"):
+        write_hits(tmp_path / "run.jsonl", HITS, "tag")
+    assert not list(tmp_path.iterdir())
 
 
 def test_json_lines(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ullme.search.encode import EncodeSettings
 from ullme.search.searcher import Searcher
 from ullme.search.shards import Shards
 from ullme.search.topk import exact_top_k
+from ullme.utils.atomic_files import StorageError
 
 # The stub embeds equal texts equally, so a document's own text finds it.
 TEXT = "title {0} text of document n{0}".format
@@ -170,6 +172,26 @@ def test_a_full_disk_while_an_index_is_written(own_folder, monkeypatch):
         bm25.build_index(Shards(own_folder))
     assert (own_folder / "bm25" / "index.json").read_bytes() == before
     assert not list(own_folder.glob(".unfinished*"))
+
+
+def test_a_full_disk_while_faiss_writes(own_folder, monkeypatch):
+    """The kernel's own full disk: every write to /dev/full fails."""
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(faiss_index, "_FILE", "/dev/full")
+    with pytest.raises(StorageError, match=r"faiss' cannot be written \(No space left on device\); free space"):
+        faiss_index.build_index(Shards(own_folder))
+    assert not list(own_folder.glob(".unfinished*"))
+    assert not (own_folder / "faiss").exists()
+
+
+def test_an_index_of_faiss_without_faiss(own_folder, monkeypatch):
+    pytest.importorskip("faiss")
+    faiss_index.build_index(Shards(own_folder))
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ValueError, match=r"FAISS is not installed: .*ullme search --exact"):
+        Searcher(own_folder, StubEmbedder(), device="cpu").search([TEXT(2)], 1)
+    exact = Searcher(own_folder, StubEmbedder(), device="cpu", exact=True)
+    assert ids(exact.search([TEXT(2)], 1)[0]) == ["d2"]
 
 
 def test_without_faiss_exact_search_works(own_folder, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from datetime import timedelta
@@ -19,6 +20,7 @@ from ullme.training.signals import ShutdownSignal
 from ullme.utils import atomic_files
 
 _PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
+STOPPED_FILE = "stopped_after_step{}.json"  # in the run folder
 METRICS_KEY = "ullme_metrics"  # in a checkpoint: the metrics that callbacks see
 
 
@@ -39,9 +41,12 @@ class Checkpoint(ModelCheckpoint):
         every_n_train_steps: save every so many steps.
         every_n_epochs: save every so many epochs; 1 unless another interval is given.
         train_time_interval: save after this much time.
+        stop_after_step: save and stop after the first validation at this step or later (without validation: after this
+            step), with the exit status of SIGTERM, 143. ``stopped_after_stepN.json`` in the run folder then has the
+            metric. The same command without this option goes on, with the schedule as it was.
 
     Raises:
-        ValueError: save_top_k below -1, or an interval below 1.
+        ValueError: save_top_k below -1, or an interval or stop_after_step below 1.
     """
 
     def __init__(
@@ -54,11 +59,13 @@ class Checkpoint(ModelCheckpoint):
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
         train_time_interval: timedelta | None = None,
+        stop_after_step: int | None = None,
     ) -> None:
         for name, value, least in (
             ("save_top_k", save_top_k, -1),
             ("every_n_train_steps", every_n_train_steps, 1),
             ("every_n_epochs", every_n_epochs, 1),
+            ("stop_after_step", stop_after_step, 1),
         ):
             if value is not None and value < least:
                 raise ValueError(f"checkpoint.{name}={value} must be at least {least}")
@@ -79,6 +86,7 @@ class Checkpoint(ModelCheckpoint):
         self._every_n_train_steps = every_n_train_steps or 0
         self._every_n_epochs = every_n_epochs or (0 if other else 1)
         self._train_time_interval = train_time_interval
+        self._stop_after_step = stop_after_step
         self._due = self._before_validation = False
         self._metrics: dict[str, Tensor] = {}
         self._shutdown = ShutdownSignal()
@@ -121,6 +129,9 @@ class Checkpoint(ModelCheckpoint):
         leave = self._asked_to_leave(trainer)
         if _validation_follows(trainer):
             return
+        if self.monitor is None and self._reached_last_step(trainer):
+            leave = True
+            self._stop(trainer)
         if self._due or leave:
             self._save(trainer, ranked=self.monitor is None and self._due)
 
@@ -140,6 +151,8 @@ class Checkpoint(ModelCheckpoint):
             return
         every = self._every_n_epochs
         due = self._due or (every > 0 and (trainer.current_epoch + 1) % every == 0)
+        if self._reached_last_step(trainer):
+            self._stop(trainer)
         self._save(trainer, ranked=due if self.monitor is None else self.monitor in trainer.callback_metrics)
         self._due = False
 
@@ -214,6 +227,23 @@ class Checkpoint(ModelCheckpoint):
         leave = self._shutdown.received_by_any_rank(trainer)
         trainer._signal_connector.received_sigterm |= leave
         return leave
+
+    def _reached_last_step(self, trainer: L.Trainer) -> bool:
+        return self._stop_after_step is not None and trainer.global_step >= self._stop_after_step
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        """Write the metric down; Lightning then makes all ranks leave as after SIGTERM, once this step is saved."""
+        if trainer.is_global_zero:
+            value = None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
+            note = {
+                "step": trainer.global_step,
+                "monitor": self.monitor,
+                "value": None if value is None else float(value),
+            }
+            place = Path(trainer.default_root_dir) / STOPPED_FILE.format(self._stop_after_step)
+            atomic_files.write_atomically(place, lambda file: _write(file, json.dumps(note)))
+        self._shutdown.name = f"checkpoint.stop_after_step={self._stop_after_step}"
+        trainer._signal_connector.received_sigterm = True
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """On a signal, print how to resume, and exit with the status of a process that the signal ended."""

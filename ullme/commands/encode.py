@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,16 @@ from ullme.commands.evaluate import MODEL_OPTIONS, PROMPT_OPTIONS
 from ullme.utils.errors import run_command
 
 if TYPE_CHECKING:
-    from ullme.search.corpus import Corpus
+    from ullme.search.corpus import Corpus, CorpusPlan
     from ullme.search.embedder import TextEmbedder
-    from ullme.search.encode import EncodeSettings
+    from ullme.search.encode import Encoded, EncodeSettings
+    from ullme.search.ray_engine import ActorPool
 
 DESCRIPTION = (
     "Embed a corpus into a folder of shards: memory-mapped vectors with their ids and texts, and a manifest that says "
     "by which model and prompts. `ullme search` searches it. A command that was stopped goes on where it was when it "
-    "is given again. Several GPUs: torchrun --nproc-per-node N -m ullme encode ..., or --shard I/N in each job of a "
-    "SLURM array; both write the same shards."
+    "is given again. Several GPUs: torchrun --nproc-per-node N -m ullme encode ..., --shard I/N in each job of a "
+    "SLURM array, or --engine ray on a Ray cluster; all write the same shards."
 )
 # Options of MODEL_OPTIONS that say how the model is used, not how it is loaded.
 _NOT_LOADING = ("device", "max_length", "truncate_dim")
@@ -51,6 +53,12 @@ def parser() -> ArgumentParser:
     work.add_argument("--batch_size", type=int | None, help="texts of average length in a forward (default: by device)")
     work.add_argument("--shard", type=str | None, metavar="I/N", help="write only every Nth shard, from number I on")
     work.add_argument("--progress", type=bool, default=True, help="progress bar")
+    work.add_argument("--engine", type=str, default="local", help="local, or ray: pip install 'ullme[ray]'")
+    ray = options.add_argument_group("Ray, with --engine ray")
+    ray.add_argument("--ray_address", type=str | None, help="of the cluster (default: the one here, or a new one)")
+    ray.add_argument("--actors", type=int | None, help="workers at the most (default: as many as there is room for)")
+    ray.add_argument("--actor_cpus", type=int, default=1, help="CPUs of a worker")
+    ray.add_argument("--actor_gpus", type=float | None, help="GPUs of a worker (default: 1, or 0 where there are none)")
     return options
 
 
@@ -79,15 +87,48 @@ def _run(options: Any) -> int:
     if options.corpus is None or options.to is None:
         raise ValueError("give --corpus FILE, FOLDER or DATASET, and --to FOLDER")
     from ullme.search.corpus import SHARD_ROWS, check_corpus
-    from ullme.search.encode import encode_corpus, local_device, own_part
 
-    settings, part = _settings(options), own_part(options.shard)
+    encode = _engine(options)
     corpus = open_chosen_corpus(options)
-    shard_rows = SHARD_ROWS if options.shard_rows is None else options.shard_rows
-    plan = check_corpus(corpus, shard_rows)
+    plan = check_corpus(corpus, SHARD_ROWS if options.shard_rows is None else options.shard_rows)
     _print_empty(corpus, plan)
-    embedder, model_options = _load(options, options.device or local_device())
-    done = encode_corpus(
+    done = encode(corpus, plan)
+    state = "all shards are there" if done.finished else "other shards are still missing"
+    written = sum(plan.shards[number].rows for number in done.written)
+    print(f"{options.to}: {written} of {plan.documents} documents encoded by this command; {state}")
+    return 0
+
+
+def _engine(options: Any) -> Callable[[Corpus, CorpusPlan], Encoded]:
+    """What encodes a checked corpus. Raises: ValueError: a mistake in the options, or Ray is not installed."""
+    from ullme.search.encode import own_part
+
+    settings = _settings(options)
+    part = own_part(options.shard)
+    if options.engine == "local":
+        return partial(_encode_here, options, settings, part)
+    if options.engine != "ray":
+        raise ValueError(f"--engine {options.engine}: choose local or ray")
+    from ullme.search.ray_engine import ActorPool, import_ray
+
+    pool = ActorPool(options.ray_address, options.actors, options.actor_cpus, options.actor_gpus)
+    pool.check()
+    if part != (0, 1):
+        raise ValueError("--engine ray divides the work itself; start it once, without --shard and without torchrun")
+    if options.device is not None:
+        raise ValueError("--engine ray chooses the devices; leave --device out, and give --actor_gpus 0 to use CPUs")
+    import_ray()
+    return partial(_encode_on_ray, options, settings, pool)
+
+
+def _encode_here(
+    options: Any, settings: EncodeSettings, part: tuple[int, int], corpus: Corpus, plan: CorpusPlan
+) -> Encoded:
+    """In this process, which may be one of several."""
+    from ullme.search.encode import encode_corpus, local_device
+
+    embedder, model_options = load_model(options.model, options.device or local_device(), *_loading(options))
+    return encode_corpus(
         embedder,
         corpus,
         options.to,
@@ -98,10 +139,25 @@ def _run(options: Any) -> int:
         part=part,
         show_progress_bar=options.progress and part[0] == 0,
     )
-    state = "all shards are there" if done.finished else "other shards are still missing"
-    written = sum(plan.shards[number].rows for number in done.written)
-    print(f"{options.to}: {written} of {plan.documents} documents encoded by this command; {state}")
-    return 0
+
+
+def _encode_on_ray(
+    options: Any, settings: EncodeSettings, pool: ActorPool, corpus: Corpus, plan: CorpusPlan
+) -> Encoded:
+    """In the actors of a Ray cluster."""
+    from ullme.search.ray_engine import encode_corpus_on_ray
+
+    load = partial(load_model, stored_name(options.model), None, *_loading(options))
+    return encode_corpus_on_ray(
+        load,
+        corpus,
+        plan,
+        options.to,
+        settings,
+        model_name=stored_name(options.model),
+        pool=pool,
+        show_progress_bar=options.progress,
+    )
 
 
 def _settings(options: Any) -> EncodeSettings:
@@ -119,11 +175,11 @@ def _print_empty(corpus: Corpus, plan: Any) -> None:
         print(f"encode: {number} documents of {corpus.name} have no text and are {what}", file=sys.stderr)
 
 
-def _load(options: Any, device: str | None) -> tuple[TextEmbedder, dict[str, Any]]:
-    """The model, and the options to load it with again."""
+def _loading(options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of loading, and the prompts, that were given."""
     given = {name: options[name] for name in MODEL_OPTIONS if name not in _NOT_LOADING}
     prompts = {field: options[name] for name, (field, *_) in PROMPT_OPTIONS.items() if name != "instruction"}
-    return load_model(options.model, device, given, {k: v for k, v in prompts.items() if v is not None})
+    return given, {k: v for k, v in prompts.items() if v is not None}
 
 
 def load_model(

@@ -95,7 +95,7 @@ def parser() -> ArgumentParser:
     teacher.add_argument("--passage_max_length", type=int, default=256, help="tokens of a passage that the LLM reads")
     teacher.add_argument("--query_max_length", type=int, default=64, help="tokens of a query that it scores")
     work = options.add_argument_group("Work")
-    work.add_argument("--block_rows", type=int | None, help="queries that are searched together (default: 4096)")
+    work.add_argument("--block_rows", type=int | None, help="queries that are searched together (default: 512 to 4096)")
     work.add_argument("--dtype", type=str | None, help="of --model and --likelihood: auto, float32, bfloat16, float16")
     work.add_argument("--device", type=str | None, help="such as cuda:0 or cpu (default: a GPU if there is one)")
     return options
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: Any) -> int:
     settings = _settings(options)
-    from ullme.search.mining import BLOCK_ROWS, mine
+    from ullme.search.mining import mine
     from ullme.search.mining_parts import Parts, check_on_fewer
 
     check_on_fewer(options.on_fewer)
@@ -135,7 +135,7 @@ def _run(options: Any) -> int:
         query_likelihood=likelihood,
         likelihood_name=name,
         on_fewer=options.on_fewer,
-        block_rows=BLOCK_ROWS if options.block_rows is None else options.block_rows,
+        block_rows=options.block_rows,
     )
     print(_summary(options, rows, written))
     return 0
@@ -188,6 +188,7 @@ def _rows(options: Any) -> MiningRows:
 
 
 def _retriever(options: Any, parts: Parts, rows: MiningRows) -> Retriever:
+    from ullme.search.mining_rows import LabelledRows
     from ullme.search.retrievers import BM25Retriever, DenseRetriever
     from ullme.search.searcher import Searcher
     from ullme.search.shards import Shards
@@ -214,7 +215,10 @@ def _retriever(options: Any, parts: Parts, rows: MiningRows) -> Retriever:
         max_length=options.max_length,
         exact=True,
     )
-    return DenseRetriever(searcher)
+    retriever = DenseRetriever(searcher)
+    if isinstance(rows, LabelledRows) and rows.source.longest_instruction and not retriever.takes_instructions:
+        print("mine: the rows' instructions are not used; the model has prompts of its own", file=sys.stderr)
+    return retriever
 
 
 def _corpus(options: Any, parts: Parts, rows: MiningRows) -> Any:
@@ -227,8 +231,7 @@ def _corpus(options: Any, parts: Parts, rows: MiningRows) -> Any:
 
     assert isinstance(rows, LabelledRows)
     path = parts.folder / "passages.jsonl"
-    if not path.exists():
-        write_passages(rows.source, path)
+    write_passages(rows.source, path)  # again, for the rows may have other negatives now
     return open_corpus(str(path))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -82,7 +83,7 @@ def _check(options: Any) -> None:
 def _run(options: Any) -> int:
     _check(options)
     from ullme.commands.evaluate import silence_libraries
-    from ullme.search.queries import check_output, read_queries, write_hits
+    from ullme.search.queries import check_ids, check_output, read_queries, write_hits
     from ullme.search.searcher import Searcher
 
     queries = {"": options.text} if options.queries is None else read_queries(options.queries)
@@ -97,6 +98,8 @@ def _run(options: Any) -> int:
         max_length=options.max_length,
         exact=options.exact,
     )
+    if options.to is not None:  # before hours of searching
+        check_ids(options.to, chain(queries, searcher.shards.all_ids()))
     found = searcher.search(list(queries.values()), options.k, options.method)
     if options.to is None:
         _print_hits(found[0], options.json)

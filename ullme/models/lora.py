@@ -10,6 +10,7 @@ PEFT's modules, weight names and file formats do not change, only the class of :
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -156,6 +157,10 @@ def modules_to_exclude(model: nn.Module) -> list[str]:
 @torch.no_grad()
 def _computes_linear(layer: nn.Linear) -> bool:
     """Whether a layer that overrides ``forward`` still computes W x + b, as Falcon's does."""
+    if layer.weight.is_meta:  # has no numbers to compare, and any will do
+        layer = copy.deepcopy(layer).to_empty(device="cpu")
+        for parameter in layer.parameters():
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
     x = torch.linspace(-1, 1, 2 * layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
     x = x.view(1, 2, layer.in_features)
     try:
@@ -167,7 +172,12 @@ def _computes_linear(layer: nn.Linear) -> bool:
 
 
 def _merging_is_cheaper(x: Tensor, weight: Tensor) -> bool:
-    """Whether to compute W + s B A first: not for few rows, nor in half precision, which would lose the update."""
+    """Whether to compute W + s B A first: not for few rows, nor in half precision, which would lose the update.
+
+    Nor in a compiled graph, which would hold for either few or many rows.
+    """
+    if torch.compiler.is_compiling():
+        return False
     rows, (out, width) = x.numel() // x.shape[-1], weight.shape
     return weight.dtype.itemsize >= 4 and rows * (out + width) > 2 * out * width
 

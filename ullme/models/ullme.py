@@ -19,6 +19,7 @@ from ullme.models.latent_attention import make_pooler
 from ullme.models.loading import set_attention_dropout, turn_off_dropout
 from ullme.models.pooling import pool, select_pooled
 from ullme.prompts import Prompts, PromptTokenizer, Role
+from ullme.utils.precision import autocast_is_needless
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -281,8 +282,7 @@ class ULLME(nn.Module):
             return nullcontext()
         key = (torch.get_autocast_dtype(device), next(self.causal_lm.parameters()).dtype)
         if self._autocast_is_needless is None or self._autocast_is_needless[0] != key:
-            dtypes = {p.dtype for name, p in self.causal_lm.named_parameters() if ".lora_" not in name}
-            self._autocast_is_needless = key, dtypes == {key[0]}
+            self._autocast_is_needless = key, autocast_is_needless(self.causal_lm, key[0])
         return torch.autocast(device, enabled=False) if self._autocast_is_needless[1] else nullcontext()
 
     def _check_lm_head(self) -> None:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ullme.models.attention import decoder_layers
 from ullme.models.attention.packing import no_mask
 from ullme.planning.flops import ModelCost
+from ullme.utils.precision import autocast_is_needless
 
 GIB = 2**30
 # Bytes of a CUDA context with the workspaces of its libraries; of a process that has imported what training needs.
@@ -101,8 +102,9 @@ def activations(model: Any, compute: torch.dtype) -> Activations:
             mask = no_mask(ids.device)
             return decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
 
-        # Under autocast bfloat16 weights too leave float32 activations behind, such as those of powers and norms.
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16)
+        # As ULLME runs it: bfloat16 weights without autocast, which would leave float32 activations behind (powers).
+        mixed = compute == torch.bfloat16 and not autocast_is_needless(causal_lm, compute)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=mixed)
         with mode, autocast, _Traffic() as traffic:
             return _saved_bytes(run), traffic.bytes
 

@@ -303,6 +303,11 @@ class HubReader:
                 raise ValueError(f"--corpus {name} has the splits {', '.join(found)}; choose one with --corpus_split")
             (found,) = found.values()
         self.dataset = found
+        self._arguments = name, config, split
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another machine loads the dataset into its own cache."""
+        return HubReader, self._arguments
 
     def rows(self, start: Position | None = None) -> Iterator[Row]:
         row = start.offset if start else 0

@@ -99,9 +99,9 @@ def encode_corpus(
     plan = plan or check_corpus(corpus, shard_rows)
     settings = begin(embedder, corpus, plan, folder, settings, model_name, model_options)
     mine = list(range(part[0], len(plan.shards), part[1]))
-    _remove_unfinished(folder, mine, part[0] == 0)
+    remove_unfinished(folder, mine, part[0] == 0)
     missing = shards.missing_shards(folder, mine)
-    with _bar(plan, missing, show_progress_bar) as bar:
+    with progress_bar(plan, missing, show_progress_bar) as bar:
         for number in missing:
             encode_shard(embedder, corpus, plan, folder, settings, number, bar.update)
     return Encoded(missing, shards.finish(folder), plan)
@@ -176,7 +176,7 @@ def encode_shard(
     shards.write_shard(folder, number, vectors, documents, settings.precision)
 
 
-def _remove_unfinished(folder: Path, numbers: list[int], manifest: bool) -> None:
+def remove_unfinished(folder: Path, numbers: list[int], manifest: bool) -> None:
     """Remove what a killed process left of these shards. Other workers' files stay: they may run on other hosts."""
     for number in numbers:
         atomic_files.sweep(folder, f"*.{shards.shard_name(number)}.*")
@@ -184,7 +184,8 @@ def _remove_unfinished(folder: Path, numbers: list[int], manifest: bool) -> None
         atomic_files.sweep(folder, f"*.{shards.MANIFEST}")
 
 
-def _bar(plan: CorpusPlan, missing: list[int], show: bool) -> Any:
+def progress_bar(plan: CorpusPlan, missing: list[int], show: bool) -> Any:
+    """A bar of documents, of which those of the other shards are there already."""
     from tqdm.auto import tqdm
 
     rows = sum(plan.shards[number].rows for number in missing)

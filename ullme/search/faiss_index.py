@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,11 @@ def build_index(
             bar.update(len(vectors))
 
     def write(folder: Path) -> dict[str, Any]:
-        faiss.write_index(index, str(folder / _FILE))
+        # FAISS's own file prints an error of the last write and goes on
+        with (folder / _FILE).open("wb") as file:
+            faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+            file.flush()
+            os.fsync(file.fileno())
         return {"factory": factory, "parameters": parameters, "faiss": faiss.__version__}
 
     index_files.write_index(shards, FOLDER, write)

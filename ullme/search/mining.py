@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ullme.search.corpus import Document
 from ullme.search.mining_parts import OnFewer, Parts, Written, check_on_fewer
 from ullme.search.mining_rows import MiningRow, MiningRows
 from ullme.search.mining_settings import MiningSettings
@@ -19,8 +20,9 @@ from ullme.search.retrievers import Question, Retriever
 from ullme.search.text_hashes import TextHashes, hashes_of, text_hash
 from ullme.utils.progress import progress
 
-# Rows whose queries are searched together: each block reads the vectors of the whole corpus once.
-BLOCK_ROWS = 4096
+# Rows whose queries are searched together, and whose negatives are a part of the file: each block reads the vectors of
+# the whole corpus once, so that blocks are large where that takes long.
+SMALL_BLOCK, LARGE_BLOCK = 512, 4096
 
 # n pairs of query and passage -> (n,) log π(query | passage), in nats a token of the query.
 QueryLikelihood = Callable[[Sequence[tuple[str, str]]], np.ndarray]
@@ -32,7 +34,7 @@ class Candidates(NamedTuple):
     Args:
         scores: (n,) float32 in decreasing order.
         rows: (n,) int64 documents.
-        positives: (p,) float32 scores of its known positives; NaN where there is no saying.
+        positives: (p,) float32 scores of its known positives, in their order; NaN where there is no saying.
         positive_rows: (p,) the documents that they are; -1 for none.
     """
 
@@ -65,7 +67,7 @@ def mine(
     query_likelihood: QueryLikelihood | None = None,
     likelihood_name: str | None = None,
     on_fewer: OnFewer = "keep",
-    block_rows: int = BLOCK_ROWS,
+    block_rows: int | None = None,
 ) -> Written:
     """Mine negatives and write them as training rows; the same call again does what is missing.
 
@@ -84,12 +86,14 @@ def mine(
         likelihood_name: changes with whatever changes ``query_likelihood``.
         on_fewer: a row that gets fewer negatives than asked for is written with them (``keep``), left out (``skip``),
             or an error (``stop``). A query without labels needs two candidates at least.
-        block_rows: rows whose queries are searched together.
+        block_rows: rows whose queries are searched together; None: 512 to 4,096, more with more documents.
 
     Raises:
         ValueError: a value out of range, a file or parts of another command, or a disk that cannot be written.
     """
     settings = settings or MiningSettings()
+    if block_rows is None:
+        block_rows = _usual_block(retriever, query_likelihood is not None)
     _check(settings, rows, retriever, query_likelihood, on_fewer, block_rows)
     parts = Parts(file)
     parts.check(
@@ -123,6 +127,12 @@ def mine(
     written = parts.finish(len(blocks), settings.num_negatives, field, least, on_fewer)
     written.outside = outside
     return written
+
+
+def _usual_block(retriever: Retriever, likelihoods: bool) -> int:
+    if retriever.name != "dense" or likelihoods:  # the search is no faster, or not what takes long
+        return SMALL_BLOCK
+    return min(max(SMALL_BLOCK, len(retriever.shards) // 16), LARGE_BLOCK)
 
 
 def _check(
@@ -166,29 +176,25 @@ class _Miner:
         self.last, self.depth = settings.depth(rows.most_positives)
 
     def mine(self, block: Sequence[MiningRow]) -> list[dict[str, Any]]:
-        """The lines of a block of rows."""
-        candidates = self._candidates(self._questions(block))
-        chosen = self._choose(block, candidates)
+        """The lines of a block of rows. Rows with one query have one search and the same negatives."""
+        first: dict[tuple[str, str | None], MiningRow] = {}
+        for row in block:
+            first.setdefault((row.query, row.instruction), row)
+        queries = list(first.values())
+        candidates = self._candidates(self._questions(queries))
+        chosen = self._choose(queries, candidates)
         rows = [found.rows[choice.places] for found, choice in zip(candidates, chosen, strict=True)]
-        documents = iter(self.retriever.shards.documents(np.concatenate(rows)))
-        lines = []
-        for row, found, choice in zip(block, candidates, chosen, strict=True):
-            own = [next(documents) for _ in choice.places]
-            texts, ids = [document.text for document in own], [document.id for document in own]
-            scores = _numbers(found.scores[choice.places])
-            lines.append(
-                self._labelled_line(row, found, choice, texts, ids, scores)
-                if self.labelled
-                else _unlabelled_line(row, choice, texts, ids, scores)
-            )
-        return lines
+        documents = self.retriever.shards.documents(np.concatenate(rows))
+        ends = np.cumsum(list(map(len, rows))).tolist()
+        negatives = [documents[low:high] for low, high in zip([0, *ends], ends, strict=False)]
+        line = self._labelled_line if self.labelled else _unlabelled_line
+        of = dict(zip(first, zip(candidates, chosen, negatives, strict=True), strict=True))
+        return [line(row, *of[row.query, row.instruction]) for row in block]
 
-    def _questions(self, block: Sequence[MiningRow]) -> list[Question]:
-        known = [[*row.positives, *row.others] for row in block]
-        places = iter(self.hashes.find([text for texts in known for text in texts]).tolist())
+    def _questions(self, queries: Sequence[MiningRow]) -> list[Question]:
+        places = iter(self.hashes.find([text for row in queries for text in row.known]).tolist())
         return [
-            Question(row.query, texts, [next(places) for _ in texts], row.instruction)
-            for row, texts in zip(block, known, strict=True)
+            Question(row.query, list(row.known), [next(places) for _ in row.known], row.instruction) for row in queries
         ]
 
     def _candidates(self, questions: Sequence[Question]) -> list[Candidates]:
@@ -227,11 +233,9 @@ class _Miner:
     ) -> list[Chosen]:
         """Score as many candidates as are still missing, drop what is too likely, and so on with the next ones."""
         assert self.query_likelihood is not None
-        known = [(row.query, text) for row in block for text in (*row.positives, *row.others)]
-        positives = self._split(
-            self.query_likelihood(known) if known else np.empty(0),
-            [len(row.positives) + len(row.others) for row in block],
-        )
+        known = [(row.query, text) for row in block for text in row.known]
+        scored = self.query_likelihood(known) if known else np.empty(0)
+        positives = self._split(scored, [len(row.known) for row in block])
         margin = self.settings.likelihood_margin
         limits = [np.inf if margin is None else own.min() - margin for own in positives]
         taken: list[dict[int, float]] = [{} for _ in block]
@@ -258,22 +262,22 @@ class _Miner:
         return np.split(values, np.cumsum(counts)[:-1])
 
     def _labelled_line(
-        self, row: MiningRow, found: Candidates, choice: Chosen, texts: list[str], ids: list[str], scores: list[Any]
+        self, row: MiningRow, found: Candidates, choice: Chosen, negatives: Sequence[Document]
     ) -> dict[str, Any]:
-        own = len(row.positives)
-        rows = np.array(found.positive_rows[:own])
-        known = iter(self.retriever.shards.ids(rows[rows >= 0]))
+        own = [row.known.index(text) for text in row.positives]
+        rows = np.array(found.positive_rows)[own]
+        ids = iter(self.retriever.shards.ids(rows[rows >= 0]))
         line: dict[str, Any] = {
             "query": row.query,
             "pos": list(row.positives),
-            "neg": texts,
-            "pos_scores": _numbers(found.positives[:own]),
-            "neg_scores": scores,
-            "pos_ids": [next(known) if place >= 0 else None for place in rows],
-            "neg_ids": ids,
+            "neg": [document.text for document in negatives],
+            "pos_scores": _numbers(found.positives[own]),
+            "neg_scores": _numbers(found.scores[choice.places]),
+            "pos_ids": [next(ids) if place >= 0 else None for place in rows],
+            "neg_ids": [document.id for document in negatives],
         }
         if choice.positives is not None:
-            line["pos_likelihoods"] = _numbers(choice.positives[:own])
+            line["pos_likelihoods"] = _numbers(choice.positives[own])
             line["neg_likelihoods"] = _numbers(choice.likelihoods)
         if row.instruction is not None:
             line["prompt"] = row.instruction
@@ -281,10 +285,15 @@ class _Miner:
 
 
 def _unlabelled_line(
-    row: MiningRow, choice: Chosen, texts: list[str], ids: list[str], scores: list[Any]
+    row: MiningRow, found: Candidates, choice: Chosen, negatives: Sequence[Document]
 ) -> dict[str, Any]:
-    line: dict[str, Any] = {"_id": row.id, "query": row.query, "candidates": texts, "scores": scores}
-    line["candidate_ids"] = ids
+    line: dict[str, Any] = {
+        "_id": row.id,
+        "query": row.query,
+        "candidates": [document.text for document in negatives],
+        "scores": _numbers(found.scores[choice.places]),
+        "candidate_ids": [document.id for document in negatives],
+    }
     if choice.likelihoods is not None:
         line["likelihoods"] = _numbers(choice.likelihoods)
     return line

@@ -6,6 +6,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -22,14 +23,14 @@ class MiningRow(NamedTuple):
     Args:
         query: its text.
         positives: of this row.
-        others: positives of the other rows with this query.
+        known: sorted, the positives of all rows with this query.
         instruction: the row's own; None for the model's.
         id: of the query; None for a row, which has none.
     """
 
     query: str
     positives: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
+    known: tuple[str, ...] = ()
     instruction: str | None = None
     id: str | None = None
 
@@ -75,6 +76,7 @@ class LabelledRows:
                 f"--rows {name}: the rows have no positives; give the queries as --queries, JSON lines of _id and text"
             )
         self.source, self.name = source, name
+        self._known = lru_cache(1024)(lambda query: tuple(sorted(source.positives_of(query))))
         queries, positives, digest = array("Q"), array("Q"), hashlib.sha256()
         for number in progress(f"reading {name}", range(len(source)), unit="row"):
             record: Record = source[number]
@@ -93,8 +95,7 @@ class LabelledRows:
 
     def __getitem__(self, number: int) -> MiningRow:
         record = self.source[number]
-        others = self.source.positives_of(record.query) - set(record.positives)
-        return MiningRow(record.query, record.positives, tuple(sorted(others)), record.instruction)
+        return MiningRow(record.query, record.positives, self._known(record.query), record.instruction)
 
 
 class UnlabelledQueries:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,6 +76,18 @@ def check_output(file: str | Path) -> None:
     atomic_files.check_writable(path.absolute().parent, "--to")
 
 
+def check_ids(file: str | Path, ids: Iterable[str]) -> None:
+    """Raises: ValueError: the file is a TREC run, and an id holds white space, which separates the fields there."""
+    if Path(file).suffix == ".jsonl":
+        return
+    for key in ids:
+        if len(key.split()) != 1:
+            raise ValueError(
+                f"--to {file}: the id {key!r} holds white space, which separates the fields of a TREC run; write "
+                "--to a .jsonl file instead"
+            )
+
+
 def write_hits(file: str | Path, hits: Mapping[str, Sequence[Hit]], tag: str) -> None:
     """Write a file for :func:`read_queries`'s ids.
 
@@ -95,12 +107,7 @@ def write_hits(file: str | Path, hits: Mapping[str, Sequence[Hit]], tag: str) ->
             for query, found in hits.items()
         ]
     else:
-        for key in (*hits, *(hit.id for found in hits.values() for hit in found)):
-            if len(key.split()) != 1:
-                raise ValueError(
-                    f"--to {file}: the id {key!r} holds white space, which separates the fields of a TREC run; write "
-                    "--to a .jsonl file instead"
-                )
+        check_ids(path, (*hits, *(hit.id for found in hits.values() for hit in found)))
         lines = [
             f"{query} Q0 {hit.id} {rank} {hit.score:.9g} {tag}"
             for query, found in hits.items()

@@ -72,12 +72,16 @@ class DenseRetriever:
 
     Args:
         searcher: of the folder.
+
+    Attributes:
+        takes_instructions: whether a query's own instruction is used; sentence-transformers models have prompts.
     """
 
     name, scores_all = "dense", True
 
     def __init__(self, searcher: Searcher) -> None:
         self.searcher, self.shards = searcher, searcher.shards
+        self.takes_instructions = self.shards.manifest["model"]["kind"] != "sentence-transformers"
 
     def identity(self) -> dict[str, str]:
         stored = self.shards.manifest["model"]["revision"]
@@ -95,8 +99,9 @@ class DenseRetriever:
     def _queries(self, questions: Sequence[Question]) -> np.ndarray:
         """(Q, D)."""
         out = np.empty((len(questions), self.shards.dimensions), dtype=np.float32)
-        for instruction in dict.fromkeys(question.instruction for question in questions):
-            own = [n for n, question in enumerate(questions) if question.instruction == instruction]
+        instructions = [question.instruction if self.takes_instructions else None for question in questions]
+        for instruction in dict.fromkeys(instructions):
+            own = [n for n, other in enumerate(instructions) if other == instruction]
             out[own] = self.searcher.embed([questions[n].query for n in own], instruction)
         return out
 

@@ -24,11 +24,13 @@ class ShutdownSignal:
     Attributes:
         received: whether this process received a signal.
         status: the exit status: 143 after SIGTERM, 130 after Ctrl-C.
+        name: what stopped the run, where it was no signal.
     """
 
     def __init__(self) -> None:
         self.received = False
         self.status = TERMINATED
+        self.name: str | None = None
         self._terminated = self._requeue = False
         self._requeue_signal: int | None = None
         self._interrupted_at: float | None = None
@@ -73,7 +75,7 @@ class ShutdownSignal:
 
     def announce(self, saved: str) -> None:
         """Print how to resume, and requeue a SLURM job whose time limit is near."""
-        name = "Ctrl-C" if self.status == INTERRUPTED else "SIGTERM"
+        name = self.name or ("Ctrl-C" if self.status == INTERRUPTED else "SIGTERM")
         print(f"{name}: {saved}; the same command goes on from there", flush=True)
         if self._requeue:
             requeue_slurm_job()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 # Replaces the measurement, such as "float32=72,bfloat16=0.7". It is set after a measurement: child processes inherit
 # it, so that the ranks that Lightning starts decide as the first one.
@@ -28,6 +29,11 @@ _HALF = ("bfloat16", "float16")
 _ROWS, _WIDTH, _REPEATS = 64, 512, 5
 # Seconds after which a product is not repeated: it is slow, and no repetition changes that.
 _ENOUGH = 0.01
+
+
+def autocast_is_needless(llm: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether all weights of an LLM, adapters aside, have autocast's dtype already, so it runs without autocast."""
+    return {p.dtype for name, p in llm.named_parameters() if ".lora_" not in name} == {dtype}
 
 
 @dataclass(frozen=True)
