@@ -64,7 +64,8 @@ def main() -> None:
         count = math.ceil(found[name] * seconds / tokens)
         print(f"{name} on one H200 wants {found[name]:,.0f} tokens/s: {count} worker(s)")
     place = Path(__file__).parent / "results" / "loader.json"
-    place.write_text(json.dumps({"machine": machine(), **found}, indent=1) + "\n")
+    known = json.loads(place.read_text()) if place.is_file() else {}  # what loader_start.py measured stays
+    place.write_text(json.dumps({**known, "machine": machine(), **found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

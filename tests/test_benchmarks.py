@@ -11,6 +11,7 @@ import pytest
 import torch
 from search_helpers import write_corpus
 from test_training import write_rows
+from tiny import make_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -170,3 +171,19 @@ def test_quantised_similarities(monkeypatch):
     torch.testing.assert_close(left @ right.T, 2 * equal - 1)
     left, right = nested.quantised(queries, corpus, "int8")
     assert 0 < (left @ right.T - queries @ corpus.T).abs().max() < 0.01
+
+
+def test_the_start_on_many_rows_is_measured(tmp_path, monkeypatch):
+    benchmark = load("loader_start", monkeypatch)
+    benchmark.write_rows(tmp_path / "train.jsonl", 2001)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == 2001
+    assert len({row["query"] for row in rows}) == 2000  # row 1000 has the query of row 500
+    assert len({row["pos"][0] for row in rows}) == 2001
+    folder = tmp_path / "tokenizer"
+    make_tokenizer().save_pretrained(folder)
+    found = benchmark.start(str(tmp_path / "train.jsonl"), str(folder), 1)
+    assert found.keys() == {
+        *("seconds", "cpu_seconds", "memory_mib", "rows_read_per_cpu_second", "rows_tokenised_per_cpu_second")
+    }
+    assert all(found[name] > 0 for name in found.keys() - {"memory_mib"})

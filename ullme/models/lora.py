@@ -172,7 +172,12 @@ def _computes_linear(layer: nn.Linear) -> bool:
 
 
 def _merging_is_cheaper(x: Tensor, weight: Tensor) -> bool:
-    """Whether to compute W + s B A first: not for few rows, nor in half precision, which would lose the update."""
+    """Whether to compute W + s B A first: not for few rows, nor in half precision, which would lose the update.
+
+    Nor in a compiled graph, which would hold for either few or many rows.
+    """
+    if torch.compiler.is_compiling():
+        return False
     rows, (out, width) = x.numel() // x.shape[-1], weight.shape
     return weight.dtype.itemsize >= 4 and rows * (out + width) > 2 * out * width
 

@@ -38,6 +38,7 @@ class Cell:
         row_id: of the row.
         seed: of the training.
         overrides: from the command line.
+        stop_after: the step after which the training stops, for a sweep; None trains to the end and evaluates.
     """
 
     table: Table
@@ -45,6 +46,7 @@ class Cell:
     row_id: str
     seed: int
     overrides: Overrides = field(default_factory=Overrides)
+    stop_after: int | None = None
 
     @property
     def name(self) -> str:
@@ -113,6 +115,7 @@ class Cell:
             *_renumbered_devices(self.parsed[place].trainer),
             f"--trainer.default_root_dir={folder}",
             *self._logger(self.parsed[place].trainer.logger, folder, stage),
+            *([] if self.stop_after is None else [f"--checkpoint.stop_after_step={self.stop_after}"]),
         ]
 
     def evaluate_command(self) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 from ullme.commands.reproduce.cells import Cell, Overrides, parse_options
 from ullme.commands.reproduce.spec import Model, Row, Stage, Table, check, chosen, filled
+from ullme.commands.reproduce.sweep import Halving, Point, Sweep, check_stops, expanded
 from ullme.utils.config_files import locate_in_arguments
 
 DESCRIPTION = (
@@ -91,13 +92,16 @@ def run(options: Any) -> int:
     parallel = options.parallel
     if parallel != "auto" and parallel < 1:
         raise ValueError(f"--parallel {parallel} must be at least 1, or auto")
-    table = read_table(options)
+    table, points = expanded(read_table(options))
     check(table)
     llm, data = (miniature_llm(table), miniature_data(table)) if table.world else (options.llm, options.data)
     table = filled(table, llm, data)
     if options.report_only:
-        return report(table)
+        return report(table, points)
     overrides = Overrides(_fill(overrides.train, llm, data), _fill(overrides.evaluate, llm, data))
+    swept = {name for point in points.values() for name in point.options}
+    if both := sorted(swept & overrides.train.keys()):
+        raise ValueError(f"--set {both[0]}: sweep.grid has this option; leave one of them out")
     # of all cells, also those that --only leaves out: they are in the same table and must have the same settings
     finished = {cell.name: done(cell) for cell in (Cell(table, *cell, overrides) for cell in chosen(table, []))}
     cells = [Cell(table, *cell, overrides) for cell in chosen(table, options.only)]
@@ -108,13 +112,21 @@ def run(options: Any) -> int:
     print(f"{table.title}: {len(cells) - len(missing)} of {len(cells)} cells are done", flush=True)
     failed: dict[str, str] = {}
     if missing:
+        from ullme.commands.reproduce.halving import check_whole_points, run_halving
         from ullme.commands.reproduce.preflight import runner
 
-        cell_runner = runner(missing, parallel)
+        stop = table.sweep.stop
+        if stop.steps:
+            check_whole_points(cells, points)
+            check_stops(cells, stop)
+        cell_runner = runner(missing, parallel)  # checks all of them
         if table.world:
             build_miniature(table)
-        failed = cell_runner.run()
-    status = report(table)
+        if stop.steps:
+            failed = run_halving(cells, points, stop, lambda some: runner(some, parallel).run() if some else {})
+        else:
+            failed = cell_runner.run()
+    status = report(table, points)
     for name, reasons in failed.items():
         for reason in reasons.splitlines():
             print(f"reproduce: failed: {name}: {reason}", file=sys.stderr)
@@ -132,6 +144,7 @@ def read_table(options: Any) -> Table:
     rows = {}
     for name, row in values["rows"].items():
         rows[name] = Row(**{**row, "stages": [Stage(**stage) for stage in row["stages"]]})
+    values["sweep"] = Sweep(**{**values["sweep"], "stop": Halving(**values["sweep"]["stop"])})
     return Table(**{**values, "rows": rows})
 
 
@@ -169,8 +182,19 @@ def check_same_settings(table: Table) -> None:
             )
 
 
-def report(table: Table) -> int:
-    """Write the table from the finished cells. Returns: 1 if there are none. Raises: ValueError: settings differ."""
+def report(table: Table, points: Mapping[str, Point] | None = None) -> int:
+    """Write the table from the finished cells, and that of a sweep.
+
+    Args:
+        table: with a row for each point of a sweep.
+        points: of the sweep, by the ids of their rows.
+
+    Returns:
+        1 if there are no finished cells.
+
+    Raises:
+        ValueError: seeds of a row have different settings.
+    """
     from ullme.commands.reproduce.scores import read_scores
 
     check_same_settings(table)
@@ -185,6 +209,10 @@ def report(table: Table) -> int:
     models = {name: model.label for name, model in table.models.items()}
     rows = {name: row.label for name, row in table.rows.items()}
     write_report(table.title, models, rows, table.order, cells, folder, table.paper)
+    if points:
+        from ullme.commands.reproduce.sweep_report import write_sweep
+
+        write_sweep(table, points, cells)
     print(f"the table is in {folder}{os.sep}")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from ullme.commands.reproduce.tables import Table, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from ullme.commands.reproduce.sweep_report import Result
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -69,6 +72,33 @@ def heat_map(table: Table, title: str) -> Figure:
         panel.set_xticks(range(len(table.rows)), list(table.rows.values()), rotation=45, ha="right", fontsize=8)
         panel.set_yticks(range(len(columns)), columns, fontsize=8)
     figure.colorbar(image, ax=list(panels), label="points from the rows' mean", shrink=min(1.0, 8 / len(columns)))
+    figure.suptitle(title)
+    return figure
+
+
+def sweep_axis(results: Sequence[Result], axis: str, metric: str, title: str) -> Figure:
+    """A point of the sweep is a dot, and a line joins those that differ in this axis alone. Above: the average of the
+    tasks, of the points that were evaluated; below: the validation metric at the first stop, of all points."""
+    stops = [step for result in results for step in result.validation]
+    panels: list[tuple[str, Callable[[Result], float | None]]] = [("mean over the tasks", lambda result: result.score)]
+    if stops:
+        first = min(stops)
+        panels.append((f"{metric} after step {first}", lambda result: result.validation.get(first)))
+    values = list(dict.fromkeys(str(result.point.values[axis]) for result in results))
+    lines: dict[str, list[Result]] = {}
+    for result in results:
+        others = [f"{name} {value}" for name, value in result.point.values.items() if name != axis]
+        lines.setdefault(", ".join([result.model, result.point.label, *others]), []).append(result)
+    figure = _figure(7, 3 * len(panels) + 0.5)
+    for panel, (label, height) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+        for name, line in lines.items():
+            known = [(values.index(str(r.point.values[axis])), y) for r in line if (y := height(r)) is not None]
+            panel.plot([x for x, _ in known], [y for _, y in known], "o-", label=name, markersize=4)
+        panel.set(ylabel=label, xlim=(-0.5, len(values) - 0.5))
+        panel.set_xticks(range(len(values)), values)
+    panel.set_xlabel(axis)
+    if len(lines) > 1:
+        panel.legend(fontsize=6)
     figure.suptitle(title)
     return figure
 

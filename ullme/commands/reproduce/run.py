@@ -17,10 +17,12 @@ from pathlib import Path
 from threading import Condition
 from typing import IO, Any
 
+from ullme.callbacks.checkpoint import STOPPED_FILE
 from ullme.commands.reproduce.cells import Cell, shell_line
 from ullme.commands.reproduce.collect import TASKS_FILE, add_seconds, collect_scores
 from ullme.commands.reproduce.scores import SCORES_FILE
 from ullme.training.resume import FINISHED
+from ullme.training.signals import TERMINATED
 from ullme.utils import atomic_files
 
 SETTINGS_FILE = "settings.json"
@@ -123,6 +125,10 @@ class Runner:
             if not (folder / "checkpoints" / FINISHED).is_file():
                 log = cell.folder / f"{folder.name}.log"
                 self._run_process(cell, "training", cell.train_command(stage), devices, log, lock, {})
+        if cell.stop_after is not None:
+            if not (cell.stages[0][1] / STOPPED_FILE.format(cell.stop_after)).is_file():
+                raise CellError(f"the training ended before step {cell.stop_after}, at which sweep.stop compares it")
+            return
         command = with_torchrun(cell.evaluate_command(), len(devices))
         named = cell.evaluate_environment()
         tasks = cell.folder / TASKS_FILE
@@ -179,12 +185,15 @@ class Runner:
             self.running.discard(process)
         seconds = time.perf_counter() - started
         add_seconds(cell, log.stem, seconds)
+        if status == TERMINATED and cell.stop_after is not None and not self.stopping:
+            status = 0
         if status:
             ended = f"status {status}" if status > 0 else signal.Signals(-status).name
             raise CellError(
                 "stopped" if self.stopping else f"{what} ended with {ended}: {failure_reason(log, begin)} (see {log})"
             )
-        print(f"== {cell.name}: {what}: {seconds:.0f} s", flush=True)
+        reached = "" if cell.stop_after is None else f" to step {cell.stop_after}"
+        print(f"== {cell.name}: {what}{reached}: {seconds:.0f} s", flush=True)
 
     def _stop(self) -> None:
         """Send SIGTERM to every process and wait until it has saved and ended."""

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from jsonargparse.typing import Path_fr
 
+from ullme.commands.reproduce.sweep import Sweep
+
 # The value of an option. Not Any, which would parse a template such as "{text}\n" as YAML.
 Value = str | bool | int | float | list[Any] | dict[str, Any] | None
 _ID = re.compile(r"[\w.-]+")
@@ -94,6 +96,7 @@ class Table:
         evaluate_options: options of evaluate.py for every cell, such as tasks, corpus or max_length.
         wandb_project: of the cells' W&B runs, where the configuration logs to W&B.
         world: miniature: generate data and a tiny LLM first; {data} and {llm} are their folders.
+        sweep: train each row with every point of a grid of options.
     """
 
     title: str
@@ -108,6 +111,7 @@ class Table:
     evaluate_options: dict[str, Value] = field(default_factory=dict)
     wandb_project: str = "ullme"
     world: Literal["miniature"] | None = None
+    sweep: Sweep = field(default_factory=Sweep)
 
 
 def check(table: Table) -> None:

@@ -72,6 +72,7 @@ class PackedRows:
     Attributes:
         lengths: (R,) tokens of each row, on the device.
         cu_seqlens: (R + 1,) int32 cumulative lengths, as varlen attention takes them.
+        layout: (1 + 2R,) int64 on the host: R, the lengths, the parents.
         position_ids: (1, T), which start at 0 in every row, or at the length of its parent.
         varlen_keys: for varlen attention: the (K,) positions of all rows' keys in order (None if they are the tokens
             themselves), and their (R + 1,) int32 cumulative lengths.
@@ -92,6 +93,8 @@ class PackedRows:
         if self._parents is not None:
             offsets = np.where(self._parents < 0, 0, self._lengths[self._parents])
         self._offsets = offsets
+        some_parents = np.full_like(self._lengths, -1) if self._parents is None else self._parents
+        self.layout = torch.from_numpy(np.concatenate([np.array([len(offsets)]), self._lengths, some_parents]))
         ends = np.cumsum(self._lengths)
         self._starts = ends - self._lengths
         self.host_lengths: list[int] = self._lengths.tolist()

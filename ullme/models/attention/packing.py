@@ -5,6 +5,8 @@ lengths through a forward keyword (:data:`ROWS_KEYWORD`) and runs within each ro
 ``torch.nn.attention.varlen``, elsewhere, and for heads that this kernel does not have, in groups of rows of similar
 length. Position ids restart in every row.
 
+torch.compile traces the kernel, and the groups as one operation (:mod:`ullme.models.attention.traced`).
+
 This is an attention function registered with transformers as ``ullme_<base>``; calls without the keyword go to the
 ``<base>`` function. The choice depends on the call's arguments, never on a module's state, so gradient checkpointing
 recomputes what was computed.
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from ullme.models.attention import traced
 from ullme.models.attention.packed_rows import Group, PackedRows
 from ullme.models.attention.reorder import from_groups, to_groups
 
@@ -34,7 +37,6 @@ PREFIX = "ullme_"
 _MAX_HEAD_DIM = 256
 
 
-@torch.compiler.disable
 def packed_attention(
     base: str,
     module: nn.Module,
@@ -73,13 +75,19 @@ def packed_attention(
         raise NotImplementedError(f"packed attention does not support {unsupported}")
     causal = bool(kwargs["is_causal"])
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
-    if window is not None and window >= rows.max_keys:
+    compiling = torch.compiler.is_compiling()
+    if window is not None and not compiling and window >= rows.max_keys:  # a graph would hold for one side of this only
         window = None
-    if query.is_cuda and not dropout and softcap is None:
+    if _on_cuda(query) and not dropout and softcap is None:
         query, key, value = _cast_for_autocast(query, key, value)
         if _kernel_takes(query, value):
             return _varlen_attention(query, key, value, rows, scaling, causal, window), None
-    return _grouped_attention(query, key, value, rows, scaling, causal, window, softcap, dropout), None
+    if not compiling:
+        return _grouped_attention(query, key, value, rows, scaling, causal, window, softcap, dropout), None
+    if dropout:
+        return _untraced(query, key, value, rows, scaling, causal, window, softcap, dropout), None
+    query, key, value = _cast_for_autocast(query, key, value)  # which traced operations do not do themselves
+    return traced.packed_attention(query, key, value, rows.layout, scaling, causal, window or 0, softcap or 0.0), None
 
 
 def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -88,6 +96,10 @@ def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not torch.is_autocast_enabled(device):
         return tensors
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
+def _on_cuda(query: Tensor) -> bool:
+    return query.is_cuda
 
 
 def _kernel_takes(query: Tensor, value: Tensor) -> bool:
@@ -124,6 +136,7 @@ def _varlen_attention(
     return attend(q, k, v, rows.cu_seqlens, key_cu_seqlens, rows.max_length, rows.max_keys, scale=scale, **extra)[None]
 
 
+@torch.compiler.assume_constant_result
 @cache
 def _varlen_has_parameter(parameter: str) -> bool:
     """Whether this version of torch has the parameter in ``varlen_attn``."""
@@ -167,6 +180,11 @@ def _grouped_attention(
         out = attend(qg, kg, vg, attn_mask=mask, dropout_p=dropout, is_causal=plain_causal, scale=scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return from_groups(torch.cat(outputs), grouping.ungroup_index)[None]
+
+
+@torch.compiler.disable
+def _untraced(*args: Any) -> Tensor:
+    return _grouped_attention(*args)
 
 
 def _gather_groups(x: Tensor, positions: Tensor, inverse: Tensor | None, indices: list[Tensor]) -> list[Tensor]:
