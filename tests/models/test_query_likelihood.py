@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
+from tiny import make_llm, make_tokenizer
 
+from ullme.models import ULLME
 from ullme.models.query_likelihood import mean_query_logps
 
 PAIRS = [
@@ -38,3 +41,12 @@ def test_order_and_cut(make_model):
     np.testing.assert_allclose(mean_query_logps(model, PAIRS[::-1])[::-1], whole, atol=1e-5)
     cut = mean_query_logps(model, PAIRS, passage_max_length=3)
     assert abs(cut[0] - whole[0]) > 1e-3
+
+
+def test_an_llm_that_is_stored_without_its_head(tmp_path):
+    make_llm("llama", tie_word_embeddings=False).model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    model = ULLME(str(tmp_path), lora_name=None)
+    assert model.encode(["it embeds"]).shape == (1, 32)
+    with pytest.raises(ValueError, match="stores no language-model head, so that it can embed and not generate"):
+        mean_query_logps(model, PAIRS)

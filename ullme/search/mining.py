@@ -35,13 +35,13 @@ class Candidates(NamedTuple):
         scores: (n,) float32 in decreasing order.
         rows: (n,) int64 documents.
         positives: (p,) float32 scores of its known positives, in their order; NaN where there is no saying.
-        positive_rows: (p,) the documents that they are; -1 for none.
+        positive_ids: (p,) ids of the documents that they are; None for none.
     """
 
     scores: np.ndarray
     rows: np.ndarray
     positives: np.ndarray
-    positive_rows: list[int]
+    positive_ids: list[str | None]
 
 
 class Chosen(NamedTuple):
@@ -187,7 +187,7 @@ class _Miner:
         documents = self.retriever.shards.documents(np.concatenate(rows))
         ends = np.cumsum(list(map(len, rows))).tolist()
         negatives = [documents[low:high] for low, high in zip([0, *ends], ends, strict=False)]
-        line = self._labelled_line if self.labelled else _unlabelled_line
+        line = _labelled_line if self.labelled else _unlabelled_line
         of = dict(zip(first, zip(candidates, chosen, negatives, strict=True), strict=True))
         return [line(row, *of[row.query, row.instruction]) for row in block]
 
@@ -200,6 +200,8 @@ class _Miner:
     def _candidates(self, questions: Sequence[Question]) -> list[Candidates]:
         """The first documents of each query, without its positives and copies."""
         found: dict[int, Candidates] = {}
+        known = sorted({row for question in questions for row in question.rows} - {-1})
+        ids: dict[int, str | None] = {-1: None, **dict(zip(known, self.retriever.shards.ids(known), strict=True))}
         missing, k = list(range(len(questions))), min(self.depth, len(self.retriever.shards))
         while missing:
             answers = self.retriever.find([questions[n] for n in missing], k)
@@ -214,7 +216,7 @@ class _Miner:
                 first = first[: self.depth]
                 first = first[~np.isin(hashes[first], hashes_of(questions[n].positives))]
                 scores, positives = answers.scores[place][first], answers.positives[place]
-                found[n] = Candidates(scores, rows[first], positives, questions[n].rows)
+                found[n] = Candidates(scores, rows[first], positives, [ids[row] for row in questions[n].rows])
             missing, k = again, min(2 * k, len(self.retriever.shards))
         return [found[n] for n in range(len(questions))]
 
@@ -261,27 +263,24 @@ class _Miner:
     def _split(values: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
         return np.split(values, np.cumsum(counts)[:-1])
 
-    def _labelled_line(
-        self, row: MiningRow, found: Candidates, choice: Chosen, negatives: Sequence[Document]
-    ) -> dict[str, Any]:
-        own = [row.known.index(text) for text in row.positives]
-        rows = np.array(found.positive_rows)[own]
-        ids = iter(self.retriever.shards.ids(rows[rows >= 0]))
-        line: dict[str, Any] = {
-            "query": row.query,
-            "pos": list(row.positives),
-            "neg": [document.text for document in negatives],
-            "pos_scores": _numbers(found.positives[own]),
-            "neg_scores": _numbers(found.scores[choice.places]),
-            "pos_ids": [next(ids) if place >= 0 else None for place in rows],
-            "neg_ids": [document.id for document in negatives],
-        }
-        if choice.positives is not None:
-            line["pos_likelihoods"] = _numbers(choice.positives[own])
-            line["neg_likelihoods"] = _numbers(choice.likelihoods)
-        if row.instruction is not None:
-            line["prompt"] = row.instruction
-        return line
+
+def _labelled_line(row: MiningRow, found: Candidates, choice: Chosen, negatives: Sequence[Document]) -> dict[str, Any]:
+    own = [row.known.index(text) for text in row.positives]
+    line: dict[str, Any] = {
+        "query": row.query,
+        "pos": list(row.positives),
+        "neg": [document.text for document in negatives],
+        "pos_scores": _numbers(found.positives[own]),
+        "neg_scores": _numbers(found.scores[choice.places]),
+        "pos_ids": [found.positive_ids[place] for place in own],
+        "neg_ids": [document.id for document in negatives],
+    }
+    if choice.positives is not None:
+        line["pos_likelihoods"] = _numbers(choice.positives[own])
+        line["neg_likelihoods"] = _numbers(choice.likelihoods)
+    if row.instruction is not None:
+        line["prompt"] = row.instruction
+    return line
 
 
 def _unlabelled_line(

@@ -41,7 +41,7 @@ class TextHashes:
     def __init__(self, shards: Shards, path: Path) -> None:
         if not path.exists() or path.stat().st_size != 8 * len(shards):
             _write(shards, path)
-        self._hashes = np.memmap(path, dtype=np.uint64, mode="r")
+        self._hashes = np.memmap(path, dtype=np.uint64, mode="r").view(np.ndarray)
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """The hashes of rows."""

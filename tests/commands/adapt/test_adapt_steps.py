@@ -132,10 +132,16 @@ def test_digests(tmp_path):
     assert digest_of("org/model") == "org/model"
 
 
-def test_a_folder_is_locked_as_long_as_a_step_runs(tmp_path):
+def test_a_folder_is_locked_as_long_as_a_step_runs(tmp_path, monkeypatch):
+    start, held = subprocess.Popen, []
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *args, **more: held.append(more["pass_fds"]) or start(*args, **more)
+    )
     with locked(tmp_path) as lock:
         assert process_runner(lock)(["--version"]) == 0
-        left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock.fileno()])
+        assert process_runner(lock)(["no such command"]) == 2
+        assert held == [[lock.fileno()]] * 2
+        left = start([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock.fileno()])
     try:
         with pytest.raises(ValueError, match="another process works there"), locked(tmp_path):
             pass

@@ -93,9 +93,8 @@ class PackedRows:
         if self._parents is not None:
             offsets = np.where(self._parents < 0, 0, self._lengths[self._parents])
         self._offsets = offsets
-        no_parents = np.full_like(self._lengths, -1)
-        parts = [[len(self._lengths)], self._lengths, no_parents if self._parents is None else self._parents]
-        self.layout = torch.from_numpy(np.concatenate(parts))
+        some_parents = np.full_like(self._lengths, -1) if self._parents is None else self._parents
+        self.layout = torch.from_numpy(np.concatenate([np.array([len(offsets)]), self._lengths, some_parents]))
         ends = np.cumsum(self._lengths)
         self._starts = ends - self._lengths
         self.host_lengths: list[int] = self._lengths.tolist()

@@ -65,13 +65,21 @@ torch.library.define(
 
 @torch.library.impl("ullme::packed_attention_backward", "default")
 def _backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, layout: Tensor, *options: Any
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor,
+    scale: float | None,
+    causal: bool,
+    window: int,
+    softcap: float,
 ) -> tuple[Tensor, ...]:
     """Gradients of query, key and value; the forward runs again, so its dropout-free results are the same."""
-    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
     with torch.enable_grad():
-        out = _attention(*leaves, layout, *options)
-    return tuple(x.contiguous() for x in torch.autograd.grad(out, leaves, grad))
+        out = _attention(q, k, v, layout, scale, causal, window, softcap)
+    return tuple(x.contiguous() for x in torch.autograd.grad(out, (q, k, v), grad))
 
 
 @torch.library.register_fake("ullme::packed_attention_backward")
