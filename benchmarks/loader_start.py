@@ -105,7 +105,8 @@ def main() -> None:
     from machine import machine
 
     here = Path(__file__).resolve().parents[1]
-    found: dict[str, Any] = {"machine": machine(), "command": f"python {' '.join(sys.argv)}"}
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    found: dict[str, Any] = {"machine": machine(), "command": f"python benchmarks/loader_start.py {' '.join(words)}"}
     for count in options.rows:
         folder = Path(tempfile.mkdtemp(prefix="loader_start_"))
         try:
