@@ -102,6 +102,17 @@ def test_a_hybrid_names_what_stays_causal():
     assert "layers [0] of 2" in page.table([row])
 
 
+def test_a_reason_names_no_temporary_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(survey, "gettempdir", lambda: str(tmp_path.parent))
+
+    def fails(model, path):
+        raise ValueError(f"model_name_or_path='{tmp_path}/llm': it is not there")
+
+    monkeypatch.setitem(survey._CHECKS, "padding", fails)
+    (row,) = survey.survey(["llama"], LONG)
+    assert row.reason == "padding: ValueError: model_name_or_path='llm': it is not there"
+
+
 def test_a_failed_check_shows(monkeypatch):
     monkeypatch.setitem(survey._CHECKS, "padding", lambda model, path: False)
     (row,) = survey.survey(["llama"], LONG)
@@ -225,7 +236,8 @@ def test_every_architecture_of_transformers_has_a_verdict(everything):
 @pytest.mark.slow
 def test_the_page_is_what_the_code_finds(everything):
     def without_versions(text: str) -> str:
-        return re.sub(r"^Versions: .*$", "", text, flags=re.M)
+        text = re.sub(r"^Versions: .*$", "", text, flags=re.M)
+        return re.sub(r"\d\.\d+e-\d+", "", text)  # how large a difference is depends on the processor
 
     import transformers
 
