@@ -64,6 +64,8 @@ def test_bad_arguments(folder):
         searcher.search(["a"], 0)
     with pytest.raises(ValueError, match="--method sparse: choose dense, bm25, fused"):
         searcher.search(["a"], method="sparse")
+    with pytest.raises(ValueError, match=r"--dense_weight 1.5 must be from 0 \(BM25 alone\) to 1"):
+        Searcher(folder, StubEmbedder(), dense_weight=1.5)
     with pytest.raises(ValueError, match=r"has no BM25 index; build it with `ullme index .* --bm25`"):
         searcher.search(["a"], method="bm25")
 
@@ -86,6 +88,9 @@ def test_bm25_and_fusion(own_folder):
     assert ranks["dense"] != ranks["bm25"]
     by_hand = {d: 1 / (61 + ranks["dense"].index(d)) + 1 / (61 + ranks["bm25"].index(d)) for d in ranks["bm25"]}
     assert ranks["fused"] == sorted(by_hand, key=lambda d: (-by_hand[d], int(d[1:])))
+    for weight, way in ((0, "bm25"), (1, "dense")):
+        weighted = Searcher(own_folder, StubEmbedder(), device="cpu", dense_weight=weight)
+        assert ids(weighted.search(query, 30, "fused")[0]) == ranks[way]
 
 
 def test_stop_words_of_no_language(own_folder):

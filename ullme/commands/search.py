@@ -41,6 +41,12 @@ def parser() -> ArgumentParser:
     options.add_argument(
         "--method", type=str, default="dense", help="dense, bm25, or fused: both, by reciprocal rank fusion"
     )
+    options.add_argument(
+        "--dense_weight",
+        type=float,
+        default=0.5,
+        help="of dense search in fusion, from 0 to 1, BM25 has the rest; below 0.5 for a model that is worse than BM25",
+    )
     options.add_argument("--exact", action="store_true", help="search the shards, even where there is a FAISS index")
     options.add_argument("--model", type=str | None, help="the same model, where it is no longer at its place")
     options.add_argument("--instruction", type=str | None, help="of the queries (default: the prompt contract's)")
@@ -64,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(options: Any) -> None:
     """Raises: ValueError: a mistake in the arguments."""
-    from ullme.search.searcher import check_method
+    from ullme.search.searcher import check_dense_weight, check_method
 
     if options.folder is None:
         raise ValueError("name a folder that `ullme encode --to` wrote")
@@ -78,6 +84,7 @@ def _check(options: Any) -> None:
         if options[name] is not None and options[name] < 1:
             raise ValueError(f"--{name} {options[name]} must be at least 1")
     check_method(options.method)
+    check_dense_weight(options.dense_weight)
 
 
 def _run(options: Any) -> int:
@@ -97,6 +104,7 @@ def _run(options: Any) -> int:
         instruction=options.instruction,
         max_length=options.max_length,
         exact=options.exact,
+        dense_weight=options.dense_weight,
     )
     if options.to is not None:  # before hours of searching
         check_ids(options.to, chain(queries, searcher.shards.all_ids()))

@@ -39,9 +39,12 @@ class Searcher:
         instruction: of the queries; None takes the prompt contract's.
         max_length: of a query in tokens, template included; None is 512, or a sentence-transformers model's own.
         exact: search the shards themselves, even where there is a FAISS index.
+        dense_weight: of dense search in fusion, from 0 to 1; BM25 has the rest. A model that ranks worse than BM25
+            should have less than half, or it takes away more than it adds.
 
     Raises:
-        ValueError: no such folder, shards that are missing or truncated, or an index of other shards.
+        ValueError: no such folder, shards that are missing or truncated, an index of other shards, or a weight out of
+            range.
     """
 
     def __init__(
@@ -54,8 +57,11 @@ class Searcher:
         instruction: str | None = None,
         max_length: int | None = None,
         exact: bool = False,
+        dense_weight: float = 0.5,
     ) -> None:
+        check_dense_weight(dense_weight)
         self.shards = Shards(folder)
+        self.dense_weight = dense_weight
         self.instruction, self.max_length = instruction, max_length
         self._device, self._model = device, model
         self._given = embedder
@@ -143,7 +149,7 @@ class Searcher:
         """As :meth:`dense`, by reciprocal rank fusion of dense search and BM25."""
         depth = max(k, FUSION_DEPTH)
         rankings = [self.dense(queries, depth)[1], self.bm25(queries, depth)[1]]
-        return reciprocal_rank_fusion(rankings, k)
+        return reciprocal_rank_fusion(rankings, k, weights=[2 * self.dense_weight, 2 - 2 * self.dense_weight])
 
     def search(self, queries: Sequence[str], k: int = 10, method: Method = "dense") -> list[list[Hit]]:
         """The k best documents of each query, the best first.
@@ -164,6 +170,12 @@ class Searcher:
         found = [Hit(float(s), d.id, d.text) for s, d in zip(scores[there].tolist(), documents, strict=True)]
         ends = np.cumsum(there.sum(axis=1)).tolist()
         return [found[low:high] for low, high in zip([0, *ends], ends, strict=False)]
+
+
+def check_dense_weight(weight: float) -> None:
+    """Raises: ValueError: it is no share."""
+    if not 0 <= weight <= 1:
+        raise ValueError(f"--dense_weight {weight} must be from 0 (BM25 alone) to 1 (dense search alone)")
 
 
 def check_method(method: str) -> None:
