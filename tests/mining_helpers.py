@@ -9,10 +9,10 @@ import numpy as np
 from eval_helpers import write_jsonl
 from search_helpers import StubEmbedder
 
+from ullme.mining.retrievers import DenseRetriever
+from ullme.mining.rows import LabelledRows, open_rows
 from ullme.search.corpus import open_corpus
 from ullme.search.encode import encode_corpus
-from ullme.search.mining_rows import LabelledRows, open_rows
-from ullme.search.retrievers import DenseRetriever
 from ullme.search.searcher import Searcher
 
 DOCUMENTS = [f"passage {n} about thing {n % 7}" for n in range(40)]

@@ -14,7 +14,7 @@ from mining_helpers import DOCUMENTS, read
 from search_helpers import StubEmbedder, contents
 
 from ullme.commands import encode, mine
-from ullme.search import mining
+from ullme.mining import miner as mining
 from ullme.utils import atomic_files
 
 # The words of a query are those of document n + 20, and its positive is document n.

@@ -15,9 +15,9 @@ from tiny import make_llm, make_tokenizer
 
 from ullme.commands import queries
 from ullme.data.records import parse_record
-from ullme.search import query_writer
-from ullme.search.query_writer import WriteSettings, WrittenQuery
-from ullme.search.round_trip import RoundTripSettings
+from ullme.query_generation import writer as query_writer
+from ullme.query_generation.round_trip import RoundTripSettings
+from ullme.query_generation.writer import WriteSettings, WrittenQuery
 
 pytest.importorskip("bm25s")
 

@@ -13,11 +13,11 @@ from ullme.commands.corpus_options import add_corpus_options, open_chosen_corpus
 from ullme.utils.errors import run_command
 
 if TYPE_CHECKING:
-    from ullme.search.mining import QueryLikelihood
-    from ullme.search.mining_parts import Parts, Written
-    from ullme.search.mining_rows import MiningRows
-    from ullme.search.mining_settings import MiningSettings
-    from ullme.search.retrievers import Retriever
+    from ullme.mining.miner import QueryLikelihood
+    from ullme.mining.parts import Parts, Written
+    from ullme.mining.retrievers import Retriever
+    from ullme.mining.rows import MiningRows
+    from ullme.mining.settings import MiningSettings
 
 DESCRIPTION = (
     "Mine hard negatives for training rows, or candidates for queries without labels, from a corpus: a folder of "
@@ -119,8 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: Any) -> int:
     settings = _settings(options)
-    from ullme.search.mining import mine
-    from ullme.search.mining_parts import Parts, check_on_fewer
+    from ullme.mining.miner import mine
+    from ullme.mining.parts import Parts, check_on_fewer
 
     check_on_fewer(options.on_fewer)
     parts = Parts(options.to)
@@ -145,7 +145,7 @@ def _settings(options: Any) -> MiningSettings:
     """Check all that needs no file. Raises: ValueError: a mistake in the arguments."""
     from dataclasses import fields
 
-    from ullme.search.mining_settings import MiningMethod, MiningSettings, check_method
+    from ullme.mining.settings import MiningMethod, MiningSettings, check_method
 
     if bool(options.rows) == (options.queries is not None):
         raise ValueError("give training rows with --rows FILE, or queries without labels with --queries FILE")
@@ -174,7 +174,7 @@ def _settings(options: Any) -> MiningSettings:
 
 
 def _rows(options: Any) -> MiningRows:
-    from ullme.search.mining_rows import UnlabelledQueries, open_rows
+    from ullme.mining.rows import UnlabelledQueries, open_rows
     from ullme.search.queries import read_queries
 
     if options.queries is not None:
@@ -188,15 +188,15 @@ def _rows(options: Any) -> MiningRows:
 
 
 def _retriever(options: Any, parts: Parts, rows: MiningRows) -> Retriever:
-    from ullme.search.mining_rows import LabelledRows
-    from ullme.search.retrievers import BM25Retriever, DenseRetriever
+    from ullme.mining.retrievers import BM25Retriever, DenseRetriever
+    from ullme.mining.rows import LabelledRows
     from ullme.search.searcher import Searcher
     from ullme.search.shards import Shards
 
     if options.method == "bm25":
         if options.folder is not None:
             return BM25Retriever(Shards(options.folder))
-        from ullme.search.mining_corpus import bm25_folder
+        from ullme.mining.corpus import bm25_folder
 
         return BM25Retriever(bm25_folder(_corpus(options, parts, rows), parts.folder / "corpus", options.stopwords))
     folder = options.folder
@@ -225,9 +225,9 @@ def _corpus(options: Any, parts: Parts, rows: MiningRows) -> Any:
     """The corpus that was named, or the passages of the rows, written beside the parts."""
     if options.corpus is not None:
         return open_chosen_corpus(options)
+    from ullme.mining.corpus import write_passages
+    from ullme.mining.rows import LabelledRows
     from ullme.search.corpus import open_corpus
-    from ullme.search.mining_corpus import write_passages
-    from ullme.search.mining_rows import LabelledRows
 
     assert isinstance(rows, LabelledRows)
     path = parts.folder / "passages.jsonl"

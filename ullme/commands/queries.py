@@ -18,9 +18,9 @@ from ullme.utils.progress import progress
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
+    from ullme.query_generation.round_trip import Kept, RoundTripSettings
+    from ullme.query_generation.writer import QueryWriter, WriteSettings
     from ullme.search.corpus import Corpus
-    from ullme.search.query_writer import QueryWriter, WriteSettings
-    from ullme.search.round_trip import Kept, RoundTripSettings
 
 DESCRIPTION = (
     "Let an LLM write search queries for documents, and keep those that find their document again, each once. The rows "
@@ -100,7 +100,7 @@ def _run(options: Any) -> int:
         import_bm25s()
     corpus = open_chosen_corpus(options)
     model = _load_llm(options.llm, options.dtype, options.device)
-    from ullme.search.query_writer import LLMQueryWriter
+    from ullme.query_generation.writer import LLMQueryWriter
 
     writer = LLMQueryWriter(model)
     writer.check(settings)
@@ -134,9 +134,9 @@ def write_queries(
     Raises:
         ValueError: a value out of range, a bad document, a folder of other queries, or no query that is kept.
     """
-    from ullme.search import query_writer
+    from ullme.query_generation import writer as query_writer
+    from ullme.query_generation.round_trip import Kept, RoundTripSettings, rank_parts
     from ullme.search.corpus import check_corpus
-    from ullme.search.round_trip import Kept, RoundTripSettings, rank_parts
 
     settings, round_trip = settings or query_writer.WriteSettings(), round_trip or RoundTripSettings()
     round_trip.check()
@@ -174,7 +174,7 @@ def _row(query: Any, text: str) -> str:
 
 def _ranker(corpus: Corpus, settings: RoundTripSettings, model: ULLME | None) -> tuple[dict[str, str], Any]:
     """The documents' texts by id, and what ranks them."""
-    from ullme.search.round_trip import BM25Ranker, LikelihoodRanker, Texts
+    from ullme.query_generation.round_trip import BM25Ranker, LikelihoodRanker, Texts
 
     if settings.by == "none":
         return {document.id: document.text for _, document in corpus.documents()}, None
@@ -188,8 +188,8 @@ def _ranker(corpus: Corpus, settings: RoundTripSettings, model: ULLME | None) ->
 
 
 def _write_settings(options: Any) -> WriteSettings:
-    from ullme.search.query_prompt import query_prompt
-    from ullme.search.query_writer import WriteSettings
+    from ullme.query_generation.prompt import query_prompt
+    from ullme.query_generation.writer import WriteSettings
 
     prompt = query_prompt(options.template, options.instruction, options.examples)
     names = [field.name for field in fields(WriteSettings) if field.name != "prompt"]
@@ -197,7 +197,7 @@ def _write_settings(options: Any) -> WriteSettings:
 
 
 def _round_trip_settings(options: Any) -> RoundTripSettings:
-    from ullme.search.round_trip import RoundTripSettings
+    from ullme.query_generation.round_trip import RoundTripSettings
 
     k = options.k
     if k is None:

@@ -6,8 +6,8 @@ import pytest
 from eval_helpers import write_jsonl
 from mining_helpers import rows_of
 
-from ullme.search.mining_rows import MiningRow, UnlabelledQueries, open_rows
-from ullme.search.text_hashes import hashes_of
+from ullme.mining.rows import MiningRow, UnlabelledQueries, open_rows
+from ullme.mining.text_hashes import hashes_of
 
 
 def test_rows_know_the_positives_of_the_others(tmp_path):

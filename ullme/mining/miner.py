@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ullme.mining.parts import OnFewer, Parts, Written, check_on_fewer
+from ullme.mining.retrievers import Question, Retriever
+from ullme.mining.rows import MiningRow, MiningRows
+from ullme.mining.settings import MiningSettings
+from ullme.mining.text_hashes import TextHashes, hashes_of, text_hash
 from ullme.search.corpus import Document
-from ullme.search.mining_parts import OnFewer, Parts, Written, check_on_fewer
-from ullme.search.mining_rows import MiningRow, MiningRows
-from ullme.search.mining_settings import MiningSettings
-from ullme.search.retrievers import Question, Retriever
-from ullme.search.text_hashes import TextHashes, hashes_of, text_hash
 from ullme.utils.progress import progress
 
 # Rows whose queries are searched together, and whose negatives are a part of the file: each block reads the vectors of

@@ -13,7 +13,7 @@ import numpy as np
 
 from ullme.data.records import Record
 from ullme.data.sources import OnBadRow, RowSource, open_source
-from ullme.search.text_hashes import text_hash
+from ullme.mining.text_hashes import text_hash
 from ullme.utils.progress import progress
 
 

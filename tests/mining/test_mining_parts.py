@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ullme.search.mining_parts import Parts
+from ullme.mining.parts import Parts
 from ullme.utils import atomic_files
 
 

@@ -8,7 +8,7 @@ import pytest
 from tiny import make_readable_tokenizer
 
 from ullme.prompts import PromptTokenizer
-from ullme.search.query_prompt import EXAMPLES, Example, QueryPrompt, query_prompt
+from ullme.query_generation.prompt import EXAMPLES, Example, QueryPrompt, query_prompt
 
 PROMPT = QueryPrompt("D: {document}\nQ: {query}", "Documents and queries.", (Example("a mill", "what grinds"),))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ullme.models.query_likelihood import mean_query_logps
-from ullme.search.query_writer import WrittenQuery
-from ullme.search.round_trip import BM25Ranker, Kept, LikelihoodRanker, RoundTripSettings, Texts, rank_parts
+from ullme.query_generation.round_trip import BM25Ranker, Kept, LikelihoodRanker, RoundTripSettings, Texts, rank_parts
+from ullme.query_generation.writer import WrittenQuery
 
 pytest.importorskip("bm25s")
 

@@ -9,10 +9,9 @@ from dataclasses import replace
 import pytest
 from search_helpers import contents, corpus_of
 
-from ullme.search import query_writer
-from ullme.search.corpus import check_corpus, open_corpus
-from ullme.search.query_prompt import Example, QueryPrompt
-from ullme.search.query_writer import (
+from ullme.query_generation import writer as query_writer
+from ullme.query_generation.prompt import Example, QueryPrompt
+from ullme.query_generation.writer import (
     LLMQueryWriter,
     WriteSettings,
     WrittenQuery,
@@ -20,6 +19,7 @@ from ullme.search.query_writer import (
     read_parts,
     write_parts,
 )
+from ullme.search.corpus import check_corpus, open_corpus
 
 SETTINGS = WriteSettings(per_document=2)
 

@@ -10,13 +10,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ullme.data.sources import RowSource
+from ullme.mining.text_hashes import text_hash
 from ullme.prompts import Role
 from ullme.search import bm25, index_files
 from ullme.search.corpus import Corpus
 from ullme.search.embedder import OnBatch
 from ullme.search.encode import encode_corpus
 from ullme.search.shards import Shards
-from ullme.search.text_hashes import text_hash
 from ullme.utils import atomic_files
 from ullme.utils.progress import progress
 

@@ -10,12 +10,13 @@ from mining_helpers import DOCUMENTS, cosines, dense, make_folder, read, rows_of
 from search_helpers import StubEmbedder
 
 from ullme.data.records import parse_record
-from ullme.search import bm25, mining
-from ullme.search.mining import mine
-from ullme.search.mining_parts import Parts
-from ullme.search.mining_rows import UnlabelledQueries
-from ullme.search.mining_settings import MiningSettings
-from ullme.search.retrievers import BM25Retriever
+from ullme.mining import miner as mining
+from ullme.mining.miner import mine
+from ullme.mining.parts import Parts
+from ullme.mining.retrievers import BM25Retriever
+from ullme.mining.rows import UnlabelledQueries
+from ullme.mining.settings import MiningSettings
+from ullme.search import bm25
 from ullme.search.shards import Shards
 
 QUESTIONS = [{"query": f"question {n}", "pos": [DOCUMENTS[n]]} for n in range(10)]

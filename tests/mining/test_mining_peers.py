@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from eval_helpers import save_sentence_transformer, write_jsonl
 
+from ullme.mining.miner import mine
+from ullme.mining.retrievers import DenseRetriever
+from ullme.mining.rows import open_rows
+from ullme.mining.settings import MiningSettings
 from ullme.search.corpus import open_corpus
 from ullme.search.embedder import TextEmbedder, load_text_embedder
 from ullme.search.encode import encode_corpus
-from ullme.search.mining import mine
-from ullme.search.mining_rows import open_rows
-from ullme.search.mining_settings import MiningSettings
-from ullme.search.retrievers import DenseRetriever
 from ullme.search.searcher import Searcher
 
 WORDS = ["cat", "dog", "car", "stars", "sea", "bread", "oven", "train", "station", "rain", "hills", "moon", "tree"]

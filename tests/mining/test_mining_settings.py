@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ullme.search.mining_settings import MiningSettings, check_method
+from ullme.mining.settings import MiningSettings, check_method
 
 SCORES = np.array([0.9, 0.5, 0.48, 0.475, 0.47, 0.1, -0.2, -np.inf], dtype=np.float32)
 

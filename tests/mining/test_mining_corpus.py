@@ -8,8 +8,8 @@ import pytest
 from mining_helpers import rows_of
 from search_helpers import corpus_of
 
+from ullme.mining.corpus import bm25_folder, write_passages
 from ullme.search import bm25
-from ullme.search.mining_corpus import bm25_folder, write_passages
 
 
 def test_a_folder_for_bm25(tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ import pytest
 from mining_helpers import DOCUMENTS, cosines, dense, make_folder
 from search_helpers import StubEmbedder
 
+from ullme.mining.retrievers import BM25Retriever, Question
 from ullme.search import bm25
-from ullme.search.retrievers import BM25Retriever, Question
 from ullme.search.shards import Shards
 
 QUESTIONS = [

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
 
+from ullme.query_generation.writer import WrittenQuery, write_text
 from ullme.search import bm25
 from ullme.search.corpus import Corpus
-from ullme.search.query_writer import WrittenQuery, write_text
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ullme.query_generation.prompt import QueryPrompt
 from ullme.search.corpus import Corpus, CorpusPlan, Document
-from ullme.search.query_prompt import QueryPrompt
 from ullme.utils import atomic_files
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from search_helpers import encoded
 
-from ullme.search import text_hashes
+from ullme.mining import text_hashes
+from ullme.mining.text_hashes import TextHashes, hashes_of, text_hash
 from ullme.search.shards import Shards
-from ullme.search.text_hashes import TextHashes, hashes_of, text_hash
 
 
 def test_white_space_and_case_do_not_count():
