@@ -121,7 +121,7 @@ TERMS = {
     "grl_sft": {"info_nce": 1.0, "sft": 0.5, "kl": 1.0},
     "grl": {"info_nce": 1.0, "dpo": 0.5, "kl": 1.0},
     "grl_query": {"info_nce": 1.0, "kl": 1.0},
-    "distillation": {"info_nce": 1.0, "distillation_kl": 1.0},
+    "distillation": {"info_nce": 1.0, "distillation_kl": 400.0},
     "margin_mse": {"margin_mse": 1.0},
     "false_negatives": {"info_nce": 1.0},
     "several_positives": {"info_nce": 1.0},
