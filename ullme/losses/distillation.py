@@ -103,8 +103,8 @@ class DistillationKL(Distillation):
 
     The mean over the queries of the global batch that have two scores at least. For cosines as the teacher's scores, or
     logits of a cross-encoder (teacher_temperature 1); with a temperature far above 0.05 the distribution of cosines is
-    almost flat. At T = 0.05 the factor T² makes it 400 times smaller than the KL itself, which has hardly an effect beside
-    InfoNCE; a ``weight`` of 1 / T² gives the KL back.
+    almost flat. At T = 0.05 the factor T² makes it 400 times smaller than the KL itself, so it has hardly an effect
+    beside InfoNCE; a ``weight`` of 1 / T² gives the KL back.
 
     Args:
         column: of the teacher's scores, one a candidate.
