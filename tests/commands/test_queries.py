@@ -16,7 +16,7 @@ from tiny import make_llm, make_tokenizer
 from ullme.commands import queries
 from ullme.data.records import parse_record
 from ullme.query_generation import writer as query_writer
-from ullme.query_generation.round_trip import RoundTripSettings
+from ullme.query_generation.round_trip import Kept, RoundTripSettings
 from ullme.query_generation.writer import WriteSettings, WrittenQuery
 
 pytest.importorskip("bm25s")
@@ -106,8 +106,17 @@ def test_the_command(command, tmp_path, capsys):
     assert len((tmp_path / "q.jsonl").read_text().splitlines()) <= len(rows)
 
 
+def test_few_that_are_kept_are_worth_a_hint():
+    kept = Kept(10)
+    kept.counts.update(kept=1, inconsistent=9)
+    hint = queries._summary("q.jsonl", 10, kept, RoundTripSettings())
+    assert "less than 20% of them: look at q.jsonl.parts/part-00000.jsonl" in hint
+    kept.counts["inconsistent"] = 4
+    assert queries._summary("q.jsonl", 5, kept, RoundTripSettings()).count("\n") == 0
+
+
 MISTAKES = [
-    ([], "nothing to write with: name an LLM"),
+    ([], "nothing to write with: name an LLM, or give --query_source titles"),
     (["llm"], "give --corpus FILE, FOLDER or DATASET, and --to FILE.jsonl"),
     (["llm", "--corpus=c", "--to=q.json"], "--to q.json: the rows are JSON lines; name it q.jsonl"),
     (["llm", "--corpus=c", "--to=q.jsonl", "--round_trip=x"], "--round_trip x: choose bm25, likelihood, none"),

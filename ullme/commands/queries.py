@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
@@ -21,11 +21,28 @@ if TYPE_CHECKING:
     from ullme.query_generation.writer import QueryWriter, WriteSettings
     from ullme.search.corpus import Corpus
 
+QuerySource = Literal["llm", "titles"]
+
 DESCRIPTION = (
     "Let an LLM write search queries for documents, and keep those that find their document again, each once. The rows "
     "of query, pos and pos_ids are training data for data.train, or for `ullme mine`. What was written stays in "
-    "FILE.parts: a command that was stopped goes on there, and other options of the round trip write nothing anew."
+    "FILE.parts: a command that was stopped goes on there, and other options of the round trip write nothing anew. "
+    "With --query_source titles nothing is written and no LLM is needed: a document's title is the query, and its text "
+    "without it the positive."
 )
+# Options of an LLM that writes.
+_WRITING = (
+    "template",
+    "instruction",
+    "examples",
+    "per_document",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "batch_size",
+)
+# Fewer of the queries than this are worth a hint.
+_FEW = 0.2
 
 
 def parser() -> ArgumentParser:
@@ -35,6 +52,9 @@ def parser() -> ArgumentParser:
     options.add_argument("llm", nargs="?", type=str | None, help="LLM; of a run or an adapter the LLM alone is used")
     options.add_argument("--to", type=str | None, metavar="FILE", help="JSON lines to write")
     add_corpus_options(options)
+    options.add_argument(
+        "--query_source", type=str, default="llm", help="llm writes them; titles: the first of --text_columns"
+    )
     prompt = options.add_argument_group("Prompt")
     prompt.add_argument("--template", type=str | None, help="{document}, and {query} at the end (default: see docs)")
     prompt.add_argument("--instruction", type=str | None, help="in front of the examples")
@@ -79,13 +99,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: Any) -> int:
-    if options.llm is None:
-        raise ValueError("nothing to write with: name an LLM")
+    check_query_source(options.query_source)
+    titles = options.query_source == "titles"
+    if options.llm is None and not titles:
+        raise ValueError("nothing to write with: name an LLM, or give --query_source titles")
     if options.corpus is None or options.to is None:
         raise ValueError("give --corpus FILE, FOLDER or DATASET, and --to FILE.jsonl")
     if Path(options.to).suffix != ".jsonl":
         raise ValueError(f"--to {options.to}: the rows are JSON lines; name it {Path(options.to).stem}.jsonl")
     settings, round_trip = _write_settings(options), _round_trip_settings(options)
+    if titles:
+        _check_options_of_titles(options)
     settings.check()
     round_trip.check()
     atomic_files.check_writable(Path(options.to).absolute().parent, "--to")
@@ -94,14 +118,40 @@ def _run(options: Any) -> int:
 
         import_bm25s()
     corpus = open_chosen_corpus(options)
-    model = _load_llm(options.llm, options.dtype, options.device)
-    from ullme.query_generation.writer import LLMQueryWriter
+    model = None if options.llm is None else _load_llm(options.llm, options.dtype, options.device)
+    if titles:
+        from ullme.query_generation.titles import TitleWriter, read_titles, without_titles
 
-    writer = LLMQueryWriter(model)
-    writer.check(settings)
+        writer: QueryWriter = TitleWriter(read_titles(corpus))
+        corpus = without_titles(corpus)
+    else:
+        from ullme.query_generation.writer import LLMQueryWriter
+
+        assert model is not None
+        writer = LLMQueryWriter(model)
+        writer.check(settings)
     kept, documents = write_queries(writer, corpus, options.to, settings, round_trip, model)
     print(_summary(options.to, documents, kept, round_trip))
     return 0
+
+
+def check_query_source(source: str) -> None:
+    """Raises: ValueError: it is none."""
+    if source not in get_args(QuerySource):
+        raise ValueError(f"--query_source {source}: choose {' or '.join(get_args(QuerySource))}")
+
+
+def _check_options_of_titles(options: Any) -> None:
+    """Raises: ValueError: an option that titles do not use, or one that they need."""
+    usual, scored = parser().get_defaults(), options.round_trip == "likelihood"
+    names = _WRITING if scored else (*_WRITING, "document_max_length")
+    if unused := [name for name in names if options[name] != usual[name]]:
+        raise ValueError(f"--query_source titles writes nothing, so --{unused[0]} does nothing; leave it out")
+    if (options.llm is not None) != scored:
+        raise ValueError(
+            "--query_source titles needs an LLM for --round_trip likelihood, and for nothing else; "
+            + ("name one" if options.llm is None else f"leave out {options.llm!r}")
+        )
 
 
 def write_queries(
@@ -219,7 +269,13 @@ def _load_llm(name: str, dtype: str | None, device: str | None) -> ULLME:
 
 def _summary(file: str, documents: int, kept: Kept, settings: RoundTripSettings) -> str:
     left_out = _reasons(kept, settings)
-    return f"{file}: {kept.counts['kept']} queries for {documents} documents" + (f"; {left_out}" if left_out else "")
+    text = f"{file}: {kept.counts['kept']} queries for {documents} documents" + (f"; {left_out}" if left_out else "")
+    if kept.counts["kept"] < _FEW * kept.counts.total():
+        text += (
+            f"\nThat is less than {_FEW:.0%} of them: look at {file}.parts/part-00000.jsonl. A larger LLM or "
+            "--examples of your field write better ones; documents with titles need no LLM, with --query_source titles"
+        )
+    return text
 
 
 def _reasons(kept: Kept, settings: RoundTripSettings) -> str:

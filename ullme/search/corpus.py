@@ -321,6 +321,12 @@ class HubReader:
 
 def _document(row: Any, columns: Columns, number: int) -> Document:
     """A row's document. Raises: BadRow: a missing or unusable id or text."""
+    texts = column_texts(row, columns)
+    return Document(_id(row, columns.id, number), " ".join(text for text in texts if text))
+
+
+def column_texts(row: Any, columns: Columns) -> list[str]:
+    """The stripped text of each of ``columns.text`` in a raw row. Raises: BadRow: a missing or unusable text."""
     if not isinstance(row, dict):
         raise BadRow(f"the row is a {type(row).__name__}, not an object with keys")
     last = columns.text[-1]
@@ -333,7 +339,7 @@ def _document(row: Any, columns: Columns, number: int) -> Document:
             raise BadRow(f"{name!r} must be a text, not {type(value).__name__}")
         check_utf8(value or "", name)
         texts.append((value or "").strip())
-    return Document(_id(row, columns.id, number), " ".join(text for text in texts if text))
+    return texts
 
 
 def _id(row: dict[str, Any], column: str, number: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 from dataclasses import replace
 from importlib import import_module
@@ -145,6 +146,23 @@ def test_commands(adaptation, place):
     assert f"--loss.init_args.cache_reference={to}/reference" in art["train"]
 
 
+def test_titles_as_queries(place, llm_folder, capsys):
+    """Candidates come from the texts without their titles; what is embedded has them."""
+    write(place / "titled.jsonl", [{"_id": str(n), "title": w, "text": w * 2} for n, w in enumerate(WORDS)])
+    options = ["--llm", llm_folder("llama"), "--corpus", str(place / "titled.jsonl"), "--to", str(place / "titled")]
+    assert cli.main([*options, "--dry_run", "--query_source=titles", "--max_documents=5"]) == 0
+    found = dict(zip(*[iter(capsys.readouterr().out.splitlines())] * 2, strict=True))
+    assert found["# queries"].startswith(f"ullme queries --query_source=titles --corpus {place}/titled.jsonl --to ")
+    corpus = f"--corpus {place}/titled.jsonl"
+    assert f"{corpus} --on_empty=skip --text_columns text --method=bm25" in found["# candidates"]
+    assert f"{corpus} --to" in found["# encode"]
+    for line in ("# queries", "# candidates"):
+        _, command, *argv = shlex.split(found[line])
+        import_module(COMMANDS[command][0]).parser().parse_args(argv)
+    assert cli.main([*options, "--query_source=titles", "--text_columns", "text"]) == 2
+    assert "--text_columns names 'text' alone; name the title's column before it" in capsys.readouterr().err
+
+
 def test_the_commands_know_their_options(adaptation, place):
     """The training's are parsed before anything runs."""
     test = {"test_queries": str(place / "test.tsv"), "qrels": str(place / "qrels.tsv")}
@@ -173,6 +191,8 @@ MISTAKES = [
     (["--queries=no.jsonl"], "--queries no.jsonl: no such file; give rows of query and pos"),
     (["--qrels=x"], "--test_queries FILE and --qrels FILE belong together"),
     (["--num_negatives=0"], "--num_negatives 0 must be at least 1"),
+    (["--query_source=x"], "--query_source x: choose llm or titles"),
+    (["--query_source=titles", "--queries={place}/rows.jsonl"], "--query_source titles: leave one of them out"),
     (["--method=x"], "--method x: choose auto, query_distillation, art"),
     (["--set", "seed"], "--set seed: write NAME=VALUE"),
     (["--set_mine", "k"], "--set_mine k: write NAME=VALUE"),

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = (
     "Make an LLM an embedder of your documents, without labels, and a search over them: queries that the LLM writes "
-    "(or yours), candidates by BM25, the LLM's query likelihood of each, training, encode, index. Each step is a "
-    "command of its own, which is printed. The same command goes on where it was stopped; with other options it begins "
-    "anew at the first step that they change. Needs pip install 'ullme[search]'."
+    "(or the documents' titles, or yours), candidates by BM25, the LLM's query likelihood of each, training, encode, "
+    "index. Each step is a command of its own, which is printed. The same command goes on where it was stopped; with "
+    "other options it begins anew at the first step that they change. Needs pip install 'ullme[search]'."
 )
 # Step -> what --set_STEP sets.
 _STEPS = {
@@ -47,7 +47,13 @@ def parser() -> ArgumentParser:
         "--queries",
         type=str | None,
         metavar="FILE",
-        help="yours: rows of query and pos, or JSON lines of _id and text, or id<TAB>text (default: the LLM's)",
+        help="yours: rows of query and pos, or JSON lines of _id and text, or id<TAB>text (default: --query_source)",
+    )
+    rows.add_argument(
+        "--query_source",
+        type=str,
+        default="llm",
+        help="llm: it writes a query for each document; titles: of the documents (the first of --text_columns)",
     )
     rows.add_argument(
         "--max_documents", type=int | None, help="write queries for so many, drawn at random (default: all)"
@@ -126,12 +132,15 @@ def adapt(adaptation: Adaptation, corpus: Corpus, run: RunCommand | None = None)
         ValueError: a mistake in the options or files, or a step that failed.
     """
     from ullme.commands.adapt.steps import Records, digest_of, locked, process_runner, run_steps
+    from ullme.query_generation.titles import check_titled
     from ullme.search.bm25 import import_bm25s
     from ullme.search.corpus import check_corpus
 
     import_bm25s()
     steps = _steps(adaptation)
     plan = check_corpus(corpus)
+    if adaptation.query_source == "titles":
+        check_titled(corpus)
     qrels = None if adaptation.qrels is None else _checked_qrels(adaptation, corpus)
     of = {"LLM": (adaptation.llm, digest_of(adaptation.llm)), "corpus": (corpus.name, plan.sha256)}
     with locked(adaptation.folder) as lock:
@@ -162,6 +171,8 @@ def _adaptation(options: Any) -> Adaptation:
         llm=stored_name(options.llm),
         corpus=corpus_arguments(options),
         folder=Path(options.to),
+        query_source=options.query_source,
+        untitled=corpus_arguments(options, titles=False),
         queries=options.queries,
         labelled=labelled,
         method=method,

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from ullme.commands.adapt.steps import Step, digest_of
 
 Method = Literal["query_distillation", "art"]
+QuerySource = Literal["llm", "titles"]
 
 # Options of `ullme queries` that do not change what is written, only what is kept.
 _ROUND_TRIP = ("round_trip", "k", "candidates", "stopwords")
@@ -25,6 +26,8 @@ class Adaptation:
     Args:
         llm: name or absolute folder of the LLM.
         corpus: options that name the documents, as for ``ullme encode``.
+        query_source: whether the ``llm`` writes the queries, or the documents' ``titles`` are.
+        untitled: of ``titles``: options that name the documents without them.
         folder: of all results.
         queries: file of training queries; None lets the LLM write them.
         labelled: whether the file has rows with positives.
@@ -44,6 +47,8 @@ class Adaptation:
     llm: str
     corpus: tuple[str, ...]
     folder: Path
+    query_source: QuerySource = "llm"
+    untitled: tuple[str, ...] = ()
     queries: str | None = None
     labelled: bool = False
     method: Method = "query_distillation"
@@ -61,6 +66,10 @@ class Adaptation:
         """Raises: ValueError: options out of range, or that do not go together."""
         if self.method not in get_args(Method):
             raise ValueError(f"--method {self.method}: choose auto, {', '.join(get_args(Method))}")
+        if self.query_source not in get_args(QuerySource):
+            raise ValueError(f"--query_source {self.query_source}: choose {' or '.join(get_args(QuerySource))}")
+        if self.queries is not None and self.query_source == "titles":
+            raise ValueError(f"--queries {self.queries} and --query_source titles: leave one of them out")
         for name in ("max_documents", "num_negatives"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
@@ -121,6 +130,7 @@ def _rows(adaptation: Adaptation) -> list[Step]:
     """Queries, and their candidates with the LLM's query likelihood."""
     folder, llm = adaptation.folder, adaptation.llm
     written, rows = folder / "queries.jsonl", folder / "rows.jsonl"
+    titles = adaptation.query_source == "titles"
     found = []
     source, inputs = str(written), {}
     after: tuple[str, ...] = ("queries",)
@@ -128,7 +138,8 @@ def _rows(adaptation: Adaptation) -> list[Step]:
         options = [f"--seed={adaptation.seed}", *adaptation.on_device]
         if adaptation.max_documents is not None:
             options.append(f"--max_documents={adaptation.max_documents}")
-        command = ("queries", llm, *adaptation.corpus, "--to", str(written), *options, *adaptation.given("queries"))
+        writer = ("--query_source=titles",) if titles else (llm,)
+        command = ("queries", *writer, *adaptation.corpus, "--to", str(written), *options, *adaptation.given("queries"))
         keeps_for = tuple(one for one in command if one.removeprefix("--").partition("=")[0] not in _ROUND_TRIP)
         parts = (Path(f"{written}.parts"),)
         found.append(Step("queries", command, (written,), keeps=parts, keeps_for=keeps_for))
@@ -138,7 +149,7 @@ def _rows(adaptation: Adaptation) -> list[Step]:
     command = (
         "mine",
         *(("--rows", source) if labels else ("--queries", source)),
-        *adaptation.corpus,
+        *(adaptation.untitled if titles else adaptation.corpus),
         *("--method=bm25", f"--num_negatives={adaptation.num_negatives + (not labels)}"),
         *([f"--likelihood={llm}"] if labels else []),  # ART's loss computes it
         *("--to", str(rows)),
@@ -196,14 +207,24 @@ def found_file(folder: Path, system: str) -> Path:
     return folder / f"found-{system.lower()}.jsonl"
 
 
-def corpus_arguments(options: Any) -> tuple[str, ...]:
-    """The options of :func:`~ullme.commands.corpus_options.add_corpus_options` as arguments, defaults left out."""
+def corpus_arguments(options: Any, titles: bool = True) -> tuple[str, ...]:
+    """The options of :func:`~ullme.commands.corpus_options.add_corpus_options` as arguments, defaults left out.
+
+    Args:
+        options: of a command.
+        titles: with the first text column. Without it, documents that have nothing else are skipped.
+    """
+    columns, on_empty = list(options.text_columns), options.on_empty
+    if not titles:
+        columns, on_empty = columns[1:], "skip"
     found = ["--corpus", options.corpus]
-    for name, default in (("corpus_config", None), ("corpus_split", None), ("id_column", "auto"), ("on_empty", "stop")):
+    for name, default in (("corpus_config", None), ("corpus_split", None), ("id_column", "auto")):
         if options[name] != default:
             found.append(f"--{name}={options[name]}")
-    if list(options.text_columns) != ["title", "text"]:
-        found += ["--text_columns", *options.text_columns]
+    if on_empty != "stop":
+        found.append(f"--on_empty={on_empty}")
+    if columns != ["title", "text"]:
+        found += ["--text_columns", *columns]
     return tuple(found)
 
 
