@@ -37,7 +37,7 @@ def test_operation_is_the_grouped_attention(case, parents, inputs):
     rows = PackedRows([3, 6, 5], CPU, parents)
     found = []
     for compute in (
-        lambda *x: packing._grouped_attention(*x, rows, None, causal, window, softcap, 0.0),
+        lambda *x: packing.attention_without_varlen(*x, rows, None, causal, window, softcap, 0.0),
         lambda *x: traced.packed_attention(*x, rows.layout, None, causal, window or 0, softcap or 0.0),
     ):
         leaves = [x.clone().requires_grad_() for x in inputs]

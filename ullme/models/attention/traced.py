@@ -114,7 +114,7 @@ def _attention(
 
     rows = _rows(layout.numpy().tobytes(), query.device)
     smaller = window if 0 < window < rows.max_keys else None
-    return packing._grouped_attention(query, key, value, rows, scale, causal, smaller, softcap or None, 0.0)
+    return packing.attention_without_varlen(query, key, value, rows, scale, causal, smaller, softcap or None, 0.0)
 
 
 @lru_cache(maxsize=_KEPT)
