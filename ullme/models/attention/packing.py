@@ -85,10 +85,10 @@ def packed_attention(
             return _varlen_attention(query, key, value, rows, scaling, causal, window), None
     if not compiling:
         return attention_without_varlen(query, key, value, rows, scaling, causal, window, softcap, dropout), None
-    if dropout:
-        return _untraced(query, key, value, rows, scaling, causal, window, softcap, dropout), None
     query, key, value = _cast_for_autocast(query, key, value)  # which traced operations do not do themselves
-    return traced.packed_attention(query, key, value, rows.layout, scaling, causal, window or 0, softcap or 0.0), None
+    options = (rows.layout, scaling, causal, window or 0, softcap or 0.0)
+    seed = traced.new_seed() if dropout else None
+    return traced.packed_attention(query, key, value, *options, dropout, seed), None
 
 
 def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -198,11 +198,6 @@ def _grouped_attention(
         out = attend(qg, kg, vg, attn_mask=mask, dropout_p=dropout, is_causal=plain_causal, scale=scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return from_groups(torch.cat(outputs), grouping.ungroup_index)[None]
-
-
-@torch.compiler.disable
-def _untraced(*args: Any) -> Tensor:
-    return attention_without_varlen(*args)
 
 
 def _gather_groups(x: Tensor, positions: Tensor, inverse: Tensor | None, indices: list[Tensor]) -> list[Tensor]:
