@@ -187,3 +187,15 @@ def test_the_start_on_many_rows_is_measured(tmp_path, monkeypatch):
         *("seconds", "cpu_seconds", "memory_mib", "rows_read_per_cpu_second", "rows_tokenised_per_cpu_second")
     }
     assert all(found[name] > 0 for name in found.keys() - {"memory_mib"})
+
+
+def test_the_profile_of_a_step_finds_its_parts(monkeypatch, capsys):
+    found = load("profile_step", monkeypatch).main(["--queries=1"])
+    for seconds in found.values():
+        whole, products = seconds.pop("whole step"), seconds.pop("the products alone")
+        assert sum(seconds.values()) == pytest.approx(whole)
+        assert products > 0
+        assert all(
+            seconds[name] > 0 for name in ("products of frozen weights", "LoRA's products", "attention", "rotary")
+        )
+    assert "| norms |" in capsys.readouterr().out

@@ -156,14 +156,14 @@ def test_hybrid_warns_about_its_recurrent_layers(caplog):
 def test_a_packed_forward_that_ignores_borders_is_found_in_any_dtype(dtype, monkeypatch):
     from ullme.models.attention.packed_rows import PackedRows
 
-    honest = attention.packing._grouped_attention
+    honest = attention.packing.attention_without_varlen
 
     def leaky(q, k, v, rows, *rest):
         return honest(q, k, v, PackedRows([sum(rows.host_lengths)], q.device), *rest)
 
     model = make_llm("llama", initializer_range=0.02).to(dtype)
     assert attention.choose_path(model, causal=False) == "packed"
-    monkeypatch.setattr(attention.packing, "_grouped_attention", leaky)
+    monkeypatch.setattr(attention.packing, "attention_without_varlen", leaky)
     assert attention.choose_path(model, causal=False) == "padded"
 
 

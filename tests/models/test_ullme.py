@@ -268,7 +268,7 @@ def test_another_device_is_probed_again(make_model, monkeypatch):
     def broken(*_):
         raise RuntimeError("this head size is not supported by the kernel")
 
-    monkeypatch.setattr(attention.packing, "_grouped_attention", broken)
+    monkeypatch.setattr(attention.packing, "attention_without_varlen", broken)
     model._probed_device_type = "elsewhere"
     after = model.encode(TEXTS)
     assert model.attention_path == "padded"

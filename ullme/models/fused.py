@@ -1,4 +1,4 @@
-"""Replace activations and norms that a model writes as many small operations by fused ones that compute the same.
+"""Replace what a model writes as many small operations by fused ones that compute the same.
 
 ``gelu_new`` is nine elementwise kernels that each read and write all values; ``gelu(approximate="tanh")`` is one. A
 module is replaced only if its values and gradients equal the fused ones. This is checked on the CPU, so also for a
@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ullme.models.attention.fused_rotary import fuse_rotary
+from ullme.models.fused_mlp import fuse_gated_mlps
+
 logger = logging.getLogger(__name__)
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -24,9 +27,9 @@ _ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (lambda: nn.GELU("tanh"), nn
 
 
 def fuse(model: nn.Module) -> list[str]:
-    """Replace activations and RMS norms inside ``model`` where a fused one is equal.
+    """Replace activations, RMS norms, gated MLPs and the rotation of positions in ``model`` where a fused one is equal.
 
-    Norms stay the same modules with the same weights; their class becomes a subclass of the model's own.
+    Norms and MLPs stay the same modules with the same weights; their class becomes a subclass of the model's own.
 
     Returns:
         The names of the replaced classes, sorted.
@@ -41,7 +44,8 @@ def fuse(model: nn.Module) -> list[str]:
                 found[key] = _fused_norm(child) if key[1] else _fused_activation(child)
             if (make := found[key]) is not None:
                 setattr(parent, name, make(child).train(child.training))
-    replaced = sorted({key[0].__name__ for key, make in found.items() if make is not None})
+    replaced = sorted({key[0].__name__ for key, make in found.items() if make is not None} | {*fuse_gated_mlps(model)})
+    fuse_rotary(model)
     if replaced:
         logger.info("fused versions of %s are used: they compute the same", ", ".join(replaced))
     return replaced

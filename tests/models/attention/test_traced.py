@@ -37,7 +37,7 @@ def test_operation_is_the_grouped_attention(case, parents, inputs):
     rows = PackedRows([3, 6, 5], CPU, parents)
     found = []
     for compute in (
-        lambda *x: packing._grouped_attention(*x, rows, None, causal, window, softcap, 0.0),
+        lambda *x: packing.attention_without_varlen(*x, rows, None, causal, window, softcap, 0.0),
         lambda *x: traced.packed_attention(*x, rows.layout, None, causal, window or 0, softcap or 0.0),
     ):
         leaves = [x.clone().requires_grad_() for x in inputs]
@@ -45,6 +45,39 @@ def test_operation_is_the_grouped_attention(case, parents, inputs):
         found.append([out.detach(), *torch.autograd.grad(out.pow(3).sum(), leaves)])
     assert all(x.abs().max() > 0.1 for x in found[0])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_dropout_depends_on_its_seed_only(inputs):
+    """Values and gradients of the groups with the same random numbers; other numbers are drawn as if nothing had been."""
+    rows = PackedRows([3, 6, 5], CPU)
+
+    def run(compute: Any) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = compute(*leaves)
+        return [out.detach(), *torch.autograd.grad(out.pow(3).sum(), leaves)]
+
+    def by_operation(seed: int) -> list[Tensor]:
+        options = (rows.layout, None, False, 0, 0.0, 0.4, torch.tensor(seed))
+        return run(lambda *x: traced.packed_attention(*x, *options))
+
+    def in_groups(*x: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        return packing._grouped_attention(*x, rows, None, False, None, None, 0.4)
+
+    expected = run(in_groups)
+    before = torch.get_rng_state()
+    found, other = by_operation(7), by_operation(8)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(other, expected, strict=True))
+
+
+def test_seeds_are_drawn_from_the_random_state():
+    state = torch.get_rng_state()
+    first = traced.new_seed()
+    assert traced.new_seed() != first
+    torch.set_rng_state(state)
+    assert traced.new_seed() == first
 
 
 def test_operation_is_well_formed(inputs):
@@ -95,6 +128,22 @@ def compare(plain: Any, compiled: Any) -> None:
     assert set(graphs) == {graphs[0]}
     assert 1 <= graphs[0] <= len(plain.causal_lm.base_model.layers)
     assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_attention_dropout_is_in_the_graph(backend, make_model, compile_with):
+    """No break, the same dropout from the same random state, another one from another."""
+    compile_with(backend)
+    model = make_model("phi", compile=True, dtype="float64", attention_dropout=0.3).double().train()
+    state = torch.get_rng_state()
+    first, other = gradients(model, LENGTHS[0]), gradients(model, LENGTHS[0])
+    torch.set_rng_state(state)
+    again = gradients(model, LENGTHS[0])
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert not counters["graph_break"]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert (first[0] - other[0]).abs().max() > 1e-3
 
 
 @pytest.mark.slow

@@ -115,6 +115,18 @@ class PackedRows:
         self.masks: dict[object, Tensor | None] = {}
 
     @property
+    def has_parents(self) -> bool:
+        """Whether a row continues another one."""
+        return bool(self._offsets.any())
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int]]:
+        """(n, l) of n consecutive rows that all have l tokens, run after run."""
+        starts = np.flatnonzero(np.diff(self._lengths, prepend=0))
+        counts = np.diff(starts, append=len(self._lengths))
+        return list(zip(counts.tolist(), self._lengths[starts].tolist(), strict=True))
+
+    @property
     def full_lengths(self) -> list[int]:
         """Tokens of the text that each row is a part of: its parent's included, or its longest child's."""
         full = self._lengths + self._offsets

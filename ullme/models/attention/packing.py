@@ -2,10 +2,11 @@
 
 Norms, projections and MLPs act on each token by itself, so nothing is computed on padding. Attention gets the row
 lengths through a forward keyword (:data:`ROWS_KEYWORD`) and runs within each row: on CUDA with
-``torch.nn.attention.varlen``, elsewhere, and for heads that this kernel does not have, in groups of rows of similar
-length. Position ids restart in every row.
+``torch.nn.attention.varlen``, on a CPU row by row (:mod:`ullme.models.attention.plain_rows`), and what these do not
+have (other heads, windows, softcap, dropout, shared prompts) in groups of rows of similar length. Position ids restart
+in every row.
 
-torch.compile traces the kernel, and the groups as one operation (:mod:`ullme.models.attention.traced`).
+torch.compile traces the kernel, and all else as one operation (:mod:`ullme.models.attention.traced`).
 
 This is an attention function registered with transformers as ``ullme_<base>``; calls without the keyword go to the
 ``<base>`` function. The choice depends on the call's arguments, never on a module's state, so gradient checkpointing
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from ullme.models.attention import traced
+from ullme.models.attention import plain_rows, traced
 from ullme.models.attention.packed_rows import Group, PackedRows
 from ullme.models.attention.reorder import from_groups, to_groups
 
@@ -83,11 +84,11 @@ def packed_attention(
         if _kernel_takes(query, value):
             return _varlen_attention(query, key, value, rows, scaling, causal, window), None
     if not compiling:
-        return _grouped_attention(query, key, value, rows, scaling, causal, window, softcap, dropout), None
-    if dropout:
-        return _untraced(query, key, value, rows, scaling, causal, window, softcap, dropout), None
+        return attention_without_varlen(query, key, value, rows, scaling, causal, window, softcap, dropout), None
     query, key, value = _cast_for_autocast(query, key, value)  # which traced operations do not do themselves
-    return traced.packed_attention(query, key, value, rows.layout, scaling, causal, window or 0, softcap or 0.0), None
+    options = (rows.layout, scaling, causal, window or 0, softcap or 0.0)
+    seed = traced.new_seed() if dropout else None
+    return traced.packed_attention(query, key, value, *options, dropout, seed), None
 
 
 def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -145,6 +146,23 @@ def _varlen_has_parameter(parameter: str) -> bool:
     return parameter in inspect.signature(varlen_attn).parameters
 
 
+def attention_without_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: PackedRows,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    """(1, T, H, head_dim): on a CPU, plain attention reads the rows where they lie; all else runs in groups."""
+    if window is None and softcap is None and not dropout and plain_rows.takes(query, value, rows):
+        return plain_rows.attention(*_cast_for_autocast(query, key, value), rows, scale, causal)
+    return _grouped_attention(query, key, value, rows, scale, causal, window, softcap, dropout)
+
+
 def _grouped_attention(
     q: Tensor,
     k: Tensor,
@@ -180,11 +198,6 @@ def _grouped_attention(
         out = attend(qg, kg, vg, attn_mask=mask, dropout_p=dropout, is_causal=plain_causal, scale=scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return from_groups(torch.cat(outputs), grouping.ungroup_index)[None]
-
-
-@torch.compiler.disable
-def _untraced(*args: Any) -> Tensor:
-    return _grouped_attention(*args)
 
 
 def _gather_groups(x: Tensor, positions: Tensor, inverse: Tensor | None, indices: list[Tensor]) -> list[Tensor]:

@@ -7,6 +7,8 @@ On CUDA the flash kernel, an operation of torch, is traced instead where it has 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -30,8 +32,10 @@ def packed_attention(
     causal: bool,
     window: int,
     softcap: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    """Attention within packed rows, without dropout.
+    """Attention within packed rows.
 
     Args:
         query: (1, H, T, head_dim).
@@ -42,11 +46,13 @@ def packed_attention(
         causal: whether later tokens are masked.
         window: sliding window in tokens; 0 is none.
         softcap: of the scores; 0 is none.
+        dropout: on attention weights.
+        seed: of the dropout, see :func:`new_seed`; None without dropout.
 
     Returns:
         (1, T, H, head_dim of values).
     """
-    return _attention(query, key, value, layout, scale, causal, window, softcap).contiguous()
+    return _attention(query, key, value, layout, scale, causal, window, softcap, dropout, seed).contiguous()
 
 
 @packed_attention.register_fake
@@ -59,7 +65,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
 torch.library.define(
     "ullme::packed_attention_backward",
     "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor layout, float? scale, bool causal, SymInt window, "
-    "float softcap) -> (Tensor, Tensor, Tensor)",
+    "float softcap, float dropout, Tensor? seed) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -74,11 +80,13 @@ def _backward(
     causal: bool,
     window: int,
     softcap: float,
+    dropout: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of query, key and value; the forward runs again, so its dropout-free results are the same."""
+    """Gradients of query, key and value; the forward runs again, with the same dropout."""
     q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
     with torch.enable_grad():
-        out = _attention(q, k, v, layout, scale, causal, window, softcap)
+        out = _attention(q, k, v, layout, scale, causal, window, softcap, dropout, seed)
     return tuple(x.contiguous() for x in torch.autograd.grad(out, (q, k, v), grad))
 
 
@@ -88,13 +96,14 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *options: Any) ->
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.options = inputs[4:]
+    ctx.save_for_backward(*inputs[:4], inputs[-1])
+    ctx.options = inputs[4:-1]
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    gradients = torch.ops.ullme.packed_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return (*gradients, None, None, None, None, None)
+    *tensors, seed = ctx.saved_tensors
+    gradients = torch.ops.ullme.packed_attention_backward(grad, *tensors, *ctx.options, seed)
+    return (*gradients, None, *(None for _ in ctx.options), None)
 
 
 packed_attention.register_autograd(_differentiate, setup_context=_keep)
@@ -104,10 +113,32 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, layout: Tensor, *optio
     """The arguments are those of :func:`packed_attention`."""
     from ullme.models.attention import packing
 
-    scale, causal, window, softcap = options
+    scale, causal, window, softcap, dropout, seed = options
     rows = _rows(layout.numpy().tobytes(), query.device)
     smaller = window if 0 < window < rows.max_keys else None
-    return packing._grouped_attention(query, key, value, rows, scale, causal, smaller, softcap or None, 0.0)
+    with nullcontext() if seed is None else _seeded(int(seed), query.device):
+        return packing.attention_without_varlen(
+            query, key, value, rows, scale, causal, smaller, softcap or None, dropout
+        )
+
+
+def new_seed() -> Tensor:
+    """() int64 on the host, drawn from its generator: a forward that is repeated from the same random state, as
+    GradCache and gradient checkpointing do, drops the same weights."""
+    return torch.randint(2**62, ())
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers that depend on ``seed`` only; the generators are afterwards as they were."""
+    if device.type != "cuda":
+        with torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(seed)
+            yield
+        return
+    with torch.random.fork_rng([device]), torch.cuda.device(device):
+        torch.cuda.manual_seed(seed)  # of this device; torch.manual_seed would change the others too
+        yield
 
 
 @lru_cache(maxsize=_KEPT)
