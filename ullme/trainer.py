@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ullme.batch import Batch
+from ullme.batch import Batch, ColumnKind
 from ullme.distributed import average_gradients, broadcast, mean_over_ranks, world
 from ullme.engine.finite import NotFiniteError, check_finite
 from ullme.engine.gradcache import chunk_slices
@@ -151,7 +151,8 @@ class GradCacheTrainer:
         hard_negatives = batch.num_candidates - 1
         self.objective.check(model, hard_negatives, self.precision, batch.labelled)
         model.matryoshka_dims = self.objective.matryoshka_dims  # kept in checkpoints
-        check_columns(self.objective.terms, batch.columns)
+        kinds: dict[str, ColumnKind] = {n: "candidate" if c.dim() == 2 else "query" for n, c in batch.columns.items()}
+        check_columns(self.objective.terms, kinds, hard_negatives)
         check_negatives(self.objective.terms, len(batch) * world()[1], hard_negatives, batch.isolated is None)
 
     def _step(self, model: ULLME, batch: Batch, parameters: list[torch.nn.Parameter]) -> dict[str, float]:

@@ -202,6 +202,14 @@ def test_margins_by_hand():
     assert above_margin(scores, positive, margin=0.2, ratio=1.15).tolist() == [[False, True, False, False]]
 
 
+def test_a_ratio_of_a_negative_score_leaves_out_what_scores_above_it():
+    """sentence-transformers' issue 3819: 0.95 · (−0.50) = −0.475, with which −0.49, above the positive, would be kept."""
+    scores, positive = torch.tensor([[-0.49, -0.5, -0.52, -0.53, -0.8]]), torch.tensor([-0.5])
+    assert above_margin(scores, positive, ratio=0.95).tolist() == [[True, True, True, False, False]]  # above −0.525
+    assert above_margin(scores, positive, ratio=1.0).tolist() == [[True, False, False, False, False]]
+    assert above_margin(scores, positive, ratio=1.1).tolist() == [[False] * 5]  # up to −0.45
+
+
 def filtered_by_loops(reps: Representations, scores: torch.Tensor, rule: FalseNegatives) -> tuple[float, float]:
     """The loss, and the share left out; ``scores`` is (B, B * C), NaN where there is none."""
     loss, shares = 0.0, []
@@ -213,7 +221,7 @@ def filtered_by_loops(reps: Representations, scores: torch.Tensor, rule: FalseNe
             if m == 3 * i:
                 continue
             high = rule.margin is not None and s > positive + rule.margin
-            high = high or (rule.ratio is not None and s > rule.ratio * positive)
+            high = high or (rule.ratio is not None and s > positive - (1 - rule.ratio) * abs(positive))
             out += high
             kept += 0 if high else math.exp(reps.queries[i] @ reps.passages[m // 3, m % 3] / 0.2)
         loss -= math.log(own / (own + kept)) / 4

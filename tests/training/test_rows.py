@@ -14,7 +14,7 @@ from ullme.data.datamodule import ULLMEDataModule
 from ullme.data.mixture import TrainSet
 from ullme.engine.gradcache import chunk_slices
 from ullme.engine.objective import Objective
-from ullme.losses import DPO, SFT, CoSENT, DistillationKL, InfoNCE
+from ullme.losses import DPO, SFT, CoSENT, DistillationKL, InfoNCE, MarginMSE, Matryoshka
 from ullme.losses.false_negatives import FalseNegatives
 from ullme.training.rows import check_columns, check_rows
 
@@ -77,9 +77,45 @@ def test_scores_need_candidates_and_unused_ones_are_named(tmp_path, caplog):
 
 def test_a_column_without_numbers_is_refused():
     with pytest.raises(ValueError, match=r"distillation_kl reads the column 'teacher'.*\(they have 'score'\)"):
-        check_columns([DistillationKL("teacher")], {"score": "candidate"})
+        check_columns([DistillationKL("teacher")], {"score": "candidate"}, 2)
     with pytest.raises(ValueError, match=r"they have no column of numbers"):
-        check_columns([DistillationKL()], {})
+        check_columns([DistillationKL()], {}, 2)
+
+
+@pytest.mark.parametrize(
+    ("term", "kind", "negatives", "message"),
+    [
+        (DistillationKL(), "query", 1, r"DistillationKL\.column='score' has one number a query.*give a list of scores"),
+        (MarginMSE(), "query", 2, r"MarginMSE\.column='score' has one number a query.*there are 2.*set that to 1"),
+        (CoSENT(), "candidate", 1, r"CoSENT\.column='score' has one number a candidate.*take DistillationKL"),
+        (Matryoshka(CoSENT(), [8]), "candidate", 1, r"CoSENT\.column='score' has one number a candidate"),
+        (
+            InfoNCE(false_negatives=FalseNegatives(0.1, scores="column")),
+            "query",
+            1,
+            r"InfoNCE\.false_negatives\.column='score' has one number a query; it needs one a candidate",
+        ),
+    ],
+)
+def test_a_column_of_the_wrong_kind_is_refused_before_the_model_is_loaded(tmp_path, term, kind, negatives, message):
+    """sentence-transformers' label of a triplet is one number; its and BGE's scores of a list are one a candidate."""
+    scores = {"label": 1.0} if kind == "query" else {"pos_scores": [1.0], "neg_scores": [0.2, 0.1]}
+    row = {**PASSAGES, **scores}
+    data = ULLMEDataModule(train=write(tmp_path, "rows", row), num_hard_negatives=negatives, batch_size=2)
+    data.setup("fit")
+    with pytest.raises(ValueError, match=message):
+        check_rows(Objective([term]), data)
+    sets = [TrainSet(write(tmp_path, "set", row), num_hard_negatives=negatives)]
+    data = ULLMEDataModule(datasets=sets, batch_size=2)
+    data.setup("fit")
+    with pytest.raises(ValueError, match=rf"the rows of '.*set\.jsonl': {message}"):
+        check_rows(Objective([term]), data)
+
+
+def test_columns_of_either_kind_that_a_term_can_use():
+    check_columns([MarginMSE()], {"score": "query"}, 1)
+    check_columns([MarginMSE(), DistillationKL()], {"score": "candidate"}, 3)
+    check_columns([CoSENT()], {"score": "candidate"}, 0)
 
 
 def test_a_step_computes_the_terms_of_its_dataset_alone(make_model):

@@ -60,7 +60,8 @@ class LossCallback(L.Callback, ABC):
         """Take over the module's backward.
 
         Raises:
-            ValueError: a second loss, or a precision whose gradient scaler this does not drive.
+            ValueError: a second loss, a precision whose gradient scaler this does not drive, or rows that a term
+                cannot use.
         """
         if stage != "fit":
             return
@@ -77,10 +78,11 @@ class LossCallback(L.Callback, ABC):
             )
         if (data := trainer.datamodule) is not None:  # type: ignore[attr-defined]
             self._check_negatives(data)
+        check_rows(self.objective, data, warn=trainer.is_global_zero)
         pl_module.loss = self
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse an objective that this model or data cannot serve, before the first step."""
+        """Refuse an objective that this model cannot serve, before the first step."""
         model: Any = pl_module.model
         data = trainer.datamodule  # type: ignore[attr-defined]
         if data is not None:
@@ -92,7 +94,6 @@ class LossCallback(L.Callback, ABC):
                 "set model.backbone.dtype=float32 (adapters are in float32 anyway)",
                 ", ".join(half),
             )
-        check_rows(self.objective, data, warn=trainer.is_global_zero)
         self.objective.check_model(model, str(trainer.precision))
         model.matryoshka_dims = self.objective.matryoshka_dims  # kept in checkpoints
 

@@ -148,6 +148,7 @@ def job_from_config(config: Any, arguments: argparse.Namespace) -> Job:
     from ullme.callbacks import FullBatch, LossCallback
     from ullme.models.config import BackboneConfig
     from ullme.planning.plan import Job
+    from ullme.planning.rows import epoch_rows
     from ullme.prompts import Prompts
 
     options = BackboneConfig(**config.model.backbone.as_dict())
@@ -160,13 +161,11 @@ def job_from_config(config: Any, arguments: argparse.Namespace) -> Job:
     loss = parser.instantiate_classes(parser.parse_object(Namespace(loss=chosen))).loss
     tokens = getattr(loss, "chunk_tokens", None)
     data = config.data
-    trains = [data.train] if data.datasets is None else [one.train for one in data.datasets]
-    rows = arguments.rows or data.max_rows or sum(map(_count_lines, trains))
     return replace(
         Job(options, _llm_config(options, arguments.backbone_config), loss.objective),
         batch_size=data.batch_size,
         candidates=1 + data.num_hard_negatives,
-        rows=rows,
+        rows=arguments.rows or epoch_rows(data),
         query_tokens=arguments.query_tokens + _template_tokens(prompts, "query"),
         prompt_tokens=arguments.query_tokens + _template_tokens(prompts, "generation"),
         passage_tokens=arguments.passage_tokens + _template_tokens(prompts, "passage"),
@@ -185,17 +184,6 @@ def job_from_config(config: Any, arguments: argparse.Namespace) -> Job:
 def _template_tokens(prompts: Prompts, role: Any) -> int:
     """Estimated at 4.5 characters a token, as in English."""
     return math.ceil(len("".join(prompts.around(role))) / 4.5)
-
-
-def _count_lines(train: str | list[str]) -> int:
-    from ullme.data.files import expand_files
-
-    names = [train] if isinstance(train, str) else train
-    try:
-        files = [path for name in names for path in expand_files(name, "train")]
-    except ValueError as error:
-        raise ValueError(f"data.train={train!r} is not a local file, so its size is unknown; pass --rows=N") from error
-    return sum(line.strip() != b"" for path in files for line in path.open("rb"))
 
 
 def _llm_config(options: BackboneConfig, given: str | None) -> PretrainedConfig:

@@ -115,8 +115,12 @@ class ULLMEDataModule(L.LightningDataModule):
                 raise ValueError(f"data.{name}={value} must be at least {least}")
         check_schema(schema)
         split_option(columns)
-        if columns is not None and datasets is not None:
-            raise ValueError(f"data.columns={columns!r} is for data.train; give columns to each of data.datasets")
+        if datasets is not None:
+            own = {"columns": (columns, None), "schema": (schema, "auto"), "train_name": (train_name, None)}
+            for name, (given, usual) in {**own, "train_split": (train_split, "train")}.items():
+                if given != usual:
+                    field = name.removeprefix("train_")
+                    raise ValueError(f"data.{name}={given!r} is for data.train; give {field} to each of data.datasets")
         if (train is None) == (datasets is None):
             both = f"data.train={train!r} and data.datasets={datasets!r}"
             raise ValueError(f"{both}: give exactly one of them (the rows to train on)")

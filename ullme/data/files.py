@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ullme.data.jsonl import COMPRESSIONS
@@ -13,14 +14,27 @@ TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz")
 # Files that datasets' save_to_disk leaves in a folder.
 SAVED_TO_DISK = ("dataset_info.json", "dataset_dict.json")
+# Descriptions of a dataset, which hold no rows of it.
+_NO_ROWS = (*SAVED_TO_DISK, "dataset_infos.json", "state.json")
 
 
 def expand_files(name: str, split: str) -> list[Path]:
-    """The files of a path, a pattern or a folder, sorted. Raises: ValueError: there are none."""
+    """The files of a path, a pattern or a folder, sorted.
+
+    Of a folder the JSONL files that are named after the split; all for the split ``train``, if none is.
+
+    Raises:
+        ValueError: there are none.
+    """
     path = Path(name)
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if is_lines(p) and p.is_file())
-        of_split = [p for p in files if re.match(rf"{re.escape(split)}[-._]", p.name)]
+        files = _lines_of(path)
+        of_split = _of_split(files, split)
+        if files and not of_split and split != "train":
+            raise ValueError(
+                f"data.train={name!r} has no file {split}*.jsonl for data.train_split={split!r}, but "
+                f"{', '.join(p.name for p in files[:5])}; name a split it has, or the files"
+            )
         files = of_split or files
     elif path.is_file():
         files = [path]
@@ -38,7 +52,16 @@ def is_jsonl(name: str) -> bool:
         found = [path] if path.is_file() else [Path(file) for file in glob.glob(name, recursive=True)]
         return all(map(is_lines, found)) if found else is_lines(path)
     saved = any((path / marker).exists() for marker in SAVED_TO_DISK)
-    return not saved and any(suffix(p) in _JSONL for p in path.iterdir())
+    return not saved and bool(_lines_of(path))
+
+
+def _lines_of(folder: Path) -> list[Path]:
+    """Its files of JSON lines, sorted."""
+    return sorted(p for p in folder.iterdir() if is_lines(p) and p.is_file() and p.name not in _NO_ROWS)
+
+
+def _of_split(files: list[Path], split: str) -> list[Path]:
+    return [p for p in files if re.match(rf"{re.escape(split)}[-._]", p.name)]
 
 
 def suffix(path: str | Path) -> str:
@@ -54,10 +77,11 @@ def is_table(name: str) -> bool:
     return suffix(name) in TABLES
 
 
-def check_kind(name: str) -> None:
+def check_kind(name: str, split: str = "train") -> None:
     """Raises: ValueError: a file that is there, or one beside the JSONL files of a folder, is of a kind that is not
-    read."""
+    read; or a folder has the rows of the split in JSONL files and in tables."""
     if Path(name).is_dir():
+        _check_one_kind(Path(name), split)
         folder = is_jsonl(name)
         files = [p for p in sorted(Path(name).iterdir()) if folder and suffix(p) in _COMPRESSED and not is_lines(p)]
     else:
@@ -67,3 +91,23 @@ def check_kind(name: str) -> None:
         remedy = "unpack it first" if suffix(files[0]) in _COMPRESSED else "convert it to JSONL"
         read = ", ".join([*_JSONL, ".jsonl.gz", ".jsonl.zst", *TABLES])
         raise ValueError(f"data.train={name!r}: {files[0]} is no file of a kind that is read ({read}); {remedy}")
+
+
+def check_config(names: Sequence[str], config: str | None) -> None:
+    """Raises: ValueError: ``data.train_name``, the configuration of a dataset, beside files, which have none."""
+    if config is not None and (all(map(is_jsonl, names)) or all(map(is_table, names))):
+        raise ValueError(
+            f"data.train_name={config!r} is a configuration of a dataset, and data.train={', '.join(names)} names "
+            "files; leave out data.train_name"
+        )
+
+
+def _check_one_kind(folder: Path, split: str) -> None:
+    """Raises: ValueError: JSONL files and tables, of which only one kind would be read. A .txt file may be a README."""
+    lines = _lines_of(folder) if is_jsonl(str(folder)) else []
+    tables = sorted(p for p in folder.iterdir() if is_table(p.name) and suffix(p) != ".txt")
+    if lines and tables and (_of_split(tables, split) or not _of_split(lines, split)):
+        raise ValueError(
+            f"data.train={str(folder)!r} holds JSONL files ({lines[0].name}) and tables ({tables[0].name}); name the "
+            "files of one kind (a pattern such as *.jsonl), or each kind in an entry of data.datasets"
+        )

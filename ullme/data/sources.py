@@ -19,7 +19,7 @@ import numpy as np
 
 from ullme.data.checked_rows import CheckedRows, OnBadRow, RowParser, query_hash, rows_identity
 from ullme.data.columns import ColumnKind, ColumnOption
-from ullme.data.files import check_kind, expand_files, is_jsonl, is_table
+from ullme.data.files import check_config, check_kind, expand_files, is_jsonl, is_table
 from ullme.data.jsonl import COMPRESSIONS, LineReader, iter_lines
 from ullme.data.order import ORDER_VERSION, Order, random_order
 from ullme.data.records import BadRow, Record, Schema
@@ -354,7 +354,8 @@ def open_source(
         raise ValueError(f"data.max_rows={max_rows} must be at least 1; leave it out to use every row")
     source: RowSource
     for one in specs:
-        check_kind(one)
+        check_kind(one, split)
+    check_config(specs, name)
     if all(map(is_jsonl, specs)):
         source = JsonlSource(specs, schema, on_bad_row, split, columns, cache_dir)
     elif len(specs) == 1 or all(map(is_table, specs)):

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import csv
-import glob
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ullme.data.files import SAVED_TO_DISK, TABLES, is_table, suffix
+from ullme.data.files import SAVED_TO_DISK, is_table
+from ullme.data.table_files import CELLS, TableError, files_of, reading
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# An empty cell of a CSV file has no value; the words None, NA and null are texts as any other.
-_CELLS: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
-
 
 def load(path: str | Sequence[str], name: str | None, split: str) -> Dataset:
     """Load a dataset with the ``datasets`` library. Raises: ValueError: it cannot be loaded, or has no such split."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets import DatasetDict, load_from_disk
     from datasets.exceptions import DatasetsError
 
     files = [path] if isinstance(path, str) else list(path)
     try:
         if all(map(is_table, files)):
-            kind = suffix(files[0])
-            return load_dataset(TABLES[kind], data_files={split: files}, split=split, **_reading(kind, files[0]))
+            return _load_tables(files, split)
         if any((Path(files[0]) / marker).exists() for marker in SAVED_TO_DISK):
             saved = load_from_disk(files[0])
             if not isinstance(saved, DatasetDict):
@@ -36,6 +32,8 @@ def load(path: str | Sequence[str], name: str | None, split: str) -> Dataset:
                 raise ValueError(f"it has the splits {sorted(saved)}")
             return saved[split]
         return _load_repository(files[0], name, split)
+    except TableError as error:
+        raise ValueError(f"data.train: {error}") from None
     except PermissionError as error:
         raise ValueError(
             f"data.train={path!r}: the datasets library cannot write its cache ({error}); set HF_HOME (or "
@@ -43,9 +41,25 @@ def load(path: str | Sequence[str], name: str | None, split: str) -> Dataset:
         ) from error
     except (FileNotFoundError, ConnectionError, ValueError, DatasetsError) as error:
         raise ValueError(
-            f"data.train={path!r}, data.train_split={split!r}, data.train_name={name!r} cannot be loaded ({error}); "
-            "name a JSONL file, a folder or a dataset that can be reached, and a split it has"
+            f"data.train={path!r}, data.train_split={split!r}, data.train_name={name!r} cannot be loaded "
+            f"({_reason(error)}); name a JSONL file, a folder or a dataset that can be reached, and a split it has"
         ) from error
+
+
+def _load_tables(files: Sequence[str], split: str) -> Dataset:
+    """Files or patterns. Raises: TableError: they do not go together, or are damaged."""
+    from datasets import load_dataset
+
+    kind, found, options = reading(files)
+    return load_dataset(kind, data_files={split: found}, split=split, **options)
+
+
+def _reason(error: BaseException) -> str:
+    """What is wrong, in one line; ``datasets`` says no more than that an error occurred, and has the reason behind."""
+    while type(error).__name__.startswith("DatasetGeneration") and error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else f"{text[:300]} ... {text[-90:]}"
 
 
 def _load_repository(path: str, name: str | None, split: str) -> Dataset:
@@ -58,8 +72,17 @@ def _load_repository(path: str, name: str | None, split: str) -> Dataset:
     """
     from datasets import load_dataset
 
+    options: dict[str, Any] = {}
+    if (builder := _table_builder(path, name)) is not None:
+        if name is None and Path(path).is_dir() and (files := files_of(builder, split)):
+            return _load_tables(files, split)
+        if _is_csv(builder):
+            options = {**CELLS, "index_col": False}
     try:
-        return load_dataset(path, name, split=split, **_cell_options(path, name))
+        with warnings.catch_warnings():
+            # a row with more cells than the header, which would otherwise lose its first cell or its last
+            warnings.filterwarnings("error", "Length of header or names does not match length of data")
+            return load_dataset(path, name, split=split, **options)
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
@@ -71,15 +94,22 @@ def _load_repository(path: str, name: str | None, split: str) -> Dataset:
     return load_dataset("json", data_files={split: files}, split=split)
 
 
-def _cell_options(path: str, name: str | None) -> dict[str, Any]:
-    """For a folder or a hub dataset of CSV files, in which every cell is to be read as text; else none."""
+def _table_builder(path: str, name: str | None) -> Any:
+    """The builder of ``datasets`` for a folder or a hub dataset of CSV or Parquet files; None for others."""
     from datasets import load_dataset_builder
-    from datasets.packaged_modules.csv.csv import Csv
+    from datasets.packaged_modules.parquet.parquet import Parquet
 
     try:
-        return _CELLS if isinstance(load_dataset_builder(path, name), Csv) else {}
+        builder = load_dataset_builder(path, name)
     except Exception:  # whatever is wrong with it, loading it says so
-        return {}
+        return None
+    return builder if _is_csv(builder) or isinstance(builder, Parquet) else None
+
+
+def _is_csv(builder: Any) -> bool:
+    from datasets.packaged_modules.csv.csv import Csv
+
+    return isinstance(builder, Csv)
 
 
 def _json_files(path: str, split: str) -> list[str]:
@@ -93,17 +123,3 @@ def _json_files(path: str, split: str) -> list[str]:
         found = {file: f"hf://datasets/{path}/{file}" for file in HfApi().list_repo_files(path, repo_type="dataset")}
     wanted = re.compile(rf"{re.escape(split)}([-._].*)?\.jsonl?(\.(gz|zst|xz|bz2))?")
     return [address for file, address in sorted(found.items()) if wanted.fullmatch(Path(file).name)]
-
-
-def _reading(kind: str, file: str) -> dict[str, Any]:
-    """Options of ``load_dataset`` for table files of a kind: every cell of a CSV or TSV file is a text."""
-    from datasets import Features, Value
-
-    if TABLES[kind] != "csv":
-        return {}
-    # Quotation marks of a TSV file are ordinary characters, as in the STS files of evaluation.
-    options: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
-    first = next(iter(sorted(glob.glob(file, recursive=True))), file)
-    with open(first, encoding="utf-8-sig", newline="") as stream:
-        header = next(csv.reader(stream, delimiter=options.get("sep", ","), quoting=options.get("quoting", 0)), [])
-    return {**options, **_CELLS, "features": Features({column: Value("string") for column in header})}

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ullme.batch import Batch, Direction, Representations
+from ullme.batch import Batch, ColumnKind, Direction, Representations
 
 # The directions in which one text is generated after another.
 TextDirection = Literal["passage_given_query", "query_given_passage"]
@@ -38,6 +38,18 @@ class Term(nn.Module):
         if weight < 0:
             raise ValueError(f"{type(self).__name__}.weight={weight}: must be 0 or more")
         self.weight = weight
+
+    def check_columns(self, kinds: Mapping[str, ColumnKind], num_hard_negatives: int) -> None:
+        """Before training.
+
+        Args:
+            kinds: of the columns of the rows, among them those that the term reads.
+            num_hard_negatives: N.
+
+        Raises:
+            ValueError: a column has a number for each query where the term needs one for each candidate, or the other
+                way round.
+        """
 
 
 class RepresentationLoss(Term):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from ullme.batch import Representations
+from ullme.batch import ColumnKind, Representations
 from ullme.distributed import gather_sizes, world
 from ullme.losses.base import RepresentationLoss
 
@@ -76,14 +78,17 @@ class Distillation(RepresentationLoss):
         with torch.autocast(reps.queries.device.type, enabled=False):
             return torch.einsum("bd,bcd->bc", reps.queries.to(wide), reps.passages.to(wide))
 
-    def teacher(self, reps: Representations) -> Tensor:
-        """(B, C). Raises: ValueError: the column has one number a query."""
-        scores = reps.columns[self.column]
-        if scores.dim() != 2:
+    def check_columns(self, kinds: Mapping[str, ColumnKind], num_hard_negatives: int) -> None:
+        if kinds[self.column] != "candidate":
             raise ValueError(
                 f"{type(self).__name__}.column={self.column!r} has one number a query, but the loss compares a query's "
                 "candidates; give a list of scores, one for each positive and then each negative"
             )
+
+    def teacher(self, reps: Representations) -> Tensor:
+        """The column, of a kind that the loss can use. Raises: ValueError: see :meth:`check_columns`."""
+        scores = reps.columns[self.column]
+        self.check_columns({self.column: "candidate" if scores.dim() == 2 else "query"}, reps.passages.shape[1] - 1)
         return scores
 
 
@@ -161,11 +166,15 @@ class MarginMSE(Distillation):
             raise ValueError(f"MarginMSE.scale={scale}: must be above 0")
         self.scale = scale
 
+    def check_columns(self, kinds: Mapping[str, ColumnKind], num_hard_negatives: int) -> None:
+        if kinds[self.column] == "query" and num_hard_negatives != 1:
+            raise ValueError(
+                f"MarginMSE.column={self.column!r} has one number a query, the margin of one negative, and there are "
+                f"{num_hard_negatives} (num_hard_negatives); set that to 1, or give a list of scores, one for each "
+                "positive and then each negative"
+            )
+
     def forward(self, reps: Representations) -> Tensor:
-        scores = reps.columns[self.column]
-        if scores.dim() == 1 and reps.passages.shape[1] == 2:
-            margins = scores[:, None]
-        else:
-            teacher = self.teacher(reps)
-            margins = teacher[:, :1] - teacher[:, 1:]
+        teacher = self.teacher(reps)
+        margins = teacher[:, None] if teacher.dim() == 1 else teacher[:, :1] - teacher[:, 1:]
         return mean_of_scored(*margin_mse(self.scale * self.cosines(reps), margins))

@@ -46,8 +46,9 @@ def among(keys: Tensor, wanted: Tensor) -> Tensor:
 def above_margin(scores: Tensor, positive: Tensor, margin: float | None = None, ratio: float | None = None) -> Tensor:
     """Passages that score too high for negatives.
 
-    s⁻ > s⁺ + margin (Qwen3-Embedding, arXiv 2506.05176, with 0.1), or s⁻ > ratio · s⁺ (NV-Retriever, arXiv
-    2407.15831, section 4: TopK-PercPos, with 0.95), or either. A missing score (NaN) is never too high.
+    s⁻ > s⁺ + margin (Qwen3-Embedding, arXiv 2506.05176, with 0.1), or s⁻ > s⁺ − (1 − ratio) |s⁺|, which for s⁺ above 0
+    is ratio · s⁺ (NV-Retriever, arXiv 2407.15831, section 4: TopK-PercPos, with 0.95), or either. A missing score (NaN)
+    is never too high.
 
     Args:
         scores: (b, M) of each passage.
@@ -62,7 +63,8 @@ def above_margin(scores: Tensor, positive: Tensor, margin: float | None = None, 
     if margin is not None:
         too_high |= scores > positive[:, None] + margin
     if ratio is not None:
-        too_high |= scores > ratio * positive[:, None]
+        # ratio · s⁺ would be above a negative s⁺, as logits and cosines may be
+        too_high |= scores > (positive - (1 - ratio) * positive.abs())[:, None]
     return too_high
 
 
@@ -72,7 +74,7 @@ class FalseNegatives:
 
     Args:
         margin: leave out s⁻ > s⁺ + margin; 0 leaves out all that score above the positive.
-        ratio: leave out s⁻ > ratio · s⁺.
+        ratio: leave out s⁻ > ratio · s⁺; for a negative s⁺, s⁻ > (2 − ratio) · s⁺.
         scores: where s comes from. ``student``: the cosines of the model that is trained. ``column``: a teacher's, in a
             column of the rows, which limits a query's own hard negatives only. ``guide``: cosines of the LLM with its
             adapters off (as GISTEmbed's guide, arXiv 2402.16829, which has margin 0), one more forward a step.

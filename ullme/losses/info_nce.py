@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ullme.batch import Representations
+from ullme.batch import ColumnKind, Representations
 from ullme.distributed import gather, gather_sizes, global_mean_weight, world
 from ullme.losses.base import RepresentationLoss
 from ullme.losses.false_negatives import FalseNegatives, above_margin, among, known_positives
@@ -108,6 +109,14 @@ class InfoNCE(RepresentationLoss):
         self.needs_negatives = source == "column"  # a teacher scores a query's own candidates only
         self.columns = (false_negatives.column,) if false_negatives is not None and source == "column" else ()
 
+    def check_columns(self, kinds: Mapping[str, ColumnKind], num_hard_negatives: int) -> None:
+        for column in self.columns:
+            if kinds[column] != "candidate":
+                raise ValueError(
+                    f"InfoNCE.false_negatives.column={column!r} has one number a query; it needs one a candidate, "
+                    "a list with one for each positive and then each negative"
+                )
+
     def forward(self, reps: Representations) -> Tensor:
         """The mean over this rank's queries, scaled so that the mean over ranks is the global mean.
 
@@ -206,10 +215,7 @@ class InfoNCE(RepresentationLoss):
             return torch.zeros(shape, dtype=torch.bool, device=own.device)
         if rule.scores == "column":
             column, c = reps.columns[rule.column], whole.passage_keys.shape[1]
-            if column.dim() != 2:
-                raise ValueError(
-                    f"InfoNCE.false_negatives.column={rule.column!r} has one number a query; it needs one a candidate"
-                )
+            self.check_columns({rule.column: "candidate" if column.dim() == 2 else "query"}, c - 1)
             scores = torch.full(shape, float("nan"), dtype=column.dtype, device=own.device)
             scores.scatter_(1, own[:, None] * c + torch.arange(c, device=own.device), column)
         else:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ullme.batch import Representations
+from ullme.batch import ColumnKind, Representations
 from ullme.losses.base import RepresentationLoss
 
 
@@ -66,6 +66,9 @@ class Matryoshka(RepresentationLoss):
         self.name = f"matryoshka_{term.name}"
         self.needs_positive, self.teacher_direction = term.needs_positive, term.teacher_direction
         self.needs_negatives, self.columns, self.uses_guide = term.needs_negatives, term.columns, term.uses_guide
+
+    def check_columns(self, kinds: Mapping[str, ColumnKind], num_hard_negatives: int) -> None:
+        self.term.check_columns(kinds, num_hard_negatives)
 
     def check_width(self, width: int) -> None:
         """Raises: ValueError: the largest of dims is not below D."""

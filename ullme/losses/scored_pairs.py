@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from ullme.batch import Representations
+from ullme.batch import ColumnKind, Representations
 from ullme.distributed import gather_sizes
 from ullme.losses.base import RepresentationLoss
 from ullme.losses.distillation import mean_of_scored
@@ -59,6 +61,13 @@ class ScoredPairs(RepresentationLoss):
         self.columns = (column,)
         self.column = column
 
+    def check_columns(self, kinds: Mapping[str, ColumnKind], num_hard_negatives: int) -> None:
+        if kinds[self.column] == "candidate" and num_hard_negatives > 0:
+            raise ValueError(
+                f"{type(self).__name__}.column={self.column!r} has one number a candidate, and this loss compares "
+                "pairs of texts; take DistillationKL for scored lists, or rows of sentence1, sentence2 and score"
+            )
+
     def pairs(self, reps: Representations) -> tuple[Tensor, Tensor]:
         """(B,) cosines and (B,) scores.
 
@@ -67,11 +76,7 @@ class ScoredPairs(RepresentationLoss):
         """
         scores = reps.columns[self.column]
         if scores.dim() == 2:
-            if scores.shape[1] > 1:
-                raise ValueError(
-                    f"{type(self).__name__}.column={self.column!r} has one number a candidate, and this loss compares "
-                    "pairs of texts; take DistillationKL for scored lists, or rows of sentence1, sentence2 and score"
-                )
+            self.check_columns({self.column: "candidate"}, scores.shape[1] - 1)
             scores = scores[:, 0]
         wide = torch.promote_types(reps.queries.dtype, torch.float32)
         with torch.autocast(reps.queries.device.type, enabled=False):

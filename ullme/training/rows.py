@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ullme.batch import ColumnKind
@@ -17,16 +17,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def check_columns(terms: Iterable[Term], columns: Collection[str], where: str = "") -> None:
-    """Refuse a term whose columns no row has.
+def check_columns(
+    terms: Iterable[Term], columns: Mapping[str, ColumnKind], num_hard_negatives: int, where: str = ""
+) -> None:
+    """Refuse a term whose columns no row has, or which are of the wrong kind.
 
     Args:
         terms: of the objective.
-        columns: those that some row has a number in.
+        columns: those that some row has a number in, with their kind.
+        num_hard_negatives: N.
         where: the dataset, for the message.
 
     Raises:
-        ValueError: a column that a term reads is missing.
+        ValueError: a column that a term reads is missing, or has a number for each query in place of each candidate,
+            or the other way round.
     """
     for term in terms:
         if missing := [name for name in term.columns if name not in columns]:
@@ -36,6 +40,10 @@ def check_columns(terms: Iterable[Term], columns: Collection[str], where: str = 
                 f"has a number ({held}); give rows with it (docs/data.md), name its field in data.columns, or leave "
                 "the term out"
             )
+        try:
+            term.check_columns(columns, num_hard_negatives)
+        except ValueError as error:
+            raise ValueError(f"the rows{where}: {error}" if where else str(error)) from None
 
 
 def warn_of_unused_columns(terms: Iterable[Term], columns: Collection[str], where: str = "") -> None:
@@ -74,13 +82,13 @@ def check_rows(objective: Objective, data: Any, warn: bool = True) -> None:
     if not isinstance(source, Mixture):
         objective.check_rows(negatives, getattr(data, "labelled", True))
         if source is not None:
-            _check_columns(objective.terms, source.columns, "", warn)
+            _check_columns(objective.terms, source.columns, negatives, "", warn)
         return
     for settings, one in zip(source.sets, source.sources, strict=True):
         where, part = f" of {settings.train!r}", objective.of_terms(settings.terms)
         own = negatives if settings.num_hard_negatives is None else settings.num_hard_negatives
         part.check_rows(own, one.labelled, where)
-        _check_columns(part.terms, one.columns, where, warn)
+        _check_columns(part.terms, one.columns, own, where, warn)
     named = [settings.terms for settings in source.sets]
     used = {name for terms in named for name in terms or []}
     unused = [term.name for term in objective.terms if term.name not in used]
@@ -88,7 +96,9 @@ def check_rows(objective: Objective, data: Any, warn: bool = True) -> None:
         log.warning("data.datasets: no dataset names the loss term %s, so it is never used", ", ".join(unused))
 
 
-def _check_columns(terms: list[Term], columns: Collection[str], where: str, warn: bool) -> None:
-    check_columns(terms, columns, where)
+def _check_columns(
+    terms: list[Term], columns: Mapping[str, ColumnKind], num_hard_negatives: int, where: str, warn: bool
+) -> None:
+    check_columns(terms, columns, num_hard_negatives, where)
     if warn:
         warn_of_unused_columns(terms, columns, where)

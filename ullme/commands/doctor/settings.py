@@ -198,7 +198,7 @@ def _check_first_rows(one: Any, on_bad_row: str) -> str:
 
     names = [one.train] if isinstance(one.train, str) else list(one.train)
     for name in names:
-        check_kind(name)
+        check_kind(name, one.split)
     if all(map(is_jsonl, names)):
         files = [path for name in names for path in expand_files(name, one.split)]
         read = 0

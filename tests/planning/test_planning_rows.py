@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import gzip
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from ullme.planning.rows import epoch_rows
+
+LINE = json.dumps({"query": "q", "pos": ["p"]}) + "\n"
+
+
+def data(train=None, datasets=None, max_rows=None):
+    return SimpleNamespace(train=train, train_split="train", datasets=datasets, max_rows=max_rows)
+
+
+def one(train, max_rows=None, weight=1.0):
+    return SimpleNamespace(train=train, split="train", max_rows=max_rows, weight=weight)
+
+
+def test_rows_of_each_kind_of_file(tmp_path):
+    from pyarrow import Table, parquet
+
+    (tmp_path / "rows.jsonl").write_text(LINE * 3 + "\n")
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.write(LINE * 500)  # a few lines, as bytes
+    parquet.write_table(Table.from_pylist([{"query": "q"}] * 40), tmp_path / "rows.parquet")
+    (tmp_path / "rows.csv").write_text("anchor,positive\na,b\nc,d\n")
+    counts = {
+        kind: epoch_rows(data(str(tmp_path / f"rows.{kind}"))) for kind in ("jsonl", "jsonl.gz", "parquet", "csv")
+    }
+    assert counts == {"jsonl": 3, "jsonl.gz": 500, "parquet": 40, "csv": 2}
+    assert epoch_rows(data([str(tmp_path / "rows.jsonl"), str(tmp_path / "rows.jsonl.gz")])) == 503
+
+
+def test_no_more_rows_than_there_are(tmp_path):
+    """configs/base.yaml has max_rows: 279040, which a small file does not have."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(LINE * 8)
+    assert [epoch_rows(data(str(file), max_rows=most)) for most in (None, 5, 279040)] == [8, 5, 8]
+    assert epoch_rows(data("owner/set", max_rows=100)) == 100
+    with pytest.raises(ValueError, match=r"data\.train='owner/set' is not a local file.*--rows"):
+        epoch_rows(data("owner/set"))
+
+
+def test_a_mixture_counts_each_dataset_with_its_weight(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(LINE * 8)
+    sets = [one(str(file)), one(str(file), max_rows=4, weight=3.0), one("owner/set", max_rows=10, weight=0.5)]
+    assert epoch_rows(data(datasets=sets, max_rows=279040)) == 8 + 12 + 5
