@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ullme.batch import Batch, TokenRows
+from ullme.batch import Batch
 from ullme.engine.gradcache import GradCache, backward_outside_autocast, chunk_slices, embed_batch, microbatch_rows
 from ullme.losses import InfoNCE
 from ullme.prompts import pad_rows
+from ullme.token_rows import TokenRows
 
 B, C = 5, 3
 

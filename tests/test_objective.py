@@ -11,13 +11,14 @@ import pytest
 import torch
 from test_gradcache import assert_same_gradients, gradients, make_batch
 
-from ullme.batch import Batch, GenerationRows, TokenRows
+from ullme.batch import Batch, GenerationRows
 from ullme.engine.finite import NotFiniteError
 from ullme.engine.gradcache import chunk_slices
 from ullme.engine.objective import Objective, score
 from ullme.engine.reference import AdaptersOff, Cached, FrozenCopy
 from ullme.losses import CPO, DPO, IPO, KL, KTO, SFT, Hinge, InfoNCE, Matryoshka, PseudoLabelInfoNCE, SimPO, Term
 from ullme.prompts import pad_rows
+from ullme.token_rows import TokenRows
 
 QUERY: Any = "query_given_passage"
 OBJECTIVES: dict[str, Callable[[], list[Term]]] = {

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ullme.batch import Batch, GenerationRows, LikelihoodKind, TokenRows, likelihood_keys
+from ullme.batch import Batch, GenerationRows, LikelihoodKind, likelihood_keys
 from ullme.data.columns import kind_of
 from ullme.data.mixture import Mixture
 from ullme.data.sampler import Draw, ShortRows, draw
 from ullme.data.sources import RowSource
 from ullme.prompts import PromptTokenizer, Role
+from ullme.token_rows import TokenRows
 
 
 def passage_key(text: str) -> int:

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ullme.batch import Batch, Representations, TokenRows
+from ullme.batch import Batch, Representations
+from ullme.token_rows import TokenRows
 from ullme.utils.transfer import to_device
 
 Embed = Callable[[TokenRows], Tensor]

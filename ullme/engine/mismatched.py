@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ullme.batch import GENERATION_FIELDS, Batch, GenerationRows, HostMasks, LikelihoodKind, TokenRows
+from ullme.batch import GENERATION_FIELDS, Batch, GenerationRows, LikelihoodKind
 from ullme.distributed import all_reduce_max, gather, world
+from ullme.token_rows import HostMasks, TokenRows
 
 
 def mismatched_pairs(batch: Batch, kinds: Iterable[LikelihoodKind]) -> Batch:

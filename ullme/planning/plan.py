@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ullme.batch import Batch, GenerationRows, TokenRows
+from ullme.batch import Batch, GenerationRows
 from ullme.engine.gradcache import chunk_slices
 from ullme.models.likelihood import _BLOCK_LOGITS
 from ullme.planning.devices import Device
 from ullme.planning.flops import ModelCost, count_weights, embedding_work, learned_work, meta_model, step_work
 from ullme.planning.memory import FRAGMENTATION, GIB, Activations, Memory, activations, predict
+from ullme.token_rows import TokenRows
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
