@@ -36,6 +36,10 @@ PARTS: dict[Direction, dict[LikelihoodKind, int]] = {
 }
 
 
+# Stands in Batch.extra_positive_keys where a query has no such positive; the hashes of texts are not negative.
+NO_TEXT = -1
+
+
 @dataclass(frozen=True)
 class GenerationRows:
     """What one kind of log-likelihood of B * C candidates is computed from: prompts and targets, tokenised apart.
@@ -135,6 +139,9 @@ class Batch:
         columns: name -> numbers of the training rows, (B, C) float32, one a candidate, or (B,), one a query; NaN where
             a row has none.
         terms: names of the loss terms that are for this batch, as its dataset says; None: all of the objective.
+        extra_positives: B * K rows, query-major: K more positives of each query, besides its first candidate. Where a
+            training row has fewer, a row of one token without meaning stands in. None: K is 0.
+        extra_positive_keys: (B, K) int64 hash of each one's text, :data:`NO_TEXT` where there is none.
     """
 
     queries: TokenRows
@@ -149,12 +156,22 @@ class Batch:
     query_keys: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     terms: tuple[str, ...] | None = None
+    extra_positives: TokenRows | None = None
+    extra_positive_keys: Tensor | None = None
 
     def __post_init__(self) -> None:
         if len(self.passages) != self.passage_keys.numel() or len(self.queries) != len(self.passage_keys):
             raise ValueError(
                 f"Batch: {len(self.queries)} queries and {len(self.passages)} passages do not fit "
                 f"passage_keys of shape {tuple(self.passage_keys.shape)}; it must be (B, C) with B * C passages"
+            )
+        rows = 0 if self.extra_positives is None else len(self.extra_positives)
+        keys = self.extra_positive_keys
+        if rows != (0 if keys is None else keys.numel()) or (keys is not None and len(keys) != len(self.queries)):
+            shape = None if keys is None else tuple(keys.shape)
+            raise ValueError(
+                f"Batch: {rows} extra positives of {len(self.queries)} queries do not fit extra_positive_keys of shape "
+                f"{shape}; it must be (B, K) with B * K extra positives"
             )
         for name, column in self.columns.items():
             if column.shape not in (self.passage_keys.shape, self.passage_keys.shape[:1]):
@@ -172,15 +189,39 @@ class Batch:
         return self.passage_keys.shape[1]
 
     @property
+    def num_extra_positives(self) -> int:
+        """K, of every query."""
+        return 0 if self.extra_positive_keys is None else self.extra_positive_keys.shape[1]
+
+    @property
     def num_tokens(self) -> int:
-        """Real tokens of queries and passages."""
-        return self.queries.num_tokens + self.passages.num_tokens
+        """Real tokens of all that is embedded."""
+        return sum(rows.num_tokens for rows in self.embedded_parts)
+
+    @property
+    def embedded(self) -> TokenRows:
+        """All rows that are embedded: queries, then passages, then extra positives."""
+        return TokenRows.cat(self.embedded_parts)
+
+    @property
+    def embedded_lengths(self) -> Tensor:
+        """The real tokens of each row of :attr:`embedded`, int64 on the CPU."""
+        return torch.cat([rows.host_lengths for rows in self.embedded_parts])
+
+    @property
+    def embedded_parts(self) -> list[TokenRows]:
+        """Queries, passages and, where there are some, extra positives."""
+        return [self.queries, self.passages, *([] if self.extra_positives is None else [self.extra_positives])]
 
     def __getitem__(self, rows: slice) -> Batch:
         """Consecutive queries together with all of their candidates."""
         start, stop, step = rows.indices(len(self))
         assert step == 1
         c = self.num_candidates
+        extra, extra_keys = self.extra_positives, self.extra_positive_keys
+        if extra is not None and extra_keys is not None:
+            k = extra_keys.shape[1]
+            extra, extra_keys = extra[start * k : stop * k], extra_keys[start:stop]
         generation = {
             field: rows and rows.of_queries(start, stop, len(self))
             for field in GENERATION_FIELDS.values()
@@ -196,6 +237,8 @@ class Batch:
             isolated=None if self.isolated is None else self.isolated[start:stop],
             query_keys=None if self.query_keys is None else self.query_keys[start:stop],
             columns=_each(self.columns, lambda column: column[start:stop]),
+            extra_positives=extra,
+            extra_positive_keys=extra_keys,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -244,6 +287,10 @@ class Representations:
         guide_queries: (B, D) embeddings by the LLM with its adapters off, without gradient; only for a representation
             loss that asks for them (``uses_guide``).
         guide_passages: (B, C, D), likewise.
+        extra_positives: (B, K, D) of more positives of each query, besides the first passage; without meaning where
+            there is none. None: K is 0.
+        extra_positive_keys: (B, K), as in :class:`Batch`: :data:`NO_TEXT` where there is none.
+        guide_extra_positives: (B, K, D), as the passages of the guide.
     """
 
     queries: Tensor
@@ -256,6 +303,9 @@ class Representations:
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     guide_queries: Tensor | None = None
     guide_passages: Tensor | None = None
+    extra_positives: Tensor | None = None
+    extra_positive_keys: Tensor | None = None
+    guide_extra_positives: Tensor | None = None
 
     def __len__(self) -> int:
         return self.queries.shape[0]
@@ -274,13 +324,23 @@ class Representations:
     def as_leaves(self) -> Representations:
         """The same values, detached and collecting gradients."""
         leaves = self.detach()
-        leaves.queries.requires_grad_()
-        leaves.passages.requires_grad_()
+        for embeddings in leaves.embeddings:
+            embeddings.requires_grad_()
         return leaves
+
+    @property
+    def embeddings(self) -> list[Tensor]:
+        """Queries (B, D), passages (B, C, D) and extra positives (B, K, D), in the order of ``Batch.embedded``."""
+        return [self.queries, self.passages, *([] if self.extra_positives is None else [self.extra_positives])]
+
+    def change_embeddings(self, change: Callable[[Tensor], Tensor]) -> Representations:
+        """The same with every one of :attr:`embeddings` changed."""
+        queries, passages, *extra = map(change, self.embeddings)
+        return replace(self, queries=queries, passages=passages, extra_positives=extra[0] if extra else None)
 
     def detach(self) -> Representations:
         """The same values without their graph."""
-        return replace(self, queries=self.queries.detach(), passages=self.passages.detach())
+        return self.change_embeddings(Tensor.detach)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Representations:
         """Change every tensor, all of which have B rows."""

@@ -18,7 +18,7 @@ from ullme.engine.reference import ReferenceChoice, make_reference
 from ullme.losses.base import Direction
 from ullme.losses.kl import Teacher
 from ullme.training.negatives import check_negatives
-from ullme.training.rows import check_columns
+from ullme.training.rows import check_columns, check_positives
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
@@ -152,6 +152,7 @@ class GradCacheTrainer:
         self.objective.check(model, hard_negatives, self.precision, batch.labelled)
         model.matryoshka_dims = self.objective.matryoshka_dims  # kept in checkpoints
         check_columns(self.objective.terms, batch.columns)
+        check_positives(self.objective.terms, 1 + batch.num_extra_positives)
         check_negatives(self.objective.terms, len(batch) * world()[1], hard_negatives, batch.isolated is None)
 
     def _step(self, model: ULLME, batch: Batch, parameters: list[torch.nn.Parameter]) -> dict[str, float]:
