@@ -20,7 +20,7 @@ def unit(*angles: float) -> torch.Tensor:
 
 def random_reps(b: int = 4, c: int = 3, k: int = 2, d: int = 6) -> Representations:
     """Row 0 has three positives, row 1 one, row 2 three and row 3 two. Rows 0 and 2 have the same query, and one text of
-    row 0 is also an extra positive of row 2, the other a hard negative of row 3."""
+    row 0 is also an extra positive of row 2, the other a hard negative of row 3. That of row 1 is one of row 3 too."""
     generator = torch.Generator().manual_seed(1)
 
     def rows(*shape: int) -> torch.Tensor:
@@ -31,6 +31,7 @@ def random_reps(b: int = 4, c: int = 3, k: int = 2, d: int = 6) -> Representatio
     keys, extra_keys = torch.arange(b * c).view(b, c), 100 + torch.arange(b * k).view(b, k)
     extra_keys[1], extra_keys[3, 1] = NO_TEXT, NO_TEXT
     extra_keys[2, 1], extra[2, 1] = extra_keys[0, 0], extra[0, 0]
+    extra_keys[3, 0], extra[3, 0] = keys[1, 0], passages[1, 0]
     keys[3, 1], passages[3, 1] = extra_keys[0, 1], extra[0, 1]
     query_keys = torch.tensor([5, 6, 5, 7])
     return Representations(
@@ -131,6 +132,16 @@ def test_what_stands_in_for_a_missing_positive_gets_no_gradient_and_has_no_effec
     changed = reps.extra_positives.detach().clone()
     changed[missing] = 3.0
     assert loss(replace(reps, extra_positives=changed)).item() == value.item()
+
+
+def test_of_a_text_that_stands_twice_the_rows_own_is_pulled():
+    """With dropout the two have different embeddings, and without in-batch negatives the other is not the row's."""
+    reps = random_reps().as_leaves()
+    assert reps.passage_keys[3, 1] == reps.extra_positive_keys[0, 1]
+    InfoNCE(0.2, positives="all").per_query(reps, torch.zeros(4, dtype=torch.long), [4])[0].backward()
+    assert reps.extra_positives.grad[0].abs().amax(1).min() > 1e-4
+    assert not reps.passages.grad[3, 1].any()
+    assert reps.passages.grad[3, 0].any()
 
 
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"false_negatives": FalseNegatives(0.05)}])

@@ -105,7 +105,6 @@ class Mixture:
     def __init__(self, sets: Sequence[TrainSet], sources: Sequence[RowSource]) -> None:
         self.sets, self.sources = list(sets), list(sources)
         self.starts = [0, *accumulate(map(len, self.sources))]
-        self.num_negatives = np.concatenate([source.num_negatives for source in self.sources])
         self.skipped = [message for source in self.sources for message in source.skipped]
         self.labelled = all(source.labelled for source in self.sources)
         self.columns: dict[str, ColumnKind] = {
@@ -117,6 +116,11 @@ class Mixture:
 
     def __len__(self) -> int:
         return self.starts[-1]
+
+    @property
+    def num_negatives(self) -> np.ndarray:
+        """(rows,) of all datasets; a copy, which is not kept."""
+        return np.concatenate([source.num_negatives for source in self.sources])
 
     def __getitem__(self, row: int) -> Record:
         dataset, index = self.locate(row)
