@@ -3,10 +3,11 @@
     python benchmarks/loader_start.py --rows 2000000 6000000 [--compare FOLDER_OF_ANOTHER_CHECKOUT]
 
 Synthetic rows of about 280 bytes (a query, a positive, two negatives) are written to a temporary folder and removed
-again. For each number of rows the data module is started twice, in fresh processes: the first start checks the rows and
-builds the index, the second one uses it. Seconds are from the data module to its first batch, tokenised, with the files
-in the operating system's cache; libraries are imported before. Memory is what the process holds alone (RssAnon), so
-not the mapped index, which all processes share. Adds to results/loader.json.
+again. For each number of rows the data module is started three times, in fresh processes: the first start checks the
+rows and builds the index, the second one uses it. A third start is that of a resumed run: its first batch is in the
+middle of the epoch. Seconds are from the data module to its first batch, tokenised, with the files in the operating
+system's cache; libraries are imported before. Memory is what the process holds alone (RssAnon), so not the mapped
+index, which all processes share; its peak is that until the first batch. Adds to results/loader.json.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import tempfile
 import time
 from itertools import islice
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "loader.json"
@@ -49,8 +51,25 @@ def anonymous_mib() -> float:
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
 
 
-def start(train: str, model: str, batches: int) -> dict[str, float]:
-    """Start once, in a process that has imported everything; then time some batches."""
+class PeakMemory(Thread):
+    """The most of :func:`anonymous_mib` from the start of this thread to :meth:`stop`, looked at every 20 ms."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self._stopped = anonymous_mib(), Event()
+
+    def run(self) -> None:
+        while not self._stopped.wait(0.02):
+            self.peak = max(self.peak, anonymous_mib())
+
+    def stop(self) -> float:
+        self._stopped.set()
+        self.join()
+        return max(self.peak, anonymous_mib())
+
+
+def start(train: str, model: str, batches: int, first_batch: int) -> dict[str, float]:
+    """Start once, in a process that has imported everything; then time some batches, from a batch of the epoch on."""
     from transformers import AutoTokenizer
 
     from ullme.data.datamodule import ULLMEDataModule
@@ -61,12 +80,15 @@ def start(train: str, model: str, batches: int) -> dict[str, float]:
     tokenizer = PromptTokenizer(plain, Prompts(query="{text}"))
     options: dict[str, Any] = {"batch_size": BATCH_SIZE, "num_hard_negatives": 2, "num_workers": 0}
     options |= {"query_max_length": 128, "passage_max_length": 128}
+    peak = PeakMemory()
+    peak.start()
     before, wall, cpu = anonymous_mib(), time.perf_counter(), time.process_time()
     data = ULLMEDataModule(train=train, **options)
-    loader = data.train_dataloader_for(tokenizer)
+    loader = data.train_dataloader_for(tokenizer, start_batch=first_batch)
     stream = iter(loader)
     next(stream)
     found = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    found["peak_memory_mib"] = peak.stop() - before
     dataset, sampler = loader.dataset, iter(loader.batch_sampler)
     cpu = time.process_time()
     rows = sum(len([dataset[place] for place in places]) for places in islice(sampler, 10 * batches))
@@ -96,11 +118,11 @@ def main() -> None:
     parser.add_argument("--model", required="--child" not in sys.argv, help="folder with a tokenizer")
     parser.add_argument("--batches", type=int, default=100, help="to time")
     parser.add_argument("--compare", type=Path, help="another checkout, whose start is measured too")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        train, model, batches = options.child
-        print(json.dumps(start(train, model, int(batches))))
+        train, model, batches, first_batch = options.child
+        print(json.dumps(start(train, model, int(batches), int(first_batch))))
         return
     from machine import machine
 
@@ -114,13 +136,14 @@ def main() -> None:
             write_rows(train, count)
             arguments = (str(train), options.model, str(options.batches))
             result: dict[str, Any] = {"bytes": train.stat().st_size}
-            for name in ("first", "second"):
-                result[name] = in_fresh_process(here, folder / "cache", *arguments)
+            middle = str(count // BATCH_SIZE // 2)
+            for name, first_batch in (("first", "0"), ("second", "0"), ("resumed", middle)):
+                result[name] = in_fresh_process(here, folder / "cache", *arguments, first_batch)
                 print(f"{count:,} rows, {name} start: {result[name]}", flush=True)
             index = (file for file in (folder / "cache").rglob("*") if file.is_file())
             result["index_bytes"] = sum(file.stat().st_size for file in index)
             if options.compare:
-                result["compared"] = in_fresh_process(options.compare.resolve(), folder / "cache", *arguments)
+                result["compared"] = in_fresh_process(options.compare.resolve(), folder / "cache", *arguments, "0")
                 print(f"{count:,} rows, the other checkout: {result['compared']}", flush=True)
             found[f"{count} rows"] = result
         finally:

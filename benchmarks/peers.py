@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, logsigmoid, normalize
 
-from ullme.batch import Batch, TokenRows
+from ullme.batch import Batch
+from ullme.token_rows import TokenRows
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ullme.batch import Batch, GenerationRows, TokenRows
+from ullme.batch import Batch, GenerationRows
 from ullme.models import ULLME
 from ullme.prompts import pad_rows
+from ullme.token_rows import TokenRows
 
 HIDDEN, LAYERS, HEADS, INTERMEDIATE = 256, 4, 4, 688
 

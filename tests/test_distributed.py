@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from test_gradcache import assert_same_gradients, gradients, make_batch
+from test_gradcache import assert_same_gradients, gradients, make_batch, with_extra_positives
 from test_objective import OBJECTIVES, with_generation
 
 from ullme.batch import Batch
@@ -45,6 +45,7 @@ NAMES = (
 NAMES += (
     "siblings",
     "all_positives",
+    "several_of_a_row",
     "student_margin",
     "column_margin",
     "guide_margin",
@@ -61,6 +62,9 @@ def make_objective(name: str) -> Objective:
         return Objective([InfoNCE(false_negatives=LIMITS[name])])
     if name == "all_positives":
         return Objective([InfoNCE(positives="all")])
+    if name == "several_of_a_row":
+        rule = FalseNegatives(-0.1, scores="guide")
+        return Objective([InfoNCE(positives="all", bidirectional=True, false_negatives=rule), DPO()])
     if name == "distillation":
         return Objective([DistillationKL(), MarginMSE(weight=0.1)])
     if name == "scored_pairs":
@@ -71,10 +75,13 @@ def make_objective(name: str) -> Objective:
 def global_batch(name: str) -> Batch:
     """Five queries; the first one's positive is also a negative of the last and the positive of the fourth."""
     batch = with_generation(make_batch())
+    batch = with_extra_positives(batch) if name == "several_of_a_row" else batch
     keys = batch.passage_keys.clone()
     keys[4, 1] = keys[3, 0] = keys[0, 0]
     isolated = torch.tensor([False, True, False, False, True]) if name == "isolated" else None
-    same = torch.tensor([1, 2, 3, 4, 2]) if name in ("siblings", "all_positives") else None  # on two ranks
+    same = (
+        torch.tensor([1, 2, 3, 4, 2]) if name in ("siblings", "all_positives", "several_of_a_row") else None
+    )  # on two ranks
     nan = float("nan")
     scores = torch.tensor([[1, 0, nan], [1, 2, 0], [nan] * 3, [0, 1, 1], [3, nan, 0]])
     columns = {"score": scores, "trust": torch.tensor([0.1, nan, 0.9, 0.1, 0.5])}

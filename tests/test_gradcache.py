@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from ullme.batch import Batch, TokenRows
+from ullme.batch import NO_TEXT, Batch
 from ullme.engine.gradcache import GradCache, backward_outside_autocast, chunk_slices, embed_batch, microbatch_rows
 from ullme.losses import InfoNCE
 from ullme.prompts import pad_rows
+from ullme.token_rows import TokenRows
 
 B, C = 5, 3
 
@@ -21,6 +24,15 @@ def make_batch(b: int = B, c: int = C) -> Batch:
         return pad_rows([torch.randint(3, 300, (k,), generator=generator).tolist() for k in lengths], 0)
 
     return Batch(rows(b, 6), rows(b * c, 15), torch.arange(b * c).view(b, c), torch.arange(b))
+
+
+def with_extra_positives(batch: Batch, k: int = 2) -> Batch:
+    """Two more positives of each query, which row 1 lacks both and row 3 the last of."""
+    keys = 1000 + torch.arange(len(batch) * k).view(-1, k)
+    keys[1], keys[3, -1] = NO_TEXT, NO_TEXT
+    generator = torch.Generator().manual_seed(5)
+    rows = [torch.randint(3, 300, (n % 5 + 1,), generator=generator).tolist() for n in range(keys.numel())]
+    return replace(batch, extra_positives=pad_rows(rows, 0), extra_positive_keys=keys)
 
 
 def embedder(model):

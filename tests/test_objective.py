@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_gradcache import assert_same_gradients, gradients, make_batch
+from test_gradcache import assert_same_gradients, gradients, make_batch, with_extra_positives
 
-from ullme.batch import Batch, GenerationRows, TokenRows
+from ullme.batch import Batch, GenerationRows
 from ullme.engine.finite import NotFiniteError
 from ullme.engine.gradcache import chunk_slices
 from ullme.engine.objective import Objective, score
 from ullme.engine.reference import AdaptersOff, Cached, FrozenCopy
 from ullme.losses import CPO, DPO, IPO, KL, KTO, SFT, Hinge, InfoNCE, Matryoshka, PseudoLabelInfoNCE, SimPO, Term
 from ullme.prompts import pad_rows
+from ullme.token_rows import TokenRows
 
 QUERY: Any = "query_given_passage"
 OBJECTIVES: dict[str, Callable[[], list[Term]]] = {
@@ -40,6 +41,7 @@ OBJECTIVES: dict[str, Callable[[], list[Term]]] = {
     "query_teacher": lambda: [InfoNCE(), KL(QUERY, 0.1, 0.5, teacher="reference")],
     "gain_teacher": lambda: [KL("gain", teacher="reference", divergence="generation_to_retrieval"), SFT()],
     "matryoshka": lambda: [Matryoshka(InfoNCE(bidirectional=True), [16, 5], [0.5, 2.0], weight=1.5), SFT()],
+    "all_positives": lambda: [Matryoshka(InfoNCE(positives="all", bidirectional=True), [8]), DPO(), KL()],
     "pseudo_labels": lambda: [PseudoLabelInfoNCE(margin=0.05), KL(QUERY, teacher="reference")],
 }
 
@@ -84,6 +86,8 @@ def by(objective: Objective, model, batch: Batch, slices=None) -> tuple[dict, di
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_chunks_change_no_gradient(name, model, batch):
+    if name == "all_positives":
+        batch = with_extra_positives(batch)
     objective = Objective(OBJECTIVES[name]())
     logs, expected = by(objective, model, batch)
     for slices in (chunk_slices(batch, 1, None), chunk_slices(batch, 2, None), chunk_slices(batch, 99, None)):
@@ -430,3 +434,19 @@ def test_metrics_of_two_terms_are_kept_apart(model, batch):
     assert logs["reward_margin"] == pytest.approx(alone["reward_margin"])
     assert 0 <= logs["reward_accuracy"] <= 1
     assert logs["cpo/reward_margin"] != pytest.approx(logs["reward_margin"], abs=1e-3)
+
+
+def test_each_term_looks_at_the_positives_that_it_says(model, batch):
+    """Terms of one positive, and an InfoNCE of one, have the values that they have without extra positives."""
+    several = with_extra_positives(batch)
+    of_one = [InfoNCE(), DPO(), KL(), SFT()]
+    expected, gradient = by(Objective(of_one), model, batch)
+    found, same = by(Objective(of_one), model, several)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert_same_gradients(same, gradient, 1e-6)
+    of_all, other = by(Objective([InfoNCE(positives="all"), *of_one[1:]]), model, several)
+    assert of_all["dpo"] == pytest.approx(expected["dpo"], rel=1e-6)
+    assert of_all["kl"] == pytest.approx(expected["kl"], rel=1e-6)
+    assert abs(of_all["info_nce"] - expected["info_nce"]) > 1e-3
+    assert of_all["positives_per_row"] == pytest.approx((3 + 1 + 3 + 2 + 3) / 5)
+    assert max((other[name] - gradient[name]).abs().max() for name in other) > 1e-4

@@ -10,8 +10,8 @@ import pytest
 from tiny import TEXTS, make_tokenizer
 from tokenizers.decoders import ByteLevel
 
-from ullme.batch import TokenRows
 from ullme.prompts import Prompts, PromptTokenizer, begin_and_end, pad_rows
+from ullme.token_rows import TokenRows
 
 
 @pytest.mark.parametrize(

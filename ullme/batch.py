@@ -16,133 +16,7 @@ import torch
 from torch import Tensor
 
 from ullme.distributed import gather
-from ullme.utils.transfer import to_device
-
-
-@dataclass(frozen=True)
-class HostMasks:
-    """The masks of R rows on the host, so that nobody waits for a device to learn which tokens are real.
-
-    Args:
-        attention: (R, L) bool, True on real tokens.
-        pooled: (R, L) bool, True on the tokens that are pooled, or None where all real ones are.
-    """
-
-    attention: np.ndarray
-    pooled: np.ndarray | None = None
-
-    @classmethod
-    def of(cls, attention_mask: Tensor, pool_mask: Tensor | None = None) -> HostMasks:
-        """A copy of a device's masks, for which the host waits; on a CPU there is nothing to wait for."""
-        attention, pooled = (
-            None if mask is None else mask.detach().cpu().numpy().astype(bool) for mask in (attention_mask, pool_mask)
-        )
-        assert attention is not None
-        return cls(attention, pooled)
-
-    def __getitem__(self, rows: slice | np.ndarray) -> HostMasks:
-        return HostMasks(self.attention[rows], None if self.pooled is None else self.pooled[rows])
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(R,) int64, the real tokens of each row."""
-        return self.attention.sum(1, dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class TokenRows:
-    """Tokenised texts, one a row.
-
-    Args:
-        input_ids: (R, L) token ids.
-        attention_mask: (R, L), 1 on real tokens and 0 on padding, on either side.
-        pool_mask: (R, L), 1 on the real tokens that are pooled, at least one a row; None pools all.
-        host: the masks on the host, of rows that were moved to another device; None where the tensors are on the CPU.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    pool_mask: Tensor | None = None
-    host: HostMasks | None = None
-
-    def __len__(self) -> int:
-        return self.input_ids.shape[0]
-
-    def __getitem__(self, rows: slice | Tensor) -> TokenRows:
-        if isinstance(rows, slice):
-            return self._map(lambda x: x[rows], None if self.host is None else self.host[rows])
-        if rows.device == self.input_ids.device:
-            return self._map(lambda x: x[rows], None)
-        (index,) = to_device([rows.cpu().numpy()], self.input_ids.device)
-        return self.select(rows.cpu().numpy(), index)
-
-    def select(self, rows: np.ndarray, index: Tensor) -> TokenRows:
-        """Some rows, by their numbers.
-
-        Args:
-            rows: (n,) on the host.
-            index: the same numbers on the device of the tensors.
-        """
-        return self._map(lambda x: x[index], None if self.host is None else self.host[rows])
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenRows:
-        """On another device, with the masks kept on the host. Nobody waits for the copy of pinned memory."""
-        host = None if torch.device(device).type == "cpu" else self.host_masks
-        return self._map(lambda x: x.to(device, non_blocking=non_blocking or x.is_pinned()), host)
-
-    def pin_memory(self) -> TokenRows:
-        return self._map(lambda x: x.pin_memory(), self.host)
-
-    def _map(self, change: Callable[[Tensor], Tensor], host: HostMasks | None) -> TokenRows:
-        pool_mask = None if self.pool_mask is None else change(self.pool_mask)
-        return TokenRows(change(self.input_ids), change(self.attention_mask), pool_mask, host)
-
-    @property
-    def host_masks(self) -> HostMasks:
-        """The masks on the host; copied from the device, for which the host waits, where ``host`` is not there."""
-        return HostMasks.of(self.attention_mask, self.pool_mask) if self.host is None else self.host
-
-    @property
-    def host_lengths(self) -> Tensor:
-        """(R,) int64 on the CPU, the real tokens of each row."""
-        if self.host is None:
-            return self.attention_mask.sum(1).cpu()
-        return torch.from_numpy(self.host.lengths)
-
-    @property
-    def pooled(self) -> Tensor:
-        """(R, L), the pool mask, or the attention mask where all real tokens are pooled."""
-        return self.attention_mask if self.pool_mask is None else self.pool_mask
-
-    @property
-    def num_tokens(self) -> int:
-        """Real tokens, padding left out."""
-        return int(self.host_lengths.sum())
-
-    @classmethod
-    def cat(cls, parts: list[TokenRows]) -> TokenRows:
-        """Stack rows of different widths (each padded on the right) into one block as wide as the widest."""
-        width = max(part.input_ids.shape[1] for part in parts)
-
-        def widen(x: Tensor) -> Tensor:
-            return torch.nn.functional.pad(x, (0, width - x.shape[1]))
-
-        def on_host(masks: list[np.ndarray]) -> np.ndarray:
-            return np.concatenate([np.pad(mask, ((0, 0), (0, width - mask.shape[1]))) for mask in masks])
-
-        every = all(part.pool_mask is None for part in parts)
-        hosts = [part.host for part in parts if part.host is not None]
-        host = None
-        if len(hosts) == len(parts):
-            pooled = [masks.attention if masks.pooled is None else masks.pooled for masks in hosts]
-            host = HostMasks(on_host([masks.attention for masks in hosts]), None if every else on_host(pooled))
-        return cls(
-            torch.cat([widen(part.input_ids) for part in parts]),
-            torch.cat([widen(part.attention_mask) for part in parts]),
-            None if every else torch.cat([widen(part.pooled) for part in parts]),
-            host,
-        )
-
+from ullme.token_rows import TokenRows
 
 # Which log-likelihood of a candidate p of a query q the LLM is asked for: log π(p|q), log π(q|p), or log π(p), the
 # passage after the same prompt as in log π(p|q) with an empty query.
@@ -160,6 +34,10 @@ PARTS: dict[Direction, dict[LikelihoodKind, int]] = {
     "query_given_passage": {"query_given_passage": 1},
     "gain": {"passage_given_query": 1, "passage": -1},
 }
+
+
+# Stands in Batch.extra_positive_keys where a query has no such positive; the hashes of texts are not negative.
+NO_TEXT = -1
 
 
 @dataclass(frozen=True)
@@ -261,6 +139,9 @@ class Batch:
         columns: name -> numbers of the training rows, (B, C) float32, one a candidate, or (B,), one a query; NaN where
             a row has none.
         terms: names of the loss terms that are for this batch, as its dataset says; None: all of the objective.
+        extra_positives: B * K rows, query-major: K more positives of each query, besides its first candidate. Where a
+            training row has fewer, a row of one token without meaning stands in. None: K is 0.
+        extra_positive_keys: (B, K) int64 hash of each one's text, :data:`NO_TEXT` where there is none.
     """
 
     queries: TokenRows
@@ -275,12 +156,22 @@ class Batch:
     query_keys: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     terms: tuple[str, ...] | None = None
+    extra_positives: TokenRows | None = None
+    extra_positive_keys: Tensor | None = None
 
     def __post_init__(self) -> None:
         if len(self.passages) != self.passage_keys.numel() or len(self.queries) != len(self.passage_keys):
             raise ValueError(
                 f"Batch: {len(self.queries)} queries and {len(self.passages)} passages do not fit "
                 f"passage_keys of shape {tuple(self.passage_keys.shape)}; it must be (B, C) with B * C passages"
+            )
+        rows = 0 if self.extra_positives is None else len(self.extra_positives)
+        keys = self.extra_positive_keys
+        if rows != (0 if keys is None else keys.numel()) or (keys is not None and len(keys) != len(self.queries)):
+            shape = None if keys is None else tuple(keys.shape)
+            raise ValueError(
+                f"Batch: {rows} extra positives of {len(self.queries)} queries do not fit extra_positive_keys of shape "
+                f"{shape}; it must be (B, K) with B * K extra positives"
             )
         for name, column in self.columns.items():
             if column.shape not in (self.passage_keys.shape, self.passage_keys.shape[:1]):
@@ -298,15 +189,39 @@ class Batch:
         return self.passage_keys.shape[1]
 
     @property
+    def num_extra_positives(self) -> int:
+        """K, of every query."""
+        return 0 if self.extra_positive_keys is None else self.extra_positive_keys.shape[1]
+
+    @property
     def num_tokens(self) -> int:
-        """Real tokens of queries and passages."""
-        return self.queries.num_tokens + self.passages.num_tokens
+        """Real tokens of all that is embedded."""
+        return sum(rows.num_tokens for rows in self.embedded_parts)
+
+    @property
+    def embedded(self) -> TokenRows:
+        """All rows that are embedded: queries, then passages, then extra positives."""
+        return TokenRows.cat(self.embedded_parts)
+
+    @property
+    def embedded_lengths(self) -> Tensor:
+        """The real tokens of each row of :attr:`embedded`, int64 on the CPU."""
+        return torch.cat([rows.host_lengths for rows in self.embedded_parts])
+
+    @property
+    def embedded_parts(self) -> list[TokenRows]:
+        """Queries, passages and, where there are some, extra positives."""
+        return [self.queries, self.passages, *([] if self.extra_positives is None else [self.extra_positives])]
 
     def __getitem__(self, rows: slice) -> Batch:
         """Consecutive queries together with all of their candidates."""
         start, stop, step = rows.indices(len(self))
         assert step == 1
         c = self.num_candidates
+        extra, extra_keys = self.extra_positives, self.extra_positive_keys
+        if extra is not None and extra_keys is not None:
+            k = extra_keys.shape[1]
+            extra, extra_keys = extra[start * k : stop * k], extra_keys[start:stop]
         generation = {
             field: rows and rows.of_queries(start, stop, len(self))
             for field in GENERATION_FIELDS.values()
@@ -322,6 +237,8 @@ class Batch:
             isolated=None if self.isolated is None else self.isolated[start:stop],
             query_keys=None if self.query_keys is None else self.query_keys[start:stop],
             columns=_each(self.columns, lambda column: column[start:stop]),
+            extra_positives=extra,
+            extra_positive_keys=extra_keys,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -370,6 +287,10 @@ class Representations:
         guide_queries: (B, D) embeddings by the LLM with its adapters off, without gradient; only for a representation
             loss that asks for them (``uses_guide``).
         guide_passages: (B, C, D), likewise.
+        extra_positives: (B, K, D) of more positives of each query, besides the first passage; without meaning where
+            there is none. None: K is 0.
+        extra_positive_keys: (B, K), as in :class:`Batch`: :data:`NO_TEXT` where there is none.
+        guide_extra_positives: (B, K, D), as the passages of the guide.
     """
 
     queries: Tensor
@@ -382,6 +303,9 @@ class Representations:
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     guide_queries: Tensor | None = None
     guide_passages: Tensor | None = None
+    extra_positives: Tensor | None = None
+    extra_positive_keys: Tensor | None = None
+    guide_extra_positives: Tensor | None = None
 
     def __len__(self) -> int:
         return self.queries.shape[0]
@@ -400,13 +324,23 @@ class Representations:
     def as_leaves(self) -> Representations:
         """The same values, detached and collecting gradients."""
         leaves = self.detach()
-        leaves.queries.requires_grad_()
-        leaves.passages.requires_grad_()
+        for embeddings in leaves.embeddings:
+            embeddings.requires_grad_()
         return leaves
+
+    @property
+    def embeddings(self) -> list[Tensor]:
+        """Queries (B, D), passages (B, C, D) and extra positives (B, K, D), in the order of ``Batch.embedded``."""
+        return [self.queries, self.passages, *([] if self.extra_positives is None else [self.extra_positives])]
+
+    def change_embeddings(self, change: Callable[[Tensor], Tensor]) -> Representations:
+        """The same with every one of :attr:`embeddings` changed."""
+        queries, passages, *extra = map(change, self.embeddings)
+        return replace(self, queries=queries, passages=passages, extra_positives=extra[0] if extra else None)
 
     def detach(self) -> Representations:
         """The same values without their graph."""
-        return replace(self, queries=self.queries.detach(), passages=self.passages.detach())
+        return self.change_embeddings(Tensor.detach)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Representations:
         """Change every tensor, all of which have B rows."""

@@ -18,7 +18,7 @@ from ullme.engine.reference import ReferenceChoice, make_reference
 from ullme.losses.base import Direction
 from ullme.losses.kl import Teacher
 from ullme.training.negatives import check_negatives
-from ullme.training.rows import check_columns
+from ullme.training.rows import check_columns, check_positives
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
@@ -153,6 +153,7 @@ class GradCacheTrainer:
         model.matryoshka_dims = self.objective.matryoshka_dims  # kept in checkpoints
         kinds: dict[str, ColumnKind] = {n: "candidate" if c.dim() == 2 else "query" for n, c in batch.columns.items()}
         check_columns(self.objective.terms, kinds, hard_negatives)
+        check_positives(self.objective.terms, 1 + batch.num_extra_positives)
         check_negatives(self.objective.terms, len(batch) * world()[1], hard_negatives, batch.isolated is None)
 
     def _step(self, model: ULLME, batch: Batch, parameters: list[torch.nn.Parameter]) -> dict[str, float]:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import make_tokenizer
 
-from ullme.batch import TokenRows
 from ullme.commands.support import page, survey
 from ullme.models import ULLME, attention
 from ullme.models.attention.paths import _is_causal_flags, run_flags
+from ullme.token_rows import TokenRows
 from ullme.utils.tiny_models import make_tiny
 
 PAGE = Path(__file__).parents[2] / "docs" / "backbones.md"

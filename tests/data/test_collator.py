@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import pickle
 from copy import deepcopy
+from dataclasses import replace
 from itertools import chain
 
 import pytest
 import torch
 
+from ullme.batch import NO_TEXT
 from ullme.data.collator import Collator, EvalCollator, TrainDataset, length_sorted_batches, passage_key
 from ullme.data.sampler import Draw
 from ullme.data.sources import open_source
@@ -40,6 +42,44 @@ def test_each_query_keeps_its_own_candidates_positive_first(tokenizer, prompt_to
     for b, (_, drawn) in enumerate(DRAWS):  # list-major regrouping would give query b another query's passages
         own = read(tokenizer, batch[b : b + 1].passages)
         assert own == [f"P:{text}" for text in (drawn.positive, *drawn.negatives)]
+
+
+@pytest.mark.parametrize("pooled", ["all", "text"])
+def test_extra_positives_and_what_stands_in_for_them(tokenizer, pooled):
+    prompts = Prompts(query="{instruction}|{text}", passage="P:{text}", instruction="task", pooled=pooled)
+    extra = [("pe", None), (None, None), ("pf", "pe")]
+    draws = [(n, drawn._replace(extra_positives=e)) for (n, drawn), e in zip(DRAWS, extra, strict=True)]
+    batch = Collator(PromptTokenizer(tokenizer, prompts), 32, 32)(draws)
+    texts = read(tokenizer, batch.extra_positives)
+    assert [texts[n] for n in (0, 4, 5)] == ["P:pe", "P:pf", "P:pe"]
+    assert batch.extra_positives.attention_mask.sum(1).tolist() == [4, 1, 1, 1, 4, 4]
+    assert batch.extra_positives.pooled.sum(1).tolist() == (
+        [4, 1, 1, 1, 4, 4] if pooled == "all" else [2, 1, 1, 1, 2, 2]
+    )
+    pe, pf = passage_key("pe"), passage_key("pf")
+    assert batch.extra_positive_keys.tolist() == [[pe, NO_TEXT], [NO_TEXT, NO_TEXT], [pf, pe]]
+    assert read(tokenizer, batch[2:].extra_positives) == ["P:pf", "P:pe"]
+    assert batch[2:].extra_positive_keys.tolist() == [[pf, pe]]
+    assert len(batch.embedded_lengths) == 3 + 9 + 6
+    assert batch.num_tokens == batch.embedded_lengths.sum() == batch.embedded.num_tokens
+    plain = Collator(PromptTokenizer(tokenizer, prompts), 32, 32)(DRAWS)
+    assert torch.equal(batch.passages.input_ids, plain.passages.input_ids)
+    assert plain.extra_positives is None
+    assert batch.num_tokens == plain.num_tokens + 3 * 4 + 3
+
+
+def test_extra_positives_of_a_symmetric_dataset_have_the_query_template(tokenizer, prompt_tokenizer):
+    drawn = Draw("qb", "pb", [], "other", symmetric=True, extra_positives=("pc",))
+    batch = Collator(prompt_tokenizer, 32, 32)([(0, drawn)])
+    assert read(tokenizer, batch.extra_positives) == ["other|pc"]
+
+
+def test_extra_positives_without_keys_are_refused(prompt_tokenizer):
+    batch = Collator(prompt_tokenizer, 32, 32)(DRAWS)
+    with pytest.raises(
+        ValueError, match=r"9 extra positives of 3 queries do not fit extra_positive_keys of shape None"
+    ):
+        replace(batch, extra_positives=batch.passages)
 
 
 def test_keys_are_equal_where_texts_are(prompt_tokenizer):

@@ -258,13 +258,27 @@ def test_without_in_batch_negatives_no_row_borrows(tmp_path, negatives, short_ro
         data.setup("fit")
 
 
+def test_a_dataset_has_its_own_number_of_positives(tmp_path, tokenizer):
+    """Batches of a have two places for positives, batches of b one, and neither changes the other draws."""
+    sets = [TrainSet(write(tmp_path, "a", 8)), TrainSet(write(tmp_path, "b", 8), num_positives=1)]
+    options = {"batch_size": 4, "num_hard_negatives": 1, "num_workers": 0}
+    data = ULLMEDataModule(datasets=sets, num_positives=2, **options)
+    found = list(data.train_dataloader_for(PromptTokenizer(tokenizer, Prompts(query="{text}"))))
+    assert {(bool((batch.row_ids >= 8).all()), batch.num_extra_positives) for batch in found} == {(False, 1), (True, 0)}
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match=rf"num_positives={wrong} of 'a' must be at least 1"):
+            TrainSet("a", num_positives=wrong)
+        with pytest.raises(ValueError, match=rf"data\.num_positives={wrong} must be at least 1"):
+            ULLMEDataModule("a", num_positives=wrong)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({}, "give exactly one of them"),
         ({"train": "a", "datasets": []}, "give exactly one of them"),
         ({"datasets": []}, "holds no dataset"),
-        ({"train": "a", "mixture_alpha": 0.5}, r"data\.mixture_alpha=0\.5 weighs data\.datasets, and data\.train='a'"),
+        ({"train": "a", "mixture_alpha": 0.5}, r"mixture_alpha=0\.5 weighs .* data\.train='a' is one dataset"),
         ({"train": "a", "mixture_alpha": -0.1}, r"data\.mixture_alpha=-0\.1 must be between 0 .* and 1"),
         ({"train": "a", "mixture_alpha": float("nan")}, r"data\.mixture_alpha=nan must be between"),
     ],

@@ -33,6 +33,29 @@ class TestDraw:
         assert {d.positive for d in draws} == {"positive 9.0", "positive 9.1"}
         assert {n for d in draws for n in d.negatives} == {f"negative 9.{k}" for k in range(4)}
 
+    @pytest.mark.parametrize("row", [8, 9])  # with one positive and with two
+    def test_several_positives(self, source, row):
+        """All that the row has, in a random order; the first, and the negatives, as with one; None for what it lacks."""
+        orders = set()
+        for epoch in range(30):
+            drawn, one = draw(source, row, epoch, 0, 6, num_positives=4), draw(source, row, epoch, 0, 6)
+            assert drawn._replace(extra_positives=()) == one
+            own = [drawn.positive, *drawn.extra_positives]
+            assert own[len(source[row].positives) :] == [None] * (4 - len(source[row].positives))
+            assert set(own) - {None} == set(source[row].positives)
+            orders.add(tuple(own))
+        assert len(orders) == len(source[row].positives)
+
+    def test_as_many_positives_as_asked_for(self, write_jsonl):
+        many = open_source(write_jsonl([{"query": "q", "pos": list("abcde")}] * 2))
+        draws = [draw(many, 0, epoch, 0, 0, num_positives=3) for epoch in range(40)]
+        assert all(len({d.positive, *d.extra_positives}) == 3 for d in draws)
+        assert {d.extra_positives[0] for d in draws} == set("abcde")
+
+    def test_rows_without_labels_have_no_positives(self, write_jsonl):
+        rows = open_source(write_jsonl([{"query": "q", "candidates": ["a", "b", "c"]}]))
+        assert draw(rows, 0, 0, 0, 2, num_positives=3).extra_positives == (None, None)
+
     def test_no_negatives_wanted(self, source):
         assert draw(source, 4, 0, 0, 0).negatives == []
 

@@ -9,8 +9,9 @@ import pytest
 from test_gradcache import make_batch
 from test_objective import with_generation
 
-from ullme.batch import GENERATION_FIELDS, HostMasks
+from ullme.batch import GENERATION_FIELDS
 from ullme.engine.mismatched import mismatched_pairs
+from ullme.token_rows import HostMasks
 
 
 @pytest.mark.parametrize("kind", ["passage_given_query", "query_given_passage"])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import make_tokenizer
 
-from ullme.batch import TokenRows
 from ullme.models import ULLME, attention
 from ullme.models.attention import rotary
+from ullme.token_rows import TokenRows
 from ullme.utils.tiny_models import make_tiny
 
 LONGROPE = {

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny import FAMILIES, TEXTS, make_tokenizer, save_llm
 
-from ullme.batch import TokenRows
 from ullme.models import ULLME, attention, encoding
 from ullme.models.encoding import token_batches
 from ullme.prompts import Prompts, PromptTokenizer
+from ullme.token_rows import TokenRows
 
 
 @pytest.mark.parametrize("family", FAMILIES)

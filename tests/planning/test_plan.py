@@ -115,6 +115,18 @@ def test_layers_are_recomputed_only_where_memory_needs_it(job):
     assert tight.mfu < roomy.mfu
 
 
+def test_extra_positives_are_embedded_and_not_generated(job):
+    """Two of them beside nine candidates: the tokens of eleven passages are embedded, those of nine generated."""
+    plain, several = typical_batch(job, 500), typical_batch(with_(job, extra_positives=2), 500)
+    assert torch.equal(several.passages.host_lengths, plain.passages.host_lengths)
+    passages = several.num_tokens - several.queries.num_tokens
+    assert passages == pytest.approx(plain.passages.num_tokens * (job.candidates + 2) / job.candidates, rel=0.02)
+    found = [step_work(batch, job.objective, causal=False, share_prompts=True) for batch in (plain, several)]
+    assert found[1].learned == found[0].learned
+    assert found[1].reference == found[0].reference
+    assert found[1].learned.tokens > 0
+
+
 def test_what_is_left_of_memory_saves_the_first_forward(job):
     """Of few tokens, of some, of all; and never where the chunk is settled, or layers are recomputed."""
     many = with_(job, batch_size=6000)

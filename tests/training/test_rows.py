@@ -14,9 +14,9 @@ from ullme.data.datamodule import ULLMEDataModule
 from ullme.data.mixture import TrainSet
 from ullme.engine.gradcache import chunk_slices
 from ullme.engine.objective import Objective
-from ullme.losses import DPO, SFT, CoSENT, DistillationKL, InfoNCE, MarginMSE, Matryoshka
+from ullme.losses import DPO, KL, SFT, CoSENT, DistillationKL, InfoNCE, MarginMSE, Matryoshka, PseudoLabelInfoNCE
 from ullme.losses.false_negatives import FalseNegatives
-from ullme.training.rows import check_columns, check_rows
+from ullme.training.rows import check_columns, check_positives, check_rows
 
 PASSAGES = {"query": "q", "pos": ["p"], "neg": ["n", "m"]}
 PAIRS = {"sentence1": "a", "sentence2": "b", "score": 0.5}
@@ -150,3 +150,31 @@ def test_a_guide_needs_adapters(make_model):
     objective.check(make_model("gpt2"), 2)
     with pytest.raises(ValueError, match=r"scores=guide, but lora_name=null.*scores=student"):
         objective.check(make_model("gpt2", lora_name=None), 2)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        [InfoNCE()],
+        [Matryoshka(InfoNCE(), [4])],
+        [DistillationKL(), MarginMSE()],
+        [DPO(), KL(), SFT()],
+        [PseudoLabelInfoNCE(use_labels=True)],
+    ],
+)
+def test_several_positives_that_no_term_looks_at_are_refused(terms):
+    names = ", ".join(term.name for term in terms)
+    with pytest.raises(ValueError, match=rf"num_positives=3 of 'a', but {names} would look at the first positive"):
+        check_positives(terms, 3, " of 'a'")
+    check_positives(terms, 1)
+    check_positives([*terms[1:], Matryoshka(InfoNCE(positives="all"), [4])], 3)
+
+
+def test_several_positives_are_checked_dataset_by_dataset(tmp_path):
+    data = mixture(tmp_path, (PASSAGES, ["info_nce"]), (CHAT, ["sft"]))
+    data.num_positives = 2
+    objective = Objective([InfoNCE(positives="all"), SFT()])
+    with pytest.raises(ValueError, match=r"num_positives=2 of '.*set1\.jsonl', but sft would look at the first"):
+        check_rows(objective, data)
+    data.source.sets[1] = replace(data.source.sets[1], num_positives=1)
+    check_rows(objective, data)

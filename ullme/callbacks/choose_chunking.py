@@ -40,7 +40,7 @@ def choose_chunking(
     """
     model, data = module.model, trainer.datamodule  # type: ignore[attr-defined]
     assert model is not None
-    passages = 1 + getattr(data, "num_hard_negatives", 8)
+    passages = getattr(data, "num_positives", 1) + getattr(data, "num_hard_negatives", 8)
     passage_tokens = getattr(data, "passage_max_length", 256)
     own_tokens = getattr(data, "query_max_length", 64)
     query_tokens = own_tokens + passages * passage_tokens

@@ -163,7 +163,7 @@ class GradCache(LossCallback):
         return chunk_slices(batch, self.chunk_size, self.chunk_tokens)
 
     def microbatches(self, batch: Batch) -> list[Tensor]:
-        """Rows that are embedded together: places among all queries and then all passages of the batch."""
+        """Rows that are embedded together: places in ``batch.embedded``."""
         if self.chunk_tokens is None:
             return [chunk_rows(batch, chunk) for chunk in self.chunks(batch)]
         return microbatch_rows(batch, self.chunk_tokens)
@@ -172,7 +172,7 @@ class GradCache(LossCallback):
         """Whether a chunk is one query, or one row where queries need not stay together."""
         if self.chunk_size or self.objective.runs_generation:
             return len(self.chunks(batch)) == len(batch)
-        return len(self.microbatches(batch)) == len(batch.queries) + len(batch.passages)
+        return len(self.microbatches(batch)) == len(batch.embedded_lengths)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

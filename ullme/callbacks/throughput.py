@@ -200,7 +200,7 @@ def _padded_tokens(module: ULLMEModule, batch: Batch) -> int:
     objective = loss.objective
     total = 0
     if objective.of_terms(batch.terms).uses_reps:
-        lengths = torch.cat([batch.queries.host_lengths, batch.passages.host_lengths])
+        lengths = batch.embedded_lengths
         total += sum(len(rows) * int(lengths[rows].max()) for rows in microbatches)
     scoring = objective.scoring(batch)
     for part in chunks:

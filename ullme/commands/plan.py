@@ -165,6 +165,7 @@ def job_from_config(config: Any, arguments: argparse.Namespace) -> Job:
         Job(options, _llm_config(options, arguments.backbone_config), loss.objective),
         batch_size=data.batch_size,
         candidates=1 + data.num_hard_negatives,
+        extra_positives=data.num_positives - 1,
         rows=arguments.rows or epoch_rows(data),
         query_tokens=arguments.query_tokens + _template_tokens(prompts, "query"),
         prompt_tokens=arguments.query_tokens + _template_tokens(prompts, "generation"),
@@ -223,7 +224,8 @@ def describe(plan: Plan) -> str:
     lines = {
         "model": f"{job.options.model_name_or_path}: {plan.weights / 1e9:.2f} B weights, "
         f"{plan.trained / 1e6:.1f} M trained",
-        "step": f"{job.batch_size} queries x {job.candidates} passages; {job.query_tokens:.0f} tokens a query, "
+        "step": f"{job.batch_size} queries x {job.candidates + job.extra_positives} passages; "
+        f"{job.query_tokens:.0f} tokens a query, "
         f"{job.passage_tokens:.0f} a passage",
         "devices": f"{plan.num_devices} x {plan.device.name}, {strategy}",
         "chunks": f"{plan.chunks} of {chunk}, gradient checkpointing {checkpointing}",

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ullme.batch import Batch, GenerationRows, LikelihoodKind, TokenRows, likelihood_keys
+from ullme.batch import NO_TEXT, Batch, GenerationRows, LikelihoodKind, likelihood_keys
 from ullme.data.columns import kind_of
 from ullme.data.mixture import Mixture
 from ullme.data.sampler import Draw, ShortRows, draw
 from ullme.data.sources import RowSource
 from ullme.prompts import PromptTokenizer, Role
+from ullme.token_rows import TokenRows
 
 
 def passage_key(text: str) -> int:
@@ -51,22 +53,32 @@ class TrainDataset(Dataset[tuple[int, Draw]]):
         seed: of the run.
         num_hard_negatives: N.
         short_rows: see :func:`ullme.data.sampler.draw`.
+        num_positives: likewise.
     """
 
-    def __init__(self, source: RowSource, seed: int, num_hard_negatives: int, short_rows: ShortRows = "borrow") -> None:
+    def __init__(
+        self,
+        source: RowSource,
+        seed: int,
+        num_hard_negatives: int,
+        short_rows: ShortRows = "borrow",
+        num_positives: int = 1,
+    ) -> None:
         self.source = source
         self.seed = seed
         self.num_hard_negatives = num_hard_negatives
         self.short_rows: ShortRows = short_rows
+        self.num_positives = num_positives
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: tuple[int, int]) -> tuple[int, Draw]:
         row, epoch = index
+        how: dict[str, Any] = {"short_rows": self.short_rows, "num_positives": self.num_positives}
         if isinstance(self.source, Mixture):
-            return row, self.source.draw(row, epoch, self.seed, self.num_hard_negatives, self.short_rows)
-        return row, draw(self.source, row, epoch, self.seed, self.num_hard_negatives, self.short_rows)
+            return row, self.source.draw(row, epoch, self.seed, self.num_hard_negatives, **how)
+        return row, draw(self.source, row, epoch, self.seed, self.num_hard_negatives, **how)
 
 
 class Collator:
@@ -114,7 +126,7 @@ class Collator:
             query_generation=generation.get("query_given_passage"),
             passage_generation=generation.get("passage"),
             queries=self.prompt_tokenizer(queries, "query", max_length=self.query_max_length, instruction=instructions),
-            passages=self._passage_rows(passages, draws),
+            passages=self._passage_rows(draws, [[drawn.positive, *drawn.negatives] for drawn in draws]),
             passage_keys=torch.tensor([passage_key(text) for text in passages]).view(len(draws), -1),
             row_ids=torch.tensor([row for row, _ in items]),
             labelled=draws[0].labelled,
@@ -122,15 +134,29 @@ class Collator:
             columns=stack_columns(draws),
             terms=draws[0].terms,
             isolated=None if all(d.in_batch_negatives for d in draws) else torch.tensor([True] * len(draws)),
+            **self._extra_positives(draws),
         )
 
-    def _passage_rows(self, passages: list[str], draws: list[Draw]) -> TokenRows:
-        """A batch is of one dataset, so the first row speaks for all."""
+    def _passage_rows(self, draws: list[Draw], texts: Sequence[Sequence[str]]) -> TokenRows:
+        """The texts of each draw, query-major. A batch is of one dataset, so the first row speaks for all."""
+        flat = [text for own in texts for text in own]
         if not draws[0].symmetric:
-            return self.prompt_tokenizer(passages, "passage", max_length=self.passage_max_length)
-        candidates = len(passages) // len(draws)
-        instructions = [drawn.instruction for drawn in draws for _ in range(candidates)]
-        return self.prompt_tokenizer(passages, "query", max_length=self.passage_max_length, instruction=instructions)
+            return self.prompt_tokenizer(flat, "passage", max_length=self.passage_max_length)
+        instructions = [drawn.instruction for drawn, own in zip(draws, texts, strict=True) for _ in own]
+        return self.prompt_tokenizer(flat, "query", max_length=self.passage_max_length, instruction=instructions)
+
+    def _extra_positives(self, draws: list[Draw]) -> dict[str, Any]:
+        """The batch's extra positives and their keys; nothing where one positive of a row is drawn."""
+        drawn = [text for one in draws for text in one.extra_positives]
+        if not drawn:
+            return {}
+        keys = torch.tensor([NO_TEXT if text is None else passage_key(text) for text in drawn])
+        # a row of one token stands in for a text that is not there, so that all queries have as many rows
+        stand_in = self.prompt_tokenizer([""], None, max_length=1)
+        texts = self._passage_rows(draws, [[t for t in one.extra_positives if t is not None] for one in draws])
+        places = torch.where(keys == NO_TEXT, 0, (keys != NO_TEXT).cumsum(0))
+        rows = TokenRows.cat([stand_in, texts])[places]
+        return {"extra_positives": rows, "extra_positive_keys": keys.view(len(draws), -1)}
 
     def _rows_of(
         self, kind: LikelihoodKind, queries: list[str], passages: list[str], instructions: list[str | None]

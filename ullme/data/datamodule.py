@@ -20,9 +20,9 @@ from ullme.data.loader import ResumableLoader, defer_worker_signals
 from ullme.data.mixture import Mixture, MixtureSampler, TrainSet, check_alpha
 from ullme.data.order import ORDER_VERSION, random_order
 from ullme.data.records import Schema, check_schema
-from ullme.data.sampler import GlobalBatchSampler, ShortRows, check_no_row_borrows, settle_short_rows
+from ullme.data.sampler import GlobalBatchSampler, ShortRows
 from ullme.data.sources import OnBadRow, RowSource
-from ullme.data.unread_fields import log_unread
+from ullme.data.train_rows import datasets_of_entries, usable_rows
 from ullme.prompts import PromptTokenizer, Role
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,10 @@ class ULLMEDataModule(L.LightningDataModule):
             ~/.cache/ullme.
         mixture_alpha: α between 0 and 1: an epoch has batches of each of ``datasets`` in proportion to its rows to the
             power α (times its weight); below 1, small datasets are repeated. See
-            :func:`~ullme.data.mixture.epoch_batches`.
+            :func:`~ullme.data.mixture.epoch_batches`. Without ``datasets``, a value below 1 makes a dataset of each
+            entry of a list in ``train``.
+        num_positives: the most positives of a row that are drawn at once, for InfoNCE with ``positives: all``; other
+            terms look at the first one only. Rows with fewer give all they have.
 
     Raises:
         ValueError: an option is out of its range; or, in ``setup``, data cannot be read, has a bad row, or does not fit
@@ -101,10 +104,12 @@ class ULLMEDataModule(L.LightningDataModule):
         columns: ColumnOption = None,
         cache_dir: str | None = None,
         mixture_alpha: float = 1.0,
+        num_positives: int = 1,
     ) -> None:
         super().__init__()
         for name, value, least in (
             ("num_hard_negatives", num_hard_negatives, 0),
+            ("num_positives", num_positives, 1),
             ("query_max_length", query_max_length, 1),
             ("passage_max_length", passage_max_length, 1),
             ("val_batch_size", val_batch_size, 1),
@@ -125,18 +130,14 @@ class ULLMEDataModule(L.LightningDataModule):
             both = f"data.train={train!r} and data.datasets={datasets!r}"
             raise ValueError(f"{both}: give exactly one of them (the rows to train on)")
         check_alpha(mixture_alpha)
-        if datasets is None and mixture_alpha != 1:
-            raise ValueError(
-                f"data.mixture_alpha={mixture_alpha} weighs data.datasets, and data.train={train!r} is one dataset; "
-                "name each of its files in data.datasets, or leave it out"
-            )
         if datasets is not None and not datasets:
             raise ValueError("data.datasets=[] holds no dataset; name at least one, or give data.train")
-        self.sets = (
-            [TrainSet(train, train_split, train_name, schema, max_rows, columns=columns)]
-            if train is not None
-            else datasets
-        )
+        if train is not None:
+            whole = TrainSet(train, train_split, train_name, schema, max_rows, columns=columns)
+            datasets = None if mixture_alpha == 1 else datasets_of_entries(whole, mixture_alpha)
+            self.sets = datasets or [whole]
+        else:
+            self.sets = datasets or []
         self.train = train
         self.datasets = datasets
         self.train_split = train_split
@@ -145,6 +146,7 @@ class ULLMEDataModule(L.LightningDataModule):
         self.columns = columns
         self.cache_dir = cache_dir
         self.mixture_alpha = mixture_alpha
+        self.num_positives = num_positives
         self.on_bad_row: OnBadRow = on_bad_row
         self.short_rows: ShortRows = short_rows
         self.num_hard_negatives = num_hard_negatives
@@ -200,32 +202,14 @@ class ULLMEDataModule(L.LightningDataModule):
 
     def _open_train(self) -> RowSource:
         """Open the training set, or all datasets of the mixture."""
-        sources = [self._open(dataset) for dataset in self.sets or []]
+        sources = [self._open(dataset) for dataset in self.sets]
         return sources[0] if self.datasets is None else Mixture(self.datasets, sources)
 
     def _open(self, dataset: TrainSet) -> RowSource:
-        """Open one dataset, and log skipped and short rows."""
+        """Open one dataset."""
         source = dataset.open(self.on_bad_row, self.seed, self.order_version, self.cache_dir)
-        own = dataset.num_hard_negatives
-        negatives = self.num_hard_negatives if own is None else own
-        if not dataset.in_batch_negatives:
-            whose = f"data.datasets: {dataset.train!r}"
-            check_no_row_borrows(source, negatives, self.short_rows, whose)
-        usable, short = settle_short_rows(source, negatives, self.short_rows, self.seed)
-        if self._rank_and_world_size()[0] == 0:
-            log.info("data: %d rows to train on%s", len(usable), f" in {dataset.train}" if self.datasets else "")
-            log_unread(dataset.train, source)
-            if source.skipped:
-                log.warning("data: skipped %d bad rows, the first: %s", len(source.skipped), source.skipped[:3])
-            if short:
-                log.warning(
-                    "data: %d of %d rows have fewer than %d hard negatives (data.short_rows=%s)",
-                    short,
-                    len(source),
-                    negatives,
-                    self.short_rows,
-                )
-        return usable
+        several, quiet = self.datasets is not None, self._rank_and_world_size()[0] != 0
+        return usable_rows(dataset, source, self.num_hard_negatives, self.short_rows, self.seed, several, quiet)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """This rank's slices of the global batches, starting at the trainer's step counter."""
@@ -280,11 +264,16 @@ class ULLMEDataModule(L.LightningDataModule):
         """
         self.setup("fit")
         assert self.source is not None
-        dataset = TrainDataset(self.source, self.seed, self.num_hard_negatives, self.short_rows)
+        dataset = self._draws()
         sampler = self._sampler(rank, world_size, epoch, start_batch, position)
         lengths = self.query_max_length, self.passage_max_length
         collator = Collator(prompt_tokenizer, *lengths, generation, self.source.longest_instruction)
         return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=collator, **self._loader_options())
+
+    def _draws(self) -> TrainDataset:
+        """The rows as they are drawn."""
+        assert self.source is not None
+        return TrainDataset(self.source, self.seed, self.num_hard_negatives, self.short_rows, self.num_positives)
 
     def first_batches(
         self,
@@ -301,7 +290,7 @@ class ULLMEDataModule(L.LightningDataModule):
         """
         self.setup("fit")
         assert self.source is not None
-        dataset = TrainDataset(self.source, self.seed, self.num_hard_negatives, self.short_rows)
+        dataset = self._draws()
         lengths = self.query_max_length, self.passage_max_length
         collator = Collator(prompt_tokenizer, *lengths, generation, self.source.longest_instruction)
         rank, ranks = self._rank_and_world_size()
@@ -402,5 +391,5 @@ class ULLMEDataModule(L.LightningDataModule):
         random_order(1, [self.seed], version)  # raises, if it is unknown
         self.order_version = version
         log.info("data: the checkpoint's rows are in the order of version %d, and the run goes on in it", version)
-        if self.source is not None and any(dataset.max_rows is not None for dataset in self.sets or []):
+        if self.source is not None and any(dataset.max_rows is not None for dataset in self.sets):
             self.source = self._open_train()

@@ -39,10 +39,11 @@ class TrainSet:
         columns: numbers of the rows that losses read, as in ``data.columns``.
         terms: names of the loss terms that are for this dataset (info_nce, cosent, sft ...); null takes all.
         num_hard_negatives: N of this dataset; null takes ``data.num_hard_negatives``.
+        num_positives: of this dataset's rows; null takes ``data.num_positives``.
 
     Raises:
-        ValueError: an unknown schema, a column without a name or a field, no term, a negative number of negatives, or a
-            weight that is not positive.
+        ValueError: an unknown schema, a column without a name or a field, no term, a negative number of negatives, less
+            than one positive, or a weight that is not positive.
     """
 
     train: str | list[str]
@@ -57,6 +58,7 @@ class TrainSet:
     columns: ColumnOption = None
     terms: list[str] | None = None
     num_hard_negatives: int | None = None
+    num_positives: int | None = None
 
     def __post_init__(self) -> None:
         if self.terms is not None and not self.terms:
@@ -67,6 +69,8 @@ class TrainSet:
             raise ValueError(
                 f"data.datasets: num_hard_negatives={self.num_hard_negatives} of {self.train!r} must be at least 0"
             )
+        if self.num_positives is not None and self.num_positives < 1:
+            raise ValueError(f"data.datasets: num_positives={self.num_positives} of {self.train!r} must be at least 1")
         split_option(self.columns, "data.datasets: columns")
         check_schema(self.schema, "data.datasets: schema")
         if not 0 < self.weight < float("inf"):
@@ -101,7 +105,6 @@ class Mixture:
     def __init__(self, sets: Sequence[TrainSet], sources: Sequence[RowSource]) -> None:
         self.sets, self.sources = list(sets), list(sources)
         self.starts = [0, *accumulate(map(len, self.sources))]
-        self.num_negatives = np.concatenate([source.num_negatives for source in self.sources])
         self.skipped = [message for source in self.sources for message in source.skipped]
         self.labelled = all(source.labelled for source in self.sources)
         self.columns: dict[str, ColumnKind] = {
@@ -113,6 +116,11 @@ class Mixture:
 
     def __len__(self) -> int:
         return self.starts[-1]
+
+    @property
+    def num_negatives(self) -> np.ndarray:
+        """(rows,) of all datasets; a copy, which is not kept."""
+        return np.concatenate([source.num_negatives for source in self.sources])
 
     def __getitem__(self, row: int) -> Record:
         dataset, index = self.locate(row)
@@ -133,15 +141,24 @@ class Mixture:
         dataset = bisect_right(self.starts, row) - 1
         return dataset, row - self.starts[dataset]
 
-    def draw(self, row: int, epoch: int, seed: int, num_hard_negatives: int, short_rows: ShortRows) -> Draw:
+    def draw(
+        self,
+        row: int,
+        epoch: int,
+        seed: int,
+        num_hard_negatives: int,
+        short_rows: ShortRows = "borrow",
+        num_positives: int = 1,
+    ) -> Draw:
         """Like :func:`ullme.data.sampler.draw`, but borrows only from the row's dataset, and adds its settings."""
         dataset, index = self.locate(row)
         settings = self.sets[dataset]
         if settings.num_hard_negatives is not None:
             num_hard_negatives = settings.num_hard_negatives
-        drawn = draw(
-            self.sources[dataset], index, epoch, seed, num_hard_negatives, short_rows, positives_of=self.positives_of
-        )
+        if settings.num_positives is not None:
+            num_positives = settings.num_positives
+        source = self.sources[dataset]
+        drawn = draw(source, index, epoch, seed, num_hard_negatives, short_rows, self.positives_of, num_positives)
         return drawn._replace(
             instruction=settings.instruction if drawn.instruction is None else drawn.instruction,
             in_batch_negatives=settings.in_batch_negatives,

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ullme.data import bad_row, columns, jsonl, records
+from ullme.data.query_index import sorted_hashes, write_sorted_hashes
 from ullme.utils.atomic_files import UNFINISHED, check_writable
 from ullme.utils.dotted_names import named
 
@@ -162,13 +163,7 @@ class Writer:
             return
         for numbers in (self.positions, self.numbers, self.num_negatives, self.queries):
             numbers.close()
-        hashes, rows = sorted_hashes(np.load(self.folder / "queries.npy"))
-        (self.folder / "queries.npy").unlink()
-        for name, values in (("query_hashes", hashes), ("query_rows", rows)):
-            with (self.folder / f"{name}.npy").open("wb") as stream:
-                np.save(stream, values)
-                stream.flush()
-                os.fsync(stream.fileno())
+        write_sorted_hashes(self.folder / "queries.npy", self.folder)
         sizes = {path.name: path.stat().st_size for path in self.folder.iterdir()}
         with (self.folder / _FACTS).open("w") as file:
             json.dump({"facts": facts, "sizes": sizes}, file)
@@ -220,12 +215,6 @@ def cached_index(
             found = _load(folder)
         assert found is not None
     return found
-
-
-def sorted_hashes(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The (rows,) hashes of rows, sorted, and the row of each; rows of the same hash stay in their order."""
-    rows = np.argsort(hashes, kind="stable")
-    return hashes[rows], rows
 
 
 def cache_root(cache_dir: str | None = None) -> Path:

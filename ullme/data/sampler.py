@@ -26,7 +26,8 @@ class Draw(NamedTuple):
     """What one row gives in one epoch: a query, a positive, N hard negatives, and the row's own instruction; and what
     its dataset says (:class:`ullme.data.mixture.TrainSet`). Where ``labelled`` is False, positive and negatives are
     1 + N of the row's candidates in no order. ``columns`` has every column of the dataset: a number of the query, or
-    one for the positive and then each negative; NaN where the row has none, as for a borrowed negative."""
+    one for the positive and then each negative; NaN where the row has none, as for a borrowed negative.
+    ``extra_positives`` are K more positives of the row, None where it has fewer."""
 
     query: str
     positive: str
@@ -37,6 +38,7 @@ class Draw(NamedTuple):
     labelled: bool = True
     columns: Columns = MappingProxyType({})
     terms: tuple[str, ...] | None = None
+    extra_positives: tuple[str | None, ...] = ()
 
 
 def draw(
@@ -47,8 +49,9 @@ def draw(
     num_hard_negatives: int,
     short_rows: ShortRows = "borrow",
     positives_of: Callable[[str], set[str]] | None = None,
+    num_positives: int = 1,
 ) -> Draw:
-    """One positive and N hard negatives of a row, the same for the same (seed, epoch, row) everywhere.
+    """Positives and N hard negatives of a row, the same for the same (seed, epoch, row) everywhere.
 
     Args:
         source: all rows.
@@ -60,6 +63,8 @@ def draw(
             is a positive of this row or of another one with the same query, or already a negative of this row;
             ``repeat`` goes round the row's own negatives, and borrows where there are none.
         positives_of: query -> all texts known to be its positives; None asks the source.
+        num_positives: how many positives to draw, where the row has so many. The first of them, and the negatives, are
+            the same for any number.
 
     Raises:
         ValueError: there are not enough other texts to borrow.
@@ -74,7 +79,7 @@ def draw(
         texts += _borrow(source, missing, {*record.negatives, *positives_of(record.query)}, rng) if missing else []
         columns = _columns(source, record, own, missing)
         drawn = Draw(record.query, texts[0], texts[1:], record.instruction, labelled=False, columns=columns)
-        return drawn._replace(symmetric=record.symmetric)
+        return drawn._replace(symmetric=record.symmetric, extra_positives=(None,) * (num_positives - 1))
     first = int(rng.integers(len(record.positives)))
     own = _fill(rng.permutation(len(record.negatives)).tolist(), num_hard_negatives, short_rows)
     negatives = [record.negatives[i] for i in own]
@@ -84,7 +89,19 @@ def draw(
         negatives += _borrow(source, missing, taken, rng)
     places = [first, *(len(record.positives) + i for i in own)]
     columns = _columns(source, record, places, missing)
-    return Draw(record.query, record.positives[first], negatives, record.instruction, columns=columns)
+    extra = _extra_positives(record, first, num_positives - 1, rng)
+    return Draw(
+        record.query, record.positives[first], negatives, record.instruction, columns=columns, extra_positives=extra
+    )
+
+
+def _extra_positives(record: Record, first: int, count: int, rng: np.random.Generator) -> tuple[str | None, ...]:
+    """``count`` positives beside the first, at random; None for those that the row lacks."""
+    if not count:
+        return ()
+    others = [*record.positives[:first], *record.positives[first + 1 :]]
+    drawn = [others[i] for i in rng.permutation(len(others))[:count]]
+    return (*drawn, *[None] * (count - len(drawn)))
 
 
 def _fill(order: list[int], count: int, short_rows: ShortRows) -> list[int]:

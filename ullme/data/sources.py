@@ -43,7 +43,6 @@ class RowSource(Protocol):
     """The type of a sequence of training rows.
 
     Attributes:
-        num_negatives: (rows,) number of hard negatives of each row, 65,535 at most.
         skipped: "file:line: reason" of every bad row that was skipped.
         longest_instruction: the longest instruction of a row, or None if no row has one.
         labelled: whether rows say which text is a positive; in one source all do, or none.
@@ -51,12 +50,16 @@ class RowSource(Protocol):
         unread: field -> an example of its value, for every field of the rows that nothing reads.
     """
 
-    num_negatives: np.ndarray
     skipped: list[str]
     longest_instruction: str | None
     labelled: bool
     columns: dict[str, ColumnKind]
     unread: dict[str, Any]
+
+    @property
+    def num_negatives(self) -> np.ndarray:
+        """(rows,) number of hard negatives of each row, 65,535 at most."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -52,7 +52,8 @@ def check_finite(name: str, value: Tensor, batch: Batch, reps: Representations |
     if not finite.all():
         bad_rows = ~finite if value.ndim else torch.ones_like(batch.row_ids, dtype=torch.bool)
         if reps is not None:
-            wrong = ~(reps.queries.isfinite().all(1) & reps.passages.isfinite().flatten(1).all(1))
+            finite_rows = [part.isfinite().flatten(1).all(1) for part in reps.embeddings]
+            wrong = ~torch.stack(finite_rows).all(0)
             bad_rows = wrong if wrong.any() else bad_rows
         rows = batch.row_ids[bad_rows].tolist()
         shown = f"{rows[:16]}{' ...' if len(rows) > 16 else ''}"

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ullme.batch import Batch, Representations, TokenRows
+from ullme.batch import Batch, Representations
+from ullme.token_rows import TokenRows
 from ullme.utils.transfer import to_device
 
 Embed = Callable[[TokenRows], Tensor]
@@ -44,17 +45,18 @@ class RandomState:
 
 
 def embed_batch(embed: Embed, batch: Batch) -> Representations:
-    """Queries and passages of a batch in one forward.
+    """All rows of a batch in one forward.
 
     Args:
         embed: R token rows -> (R, D).
     """
-    return _as_representations(embed(TokenRows.cat([batch.queries, batch.passages])), batch)
+    return _as_representations(embed(batch.embedded), batch)
 
 
 def _as_representations(reps: Tensor, batch: Batch) -> Representations:
-    """(B + B C, D), all queries and then all passages."""
-    queries, passages = reps.split([len(batch.queries), len(batch.passages)])
+    """(B + B C + B K, D), in the order of ``batch.embedded``."""
+    extra = 0 if batch.extra_positives is None else len(batch.extra_positives)
+    queries, passages, extra_positives = reps.split([len(batch.queries), len(batch.passages), extra])
     return Representations(
         queries,
         passages.unflatten(0, (len(batch), -1)),
@@ -63,6 +65,8 @@ def _as_representations(reps: Tensor, batch: Batch) -> Representations:
         batch.labelled,
         query_keys=batch.query_keys,
         columns=batch.columns,
+        extra_positives=extra_positives.unflatten(0, (len(batch), -1)) if extra else None,
+        extra_positive_keys=batch.extra_positive_keys,
     )
 
 
@@ -76,8 +80,8 @@ def chunk_slices(batch: Batch, chunk_size: int | None, chunk_tokens: int | None)
     if chunk_tokens is None:
         size = chunk_size or len(batch)
         return [slice(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
-    passage_tokens = batch.passages.host_lengths.view(len(batch), -1).sum(1)
-    tokens = (batch.queries.host_lengths + passage_tokens).tolist()
+    of_each = [rows.host_lengths.view(len(batch), -1).sum(1) for rows in batch.embedded_parts]
+    tokens = torch.stack(of_each).sum(0).tolist()
     chunks, start, total = [], 0, 0
     for n, count in enumerate(tokens):
         if n > start and total + count > chunk_tokens:
@@ -88,23 +92,23 @@ def chunk_slices(batch: Batch, chunk_size: int | None, chunk_tokens: int | None)
 
 
 def chunk_rows(batch: Batch, chunk: slice) -> Tensor:
-    """Places of a chunk's queries and passages among all queries and then all passages of the batch."""
-    candidates = len(batch.passages) // len(batch)
-    first = len(batch)
-    return torch.cat(
-        [torch.arange(chunk.start, chunk.stop), torch.arange(chunk.start * candidates, chunk.stop * candidates) + first]
-    )
+    """Places of a chunk's queries, passages and extra positives in ``batch.embedded``."""
+    places, first = [], 0
+    for each in (1, batch.num_candidates, batch.num_extra_positives):
+        places.append(torch.arange(chunk.start * each, chunk.stop * each) + first)
+        first += len(batch) * each
+    return torch.cat(places)
 
 
 def microbatch_rows(batch: Batch, tokens: int) -> list[Tensor]:
-    """All queries and passages, the longest first, in microbatches of at most ``tokens`` real tokens (or one row).
+    """All rows that are embedded, the longest first, in microbatches of at most ``tokens`` real tokens (or one row).
 
     A microbatch may be smaller than a query with its candidates, and rows of like length make attention's work even.
 
     Returns:
-        Places of rows among all queries and then all passages of the batch.
+        Places of rows in ``batch.embedded``.
     """
-    lengths = torch.cat([batch.queries.host_lengths, batch.passages.host_lengths])
+    lengths = batch.embedded_lengths
     order = lengths.argsort(descending=True, stable=True)
     borders, total = [0], 0
     for n, length in enumerate(lengths[order].tolist()):
@@ -119,7 +123,7 @@ def count_retained(batch: Batch, microbatches: list[Tensor], tokens: int) -> int
     """How many of the first microbatches have no more than ``tokens`` real tokens together."""
     if not tokens:
         return 0
-    lengths = torch.cat([batch.queries.host_lengths, batch.passages.host_lengths])
+    lengths = batch.embedded_lengths
     totals = torch.stack([lengths[rows].sum() for rows in microbatches]).cumsum(0)
     return int(torch.searchsorted(totals, tokens, right=True))
 
@@ -190,7 +194,7 @@ class GradCache:
         parts = [slice(start, stop) for start, stop in pairwise(borders)]
         order = torch.cat(microbatches).numpy()
         (index,) = to_device([order], batch.row_ids.device)  # one copy for all microbatches
-        rows = TokenRows.cat([batch.queries, batch.passages]).select(order, index)
+        rows = batch.embedded.select(order, index)
         graphs = [self.embed(rows[part]) for part in parts[:num_retained]]
         found, states = self.embed_without_gradient(
             [*(rows[part] for part in parts[num_retained:]), *[rows[:1]] * num_dummy_microbatches]
@@ -200,7 +204,7 @@ class GradCache:
         gradients = self.cache_gradients(reps)
         self._chunk_losses(chunks, num_dummy_chunks, reps, gradients)
         after = RandomState()
-        cached = torch.cat([gradients.queries, gradients.passages.flatten(0, 1)])[index]
+        cached = torch.cat([part.reshape(-1, part.shape[-1]) for part in gradients.embeddings])[index]
         for _ in range(num_dummy_microbatches):
             self.replay(rows[:1], torch.zeros_like(cached[:1]), last=False)
         for n, part in enumerate(parts):
@@ -225,14 +229,14 @@ class GradCache:
     def cache_gradients(self, reps: Representations) -> Representations:
         """Phase 2: the gradient of ``loss`` with respect to every representation."""
         if self.loss is None:
-            return Representations(torch.zeros_like(reps.queries), torch.zeros_like(reps.passages), reps.passage_keys)
+            return reps.change_embeddings(torch.zeros_like)
         leaves = reps.as_leaves()
         with torch.enable_grad():
             loss = self.loss(leaves)
         with torch.autocast(loss.device.type, enabled=False):
             # a loss may look at the queries only, or at nothing
-            queries, passages = torch.autograd.grad(loss, (leaves.queries, leaves.passages), materialize_grads=True)
-        return Representations(queries, passages, reps.passage_keys)
+            found = iter(torch.autograd.grad(loss, leaves.embeddings, materialize_grads=True))
+        return leaves.change_embeddings(lambda _: next(found))
 
     def _chunk_losses(
         self,
@@ -250,7 +254,7 @@ class GradCache:
             leaves = None if reps is None else reps[chunk].as_leaves()
             self._chunk_loss(chunk, leaves, last=reps is None and n == len(chunks) - 1)
             if leaves is not None and gradients is not None:
-                for total, leaf in ((gradients.queries, leaves.queries), (gradients.passages, leaves.passages)):
+                for total, leaf in zip(gradients.embeddings, leaves.embeddings, strict=True):
                     if leaf.grad is not None:
                         total[chunk].add_(leaf.grad)
 

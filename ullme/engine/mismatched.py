@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ullme.batch import GENERATION_FIELDS, Batch, GenerationRows, HostMasks, LikelihoodKind, TokenRows
+from ullme.batch import GENERATION_FIELDS, Batch, GenerationRows, LikelihoodKind
 from ullme.distributed import all_reduce_max, gather, world
+from ullme.token_rows import HostMasks, TokenRows
 
 
 def mismatched_pairs(batch: Batch, kinds: Iterable[LikelihoodKind]) -> Batch:
@@ -36,7 +37,8 @@ def mismatched_pairs(batch: Batch, kinds: Iterable[LikelihoodKind]) -> Batch:
         fields[GENERATION_FIELDS[kind]] = pairs
     keys = _next_first(batch.passage_keys[:, :1])
     # numbers of other candidates say nothing about these pairs
-    return replace(batch, **fields, passages=_of_next_query(batch.passages, batch), passage_keys=keys, columns={})
+    fields |= {"columns": {}, "extra_positives": None, "extra_positive_keys": None}
+    return replace(batch, **fields, passages=_of_next_query(batch.passages, batch), passage_keys=keys)
 
 
 def _of_next_query(rows: TokenRows, batch: Batch) -> TokenRows:

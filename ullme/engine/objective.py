@@ -245,7 +245,12 @@ class Objective:
         def total(reps: Representations) -> Tensor:
             values = []
             if guide is not None:
-                reps = replace(reps, guide_queries=guide.queries, guide_passages=guide.passages)
+                reps = replace(
+                    reps,
+                    guide_queries=guide.queries,
+                    guide_passages=guide.passages,
+                    guide_extra_positives=guide.extra_positives,
+                )
             for term in self.representation_terms:
                 direction = term.teacher_direction
                 teacher = None if direction is None else _per_token(batch, references, direction)

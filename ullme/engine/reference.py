@@ -125,8 +125,10 @@ def embed_with_adapters_off(model: ULLME, batch: Batch, chunks: Sequence[slice])
         for _ in range(all_reduce_max(len(chunks), batch.row_ids.device) - len(chunks)):
             embed_batch(embedder(model), batch[:1])
     torch.clear_autocast_cache()  # it would keep copies of weights that were made here, without gradient
-    queries, passages = (torch.cat([getattr(part, name) for part in parts]) for name in ("queries", "passages"))
-    return Representations(queries, passages, batch.passage_keys)
+    queries, passages, *extra = (
+        torch.cat(list(rows)) for rows in zip(*(part.embeddings for part in parts), strict=True)
+    )
+    return Representations(queries, passages, batch.passage_keys, extra_positives=extra[0] if extra else None)
 
 
 class FrozenCopy(Reference):

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ullme.batch import PARTS, Batch, LikelihoodKind, TokenRows
+from ullme.batch import PARTS, Batch, LikelihoodKind
 from ullme.distributed import all_reduce_max, each_on_any_rank
 from ullme.losses.base import ChunkLoss, RepresentationLoss
+from ullme.token_rows import TokenRows
 from ullme.utils.transfer import to_device
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ullme.batch import TokenRows
 from ullme.distributed import world
 from ullme.models.encoding import embed_blocks
+from ullme.token_rows import TokenRows
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME

@@ -32,6 +32,8 @@ class Term(nn.Module):
     needs_positive = True  # whether each query's first candidate must be known to be a positive
     needs_negatives = False  # whether it compares a query's own candidates, so that there must be several
     columns: tuple[str, ...] = ()  # the columns of numbers that it reads
+    # whether it looks at more than one positive of a row (data.num_positives); else the first stands for all of them
+    uses_extra_positives: bool = False
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()

@@ -8,26 +8,30 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ullme.batch import NO_TEXT
+
 ScoreSource = Literal["student", "column", "guide"]
 
 
 def known_positives(own: Tensor, query_keys: Tensor | None, positive_keys: Tensor) -> Tensor:
-    """Keys of the passages that are known to answer each query: its positive, and those of rows with the same query.
+    """Keys of the passages that are known to answer each query: its positives, and those of rows with the same query.
 
     Args:
         own: (b,) index of each of this rank's queries among the B of all ranks.
         query_keys: (B,) equal for equal queries; None: every query is another.
-        positive_keys: (B,) key of each query's positive.
+        positive_keys: (B, P) keys of each row's positives, :data:`~ullme.batch.NO_TEXT` where it has fewer than P.
 
     Returns:
-        (b, K) with each query's own positive first; it stands in where a query has fewer than K.
+        (b, K) with each row's own positive first; it stands in where a query has fewer than K.
     """
-    mine = positive_keys[own][:, None]
-    if query_keys is None:
-        return mine
-    same = query_keys == query_keys[own][:, None]
-    order = same.int().topk(int(same.sum(1).max()), dim=1).indices
-    return torch.cat([mine, torch.where(same.gather(1, order), positive_keys[order], mine)], dim=1)
+    known = positive_keys[own]
+    mine = known[:, :1]
+    if query_keys is not None:
+        same = query_keys == query_keys[own][:, None]
+        order = same.int().topk(int(same.sum(1).max()), dim=1).indices
+        of_siblings = torch.where(same.gather(1, order)[..., None], positive_keys[order], mine[..., None])
+        known = torch.cat([known, of_siblings.flatten(1)], dim=1)
+    return torch.where(known == NO_TEXT, mine, known)
 
 
 def among(keys: Tensor, wanted: Tensor) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ullme.batch import ColumnKind, Representations
+from ullme.batch import NO_TEXT, ColumnKind, Representations
 from ullme.distributed import gather, gather_sizes, global_mean_weight, world
 from ullme.losses.base import RepresentationLoss
 from ullme.losses.false_negatives import FalseNegatives, above_margin, among, known_positives
@@ -50,6 +51,11 @@ def _info_nce(
         return cross_entropy(scores, positives, reduction="none")
 
 
+def _pool(passages: Tensor, extra: Tensor | None) -> Tensor:
+    """(B, C, ...) and (B, K, ...) to (B · C + B · K, ...): what belongs to the passages, then to extra positives."""
+    return passages.flatten(0, 1) if extra is None else torch.cat([passages.flatten(0, 1), extra.flatten(0, 1)])
+
+
 class InfoNCE(RepresentationLoss):
     """Contrastive loss over hard negatives and, across all ranks, the other queries' passages.
 
@@ -62,8 +68,9 @@ class InfoNCE(RepresentationLoss):
         weight: λ_CL.
         mask_siblings: a positive of another row with the same query is no negative, wherever it stands in the global
             batch.
-        positives: ``one``: the numerator has the row's positive. ``all``: it has those of all rows of the global batch
-            with the same query, each text once.
+        positives: ``one``: the numerator has the row's positive. ``all``: it has the positives that were drawn of the
+            row (``data.num_positives``) and of all rows of the global batch with the same query, each text once, and
+            they are negatives of the other queries. The second half of ``bidirectional`` has the first positive only.
         false_negatives: leave out negatives that score too high; null leaves out none.
 
     Raises:
@@ -103,6 +110,7 @@ class InfoNCE(RepresentationLoss):
         self.bidirectional = bidirectional
         self.mask_siblings = mask_siblings
         self.positives: Positives = positives
+        self.uses_extra_positives = positives == "all"
         self.false_negatives = false_negatives
         source = None if false_negatives is None else false_negatives.scores
         self.uses_guide = source == "guide"
@@ -137,13 +145,13 @@ class InfoNCE(RepresentationLoss):
         whole, positive_keys, own = self._gather(reps, positive, sizes)
         places = own * reps.passages.shape[1] + positive
         numerator, excluded, too_high = self._masks(reps, whole, positive_keys, own, places)
-        flat = whole.passages.flatten(0, 1)
+        passages = _pool(whole.passages, whole.extra_positives)
         targets = numerator if self.positives == "all" else places
-        loss = _info_nce(reps.queries, flat, targets, excluded | too_high, self.temperature)
+        loss = _info_nce(reps.queries, passages, targets, excluded | too_high, self.temperature)
         if self.bidirectional:
             others = self._others(own, torch.arange(len(whole), device=own.device), reps.isolated)
             if self.mask_duplicates:
-                others = others | (positive_keys == positive_keys[own][:, None])
+                others = others | (positive_keys == positive_keys[own][:, None, :1]).any(2)
             if self.mask_siblings and whole.query_keys is not None:
                 others = others | (whole.query_keys == whole.query_keys[own][:, None])
             others = others.scatter(1, own[:, None], False)
@@ -153,52 +161,70 @@ class InfoNCE(RepresentationLoss):
 
     @torch.no_grad()
     def metrics(self, reps: Representations) -> dict[str, Tensor]:
-        """The share of the negatives that :class:`~ullme.losses.false_negatives.FalseNegatives` leaves out."""
+        """The mean number of positives drawn of a row, where there may be several; and the share of the negatives that
+        :class:`~ullme.losses.false_negatives.FalseNegatives` leaves out."""
+        found: dict[str, Tensor] = {}
+        sizes = gather_sizes(len(reps), reps.queries.device)
+        if self.uses_extra_positives and reps.extra_positive_keys is not None:
+            drawn = 1 + (reps.extra_positive_keys != NO_TEXT).sum(1)
+            found["positives_per_row"] = drawn.double().mean() * global_mean_weight(sizes)
         if self.false_negatives is None:
-            return {}
-        positive, sizes = self._first(reps), gather_sizes(len(reps), reps.queries.device)
+            return found
+        positive = self._first(reps)
         whole, positive_keys, own = self._gather(reps, positive, sizes)
         places = own * reps.passages.shape[1] + positive
         numerator, excluded, too_high = self._masks(reps, whole, positive_keys, own, places)
         negatives = (~excluded & ~numerator).sum(1)
         share = (too_high & ~excluded).sum(1) / negatives.clamp(min=1).double()
-        return {"false_negative_share": share.mean() * global_mean_weight(sizes)}
+        return {**found, "false_negative_share": share.mean() * global_mean_weight(sizes)}
 
     @staticmethod
     def _first(reps: Representations) -> Tensor:
         return torch.zeros(len(reps), dtype=torch.long, device=reps.queries.device)
 
-    @staticmethod
-    def _gather(reps: Representations, positive: Tensor, sizes: list[int]) -> tuple[Representations, Tensor, Tensor]:
-        """The representations of all ranks, (B_global,) the keys of all positives, and (B,) the own queries' places."""
+    def _gather(
+        self, reps: Representations, positive: Tensor, sizes: list[int]
+    ) -> tuple[Representations, Tensor, Tensor]:
+        """The representations of all ranks, with extra positives only where they count; (B_global, 1 + K) the keys of
+        all rows' positives; and (B,) the own queries' places."""
+        if not self.uses_extra_positives:
+            reps = replace(reps, extra_positives=None, extra_positive_keys=None, guide_extra_positives=None)
         whole, positive_of_all = reps.gather(sizes), gather(positive, sizes)
         own = torch.arange(len(reps), device=positive.device) + sum(sizes[: world()[0]])
-        return whole, whole.passage_keys.gather(1, positive_of_all[:, None])[:, 0], own
+        first = whole.passage_keys.gather(1, positive_of_all[:, None])
+        keys = first if whole.extra_positive_keys is None else torch.cat([first, whole.extra_positive_keys], dim=1)
+        return whole, keys, own
 
     def _masks(
         self, reps: Representations, whole: Representations, positive_keys: Tensor, own: Tensor, places: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Three (B, M) bool masks of the M = B_global · C passages, for each own query.
+        """Three (B, M) bool masks of the M = B_global · C passages, then extra positives, for each own query.
 
         Returns:
             What stands in the numerator; what is no negative, by text or by option; and what scores too high for one.
         """
-        keys = whole.passage_keys.flatten()
-        excluded = self._others(
-            own, torch.arange(len(keys), device=keys.device) // whole.passage_keys.shape[1], reps.isolated
-        )
+        keys = _pool(whole.passage_keys, whole.extra_positive_keys)
+        owners = torch.arange(len(whole), device=own.device)[:, None]
+        extra = None if whole.extra_positive_keys is None else owners.expand_as(whole.extra_positive_keys)
+        owner = _pool(owners.expand_as(whole.passage_keys), extra)
+        excluded = self._others(own, owner, reps.isolated)
         numerator = torch.zeros_like(excluded).scatter(1, places[:, None], True)
-        mine = positive_keys[own]
+        mine = positive_keys[own, 0]
         if self.mask_siblings:
-            siblings = known_positives(own, whole.query_keys, positive_keys)[:, 1:]
+            known = known_positives(own, whole.query_keys, positive_keys)[:, 1:]
             if self.positives == "all":
-                for sibling in siblings.unbind(1):
-                    place = (keys == sibling[:, None]).int().argmax(1)  # where a text stands for the first time
-                    numerator.scatter_(1, torch.where(sibling == mine, places, place)[:, None], True)
+                extra_places = torch.arange(len(keys), device=own.device) >= whole.passage_keys.numel()
+                own_extra = extra_places & (owner == own[:, None])
+                for key in known.unbind(1):
+                    same = keys == key[:, None]
+                    place = (same.int() + (same & own_extra)).argmax(1)  # the row's own, or else the first of a text
+                    numerator.scatter_(1, torch.where(key == mine, places, place)[:, None], True)
             # the text of the own positive is a matter of mask_duplicates
-            excluded = excluded | (among(keys, siblings) & (keys != mine[:, None]))
+            excluded = excluded | (among(keys, known) & (keys != mine[:, None]))
         if self.mask_duplicates:
             excluded = excluded | (keys == mine[:, None])
+        if extra is not None:
+            excluded = excluded | (keys == NO_TEXT)
         excluded = excluded & ~numerator
         return numerator, excluded, self._too_high(reps, whole, own, places) & ~numerator
 
@@ -210,7 +236,7 @@ class InfoNCE(RepresentationLoss):
     @torch.no_grad()
     def _too_high(self, reps: Representations, whole: Representations, own: Tensor, places: Tensor) -> Tensor:
         """(B, M) bool: what scores too high for a negative."""
-        rule, shape = self.false_negatives, (len(own), whole.passage_keys.numel())
+        rule, shape = self.false_negatives, (len(own), len(_pool(whole.passage_keys, whole.extra_positive_keys)))
         if rule is None:
             return torch.zeros(shape, dtype=torch.bool, device=own.device)
         if rule.scores == "column":
@@ -222,9 +248,10 @@ class InfoNCE(RepresentationLoss):
             guided = rule.scores == "guide"
             queries = reps.guide_queries if guided else reps.queries
             passages = whole.guide_passages if guided else whole.passages
+            extra = whole.guide_extra_positives if guided else whole.extra_positives
             assert queries is not None
             assert passages is not None
             wide = torch.promote_types(queries.dtype, torch.float32)
             with torch.autocast(queries.device.type, enabled=False):
-                scores = queries.to(wide) @ passages.to(wide).flatten(0, 1).T
+                scores = queries.to(wide) @ _pool(passages, extra).to(wide).T
         return above_margin(scores, scores.gather(1, places[:, None])[:, 0], rule.margin, rule.ratio)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -66,6 +65,7 @@ class Matryoshka(RepresentationLoss):
         self.name = f"matryoshka_{term.name}"
         self.needs_positive, self.teacher_direction = term.needs_positive, term.teacher_direction
         self.needs_negatives, self.columns, self.uses_guide = term.needs_negatives, term.columns, term.uses_guide
+        self.uses_extra_positives = term.uses_extra_positives
 
     def check_columns(self, kinds: Mapping[str, ColumnKind], num_hard_negatives: int) -> None:
         self.term.check_columns(kinds, num_hard_negatives)
@@ -98,7 +98,7 @@ def _first(reps: Representations, dim: int) -> Representations:
     """The representations truncated to their first ``dim`` dimensions; as they are at full width."""
     if dim == reps.queries.shape[-1]:
         return reps
-    return replace(reps, queries=truncated(reps.queries, dim), passages=truncated(reps.passages, dim))
+    return reps.change_embeddings(lambda embeddings: truncated(embeddings, dim))
 
 
 def _check_dims(dims: Sequence[int]) -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from ullme.batch import TokenRows
 from ullme.losses.base import Chunk, ChunkLoss
 from ullme.prompts import begin_and_end
+from ullme.token_rows import TokenRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

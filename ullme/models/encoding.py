@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from ullme.batch import TokenRows
 from ullme.losses.matryoshka import truncated
 from ullme.models import compression
 from ullme.prompts import Role
+from ullme.token_rows import TokenRows
 from ullme.utils.modes import evaluation_mode
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ullme.batch import TokenRows
 from ullme.models.config import BackboneConfig
 from ullme.prompts import Prompts, PromptTokenizer
+from ullme.token_rows import TokenRows
 
 
 class Embedder(Protocol):

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from ullme.batch import HostMasks, TokenRows
 from ullme.models import attention
 from ullme.models.attention.layers import rounding, token_table
 from ullme.models.attention.packed_rows import PackedRows, real_lengths
 from ullme.models.pooling import sum_rows
+from ullme.token_rows import HostMasks, TokenRows
 from ullme.utils.modes import evaluation_mode
 from ullme.utils.transfer import to_device
 

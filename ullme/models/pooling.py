@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ullme.batch import HostMasks
+from ullme.token_rows import HostMasks
 from ullme.utils.dotted_names import named
 from ullme.utils.transfer import to_device
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ullme.batch import TokenRows
+from ullme.token_rows import TokenRows
 from ullme.utils.modes import evaluation_mode
 
 if TYPE_CHECKING:

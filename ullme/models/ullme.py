@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ullme.batch import HostMasks, TokenRows
 from ullme.models import attention, encoding, likelihood, loading, rank_zero, stages
 from ullme.models.config import BackboneConfig
 from ullme.models.encoding import EmbedBlocks
@@ -19,6 +18,7 @@ from ullme.models.latent_attention import make_pooler
 from ullme.models.loading import set_attention_dropout, turn_off_dropout
 from ullme.models.pooling import pool, select_pooled
 from ullme.prompts import Prompts, PromptTokenizer, Role
+from ullme.token_rows import HostMasks, TokenRows
 from ullme.utils.precision import autocast_is_needless
 
 if TYPE_CHECKING:

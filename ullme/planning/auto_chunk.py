@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ullme.batch import Batch, ColumnKind, GenerationRows, TokenRows
+from ullme.batch import Batch, ColumnKind, GenerationRows
 from ullme.distributed import all_reduce_max, any_rank, no_collectives
 from ullme.engine.gradcache import chunk_slices, count_retained, microbatch_rows
 from ullme.engine.objective import Objective
@@ -25,6 +25,7 @@ from ullme.models.likelihood import _BLOCK_LOGITS
 from ullme.planning.devices import free_memory
 from ullme.planning.flops import meta_model
 from ullme.planning.memory import FRAGMENTATION, GIB, Activations, activations
+from ullme.token_rows import TokenRows
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME

@@ -232,8 +232,8 @@ def learned_work(batch: Batch, objective: Objective, share_prompts: bool) -> Wor
 
 
 def embedding_work(batch: Batch, causal: bool) -> Work:
-    """Queries and passages through the layers once."""
-    lengths = torch.cat([batch.queries.host_lengths, batch.passages.host_lengths])
+    """All rows that are embedded through the layers once."""
+    lengths = batch.embedded_lengths
     return Work(lengths.sum(), _pairs(lengths, causal).sum())
 
 

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ullme.batch import Batch, GenerationRows, TokenRows
+from ullme.batch import Batch, GenerationRows
 from ullme.engine.gradcache import chunk_slices
 from ullme.models.likelihood import _BLOCK_LOGITS
 from ullme.planning.devices import Device
 from ullme.planning.flops import ModelCost, count_weights, embedding_work, learned_work, meta_model, step_work
 from ullme.planning.memory import FRAGMENTATION, GIB, Activations, Memory, activations, predict
+from ullme.token_rows import TokenRows
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -52,6 +53,7 @@ class Job:
         objective: the loss terms.
         batch_size: queries in a global batch.
         candidates: C, passages per query.
+        extra_positives: K, more positives per query, which are embedded and not generated.
         rows: queries in an epoch.
         query_tokens: tokens of an average query, template included.
         prompt_tokens: tokens of an average query in the generation template.
@@ -85,6 +87,7 @@ class Job:
     half: bool = True
     bare_query_tokens: float = 8
     query_template_tokens: float = 12
+    extra_positives: int = 0
 
 
 @dataclass(frozen=True)
@@ -305,16 +308,21 @@ def _weight_dtype(job: Job) -> torch.dtype:
 
 def _num_similarities(job: Job, queries: int, num_devices: int) -> float:
     """Number of values in representations, their gradients, and similarities of the queries with all passages."""
-    passages = job.batch_size * job.candidates
+    each = job.candidates + job.extra_positives
+    passages = job.batch_size * each
     width = job.config.get_text_config().hidden_size
-    return 3 * queries * (1 + job.candidates) * width + passages * width * (num_devices > 1) + 3 * queries * passages
+    return 3 * queries * (1 + each) * width + passages * width * (num_devices > 1) + 3 * queries * passages
 
 
 def typical_batch(job: Job, queries: int) -> Batch:
     """A batch with lengths like the job's; passage lengths are lognormal with sigma 0.4, like MS MARCO's."""
     rng = np.random.default_rng(0)
-    spread = rng.lognormal(-(0.4**2) / 2, 0.4, queries * job.candidates)
-    passages = _to_lengths(job.passage_tokens * spread, job.passage_max_length)
+
+    def passage_lengths(each: int) -> Tensor:
+        spread = rng.lognormal(-(0.4**2) / 2, 0.4, queries * each)
+        return _to_lengths(job.passage_tokens * spread, job.passage_max_length)
+
+    passages, extra = passage_lengths(job.candidates), job.extra_positives
     query_lengths = _to_lengths(np.full(queries, job.query_tokens), job.query_max_length)
     prompts = _token_rows(_to_lengths(np.full(queries, job.prompt_tokens), 2**31))
     targets = _token_rows((passages + 1).clamp(max=job.passage_max_length))
@@ -328,6 +336,8 @@ def typical_batch(job: Job, queries: int) -> Batch:
         GenerationRows(prompts, targets),
         query_generation=GenerationRows(passages_in_template, _token_rows(bare_lengths)),
         passage_generation=GenerationRows(prompts, targets),
+        extra_positives=_token_rows(passage_lengths(extra)) if extra else None,
+        extra_positive_keys=torch.arange(queries * extra).view(queries, -1) if extra else None,
     )
 
 

@@ -46,6 +46,25 @@ def check_columns(
             raise ValueError(f"the rows{where}: {error}" if where else str(error)) from None
 
 
+def check_positives(terms: Collection[Term], num_positives: int, where: str = "") -> None:
+    """Refuse to draw several positives of a row that no term would look at.
+
+    Args:
+        terms: of the objective.
+        num_positives: the most that are drawn of a row.
+        where: the dataset, for the message.
+
+    Raises:
+        ValueError: several, and no term looks at more than the first.
+    """
+    if num_positives > 1 and not any(term.uses_extra_positives for term in terms):
+        names = ", ".join(term.name for term in terms)
+        raise ValueError(
+            f"data.num_positives={num_positives}{where}, but {names} would look at the first positive of a row only; "
+            "set InfoNCE.positives=all (configs/loss/several_positives.yaml), or num_positives=1"
+        )
+
+
 def warn_of_unused_columns(terms: Iterable[Term], columns: Collection[str], where: str = "") -> None:
     """Name the columns that no term reads, in one warning; results stay right without them."""
     read = {name for term in terms for name in term.columns}
@@ -76,11 +95,14 @@ def check_rows(objective: Objective, data: Any, warn: bool = True) -> None:
         warn: whether to name columns and terms that are not used.
 
     Raises:
-        ValueError: a term lacks its columns, positives or negatives, or a dataset names a term that there is not.
+        ValueError: a term lacks its columns, positives or negatives, no term looks at all positives that are drawn, or
+            a dataset names a term that there is not.
     """
     source, negatives = getattr(data, "source", None), getattr(data, "num_hard_negatives", 1)
+    positives = getattr(data, "num_positives", 1)
     if not isinstance(source, Mixture):
         objective.check_rows(negatives, getattr(data, "labelled", True))
+        check_positives(objective.terms, positives)
         if source is not None:
             _check_columns(objective.terms, source.columns, negatives, "", warn)
         return
@@ -88,6 +110,7 @@ def check_rows(objective: Objective, data: Any, warn: bool = True) -> None:
         where, part = f" of {settings.train!r}", objective.of_terms(settings.terms)
         own = negatives if settings.num_hard_negatives is None else settings.num_hard_negatives
         part.check_rows(own, one.labelled, where)
+        check_positives(part.terms, positives if settings.num_positives is None else settings.num_positives, where)
         _check_columns(part.terms, one.columns, own, where, warn)
     named = [settings.terms for settings in source.sets]
     used = {name for terms in named for name in terms or []}

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ullme.batch import Batch, GenerationRows, TokenRows
+from ullme.batch import Batch, GenerationRows
 from ullme.commands.doctor.settings import Settings
 from ullme.engine.objective import Objective
 from ullme.losses.scored_pairs import ScoredPairs
 from ullme.models.config import BackboneConfig
+from ullme.token_rows import TokenRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

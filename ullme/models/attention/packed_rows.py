@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ullme.batch import HostMasks
+from ullme.token_rows import HostMasks
 from ullme.utils.transfer import to_device
 
 # Rows share a group while the shortest has at least this fraction of the longest's tokens. It trades padding inside

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ullme.batch import HostMasks
 from ullme.models.attention import rotary
 from ullme.models.attention.packed_rows import PackedRows, real_lengths
 from ullme.models.attention.packing import ROWS_KEYWORD, no_mask
+from ullme.token_rows import HostMasks
 from ullme.utils.transfer import to_device
 
 

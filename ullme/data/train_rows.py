@@ -1,0 +1,85 @@
+"""Opening the rows of a dataset for training: which are used, and what is logged about them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from ullme.data.columns import split_option
+from ullme.data.mixture import TrainSet
+from ullme.data.sampler import ShortRows, check_no_row_borrows, settle_short_rows
+from ullme.data.sources import RowSource
+from ullme.data.unread_fields import log_unread
+
+log = logging.getLogger(__name__)
+
+
+def usable_rows(
+    dataset: TrainSet,
+    source: RowSource,
+    num_hard_negatives: int,
+    short_rows: ShortRows,
+    seed: int,
+    of_several: bool,
+    quiet: bool,
+) -> RowSource:
+    """The rows to train on; skipped and short rows are logged.
+
+    Args:
+        dataset: the settings of the dataset.
+        source: its rows, opened.
+        num_hard_negatives: N, where the dataset has no number of its own.
+        short_rows: see :func:`ullme.data.sampler.draw`.
+        seed: of the run.
+        of_several: whether there are other datasets, so that messages name this one.
+        quiet: log nothing, as on all ranks but one.
+
+    Raises:
+        ValueError: too few negatives for the options.
+    """
+    own = dataset.num_hard_negatives
+    negatives = num_hard_negatives if own is None else own
+    if not dataset.in_batch_negatives:
+        check_no_row_borrows(source, negatives, short_rows, f"data.datasets: {dataset.train!r}")
+    usable, short = settle_short_rows(source, negatives, short_rows, seed)
+    if quiet:
+        return usable
+    log.info("data: %d rows to train on%s", len(usable), f" in {dataset.train}" if of_several else "")
+    log_unread(dataset.train, source)
+    if source.skipped:
+        log.warning("data: skipped %d bad rows, the first: %s", len(source.skipped), source.skipped[:3])
+    if short:
+        log.warning(
+            "data: %d of %d rows have fewer than %d hard negatives (data.short_rows=%s)",
+            short,
+            len(source),
+            negatives,
+            short_rows,
+        )
+    return usable
+
+
+def datasets_of_entries(dataset: TrainSet, mixture_alpha: float) -> list[TrainSet]:
+    """Each entry of a ``train`` list as a dataset of its own, for ``data.mixture_alpha`` below 1.
+
+    Args:
+        dataset: with a list of files, patterns or folders.
+        mixture_alpha: α.
+
+    Raises:
+        ValueError: fewer than two entries, or an option that is about all rows of the list.
+    """
+    train = dataset.train
+    if isinstance(train, str) or len(train) < 2:
+        raise ValueError(
+            f"data.mixture_alpha={mixture_alpha} weighs data.datasets or the entries of a list in data.train, and "
+            f"data.train={train!r} is one dataset; list its files, or leave data.mixture_alpha out"
+        )
+    _, side_files = split_option(dataset.columns)
+    for option, given in (("max_rows", dataset.max_rows), ("columns", next(iter(side_files.values()), None))):
+        if given is not None:
+            raise ValueError(
+                f"data.mixture_alpha={mixture_alpha} makes a dataset of each entry of data.train, and "
+                f"data.{option}={str(given)!r} is of all rows together; give each entry its own in data.datasets"
+            )
+    return [replace(dataset, train=entry) for entry in train]
