@@ -247,7 +247,8 @@ def _checked_qrels(adaptation: Adaptation, corpus: Corpus) -> Mapping[str, Mappi
 def _report(folder: Path, qrels: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, float]]:
     """Print the table, and write the scores of each query to scores.json."""
     from ullme.commands.adapt.plan import SYSTEMS, found_file
-    from ullme.commands.adapt.report import ndcg_at_10, read_found, table
+    from ullme.commands.adapt.report import read_found, table
+    from ullme.search.ndcg import ndcg_at_10
 
     scores = {system: ndcg_at_10(read_found(found_file(folder, system)), qrels) for system in SYSTEMS}
     text = json.dumps({"ndcg_at_10": scores}, indent=1) + "\n"
