@@ -53,6 +53,13 @@ def parser() -> ArgumentParser:
         "--max_documents", type=int | None, help="write queries for so many, drawn at random (default: all)"
     )
     rows.add_argument("--num_negatives", type=int, default=7, help="of a query, found by BM25")
+    rows.add_argument(
+        "--held_out_share",
+        type=float,
+        default=0.1,
+        help="of the documents with written queries: these queries are not trained on, and choose how much dense "
+        "search counts in fusion; 0: none, and both count alike",
+    )
     training = options.add_argument_group("Training")
     training.add_argument(
         "--method",
@@ -167,6 +174,7 @@ def _adaptation(options: Any) -> Adaptation:
         method=method,
         max_documents=options.max_documents,
         num_negatives=options.num_negatives,
+        held_out_share=options.held_out_share,
         seed=options.seed,
         train_configs=tuple(options.train_config),
         overrides=overrides,
