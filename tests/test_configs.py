@@ -51,7 +51,7 @@ def test_instantiates(path, tmp_path, monkeypatch, no_gpu_needed):
 
 
 def test_the_tables_are_those_there_are():
-    assert [path.stem for path in TABLES] == ["columns", "miniature", "real", "small", "sweep", "table2"]
+    assert [path.stem for path in TABLES] == ["columns", "mined", "miniature", "real", "small", "sweep", "table2"]
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)

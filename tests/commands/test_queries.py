@@ -14,10 +14,14 @@ from search_helpers import contents, corpus_of, write_corpus
 from tiny import make_llm, make_tokenizer
 
 from ullme.commands import queries
+from ullme.data.beir import read_qrels
 from ullme.data.records import parse_record
 from ullme.query_generation import writer as query_writer
+from ullme.query_generation.held_out import HeldOutSettings
 from ullme.query_generation.round_trip import Kept, RoundTripSettings
 from ullme.query_generation.writer import WriteSettings, WrittenQuery
+from ullme.search.queries import read_queries
+from ullme.utils import atomic_files
 
 pytest.importorskip("bm25s")
 
@@ -74,6 +78,24 @@ def test_a_stop_changes_nothing_and_another_round_trip_writes_nothing_anew(tmp_p
     assert contents(tmp_path / "q.jsonl.parts") == contents(tmp_path / "whole.jsonl.parts")
     kept, _ = queries.write_queries(TitleWriter("d0"), corpus, file, settings, RoundTripSettings("none"))
     assert kept.counts["kept"] == 20
+
+
+def test_held_out_queries_are_no_rows(tmp_path):
+    """They are those that are written, whatever the round trip says of them."""
+    corpus, file = corpus_of(tmp_path / "c.jsonl"), tmp_path / "q.jsonl"
+    settings = WriteSettings(per_document=4)
+    kept, _ = queries.write_queries(
+        TitleWriter(), corpus, file, settings, held_out=HeldOutSettings(tmp_path / "v", share=0.3)
+    )
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    judged = read_qrels(tmp_path / "v" / "qrels.tsv")
+    apart = {document for grades in judged.values() for document in grades}
+    assert len(apart) == 3
+    assert {row["pos_ids"][0] for row in rows} == {f"d{n}" for n in range(10)} - apart
+    assert kept.counts["kept"] == len(rows) == 14
+    texts = read_queries(tmp_path / "v" / "queries.jsonl")
+    assert set(texts) == set(judged)
+    assert "nonsense" in texts.values()  # which its document is not found by
 
 
 def test_nothing_kept(tmp_path):
@@ -174,14 +196,15 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(command, tmp_path, mon
 
 def _die_in_write(calls: int) -> None:
     """SIGKILL in the middle of the bytes of a file."""
-    inner, written = query_writer.write_text, []
+    inner, written = atomic_files.write_text, []
 
-    def write_text(path, text):
+    def write_text(file, text, option):
+        path = Path(file)
         written.append(path)
         if len(written) == calls:
             path.parent.mkdir(exist_ok=True)
             path.with_name(f".unfinished.{os.getpid()}.{path.name}").write_text(text[: len(text) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
-        inner(path, text)
+        inner(path, text, option)
 
-    query_writer.write_text = write_text
+    atomic_files.write_text = write_text

@@ -77,6 +77,28 @@ def test_index_and_search_for_queries(folder, place, capsys):
     assert "fusion of exact search and BM25" in capsys.readouterr().out
 
 
+def test_judged_queries_choose_the_weight_of_fusion(place, command, capsys):
+    pytest.importorskip("bm25s")
+    folder = place / "judged"
+    assert encode.main([*command, "--to", str(folder)]) == 0
+    (place / "j.tsv").write_text("q1\tdocument n3\nq2\tdocument n4\n")
+    (place / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td3\t1\nq2\td4\t1\n")
+    judged = [f"--queries={place}/j.tsv", f"--qrels={place}/qrels.tsv", "--device=cpu"]
+    assert index.main([str(folder), "--factory=none", "--bm25", *judged]) == 0
+    out = capsys.readouterr().out
+    assert f"{folder}/fusion: by scores dense weight 0." in out
+    assert "by nDCG@10 of 2 judged queries (0: 100.0, " in out
+    weight = out.partition("by scores dense weight ")[2].partition(",")[0]
+    run = [f"--queries={place}/j.tsv", f"--to={place}/j.trec", "--method=fused", "--k=1", "--device=cpu"]
+    assert search.main([str(folder), *run]) == 0
+    assert f"by scores, dense weight {weight}\n" in capsys.readouterr().out
+    assert [line.split()[2] for line in (place / "j.trec").read_text().splitlines()] == ["d3", "d4"]
+    assert search.main([str(folder), *run, "--dense_weight=0.9", "--fusion=rrf"]) == 0
+    assert "by rrf, dense weight 0.9\n" in capsys.readouterr().out
+    assert search.main([str(folder), "document n3", "--method=fused", "--device=cpu"]) == 0
+    assert capsys.readouterr().err.endswith(f"dense weight {weight}\n")
+
+
 def test_a_faiss_index_prints_its_recall(folder, place, capsys):
     pytest.importorskip("faiss")
     (place / "q.jsonl").write_text('{"_id": 1, "text": "document"}\n')
@@ -139,6 +161,7 @@ MISTAKES = [
     (encode, ["model", "--corpus=no.jsonl", "--to=x", "--shard=2/2"], "--shard 2/2: give I/N"),
     (index, [], "name a folder that `ullme encode --to` wrote"),
     (index, ["x", "--factory=none"], "--factory none builds no index"),
+    (index, ["x", "--qrels=q.tsv"], "--qrels q.tsv judges queries; name their file with --queries"),
     (index, ["x", "--sample=0"], "--sample 0 must be at least 1"),
     (search, [], "name a folder that `ullme encode --to` wrote"),
     (search, ["x"], "give a text to search for, or --queries FILE --to FILE"),
@@ -146,6 +169,7 @@ MISTAKES = [
     (search, ["x", "--queries=q"], "--queries FILE and --to FILE belong together"),
     (search, ["x", " "], "the text to search for is empty"),
     (search, ["x", "y", "--k=0"], "--k 0 must be at least 1"),
+    (search, ["x", "y", "--fusion=z"], "--fusion z: choose scores, rrf"),
     (search, ["x", "y", "--method=z"], "--method z: choose dense, bm25, fused"),
     (search, ["x", "y"], "x has no manifest.json; give a folder that `ullme encode --to` wrote"),
 ]

@@ -66,6 +66,8 @@ def test_bad_arguments(folder):
         searcher.search(["a"], method="sparse")
     with pytest.raises(ValueError, match=r"--dense_weight 1.5 must be from 0 \(BM25 alone\) to 1"):
         Searcher(folder, StubEmbedder(), dense_weight=1.5)
+    with pytest.raises(ValueError, match="--fusion x: choose scores, rrf"):
+        Searcher(folder, StubEmbedder(), fusion="x")
     with pytest.raises(ValueError, match=r"has no BM25 index; build it with `ullme index .* --bm25`"):
         searcher.search(["a"], method="bm25")
 
@@ -83,8 +85,10 @@ def test_bm25_and_fusion(own_folder):
     searcher = Searcher(own_folder, StubEmbedder(), device="cpu")
     assert ids(searcher.search(["document n17"], 1, "bm25")[0]) == ["d17"]
     query = [TEXT(17)]
-    ranks = {way: ids(searcher.search(query, 30, way)[0]) for way in ("dense", "bm25", "fused")}
+    by_ranks = Searcher(own_folder, StubEmbedder(), device="cpu", fusion="rrf")
+    ranks = {way: ids(by_ranks.search(query, 30, way)[0]) for way in ("dense", "bm25", "fused")}
     assert ranks["fused"][0] == "d17"
+    assert ids(searcher.search(query, 30, "fused")[0]) != ranks["fused"]  # by scores
     assert ranks["dense"] != ranks["bm25"]
     by_hand = {d: 1 / (61 + ranks["dense"].index(d)) + 1 / (61 + ranks["bm25"].index(d)) for d in ranks["bm25"]}
     assert ranks["fused"] == sorted(by_hand, key=lambda d: (-by_hand[d], int(d[1:])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -40,10 +41,20 @@ def parser() -> ArgumentParser:
         help="measure recall@100 on these queries, JSON lines of _id and text (default: on documents of the corpus)",
     )
     dense.add_argument("--sample", type=int, default=200, help="queries to measure it on")
+    fusion = options.add_argument_group("Fusion")
+    fusion.add_argument(
+        "--qrels",
+        type=str | None,
+        metavar="FILE",
+        help="choose the weight of dense search in fusion by these judgements on --queries (query id, document id and "
+        "grade, separated by tabs); `ullme search --method fused` takes it. Needs a BM25 index",
+    )
     words = options.add_argument_group("BM25")
     words.add_argument("--bm25", action="store_true", help="build a BM25 index too")
     words.add_argument("--stopwords", type=str, default="en", help="language of the words to leave out, or none")
-    options.add_argument("--device", type=str | None, help="of the exact search that recall is measured against")
+    options.add_argument(
+        "--device", type=str | None, help="of the model and of exact search, for recall and the weight"
+    )
     return options
 
 
@@ -70,20 +81,48 @@ def _run(options: Any) -> int:
     if options.bm25:
         bm25.import_bm25s()
     shards = Shards(options.folder)
+    judged = None if options.qrels is None else _judged(options)
     if dense:
         _build_faiss(options, shards)
     if options.bm25:
         bm25.build_index(shards, options.stopwords)
         print(f"{options.folder}/{bm25.FOLDER}: BM25 of {len(shards)} documents")
+    if judged is not None:
+        _choose_weight(options, shards, *judged)
     return 0
+
+
+def _judged(options: Any) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
+    """Queries and judgements. Raises: ValueError: a file that is missing or has a bad line."""
+    from ullme.data.beir import read_qrels
+    from ullme.search.queries import read_queries
+
+    path = Path(options.qrels)
+    if not path.is_file():
+        raise ValueError(f"--qrels {path}: no such file; give lines of query id, document id and grade, with tabs")
+    return read_queries(options.queries), read_qrels(path)
+
+
+def _choose_weight(options: Any, shards: Shards, queries: dict[str, str], qrels: dict[str, dict[str, int]]) -> None:
+    from ullme.commands.evaluate import silence_libraries
+    from ullme.search import fusion_weight
+    from ullme.search.searcher import Searcher
+
+    silence_libraries()
+    chosen = fusion_weight.choose_weights(Searcher(options.folder, device=options.device), queries, qrels)
+    fusion_weight.write_weights(shards, chosen)
+    for how, one in chosen.items():
+        print(f"{options.folder}/{fusion_weight.FOLDER}: by {how} {one}")
 
 
 def _check(options: Any) -> None:
     """Raises: ValueError: a mistake in the arguments."""
     if options.folder is None:
         raise ValueError("name a folder that `ullme encode --to` wrote")
-    if options.factory == "none" and not options.bm25:
+    if options.factory == "none" and not options.bm25 and options.qrels is None:
         raise ValueError("--factory none builds no index; give a factory, --bm25, or both")
+    if options.qrels is not None and options.queries is None:
+        raise ValueError(f"--qrels {options.qrels} judges queries; name their file with --queries")
     for name in ("train_rows", "sample"):
         if options[name] < 1:
             raise ValueError(f"--{name} {options[name]} must be at least 1")

@@ -17,6 +17,7 @@ from ullme.utils.progress import progress
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
+    from ullme.query_generation.held_out import HeldOutSettings
     from ullme.query_generation.round_trip import Kept, RoundTripSettings
     from ullme.query_generation.writer import QueryWriter, WriteSettings
     from ullme.search.corpus import Corpus
@@ -80,6 +81,15 @@ def parser() -> ArgumentParser:
     kept.add_argument("--k", type=int | None, help="it is among the first k (default: 10 by bm25, 1 by likelihood)")
     kept.add_argument("--candidates", type=int, default=10, help="of likelihood, the own document among them")
     kept.add_argument("--stopwords", type=str, default="en", help="language of the words BM25 leaves out, or none")
+    apart = options.add_argument_group("Validation")
+    apart.add_argument(
+        "--held_out",
+        type=str | None,
+        metavar="FOLDER",
+        help="keep the queries of some documents out of the rows, and write them there as the LLM did, with their "
+        "documents as judgements: queries.jsonl and qrels.tsv, for `ullme index --queries --qrels`",
+    )
+    apart.add_argument("--held_out_share", type=float, default=0.1, help="of the documents, drawn with --seed")
     work = options.add_argument_group("Work")
     work.add_argument("--dtype", type=str | None, help="of the weights: auto, float32, bfloat16 or float16")
     work.add_argument("--device", type=str | None, help="such as cuda:0 or cpu (default: a GPU if there is one)")
@@ -112,6 +122,13 @@ def _run(options: Any) -> int:
         _check_options_of_titles(options)
     settings.check()
     round_trip.check()
+    apart = None
+    if options.held_out is not None:
+        from ullme.query_generation.held_out import HeldOutSettings
+
+        apart = HeldOutSettings(Path(options.held_out), options.held_out_share, options.seed)
+        apart.check()
+        atomic_files.check_writable(apart.folder.absolute().parent, "--held_out")
     atomic_files.check_writable(Path(options.to).absolute().parent, "--to")
     if round_trip.by != "none":
         from ullme.search.bm25 import import_bm25s
@@ -130,7 +147,7 @@ def _run(options: Any) -> int:
         assert model is not None
         writer = LLMQueryWriter(model)
         writer.check(settings)
-    kept, documents = write_queries(writer, corpus, options.to, settings, round_trip, model)
+    kept, documents = write_queries(writer, corpus, options.to, settings, round_trip, model, apart)
     print(_summary(options.to, documents, kept, round_trip))
     return 0
 
@@ -161,6 +178,7 @@ def write_queries(
     settings: WriteSettings | None = None,
     round_trip: RoundTripSettings | None = None,
     model: ULLME | None = None,
+    held_out: HeldOutSettings | None = None,
 ) -> tuple[Kept, int]:
     """Write queries for a corpus, keep some, and write them as training rows; the same call again goes on.
 
@@ -172,6 +190,7 @@ def write_queries(
         settings: how they are written.
         round_trip: which are kept.
         model: with ``round_trip.by="likelihood"``, whose LLM scores.
+        held_out: whose queries are written elsewhere, whatever the round trip says.
 
     Returns:
         What was kept and what not, and the number of documents.
@@ -190,13 +209,16 @@ def write_queries(
     plan = check_corpus(corpus)
     with progress("writing queries", total=query_writer.chosen_documents(plan, settings), unit="document") as bar:
         documents = query_writer.write_parts(writer, corpus, plan, folder, settings, bar.update)
+    apart = set() if held_out is None else _hold_out(folder, held_out)
     texts, ranker = _ranker(corpus, round_trip, model)
     kept = Kept(round_trip.k)
     rows = []
     with progress("round trip", total=documents * settings.per_document, unit="query") as bar:
         parts = query_writer.read_parts(folder)
         for queries, ranks in rank_parts(parts, folder, round_trip, ranker, bar.update):
-            rows += [_row(query, texts[query.document]) for query in kept.filter(queries, ranks)]
+            mine = [n for n, query in enumerate(queries) if query.document not in apart]
+            found = kept.filter([queries[n] for n in mine], [ranks[n] for n in mine])
+            rows += [_row(query, texts[query.document]) for query in found]
     if not rows:
         raise ValueError(
             f"no query is kept of {kept.counts.total()}: {_reasons(kept, round_trip)}; look at "
@@ -205,6 +227,18 @@ def write_queries(
         )
     atomic_files.write_text(file, "".join(rows), "--to")
     return kept, documents
+
+
+def _hold_out(folder: Path, settings: HeldOutSettings) -> set[str]:
+    """Write the queries of some documents as a validation set; the ids of the documents."""
+    from ullme.query_generation import held_out
+    from ullme.query_generation.writer import read_parts
+
+    queries = [query for part in read_parts(folder) for query in part if query.text]
+    apart = held_out.draw_documents(list(dict.fromkeys(query.document for query in queries)), settings)
+    written = held_out.write((query for query in queries if query.document in apart), settings.folder)
+    print(f"{settings.folder}: {written} queries for {len(apart)} documents, held out")
+    return apart
 
 
 def _row(query: Any, text: str) -> str:

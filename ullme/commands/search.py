@@ -38,14 +38,18 @@ def parser() -> ArgumentParser:
         "--to", type=str | None, metavar="FILE", help="what was found for --queries: .trec (a TREC run) or .jsonl"
     )
     options.add_argument("--k", type=int, default=10, help="documents to find for each query")
-    options.add_argument(
-        "--method", type=str, default="dense", help="dense, bm25, or fused: both, by reciprocal rank fusion"
-    )
+    options.add_argument("--method", type=str, default="dense", help="dense, bm25, or fused: both")
     options.add_argument(
         "--dense_weight",
-        type=float,
-        default=0.5,
-        help="of dense search in fusion, from 0 to 1, BM25 has the rest; below 0.5 for a model that is worse than BM25",
+        type=float | None,
+        help="of dense search in fusion, from 0 to 1, BM25 has the rest (default: the folder's, which `ullme index "
+        "--qrels` chooses, or 0.5); less for a model that is worse than BM25",
+    )
+    options.add_argument(
+        "--fusion",
+        type=str,
+        default="scores",
+        help="how fused ranks: scores, a weighted sum of both, each scaled to 0 to 1; rrf, reciprocal rank fusion",
     )
     options.add_argument("--exact", action="store_true", help="search the shards, even where there is a FAISS index")
     options.add_argument("--model", type=str | None, help="the same model, where it is no longer at its place")
@@ -70,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(options: Any) -> None:
     """Raises: ValueError: a mistake in the arguments."""
+    from ullme.search.fusion import check_fusion
     from ullme.search.searcher import check_dense_weight, check_method
 
     if options.folder is None:
@@ -85,6 +90,7 @@ def _check(options: Any) -> None:
             raise ValueError(f"--{name} {options[name]} must be at least 1")
     check_method(options.method)
     check_dense_weight(options.dense_weight)
+    check_fusion(options.fusion)
 
 
 def _run(options: Any) -> int:
@@ -105,11 +111,14 @@ def _run(options: Any) -> int:
         max_length=options.max_length,
         exact=options.exact,
         dense_weight=options.dense_weight,
+        fusion=options.fusion,
     )
     if options.to is not None:  # before hours of searching
         check_ids(options.to, chain(queries, searcher.shards.all_ids()))
     found = searcher.search(list(queries.values()), options.k, options.method)
     if options.to is None:
+        if options.method == "fused":
+            print(f"dense weight {searcher.dense_weight:g}", file=sys.stderr)
         _print_hits(found[0], options.json)
         return 0
     write_hits(options.to, dict(zip(queries, found, strict=True)), f"ullme-{options.method}")
@@ -133,4 +142,6 @@ def _print_hits(hits: Sequence[Hit], as_json: bool) -> None:
 def _how(searcher: Searcher, method: str) -> str:
     """The method, for the user."""
     dense = "exact search" if searcher.index is None else f"FAISS {searcher.index.description['factory']}"
-    return {"dense": dense, "bm25": "BM25", "fused": f"fusion of {dense} and BM25"}[method]
+    if method == "fused":
+        return f"fusion of {dense} and BM25 by {searcher.fusion}, dense weight {searcher.dense_weight:g}"
+    return dense if method == "dense" else "BM25"

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ullme.models.prefix_cache import Prefix
 from ullme.token_rows import TokenRows
 from ullme.utils.modes import evaluation_mode
 
@@ -71,6 +72,7 @@ def sample_lines(
     ends: Tensor,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    prefix: Prefix | None = None,
 ) -> list[str]:
     """Continue prompts up to the end of the line: transformers' ``generate``, with its KV cache, as one batch.
 
@@ -83,6 +85,7 @@ def sample_lines(
         ends: (V,) bool, see :func:`ending_tokens`. The first token is none of them.
         temperature: see :func:`draw`.
         top_p: likewise.
+        prefix: with which all prompts begin, and which is not read again.
 
     Returns:
         R texts in one line each, stripped.
@@ -90,7 +93,7 @@ def sample_lines(
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     tokenizer, device = model.tokenizer, model.device
-    rows = _left_padded(prompts, tokenizer.pad_token_id).to(device)
+    rows = _left_padded(prompts, tokenizer.pad_token_id, () if prefix is None else prefix.tokens).to(device)
     width = rows.input_ids.shape[1]
     numbers, ends = torch.from_numpy(uniforms).to(device), ends.to(device)
 
@@ -107,6 +110,7 @@ def sample_lines(
         found = model.generate(
             input_ids=rows.input_ids,
             attention_mask=rows.attention_mask,
+            past_key_values=None if prefix is None else prefix.repeated(len(prompts)),
             generation_config=GenerationConfig(
                 max_new_tokens=uniforms.shape[1],
                 do_sample=False,  # `choose` leaves one token
@@ -130,9 +134,11 @@ def _first_line(tokens: Tensor, tokenizer: PreTrainedTokenizerBase, ends: Tensor
     return " ".join(lines[0].split()) if lines else ""
 
 
-def _left_padded(rows: Sequence[Sequence[int]], pad_token_id: int) -> TokenRows:
-    """(R, L) block with padding on the left, behind which every row goes on."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad_token_id] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+def _left_padded(rows: Sequence[Sequence[int]], pad_token_id: int, prefix: Sequence[int] = ()) -> TokenRows:
+    """(R, L) block in which every row ends at the same place, behind which it goes on: padding is on the left, or
+    between the prefix, with which all rows begin, and the rest."""
+    rest = [list(row[len(prefix) :]) for row in rows]
+    width = max(map(len, rest))
+    ids = torch.tensor([[*prefix, *[pad_token_id] * (width - len(row)), *row] for row in rest])
+    mask = torch.tensor([[1] * len(prefix) + [0] * (width - len(row)) + [1] * len(row) for row in rest])
     return TokenRows(ids, mask)

@@ -133,20 +133,23 @@ class LLMQueryWriter:
             )
 
     def write(self, documents: Sequence[Document], settings: WriteSettings, done: OnDocuments) -> list[WrittenQuery]:
+        from ullme.models.prefix_cache import encode_prefix
         from ullme.models.sampling import sample_lines
 
         tokenizer = self._tokenizer(settings)
         limit = tokenizer.prompt_overhead("query_generation") + settings.document_max_length
         texts = [document.text for document in documents]
         rows = tokenizer.prompt_ids(texts, max_length=limit, role="query_generation")
+        longest = max(map(len, rows), default=0) + settings.max_new_tokens
+        prefix = encode_prefix(self.model, rows, longest)  # of this part alone, so a part depends on no other
+        options = (self._ends, settings.temperature, settings.top_p, prefix)
         order = sorted(range(len(rows)), key=lambda n: len(rows[n]), reverse=True)
         found: dict[tuple[int, int], str] = {}
         for low in range(0, len(order), settings.batch_size):
             batch = order[low : low + settings.batch_size]
             for number in range(settings.per_document):
                 uniforms = np.stack([random_numbers(documents[n].id, number, settings) for n in batch])
-                prompts = [rows[n] for n in batch]
-                lines = sample_lines(self.model, prompts, uniforms, self._ends, settings.temperature, settings.top_p)
+                lines = sample_lines(self.model, [rows[n] for n in batch], uniforms, *options)
                 found.update(((n, number), line) for n, line in zip(batch, lines, strict=True))
             done(len(batch))
         return [WrittenQuery(documents[n].id, number, found[n, number]) for n, number in sorted(found)]

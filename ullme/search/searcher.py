@@ -9,17 +9,14 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from ullme.search import bm25, faiss_index
+from ullme.search import bm25, faiss_index, fusion_weight
 from ullme.search.embedder import TextEmbedder, load_text_embedder
-from ullme.search.fusion import reciprocal_rank_fusion
+from ullme.search.fusion import DEPTH, Fusion, Ranking, check_fusion, fuse
 from ullme.search.queries import Hit
 from ullme.search.shards import Shards
 from ullme.search.topk import exact_top_k
 
 Method = Literal["dense", "bm25", "fused"]
-
-# Documents of each ranking that fusion looks at, where fewer are asked for.
-FUSION_DEPTH = 100
 
 
 class Searcher:
@@ -39,12 +36,15 @@ class Searcher:
         instruction: of the queries; None takes the prompt contract's.
         max_length: of a query in tokens, template included; None is 512, or a sentence-transformers model's own.
         exact: search the shards themselves, even where there is a FAISS index.
-        dense_weight: of dense search in fusion, from 0 to 1; BM25 has the rest. A model that ranks worse than BM25
+        dense_weight: of dense search in fusion, from 0 to 1; BM25 has the rest. None takes what was chosen on judged
+            queries for the folder (:mod:`ullme.search.fusion_weight`), or 0.5. A model that ranks worse than BM25
             should have less than half, or it takes away more than it adds.
+        fusion: by ``scores`` (:func:`~ullme.search.fusion.convex_combination`) or by ranks (``rrf``,
+            :func:`~ullme.search.fusion.reciprocal_rank_fusion`).
 
     Raises:
-        ValueError: no such folder, shards that are missing or truncated, an index of other shards, or a weight out of
-            range.
+        ValueError: no such folder, shards that are missing or truncated, an index of other shards, a weight out of
+            range, or an unknown fusion.
     """
 
     def __init__(
@@ -57,11 +57,13 @@ class Searcher:
         instruction: str | None = None,
         max_length: int | None = None,
         exact: bool = False,
-        dense_weight: float = 0.5,
+        dense_weight: float | None = None,
+        fusion: Fusion = "scores",
     ) -> None:
         check_dense_weight(dense_weight)
+        check_fusion(fusion)
         self.shards = Shards(folder)
-        self.dense_weight = dense_weight
+        self._dense_weight, self.fusion = dense_weight, fusion
         self.instruction, self.max_length = instruction, max_length
         self._device, self._model = device, model
         self._given = embedder
@@ -145,11 +147,23 @@ class Searcher:
         """
         return self._bm25.search(queries, k)
 
-    def fused(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As :meth:`dense`, by reciprocal rank fusion of dense search and BM25."""
-        depth = max(k, FUSION_DEPTH)
-        rankings = [self.dense(queries, depth)[1], self.bm25(queries, depth)[1]]
-        return reciprocal_rank_fusion(rankings, k, weights=[2 * self.dense_weight, 2 - 2 * self.dense_weight])
+    @cached_property
+    def dense_weight(self) -> float:
+        """Of dense search in fusion. Raises: ValueError: the folder's was chosen for other shards."""
+        if self._dense_weight is not None:
+            return self._dense_weight
+        chosen = fusion_weight.read_weight(self.shards, self.fusion)
+        return fusion_weight.DEFAULT if chosen is None else chosen
+
+    def rankings(self, queries: Sequence[str], k: int = 0) -> tuple[Ranking, Ranking]:
+        """The scores and rows of dense search and of BM25 that fusion looks at for the k best documents."""
+        depth = max(k, DEPTH)
+        return self.dense(queries, depth), self.bm25(queries, depth)
+
+    def fused(self, queries: Sequence[str], k: int) -> Ranking:
+        """As :meth:`dense`, by fusion of dense search and BM25."""
+        weight = self.dense_weight  # before anything is computed
+        return fuse(*self.rankings(queries, k), k, weight, self.fusion)
 
     def search(self, queries: Sequence[str], k: int = 10, method: Method = "dense") -> list[list[Hit]]:
         """The k best documents of each query, the best first.
@@ -172,9 +186,9 @@ class Searcher:
         return [found[low:high] for low, high in zip([0, *ends], ends, strict=False)]
 
 
-def check_dense_weight(weight: float) -> None:
+def check_dense_weight(weight: float | None) -> None:
     """Raises: ValueError: it is no share."""
-    if not 0 <= weight <= 1:
+    if weight is not None and not 0 <= weight <= 1:
         raise ValueError(f"--dense_weight {weight} must be from 0 (BM25 alone) to 1 (dense search alone)")
 
 

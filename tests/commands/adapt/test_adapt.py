@@ -114,6 +114,9 @@ def test_what_a_change_reruns(adaptation, tmp_path):
     assert names(lr) == searches
     parts = tmp_path / "to" / "queries.jsonl.parts"
     parts.mkdir()
+    assert names(replace(lr, held_out_share=0.2)) == [*first, *searches[1:]]
+    assert parts.exists()  # nothing is written anew
+    assert names(lr) == [*first, *searches[1:]]
     kept = replace(lr, overrides={**lr.overrides, "queries": [*SMALL["queries"], "k=3"]})
     assert names(kept) == [*first, *searches[1:]]
     assert parts.exists()
@@ -135,7 +138,12 @@ def test_commands(adaptation, place):
     assert f"--rows {to}/queries.jsonl" in found["candidates"]
     assert f"--method=bm25 --num_negatives=2 --likelihood={llm}" in found["candidates"]
     assert found["train"].startswith("ullme train fit --config=configs/base.yaml --config=configs/adapt/query_distil")
-    assert found["index"] == f"ullme index {to}/embeddings --factory=none --bm25"
+    judged = f"--queries={to}/held_out/queries.jsonl --qrels={to}/held_out/qrels.tsv"
+    assert f"--held_out={to}/held_out --held_out_share=0.1" in found["queries"]
+    assert found["index"] == f"ullme index {to}/embeddings --factory=none --bm25 {judged} --device=cpu"
+    plain = f"ullme index {to}/embeddings --factory=none --bm25"
+    assert lines(replace(adaptation, held_out_share=0))["index"] == plain
+    assert lines(replace(adaptation, queries=str(place / "rows.jsonl"), labelled=True))["index"] == plain
     art = lines(replace(adaptation, method="art", queries=str(place / "own.jsonl")))
     assert f"--queries {place}/own.jsonl" in art["candidates"]
     assert "--num_negatives=3" in art["candidates"]  # candidates
@@ -193,6 +201,7 @@ MISTAKES = [
     (["--num_negatives=0"], "--num_negatives 0 must be at least 1"),
     (["--query_source=x"], "--query_source x: choose llm or titles"),
     (["--query_source=titles", "--queries={place}/rows.jsonl"], "--query_source titles: leave one of them out"),
+    (["--held_out_share=1"], "--held_out_share 1.0 must be from 0 (none) to below 1"),
     (["--method=x"], "--method x: choose auto, query_distillation, art"),
     (["--set", "seed"], "--set seed: write NAME=VALUE"),
     (["--set_mine", "k"], "--set_mine k: write NAME=VALUE"),

@@ -59,6 +59,13 @@ def parser() -> ArgumentParser:
         "--max_documents", type=int | None, help="write queries for so many, drawn at random (default: all)"
     )
     rows.add_argument("--num_negatives", type=int, default=7, help="of a query, found by BM25")
+    rows.add_argument(
+        "--held_out_share",
+        type=float,
+        default=0.1,
+        help="of the documents with written queries: these queries are not trained on, and choose how much dense "
+        "search counts in fusion; 0: none, and both count alike",
+    )
     training = options.add_argument_group("Training")
     training.add_argument(
         "--method",
@@ -178,6 +185,7 @@ def _adaptation(options: Any) -> Adaptation:
         method=method,
         max_documents=options.max_documents,
         num_negatives=options.num_negatives,
+        held_out_share=options.held_out_share,
         seed=options.seed,
         train_configs=tuple(options.train_config),
         overrides=overrides,
@@ -258,7 +266,8 @@ def _checked_qrels(adaptation: Adaptation, corpus: Corpus) -> Mapping[str, Mappi
 def _report(folder: Path, qrels: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, float]]:
     """Print the table, and write the scores of each query to scores.json."""
     from ullme.commands.adapt.plan import SYSTEMS, found_file
-    from ullme.commands.adapt.report import ndcg_at_10, read_found, table
+    from ullme.commands.adapt.report import read_found, table
+    from ullme.search.ndcg import ndcg_at_10
 
     scores = {system: ndcg_at_10(read_found(found_file(folder, system)), qrels) for system in SYSTEMS}
     text = json.dumps({"ndcg_at_10": scores}, indent=1) + "\n"

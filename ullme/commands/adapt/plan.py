@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ullme.commands.adapt.steps import Step, digest_of
+from ullme.query_generation.held_out import QRELS, QUERIES
+from ullme.search import fusion_weight
 
 Method = Literal["query_distillation", "art"]
 QuerySource = Literal["llm", "titles"]
 
 # Options of `ullme queries` that do not change what is written, only what is kept.
-_ROUND_TRIP = ("round_trip", "k", "candidates", "stopwords")
+_ROUND_TRIP = ("round_trip", "k", "candidates", "stopwords", "held_out", "held_out_share")
 # Documents that are found for a test query.
 FOUND = 10
 SYSTEMS = ("before", "adapted", "BM25", "fused")
@@ -35,6 +37,8 @@ class Adaptation:
             positives; or ``art`` (the KL and pseudo-labels, arXiv 2206.10658).
         max_documents: to write queries for; None takes all.
         num_negatives: of a query, found by BM25.
+        held_out_share: of the documents with written queries, whose queries choose the weight of fusion and are not
+            trained on; 0 for none.
         seed: of writing and training.
         train_configs: YAML files for the training, on top of the method's own.
         overrides: step -> NAME=VALUE of its command.
@@ -54,6 +58,7 @@ class Adaptation:
     method: Method = "query_distillation"
     max_documents: int | None = None
     num_negatives: int = 7
+    held_out_share: float = 0.1
     seed: int = 0
     train_configs: tuple[str, ...] = ()
     overrides: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -75,6 +80,8 @@ class Adaptation:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed} must not be negative")
+        if not 0 <= self.held_out_share < 1:
+            raise ValueError(f"--held_out_share {self.held_out_share} must be from 0 (none) to below 1")
         if (self.test_queries is None) != (self.qrels is None):
             raise ValueError("--test_queries FILE and --qrels FILE belong together: queries, and judgements on them")
         if self.queries is not None and not self.labelled and self.method == "query_distillation":
@@ -86,6 +93,15 @@ class Adaptation:
     def given(self, step: str) -> list[str]:
         """The overrides of a step as arguments."""
         return [f"--{one.lstrip('-')}" for one in self.overrides.get(step, ())]
+
+    @property
+    def held_out(self) -> Path | None:
+        """Folder of the written queries that are not trained on; None without any.
+
+        Titles stand in their documents, where BM25 finds them all, so they say nothing about fusion.
+        """
+        written = self.queries is None and self.query_source == "llm"
+        return self.folder / "held_out" if written and self.held_out_share > 0 else None
 
     @property
     def on_device(self) -> list[str]:
@@ -138,11 +154,15 @@ def _rows(adaptation: Adaptation) -> list[Step]:
         options = [f"--seed={adaptation.seed}", *adaptation.on_device]
         if adaptation.max_documents is not None:
             options.append(f"--max_documents={adaptation.max_documents}")
+        writes: tuple[Path, ...] = (written,)
+        if adaptation.held_out is not None:
+            options += [f"--held_out={adaptation.held_out}", f"--held_out_share={adaptation.held_out_share}"]
+            writes = (written, adaptation.held_out)
         writer = ("--query_source=titles",) if titles else (llm,)
         command = ("queries", *writer, *adaptation.corpus, "--to", str(written), *options, *adaptation.given("queries"))
         keeps_for = tuple(one for one in command if one.removeprefix("--").partition("=")[0] not in _ROUND_TRIP)
         parts = (Path(f"{written}.parts"),)
-        found.append(Step("queries", command, (written,), keeps=parts, keeps_for=keeps_for))
+        found.append(Step("queries", command, writes, keeps=parts, keeps_for=keeps_for))
     else:
         source, inputs, after = adaptation.queries, {"queries": digest_of(adaptation.queries)}, ()
     labels = adaptation.method == "query_distillation"
@@ -171,11 +191,15 @@ def _embeddings(adaptation: Adaptation) -> list[Step]:
     vectors = folder / "embeddings"
     common = (*adaptation.on_device, *adaptation.given("encode"))
     encode = ("encode", str(folder / "run"), *adaptation.corpus, "--to", str(vectors), *common)
-    index = ("index", str(vectors), f"--factory={adaptation.factory}", "--bm25", *adaptation.given("index"))
+    index = ["index", str(vectors), f"--factory={adaptation.factory}", "--bm25"]
     writes = [vectors / "bm25", *([] if adaptation.factory == "none" else [vectors / "faiss"])]
+    if (judged := adaptation.held_out) is not None:
+        index += [f"--queries={judged / QUERIES}", f"--qrels={judged / QRELS}", *adaptation.on_device]
+        writes.append(vectors / fusion_weight.FOLDER)
+    index += adaptation.given("index")
     return [
         Step("encode", encode, (vectors,), ("train",)),
-        Step("index", index, tuple(writes), ("encode",)),
+        Step("index", tuple(index), tuple(writes), ("encode",)),
     ]
 
 

@@ -1,0 +1,104 @@
+"""The weight of dense search in fusion, chosen on judged queries and kept beside the shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, get_args
+
+from ullme.search import index_files
+from ullme.search.fusion import Fusion, fuse
+from ullme.search.ndcg import Qrels, ndcg_at_10
+from ullme.search.shards import Shards
+
+if TYPE_CHECKING:
+    from ullme.search.searcher import Searcher
+
+FOLDER = "fusion"
+# Without judged queries both rankings count alike.
+DEFAULT = 0.5
+CANDIDATES = tuple(n / 10 for n in range(11))
+
+
+@dataclass(frozen=True)
+class FusionWeight:
+    """What was chosen, and on what.
+
+    Args:
+        weight: of dense search, from 0 (BM25 alone) to 1 (dense search alone).
+        scores: weight -> mean nDCG@10 in [0, 1], of each that was tried.
+        queries: how many were judged.
+    """
+
+    weight: float
+    scores: Mapping[float, float]
+    queries: int
+
+    def __str__(self) -> str:
+        tried = ", ".join(f"{weight:g}: {100 * score:.1f}" for weight, score in self.scores.items())
+        return f"dense weight {self.weight:g}, by nDCG@10 of {self.queries} judged queries ({tried})"
+
+
+def choose_weights(searcher: Searcher, queries: Mapping[str, str], qrels: Qrels) -> dict[Fusion, FusionWeight]:
+    """For each kind of fusion the weight of the best mean nDCG@10, of :data:`CANDIDATES`; of equal ones the nearest to
+    equal weights.
+
+    Both ends are among them, so on these queries fusion is never worse than the better of dense search and BM25.
+
+    Args:
+        searcher: of a folder with a BM25 index.
+        queries: query id -> text.
+        qrels: query id -> document id -> relevance grade.
+
+    Raises:
+        ValueError: no BM25 index, or judgements on queries that are not there or on no document of the folder.
+    """
+    _check_judged(searcher.shards, queries, qrels)
+    names = list(qrels)
+    dense, words = searcher.rankings([queries[name] for name in names])
+    chosen = {}
+    for how in get_args(Fusion):
+        scores = {}
+        for weight in CANDIDATES:
+            _, rows = fuse(dense, words, 10, weight, how)
+            found = {name: searcher.shards.ids(own[own >= 0]) for name, own in zip(names, rows, strict=True)}
+            scores[weight] = sum(ndcg_at_10(found, qrels).values()) / len(qrels)
+        best = max(CANDIDATES, key=lambda weight: (round(scores[weight], 6), -abs(weight - DEFAULT)))
+        chosen[how] = FusionWeight(best, scores, len(qrels))
+    return chosen
+
+
+def _check_judged(shards: Shards, queries: Mapping[str, str], qrels: Qrels) -> None:
+    if unknown := [name for name in qrels if name not in queries]:
+        raise ValueError(
+            f"--qrels judges {len(unknown)} queries that are not in --queries, first {unknown[:3]}; add them there, or "
+            "remove their judgements"
+        )
+    missing = {document for grades in qrels.values() for document in grades}
+    documents = len(missing)
+    for key in shards.all_ids():
+        missing.discard(key)
+    if len(missing) == documents:
+        raise ValueError(
+            f"--qrels judges no document of {shards.folder}, but such as {sorted(missing)[:3]}; give judgements on "
+            "the ids of its corpus"
+        )
+
+
+def write_weights(shards: Shards, chosen: Mapping[Fusion, FusionWeight]) -> None:
+    """Make them the folder's defaults. Raises: StorageError: they cannot be written."""
+    description = {
+        how: {
+            "dense_weight": one.weight,
+            "ndcg_at_10": {f"{weight:g}": score for weight, score in one.scores.items()},
+            "queries": one.queries,
+        }
+        for how, one in chosen.items()
+    }
+    index_files.write_index(shards, FOLDER, lambda folder: {"fusion": description})
+
+
+def read_weight(shards: Shards, how: Fusion) -> float | None:
+    """The folder's default; None if none was chosen. Raises: ValueError: it was chosen for other shards."""
+    description = index_files.read_description(shards, FOLDER)
+    return None if description is None else float(description["fusion"][how]["dense_weight"])
