@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ullme.models.attention.fused_rotary import fuse_rotary
 from ullme.models.fused_mlp import fuse_gated_mlps
 
 logger = logging.getLogger(__name__)
@@ -27,7 +26,7 @@ _ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (lambda: nn.GELU("tanh"), nn
 
 
 def fuse(model: nn.Module) -> list[str]:
-    """Replace activations, RMS norms, gated MLPs and the rotation of positions in ``model`` where a fused one is equal.
+    """Replace activations, RMS norms and gated MLPs inside ``model`` where a fused one is equal.
 
     Norms and MLPs stay the same modules with the same weights; their class becomes a subclass of the model's own.
 
@@ -45,7 +44,6 @@ def fuse(model: nn.Module) -> list[str]:
             if (make := found[key]) is not None:
                 setattr(parent, name, make(child).train(child.training))
     replaced = sorted({key[0].__name__ for key, make in found.items() if make is not None} | {*fuse_gated_mlps(model)})
-    fuse_rotary(model)
     if replaced:
         logger.info("fused versions of %s are used: they compute the same", ", ".join(replaced))
     return replaced

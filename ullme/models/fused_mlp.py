@@ -26,9 +26,9 @@ def fuse_gated_mlps(model: nn.Module) -> list[str]:
     Returns:
         The names of the replaced classes, sorted.
     """
-    found: dict[type[nn.Module], bool] = {}
+    found: dict[Any, bool] = {}
     for module in model.modules():
-        cls = type(module)
+        cls: Any = type(module)
         if cls.__module__.startswith("transformers.") and dict(module.named_children()).keys() == _PARTS:
             if cls not in found:
                 found[cls] = _is_gated_silu(module)

@@ -159,7 +159,8 @@ def attention_without_varlen(
 ) -> Tensor:
     """(1, T, H, head_dim): on a CPU, plain attention reads the rows where they lie; all else runs in groups."""
     if window is None and softcap is None and not dropout and plain_rows.takes(query, value, rows):
-        return plain_rows.attention(*_cast_for_autocast(query, key, value), rows, scale, causal)
+        query, key, value = _cast_for_autocast(query, key, value)
+        return plain_rows.attention(query, key, value, rows, scale, causal)
     return _grouped_attention(query, key, value, rows, scale, causal, window, softcap, dropout)
 
 
