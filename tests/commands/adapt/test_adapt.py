@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 from importlib import import_module
@@ -15,7 +17,7 @@ from interrupted import wait
 
 from ullme.__main__ import COMMANDS
 from ullme.commands.adapt import cli
-from ullme.commands.adapt.plan import Adaptation, steps
+from ullme.commands.adapt.plan import Adaptation, steps, train_arguments
 from ullme.commands.adapt.steps import Records, run_steps
 from ullme.search.corpus import open_corpus
 
@@ -143,6 +145,32 @@ def test_commands(adaptation, place):
         f"--config=configs/adapt/art.yaml --seed_everything=0 --model.backbone.model_name_or_path={llm}" in art["train"]
     )
     assert f"--loss.init_args.cache_reference={to}/reference" in art["train"]
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("cpu", ["--trainer.accelerator=cpu"]),
+        ("cuda:1", ["--trainer.accelerator=gpu", "--trainer.devices=[1]"]),
+        ("cuda", ["--trainer.accelerator=gpu", "--trainer.devices=1"]),
+        (None, []),
+    ],
+)
+def test_training_uses_the_device_of_the_other_steps(adaptation, device, expected):
+    arguments = train_arguments(replace(adaptation, device=device))
+    assert [one for one in arguments if re.match(r"--trainer\.(accelerator|devices)", one)] == expected
+
+
+def test_the_schemas_whose_rows_have_positives(tmp_path):
+    row = {"query": "q", "positive_passages": [{"title": "", "text": "p"}], "negative_passages": []}
+    for name, content, expected in (
+        ("a.jsonl", row, True),
+        ("b.jsonl.gz", row, True),
+        ("c.jsonl", {"_id": "q", "text": "q"}, False),
+    ):
+        line = json.dumps(content).encode() + b"\n"
+        (tmp_path / name).write_bytes(gzip.compress(line) if name.endswith(".gz") else line)
+        assert cli._has_positives(str(tmp_path / name)) is expected
 
 
 def test_the_commands_know_their_options(adaptation, place):
