@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow
 import pytest
 
-from ullme.data import row_index, sources
+from ullme.data import checked_rows, row_index, sources
 from ullme.data.sources import HubSource, JsonlSource, open_source
 
 
@@ -33,13 +33,13 @@ def cache(tmp_path):
 def checked(monkeypatch):
     """Counts the rows that are checked."""
     count = [0]
-    add = sources._CheckedRows.add
+    add = checked_rows.CheckedRows.add
 
     def counting(self, *args):
         count[0] += 1
         return add(self, *args)
 
-    monkeypatch.setattr(sources._CheckedRows, "add", counting)
+    monkeypatch.setattr(checked_rows.CheckedRows, "add", counting)
     return count
 
 
@@ -159,14 +159,14 @@ def test_a_file_that_only_gets_longer_does_not(write_jsonl, rows, cache):
 
 def test_a_file_that_changes_while_it_is_checked_leaves_no_index(write_jsonl, rows, cache, monkeypatch):
     path = write_jsonl(rows)
-    finish = sources._CheckedRows.finish
+    finish = checked_rows.CheckedRows.finish
 
     def append(self, name):
         with open(path, "a") as file:
             file.write("\n")
         return finish(self, name)
 
-    monkeypatch.setattr(sources._CheckedRows, "finish", append)
+    monkeypatch.setattr(checked_rows.CheckedRows, "finish", append)
     with pytest.raises(ValueError, match=r"train\.jsonl changed while the rows were checked"):
         JsonlSource(path, cache_dir=cache)
     assert folders(cache) == []
@@ -174,7 +174,7 @@ def test_a_file_that_changes_while_it_is_checked_leaves_no_index(write_jsonl, ro
 
 def test_code_may_be_edited_while_rows_are_checked(write_jsonl, rows, cache, monkeypatch):
     digests = iter([["before"], ["after"]])
-    monkeypatch.setattr(sources, "code_identity", lambda schema: next(digests))
+    monkeypatch.setattr(checked_rows, "code_identity", lambda schema: next(digests))
     assert len(JsonlSource(write_jsonl(rows), cache_dir=cache)) == 41
     assert next(digests, None) is None  # both were asked for
 
@@ -182,13 +182,13 @@ def test_code_may_be_edited_while_rows_are_checked(write_jsonl, rows, cache, mon
 def test_a_side_file_that_changes_while_rows_are_checked_is_named(write_jsonl, rows, cache, monkeypatch, tmp_path):
     side = tmp_path / "side.jsonl"
     side.write_text("1.0\n" * len(rows))
-    finish = sources._CheckedRows.finish
+    finish = checked_rows.CheckedRows.finish
 
     def touch(self, name):
         os.utime(side, (1, 1))
         return finish(self, name)
 
-    monkeypatch.setattr(sources._CheckedRows, "finish", touch)
+    monkeypatch.setattr(checked_rows.CheckedRows, "finish", touch)
     with pytest.raises(ValueError, match=r"side\.jsonl changed while the rows were checked"):
         JsonlSource(write_jsonl(rows), columns={"grade": str(side)}, cache_dir=cache)
 
@@ -215,7 +215,7 @@ def test_options_and_code_have_an_index_of_their_own(write_jsonl, rows, cache, c
         JsonlSource(path, cache_dir=cache, **options)
     assert checked == [4 * 41]
     monkeypatch.setattr(row_index, "VERSION", 2)
-    monkeypatch.setattr(sources, "VERSION", 2)
+    monkeypatch.setattr(checked_rows, "VERSION", 2)
     JsonlSource(path, cache_dir=cache)
     assert checked == [5 * 41]
 
@@ -277,7 +277,7 @@ def test_the_size_limit_removes_what_was_not_used_for_longest(write_jsonl, rows,
 
 def build_slowly(path, cache, ready):
     """Stops in the middle of building, and waits to be killed."""
-    add = sources._CheckedRows.add
+    add = checked_rows.CheckedRows.add
 
     def slow(self, *args):
         add(self, *args)
@@ -285,7 +285,7 @@ def build_slowly(path, cache, ready):
             ready.set()
             time.sleep(60)
 
-    sources._CheckedRows.add = slow
+    checked_rows.CheckedRows.add = slow
     JsonlSource(path, cache_dir=cache)
 
 
@@ -314,14 +314,14 @@ def open_and_report(path, cache, log):
 
 def test_one_process_builds_while_another_waits(write_jsonl, rows, cache, tmp_path, monkeypatch):
     path, log, built = write_jsonl(rows), tmp_path / "log", tmp_path / "built"
-    finish = sources._CheckedRows.finish
+    finish = checked_rows.CheckedRows.finish
 
     def note(self, name):
         with built.open("a") as file:
             file.write("built\n")
         return finish(self, name)
 
-    monkeypatch.setattr(sources._CheckedRows, "finish", note)
+    monkeypatch.setattr(checked_rows.CheckedRows, "finish", note)
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=open_and_report, args=(path, cache, log)) for _ in range(3)]
     for process in processes:

@@ -75,7 +75,7 @@ class TestDraw:
             assert sorted([drawn.positive, *drawn.negatives]) == ["a", "b", "x"]
 
     def test_queries_whose_hashes_collide_are_told_apart(self, write_jsonl, monkeypatch):
-        monkeypatch.setattr("ullme.data.sources._hash", lambda query: 7)
+        monkeypatch.setattr("ullme.data.checked_rows.crc32", lambda query: 7)
         source = open_source(write_jsonl([{"query": query, "pos": [query + "+"]} for query in "ab"]))
         assert source.positives_of("a") == {"a+"}
 

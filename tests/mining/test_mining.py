@@ -164,6 +164,22 @@ def test_likelihood_filter(folder, tmp_path):
         mined(tmp_path / "none", QUESTIONS, dense(folder), settings)
 
 
+def test_the_likelihood_limit_is_that_of_the_least_likely_positive(folder, tmp_path):
+    values = {n: -2.0 - 0.1 * n for n in range(2, len(DOCUMENTS))} | {0: -1.0, 1: -3.0}  # 0 and 1 are the positives
+    rows = [{"query": "question 0", "pos": DOCUMENTS[:2]}]
+    (row,) = mined(
+        tmp_path,
+        rows,
+        dense(folder),
+        MiningSettings(5, likelihood_margin=0.5),
+        query_likelihood=lambda pairs: np.array([values[DOCUMENTS.index(text)] for _, text in pairs]),
+    )
+    assert row["pos_likelihoods"] == [-1.0, -3.0]
+    order = [n for n in np.argsort(-cosines("question 0")).tolist() if n > 1]
+    assert row["neg_ids"] == [f"d{n}" for n in order if values[n] <= -3.5][:5]
+    assert row["neg_ids"] != [f"d{n}" for n in order if values[n] <= -1.5][:5]
+
+
 def test_goes_on_where_it_was_stopped(folder, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     mined(whole, QUESTIONS, dense(folder), MiningSettings(3), block_rows=3)

@@ -127,13 +127,6 @@ def test_a_folder_of_other_queries_is_refused(tmp_path, writer, settings, number
     assert contents(tmp_path / "p") == before
 
 
-def test_damaged_settings(tmp_path):
-    write(tmp_path, "p", StubWriter())
-    (tmp_path / "p" / "settings.json").write_text("{")
-    with pytest.raises(ValueError, match=r"settings\.json is damaged"):
-        write(tmp_path, "p", StubWriter())
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [

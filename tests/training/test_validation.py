@@ -18,6 +18,7 @@ def embeddings() -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(0)
     queries, passages = (torch.randint(-1, 2, (n, WIDTH), generator=draw).float() for n in (QUERIES, PASSAGES))
     queries[:, 0] = 1.0  # a row of zeros stands for one that was not embedded
+    passages[5] = queries[1]  # its own copy would be the nearest
     return queries, passages
 
 
@@ -49,6 +50,7 @@ def test_two_ranks_rank_as_one(tmp_path):
     complete, alone, number = rank_all()
     queries, passages = embeddings()
     cosines = queries @ passages.T
+    assert cosines[1, 5] == cosines[1].max()
     cosines[1, 5] = -torch.inf  # its own copy
     ordered = cosines.sort(dim=1, descending=True, stable=True)
     assert complete

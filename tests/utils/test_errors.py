@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 
-from ullme.utils.errors import check_accelerator
+from ullme.utils.errors import check_accelerator, run_command
 
 
 @pytest.mark.parametrize(
@@ -31,3 +32,13 @@ def test_apple_gpus(monkeypatch, accelerator, apple, cuda, refused):
             check_accelerator(trainer)
     else:
         check_accelerator(trainer)
+
+
+def test_ctrl_c_says_what_stays(capsys):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    parser = ArgumentParser(exit_on_error=False)
+    assert run_command(parser, interrupted, [], "the parts stay") == 130
+    assert capsys.readouterr().err == "\nCtrl-C: the parts stay\n"
+    assert run_command(parser, lambda options: 7, [], "the parts stay") == 7

@@ -173,7 +173,7 @@ class Checkpoint(ModelCheckpoint):
         """Mark the run as finished, so that it is not started again by mistake."""
         if self._may_save(trainer) and trainer.is_global_zero:
             note = f"{trainer.global_step} steps\n"
-            atomic_files.write_atomically(Path(str(self.dirpath), FINISHED), lambda file: _write(file, note))
+            atomic_files.write_text(Path(str(self.dirpath), FINISHED), note)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The best checkpoints so far, also if the run folder was moved or copied since."""
@@ -241,7 +241,7 @@ class Checkpoint(ModelCheckpoint):
                 "value": None if value is None else float(value),
             }
             place = Path(trainer.default_root_dir) / STOPPED_FILE.format(self._stop_after_step)
-            atomic_files.write_atomically(place, lambda file: _write(file, json.dumps(note)))
+            atomic_files.write_text(place, json.dumps(note))
         self._shutdown.name = f"checkpoint.stop_after_step={self._stop_after_step}"
         trainer._signal_connector.received_sigterm = True
 
@@ -276,7 +276,3 @@ def _validation_follows(trainer: L.Trainer) -> bool:
         return False
     assert loop._data_fetcher is not None
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-
-
-def _write(file: Any, text: str) -> None:
-    file.write(text.encode())

@@ -112,7 +112,7 @@ class Throughput(L.Callback):
         self._add_to_totals(trainer)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             text = json.dumps({name: round(value, 1) for name, value in self.totals.items()})
-            atomic_files.write_atomically(Path(trainer.default_root_dir, TOTALS_FILE), lambda f: f.write(text.encode()))
+            atomic_files.write_text(Path(trainer.default_root_dir, TOTALS_FILE), text)
 
     def _reset_new_counts(self) -> None:
         self.counted_since = time.perf_counter()

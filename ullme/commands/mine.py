@@ -110,11 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for a mistake in the arguments or files, printed in one line; 130 after Ctrl-C.
     """
-    try:
-        return run_command(parser(), _run, argv)
-    except KeyboardInterrupt:
-        print("\nCtrl-C: the parts that were mined stay; the same command goes on with the others", file=sys.stderr)
-        return 130
+    return run_command(parser(), _run, argv, "the parts that were mined stay; the same command goes on with the others")
 
 
 def _run(options: Any) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -76,11 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for a mistake in the arguments or the corpus, printed in one line; 130 after Ctrl-C.
     """
-    try:
-        return run_command(parser(), _run, argv)
-    except KeyboardInterrupt:
-        print("\nCtrl-C: the queries that were written stay; the same command goes on", file=sys.stderr)
-        return 130
+    return run_command(parser(), _run, argv, "the queries that were written stay; the same command goes on")
 
 
 def _run(options: Any) -> int:
@@ -155,10 +150,10 @@ def write_queries(
     if not rows:
         raise ValueError(
             f"no query is kept of {kept.counts.total()}: {_reasons(kept, round_trip)}; look at "
-            f"{query_writer.part_path(folder, 0)}, and take a larger LLM, other --examples, a larger --k or "
+            f"{folder}/part-00000.jsonl, and take a larger LLM, other --examples, a larger --k or "
             "--round_trip none"
         )
-    query_writer.write_text(Path(file), "".join(rows))
+    atomic_files.write_text(file, "".join(rows), "--to")
     return kept, documents
 
 

@@ -67,9 +67,7 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         config = resume.redacted(plain_values(self.parser, self.config))
         text = yaml.safe_dump(config, sort_keys=False)
-        atomic_files.write_atomically(
-            Path(trainer.default_root_dir) / resume.CONFIG_FILE, lambda f: f.write(text.encode())
-        )
+        atomic_files.write_text(Path(trainer.default_root_dir) / resume.CONFIG_FILE, text)
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
 

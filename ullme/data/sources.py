@@ -6,42 +6,32 @@ keep the texts in memory, and is cheap to pickle for dataloader workers.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
-from zlib import crc32
+from typing import Any, Protocol
 
 import numpy as np
 
-from ullme.data.columns import ColumnKind, ColumnOption, SideFile, has_number, kind_of, split_option
+from ullme.data.checked_rows import CheckedRows, OnBadRow, RowParser, query_hash, rows_identity
+from ullme.data.columns import ColumnKind, ColumnOption
 from ullme.data.files import check_config, check_kind, expand_files, is_jsonl, is_table
-from ullme.data.jsonl import COMPRESSIONS, LineReader, iter_lines, parse_line
+from ullme.data.jsonl import COMPRESSIONS, LineReader, iter_lines
 from ullme.data.order import ORDER_VERSION, Order, random_order
-from ullme.data.records import BadRow, Record, Schema, parse_record, unread
+from ullme.data.records import BadRow, Record, Schema
 from ullme.data.row_index import (
-    MOST_NEGATIVES,
-    VERSION,
     Numbers,
     Writer,
     cached_index,
-    code_identity,
     file_identity,
     sample_digest,
 )
 from ullme.data.tables import load
 from ullme.utils.progress import progress
-
-if TYPE_CHECKING:
-    pass
-
-OnBadRow = Literal["stop", "skip"]
-
 
 # Seconds between two looks at whether a file has changed since its rows were checked.
 SECONDS_BETWEEN_CHECKS = 1.0
@@ -91,143 +81,10 @@ class _QueryIndex:
     def positives(self, source: RowSource, query: str) -> set[str]:
         """See :meth:`RowSource.positives_of`."""
         hashes = self._hashes.array
-        wanted = np.uint32(_hash(query))
+        wanted = np.uint32(query_hash(query))
         first, last = (np.searchsorted(hashes, wanted, side) for side in ("left", "right"))
         records = [source[row] for row in self._rows.array[first:last].tolist()]
         return {text for r in records if r.query == query for text in r.positives or r.negatives}
-
-
-def _hash(query: str) -> int:
-    return crc32(query.encode())
-
-
-class _Rows:
-    """Raw rows to records, with the columns that ``data.columns`` names.
-
-    Args:
-        schema: the columns, see :func:`ullme.data.records.parse_record`.
-        columns: see :data:`ullme.data.columns.ColumnOption`.
-    """
-
-    def __init__(self, schema: Schema, columns: ColumnOption) -> None:
-        self.schema = schema
-        self.fields, files = split_option(columns)
-        self.side = {column: SideFile(path, column) for column, path in files.items()}
-
-    def parse(self, raw: Any, number: int) -> Record:
-        """A row, or its line of JSON, that is row ``number``, from 0, of all. Raises: BadRow."""
-        row = parse_line(raw) if isinstance(raw, bytes) else raw
-        return parse_record(row, self.schema, self.fields, {name: file[number] for name, file in self.side.items()})
-
-    def unread(self, raw: Any) -> dict[str, Any]:
-        """Fields of a valid row that nothing reads."""
-        row: Mapping[str, Any] = parse_line(raw) if isinstance(raw, bytes) else raw
-        return {name: row.get(name) for name in unread(row, self.schema, self.fields)}
-
-
-class _CheckedRows:
-    """Collects the positions of valid rows and the errors of bad ones while a source is checked."""
-
-    def __init__(self, rows: _Rows, on_bad_row: OnBadRow, writer: Writer) -> None:
-        self.rows = rows
-        self.on_bad_row = on_bad_row
-        self.writer = writer
-        self.count = self.valid = 0
-        self.skipped: list[str] = []
-        self.longest_instruction: str | None = None
-        self.labelled: bool | None = None
-        self.kinds: dict[str, ColumnKind] = {}
-        self.columns: dict[str, ColumnKind] = {}
-        self.unread: dict[str, Any] = {}
-        self._keys: set[frozenset[str]] = set()
-
-    def add(self, position: int, where: str, raw: Any) -> None:
-        """Check a row.
-
-        Args:
-            position: to store, if the row is valid.
-            where: file and line, for messages.
-            raw: the row, or its line of JSON.
-
-        Raises:
-            ValueError: the row is bad, and on_bad_row is ``stop``.
-        """
-        number, self.count = self.count, self.count + 1
-        try:
-            row = parse_line(raw) if isinstance(raw, bytes) else raw
-            record = self.rows.parse(row, number)
-            self._add_columns(record)
-        except BadRow as reason:
-            if self.on_bad_row == "stop":
-                raise ValueError(f"{where}: {reason}; fix the row or set data.on_bad_row=skip") from None
-            self.skipped.append(f"{where}: {reason}")
-            return
-        if self.labelled is not None and record.labelled != self.labelled:
-            raise ValueError(
-                f"{where}: a row {'with' if record.labelled else 'without'} a positive among rows "
-                f"{'without' if record.labelled else 'with'} one; put the two kinds into two datasets (data.datasets), "
-                "so that a batch is of one kind"
-            )
-        self.labelled = record.labelled
-        self.valid += 1
-        self.writer.positions.append(position)
-        if self.rows.side:  # else nothing asks which row it is among all
-            self.writer.numbers.append(number)
-        self.writer.num_negatives.append(min(record.num_negatives, MOST_NEGATIVES))
-        self.writer.queries.append(_hash(record.query))
-        if record.instruction is not None and len(record.instruction) > len(self.longest_instruction or ""):
-            self.longest_instruction = record.instruction
-        if (keys := frozenset(row)) not in self._keys:
-            self._keys.add(keys)
-            self.unread = {**self.rows.unread(row), **self.unread}
-
-    def _add_columns(self, record: Record) -> None:
-        """Raises: BadRow: a column that is a number of the query in one row and a list in another."""
-        for name, value in record.columns.items():
-            kind = kind_of(value)
-            if self.kinds.setdefault(name, kind) != kind:
-                one, other = ("a list", "one number") if kind == "candidate" else ("one number", "a list")
-                raise BadRow(f"column {name!r} has {one} here and {other} in earlier rows; give all rows the same")
-            if name not in self.columns and has_number(value):
-                self.columns[name] = kind
-
-    def finish(self, name: str) -> dict[str, Any]:
-        """What is known of all rows. Raises: ValueError: there is no valid row."""
-        if not self.valid:
-            first = f"; the first of {len(self.skipped)} bad rows is {self.skipped[0]}" if self.skipped else ""
-            raise ValueError(f"data.train={name!r} holds no usable row{first}")
-        for column, file in self.rows.side.items():
-            if len(file) != self.count:
-                raise ValueError(
-                    f"data.columns.{column}={str(file.path)!r} has {len(file)} lines, and data.train={name!r} "
-                    f"{self.count} rows; give one line for each row, in the order of the rows"
-                )
-        return {
-            "skipped": self.skipped,
-            "longest_instruction": self.longest_instruction,
-            "labelled": bool(self.labelled),
-            "columns": self.columns,
-            "unread": {name: _example(value) for name, value in self.unread.items()},
-        }
-
-
-def _example(value: Any) -> Any:
-    """A value as JSON has it, or its text."""
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError):
-        return str(value)
-
-
-def _identity(rows: _Rows, schema: Schema, columns: ColumnOption, on_bad_row: OnBadRow) -> dict[str, Any]:
-    """All that decides which rows are valid, beside their files."""
-    side = [file_identity(file.path) for file in rows.side.values()]
-    return {
-        "version": VERSION,
-        "options": [schema, columns, on_bad_row],
-        "side": side,
-        "code": code_identity(schema),
-    }
 
 
 class JsonlSource:
@@ -257,15 +114,15 @@ class JsonlSource:
     ) -> None:
         specs = [files] if isinstance(files, str) else list(files)
         self.files = [path for name in specs for path in expand_files(name, split)]
-        self._parser = _Rows(schema, columns)
+        self._parser = RowParser(schema, columns)
         self._identities: list[list[Any]] = []
 
         def identity() -> dict[str, Any]:
             self._identities = [file_identity(path) for path in self.files]
-            return {"files": self._identities, **_identity(self._parser, schema, columns, on_bad_row)}
+            return {"files": self._identities, **rows_identity(self._parser, schema, columns, on_bad_row)}
 
         def build(writer: Writer) -> dict[str, Any]:
-            return self._build(_CheckedRows(self._parser, on_bad_row, writer), ", ".join(specs))
+            return self._build(CheckedRows(self._parser, on_bad_row, writer), ", ".join(specs))
 
         packed = any(path.suffix.lower() in COMPRESSIONS for path in self.files)
         index = cached_index(identity, build, cache_dir, packed)
@@ -282,7 +139,7 @@ class JsonlSource:
         ]:
             log.warning("data: %d of %d files hold no row: %s", len(empty), len(self.files), ", ".join(empty[:3]))
 
-    def _build(self, checked: _CheckedRows, name: str) -> dict[str, Any]:
+    def _build(self, checked: CheckedRows, name: str) -> dict[str, Any]:
         """Check all rows; compressed files are unpacked beside the index, for access to single rows."""
         ends = []
         for n, path in enumerate(self.files):
@@ -372,17 +229,17 @@ class HubSource:
         columns: ColumnOption = None,
         cache_dir: str | None = None,
     ) -> None:
-        self._parser = _Rows(schema, columns)
+        self._parser = RowParser(schema, columns)
         self.dataset = load(path, name, split)
         files = [Path(file["filename"]) for file in self.dataset.cache_files]
 
         def identity() -> dict[str, Any]:
-            known = _identity(self._parser, schema, columns, on_bad_row)
+            known = rows_identity(self._parser, schema, columns, on_bad_row)
             rows = [len(self.dataset), str(self.dataset._fingerprint), path, split]
             return {"files": [file_identity(file) for file in files], "dataset": rows, **known}
 
         def build(writer: Writer) -> dict[str, Any]:
-            checked = _CheckedRows(self._parser, on_bad_row, writer)
+            checked = CheckedRows(self._parser, on_bad_row, writer)
             for i, row in enumerate(progress(f"checking {path}", self.dataset, unit="row")):
                 checked.add(i, f"{path}[{split}] row {i}", row)
             return checked.finish(f"{path}[{split}]")

@@ -18,6 +18,7 @@ from ullme.batch import Batch, LikelihoodKind, Representations, likelihood_keys
 from ullme.distributed import all_reduce_max, any_rank, world
 from ullme.engine.gradcache import embed_batch
 from ullme.engine.scoring import embedder, score_by_chunk
+from ullme.utils.modes import evaluation_mode
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
@@ -103,13 +104,9 @@ class AdaptersOff(Reference):
         kind: LikelihoodKind = "passage_given_query",
         chunks: Sequence[slice] | None = None,
     ) -> Tensor:
-        training = model.training
-        model.eval()  # the reference has no dropout, whatever mode the policy is in
-        try:
-            with model.adapters_off():
-                return score_by_chunk(model, batch, mask, share_prompts, kind, chunks or [slice(0, len(batch))])
-        finally:
-            model.train(training)
+        # the reference has no dropout, whatever mode the policy is in
+        with evaluation_mode(model), model.adapters_off():
+            return score_by_chunk(model, batch, mask, share_prompts, kind, chunks or [slice(0, len(batch))])
 
 
 @torch.no_grad()
@@ -123,15 +120,10 @@ def embed_with_adapters_off(model: ULLME, batch: Batch, chunks: Sequence[slice])
         batch: B queries with their C candidates.
         chunks: consecutive queries that are embedded together.
     """
-    training = model.training
-    model.eval()
-    try:
-        with model.adapters_off():
-            parts = [embed_batch(embedder(model), batch[chunk]) for chunk in chunks]
-            for _ in range(all_reduce_max(len(chunks), batch.row_ids.device) - len(chunks)):
-                embed_batch(embedder(model), batch[:1])
-    finally:
-        model.train(training)
+    with evaluation_mode(model), model.adapters_off():
+        parts = [embed_batch(embedder(model), batch[chunk]) for chunk in chunks]
+        for _ in range(all_reduce_max(len(chunks), batch.row_ids.device) - len(chunks)):
+            embed_batch(embedder(model), batch[:1])
     torch.clear_autocast_cache()  # it would keep copies of weights that were made here, without gradient
     queries, passages = (torch.cat([getattr(part, name) for part in parts]) for name in ("queries", "passages"))
     return Representations(queries, passages, batch.passage_keys)

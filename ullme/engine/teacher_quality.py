@@ -15,6 +15,7 @@ from ullme.distributed import mean_over_ranks, world
 from ullme.engine.scoring import score_by_chunk
 from ullme.losses.kl import KL
 from ullme.losses.ranking import rank_of_first
+from ullme.utils.modes import evaluation_mode
 
 if TYPE_CHECKING:
     from ullme.engine.objective import Objective
@@ -112,15 +113,11 @@ def _scores(objective: Objective, term: KL, model: ULLME, batch: Batch) -> torch
     everything = torch.ones(batch.passage_keys.shape, dtype=torch.bool)
     chunks = [slice(n, min(n + _CHUNK, len(batch))) for n in range(0, len(batch), _CHUNK)]
     total = torch.zeros(everything.shape, dtype=torch.double, device=batch.row_ids.device)
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for kind, sign in PARTS[term.direction].items():
             if term.uses_reference:
                 logps = objective.reference.logps(model, batch, everything, objective.share_prompts, kind, chunks)
             else:
                 logps = score_by_chunk(model, batch, everything, objective.share_prompts, kind, chunks)
             total += sign * logps
-    finally:
-        model.train(training)
     return total / batch.generation_rows(next(iter(PARTS[term.direction]))).lengths(everything.shape)

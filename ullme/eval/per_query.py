@@ -58,7 +58,7 @@ def _wrap_task(task: Any, key: str, folder: Path) -> None:
         if kept:
             text = json.dumps(kept)
             file = folder / f"{task.metadata.name}.json"
-            atomic_files.write_atomically(file, lambda stream: stream.write(text.encode()), option="--per_query")
+            atomic_files.write_text(file, text, "--per_query")
         return own(scores, *rest, hf_split=hf_split, hf_subset=hf_subset)
 
     task.task_specific_scores = scores_of_task

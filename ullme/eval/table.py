@@ -44,7 +44,7 @@ def write_rows(rows: Sequence[Row], file: str | Path) -> None:
     from ullme.utils import atomic_files  # which imports torch
 
     text = json.dumps([asdict(row) for row in rows], indent=1)
-    atomic_files.write_atomically(file, lambda stream: stream.write(text.encode()), option="--scores")
+    atomic_files.write_text(file, text, "--scores")
 
 
 def read_rows(file: str | Path) -> list[Row]:

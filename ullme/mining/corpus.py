@@ -32,17 +32,7 @@ class NoVectors:
     def revision(self) -> str:
         return "none"
 
-    def embed(
-        self,
-        texts: Sequence[str],
-        role: Role,
-        *,
-        instruction: str | None = None,
-        max_length: int,
-        batch_size: int | None = None,
-        truncate_dim: int | None = None,
-        on_batch: OnBatch | None = None,
-    ) -> np.ndarray:
+    def embed(self, texts: Sequence[str], role: Role, *, on_batch: OnBatch | None = None, **_: Any) -> np.ndarray:
         if on_batch is not None:
             on_batch(len(texts))
         return np.empty((len(texts), 0), dtype=np.float32)

@@ -120,7 +120,7 @@ def mine(
     blocks = [range(low, min(low + block_rows, len(rows))) for low in range(0, len(rows), block_rows)]
     with progress("mine", total=len(rows), unit="row") as bar:
         for number, block in enumerate(blocks):
-            if not parts.path(number).exists():
+            if not parts.has(number):
                 parts.write(number, miner.mine([rows[row] for row in block]))
             bar.update(len(block))
     field, least = ("neg", 0) if rows.labelled else ("candidates", 2)

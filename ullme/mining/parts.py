@@ -1,8 +1,4 @@
-"""Mined rows on disk: a part for each block of rows, and the whole file once all parts are there.
-
-``FILE.parts`` beside the file holds ``settings.json`` and ``part-00000.jsonl`` ..., each there whole or not at all, so
-that a command that was stopped goes on.
-"""
+"""Mined rows on disk: a part for each block of rows in ``FILE.parts``, and the whole file once all parts are there."""
 
 from __future__ import annotations
 
@@ -13,10 +9,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
 from ullme.utils import atomic_files
+from ullme.utils.part_files import PartFiles
 
 OnFewer = Literal["keep", "skip", "stop"]
-
-SETTINGS = "settings.json"
 
 
 @dataclass
@@ -55,6 +50,7 @@ class Parts:
         if self.file.suffix != ".jsonl":
             raise ValueError(f"--to {file}: the rows are JSON lines; name it {self.file.stem}.jsonl")
         self.folder = self.file.with_name(f"{self.file.name}.parts")
+        self._files = PartFiles(self.folder, "rows")
         if self.file.exists() and not self.folder.exists():
             raise ValueError(
                 f"--to {file} exists already, and no {self.folder.name} of the same command beside it; remove it, or "
@@ -63,41 +59,17 @@ class Parts:
         atomic_files.check_writable(self.file.absolute().parent, "--to")
 
     def check(self, settings: dict[str, Any]) -> None:
-        """Write down what the parts depend on, or compare it with what is there.
-
-        Args:
-            settings: option -> value, as JSON.
-
-        Raises:
-            ValueError: the parts are of another command.
-        """
-        path = self.folder / SETTINGS
-        if not path.exists():
-            text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
-            atomic_files.write_atomically(path, lambda stream: stream.write(text.encode()), "--to")
-            return
-        atomic_files.sweep(self.folder)
+        """As :meth:`ullme.utils.part_files.PartFiles.check`."""
         atomic_files.sweep(self.file.absolute().parent, f"*.{self.file.name}")
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); remove {self.folder} and run the command again") from None
-        for name in sorted({*there, *settings}):
-            if there.get(name) != settings.get(name):
-                raise ValueError(
-                    f"{self.folder} holds rows of another command: {name} was {there.get(name)!r:.80} and is "
-                    f"{settings.get(name)!r:.80} now; give another --to, remove the folder, or give the same options "
-                    "to go on"
-                )
+        self._files.check(settings)
 
-    def path(self, number: int) -> Path:
-        """The file of a part."""
-        return self.folder / f"part-{number:05d}.jsonl"
+    def has(self, number: int) -> bool:
+        """Whether a part is there."""
+        return self._files.path(number).exists()
 
     def write(self, number: int, lines: list[dict[str, Any]]) -> None:
         """Write a part. Raises: StorageError: it cannot be written."""
-        content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-        atomic_files.write_atomically(self.path(number), lambda stream: stream.write(content), "--to")
+        self._files.write(number, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def finish(self, parts: int, asked: int, field: str, least: int, on_fewer: OnFewer) -> Written:
         """Write the file from its parts.
@@ -151,7 +123,7 @@ class Parts:
     def _lines(self, parts: int, field: str) -> Iterator[tuple[bytes, int]]:
         """Every line with the number of its negatives."""
         for number in range(parts):
-            with self.path(number).open("rb") as file:
+            with self._files.path(number).open("rb") as file:
                 for line in file:
                     yield line, len(json.loads(line)[field])
 

@@ -14,6 +14,7 @@ from ullme.batch import TokenRows
 from ullme.losses.matryoshka import truncated
 from ullme.models import compression
 from ullme.prompts import Role
+from ullme.utils.modes import evaluation_mode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -147,24 +148,20 @@ def encode(
 
     width = truncate_dim or model.hidden_size
     out = torch.empty((len(texts), width), dtype=torch.float32)
-    training = model.training
-    model.eval()
-    try:
-        with tqdm(total=len(texts), unit="text", desc="encode", disable=not show_progress_bar) as bar:
-            for window, (rows, starts) in _tokenised_ahead(windows(texts), tokenise):
-                lengths = [len(row) for row in rows]
-                budget = _token_budget(batch_size, lengths, model.device)
-                batches = list(token_batches(lengths, budget))
-                blocks = (
-                    tokenizer.pad([rows[n] for n in batch], starts and [starts[n] for n in batch]) for batch in batches
-                )
-                for batch, rep in zip(batches, model.embed_blocks(model, blocks), strict=True):
-                    out[torch.tensor(batch) + window.start] = rep if truncate_dim is None else truncated(rep, width)
-                    bar.update(len(batch))
-                    if on_batch is not None:
-                        on_batch(len(batch))
-    finally:
-        model.train(training)
+    bar = tqdm(total=len(texts), unit="text", desc="encode", disable=not show_progress_bar)
+    with bar, evaluation_mode(model):
+        for window, (rows, starts) in _tokenised_ahead(windows(texts), tokenise):
+            lengths = [len(row) for row in rows]
+            budget = _token_budget(batch_size, lengths, model.device)
+            batches = list(token_batches(lengths, budget))
+            blocks = (
+                tokenizer.pad([rows[n] for n in batch], starts and [starts[n] for n in batch]) for batch in batches
+            )
+            for batch, rep in zip(batches, model.embed_blocks(model, blocks), strict=True):
+                out[torch.tensor(batch) + window.start] = rep if truncate_dim is None else truncated(rep, width)
+                bar.update(len(batch))
+                if on_batch is not None:
+                    on_batch(len(batch))
     if precision == "float32":
         return out if convert_to_tensor else out.numpy()
     quantized = compression.quantize(out, precision)

@@ -20,6 +20,7 @@ from ullme.models import attention
 from ullme.models.attention.layers import rounding, token_table
 from ullme.models.attention.packed_rows import PackedRows, real_lengths
 from ullme.models.pooling import sum_rows
+from ullme.utils.modes import evaluation_mode
 from ullme.utils.transfer import to_device
 
 if TYPE_CHECKING:
@@ -299,19 +300,13 @@ def check_head(model: PreTrainedModel) -> None:
             trained head.
     """
     check_stored_head(model)
-    training = model.training
     table = token_table(model)
     device = table.device
     ids = torch.arange(5, 11, device=device)[None] % len(table)
-    try:
-        model.eval()
-        with torch.autocast(device.type, enabled=False):
-            expected = model(input_ids=ids).logits[0].double()
-            found = lm_logits(
-                model, attention.text_decoder(model.base_model)(input_ids=ids).last_hidden_state[0]
-            ).double()
-    finally:
-        model.train(training)
+    with evaluation_mode(model), torch.autocast(device.type, enabled=False):
+        expected = model(input_ids=ids).logits[0].double()
+        states = attention.text_decoder(model.base_model)(input_ids=ids).last_hidden_state[0]
+        found = lm_logits(model, states).double()
     tolerance = rounding(model.dtype) * max(1.0, expected.abs().max().item())
     if not (expected - found).abs().max() <= tolerance:
         raise ValueError(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ullme.models.encoding import token_batches
+from ullme.utils.modes import evaluation_mode
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
@@ -39,18 +39,10 @@ def mean_query_logps(
     targets = tokenizer.target_ids([query for query, _ in pairs], max_length=query_max_length)
     lengths = [len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True)]
     found = np.empty(len(pairs))
-    adapters_off: AbstractContextManager = model.adapters_off() if model.options.lora_name else nullcontext()
-    training = model.training
-    model.eval()
-    try:
-        with adapters_off:
-            for batch in token_batches(lengths, _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cuda"])):
-                rows = tokenizer.pad([prompts[n] for n in batch]).to(model.device)
-                scored = tokenizer.pad([targets[n] for n in batch]).to(model.device)
-                likelihood = model(
-                    rows.input_ids, rows.attention_mask, is_generate=True, targets=scored, host=rows.host
-                )
-                found[batch] = (likelihood.logps.double() / likelihood.lengths).cpu().numpy()
-    finally:
-        model.train(training)
+    with evaluation_mode(model), model.pretrained():
+        for batch in token_batches(lengths, _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cuda"])):
+            rows = tokenizer.pad([prompts[n] for n in batch]).to(model.device)
+            scored = tokenizer.pad([targets[n] for n in batch]).to(model.device)
+            likelihood = model(rows.input_ids, rows.attention_mask, is_generate=True, targets=scored, host=rows.host)
+            found[batch] = (likelihood.logps.double() / likelihood.lengths).cpu().numpy()
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ullme.batch import TokenRows
+from ullme.utils.modes import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,27 +103,21 @@ def sample_lines(
     def ended(tokens: Tensor, logits: Any, **_: Any) -> Tensor:
         return ends[tokens[:, -1]]
 
-    adapters_off: AbstractContextManager = model.adapters_off() if model.options.lora_name else nullcontext()
-    training = model.training
-    model.eval()
-    try:
-        with adapters_off:
-            found = model.generate(
-                input_ids=rows.input_ids,
-                attention_mask=rows.attention_mask,
-                generation_config=GenerationConfig(
-                    max_new_tokens=uniforms.shape[1],
-                    do_sample=False,  # `choose` leaves one token
-                    num_beams=1,
-                    repetition_penalty=1.0,
-                    pad_token_id=tokenizer.pad_token_id,
-                    use_cache=True,
-                ),
-                logits_processor=LogitsProcessorList([choose]),
-                stopping_criteria=StoppingCriteriaList([ended]),
-            )
-    finally:
-        model.train(training)
+    with evaluation_mode(model), model.pretrained():
+        found = model.generate(
+            input_ids=rows.input_ids,
+            attention_mask=rows.attention_mask,
+            generation_config=GenerationConfig(
+                max_new_tokens=uniforms.shape[1],
+                do_sample=False,  # `choose` leaves one token
+                num_beams=1,
+                repetition_penalty=1.0,
+                pad_token_id=tokenizer.pad_token_id,
+                use_cache=True,
+            ),
+            logits_processor=LogitsProcessorList([choose]),
+            stopping_criteria=StoppingCriteriaList([ended]),
+        )
     return [_first_line(row, tokenizer, ends) for row in found[:, width:].cpu()]
 
 

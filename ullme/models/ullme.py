@@ -153,7 +153,7 @@ class ULLME(nn.Module):
         if device.type == self._probed_device_type or not self.options.probe:
             return
         self._probed_device_type = device.type
-        with self.adapters_off() if self.options.lora_name else nullcontext():
+        with self.pretrained():
             self.attention_path = self._choose_attention_path(self.causal_lm)
 
     @property
@@ -288,7 +288,7 @@ class ULLME(nn.Module):
     def _check_lm_head(self) -> None:
         """Check, once, that likelihoods are computed with the LM head as the model itself uses it."""
         if not self._head_checked and self.options.probe:
-            with self.adapters_off() if self.options.lora_name else nullcontext():
+            with self.pretrained():
                 likelihood.check_head(self.causal_lm)
             self._head_checked = True
 
@@ -306,6 +306,10 @@ class ULLME(nn.Module):
             )
         with self.llm.disable_adapter():  # type: ignore[operator]
             yield
+
+    def pretrained(self) -> AbstractContextManager[None]:
+        """Context in which the LLM has its pre-trained weights, if it has an adapter; without one, as it is."""
+        return self.adapters_off() if self.options.lora_name else nullcontext()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' ``generate``, with causal attention and the adapter."""

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from ullme.query_generation.writer import WrittenQuery, write_text
+from ullme.query_generation.writer import WrittenQuery
 from ullme.search import bm25
 from ullme.search.corpus import Corpus
+from ullme.utils import atomic_files
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
@@ -171,7 +172,7 @@ def rank_parts(
             there = [query for query in queries if query.text]
             found = dict(zip(there, ranker.ranks(there), strict=True)) if there else {}
             ranks = [found.get(query) for query in queries]
-            write_text(path, json.dumps(ranks))
+            atomic_files.write_text(path, json.dumps(ranks), "--to")
         done(len(queries))
         yield queries, ranks
 

@@ -17,14 +17,13 @@ import numpy as np
 
 from ullme.query_generation.prompt import QueryPrompt
 from ullme.search.corpus import Corpus, CorpusPlan, Document
-from ullme.utils import atomic_files
+from ullme.utils.part_files import PartFiles
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
 
 # Documents of a part.
 PART_DOCUMENTS = 64
-SETTINGS = "settings.json"
 # Called with the number of documents that were done.
 OnDocuments = Callable[[int], Any]
 
@@ -81,8 +80,9 @@ class WriteSettings:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON; what is written depends on each of them."""
-        return {**asdict(self), "prompt": self.prompt.to_dict()}
+        """Option -> value, as JSON; what is written depends on each of them."""
+        options = {f"--{name}": value for name, value in asdict(self).items() if name != "prompt"}
+        return {**options, "prompt": self.prompt.to_dict()}
 
 
 class QueryWriter(Protocol):
@@ -184,16 +184,16 @@ def write_parts(
         ValueError: a value out of range, a folder of other queries, or a disk that cannot be written.
     """
     settings.check()
-    _check_settings(folder, writer, plan, settings)
+    parts = PartFiles(folder, "queries")
+    parts.check({"LLM": writer.fingerprint(), "corpus": plan.sha256, **settings.to_dict()})
     documents = 0
     for number, part in enumerate(_parts(corpus, plan, settings)):
         documents += len(part)
-        path = part_path(folder, number)
-        if path.exists():
+        if parts.path(number).exists():
             done(len(part))
             continue
         lines = [json.dumps(query, ensure_ascii=False) + "\n" for query in writer.write(part, settings, done)]
-        write_text(path, "".join(lines))
+        parts.write(number, "".join(lines))
     return documents
 
 
@@ -219,44 +219,9 @@ def _parts(corpus: Corpus, plan: CorpusPlan, settings: WriteSettings) -> Iterato
         yield part
 
 
-def _check_settings(folder: Path, writer: QueryWriter, plan: CorpusPlan, settings: WriteSettings) -> None:
-    """Write down what the folder's queries depend on, or compare it with what is there.
-
-    Raises:
-        ValueError: the folder holds queries of another LLM, corpus or setting.
-    """
-    here = {"LLM": writer.fingerprint(), "corpus": plan.sha256, **settings.to_dict()}
-    path = folder / SETTINGS
-    atomic_files.sweep(folder)
-    if not path.exists():
-        write_text(path, json.dumps(here, indent=1, ensure_ascii=False) + "\n")
-        return
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove {folder} and run the command again") from None
-    for name in sorted({*there, *here}):
-        if there.get(name) != here.get(name):
-            option = name if name in ("LLM", "corpus", "prompt") else f"--{name}"
-            raise ValueError(
-                f"{folder} holds queries of another command: {option} was {there.get(name)!r:.80} and is "
-                f"{here.get(name)!r:.80} now; give another --to, remove the folder, or give the same options to go on"
-            )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, which has its name only when it is whole. Raises: ValueError: the disk is full or not writable."""
-    atomic_files.write_atomically(path, lambda stream: stream.write(text.encode()), "--to")
-
-
-def part_path(folder: Path, number: int) -> Path:
-    """The file of a part."""
-    return folder / f"part-{number:05d}.jsonl"
-
-
 def read_parts(folder: Path) -> Iterator[list[WrittenQuery]]:
     """The queries of one part after the other, as they were written."""
-    number = 0
-    while (path := part_path(folder, number)).exists():
+    parts, number = PartFiles(folder, "queries"), 0
+    while (path := parts.path(number)).exists():
         yield [WrittenQuery(*json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
         number += 1

@@ -115,5 +115,5 @@ def write_hits(file: str | Path, hits: Mapping[str, Sequence[Hit]], tag: str) ->
             for query, found in hits.items()
             for rank, hit in enumerate(found, start=1)
         ]
-    content = "".join(line + "\n" for line in lines).encode()
-    atomic_files.write_atomically(path, lambda stream: stream.write(content), "--to")
+    content = "".join(line + "\n" for line in lines)
+    atomic_files.write_text(path, content, "--to")

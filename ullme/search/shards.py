@@ -256,7 +256,7 @@ def _sha256(path: Path) -> str:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    atomic_files.write_atomically(path, lambda stream: stream.write(text.encode()), "--to")
+    atomic_files.write_text(path, text, "--to")
 
 
 class Shards:

@@ -151,7 +151,7 @@ def name_wandb_run(logger: Any, run_folder: Path) -> None:
             continue
         file = run_folder / WANDB_FILE
         if not file.is_file():
-            atomic_files.write_atomically(file, lambda stream: stream.write(uuid.uuid4().hex[:12].encode()))
+            atomic_files.write_text(file, uuid.uuid4().hex[:12])
         options["id"] = file.read_text()
 
 

@@ -75,6 +75,11 @@ def write_atomically(
             own.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str, option: str = "trainer.default_root_dir") -> None:
+    """As :func:`write_atomically`, a text in UTF-8."""
+    write_atomically(path, lambda file: file.write(text.encode()), option)
+
+
 def save(content: dict[str, Any], path: str | Path) -> None:
     """An atomic ``torch.save`` into the run folder. Raises: StorageError: see :func:`write_atomically`."""
 

@@ -136,16 +136,19 @@ def check_accelerator(trainer: Any) -> None:
         )
 
 
-def run_command(parser: ArgumentParser, run: Callable[[Any], int], argv: Sequence[str] | None = None) -> int:
+def run_command(
+    parser: ArgumentParser, run: Callable[[Any], int], argv: Sequence[str] | None = None, stopped: str = "stopped"
+) -> int:
     """Parse the arguments and run a command.
 
     Args:
         parser: of its options, made with ``exit_on_error=False``.
         run: takes the options and returns the exit status.
         argv: the arguments; None takes those of the process.
+        stopped: printed after Ctrl-C; what stays, and how to go on.
 
     Returns:
-        The exit status of ``run``, or 2 for a mistake in the arguments or files, printed in one line.
+        The exit status of ``run``; 2 for a mistake in the arguments or files, printed in one line; 130 after Ctrl-C.
     """
     try:
         options = parser.parse_args(argv)
@@ -155,6 +158,9 @@ def run_command(parser: ArgumentParser, run: Callable[[Any], int], argv: Sequenc
         return print_error(error)
     except PermissionError as error:
         return print_error(explain_permission(error))
+    except KeyboardInterrupt:
+        print(f"\nCtrl-C: {stopped}", file=sys.stderr)
+        return 130
 
 
 def print_error(error: BaseException) -> int:

@@ -60,6 +60,16 @@ def test_finished_steps_are_not_repeated(world, capsys):
     assert world.go() == ["count"]
 
 
+def test_a_step_that_was_stopped_runs_again_although_what_it_writes_is_there(world):
+    world.fails = "count"
+    with pytest.raises(ValueError, match="step count ended with status 2"):
+        world.go()
+    (world.folder / "b").write_text("a part")
+    world.fails = None
+    assert world.go() == ["count"]
+    assert (world.folder / "b").read_text() == f"count {world.folder}/a"
+
+
 def test_a_change_reruns_from_there(world, capsys):
     world.go()
     (world.folder / "a.parts" / "written").touch()

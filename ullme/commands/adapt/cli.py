@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -99,11 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for a mistake in the arguments, the files or a step; 130 after Ctrl-C.
     """
-    try:
-        return run_command(parser(), _run, argv)
-    except KeyboardInterrupt:
-        print("\nCtrl-C: the same command goes on where it was stopped", file=sys.stderr)
-        return 130
+    return run_command(parser(), _run, argv, "the same command goes on where it was stopped")
 
 
 def _run(options: Any) -> int:
@@ -259,7 +254,7 @@ def _report(folder: Path, qrels: Mapping[str, Mapping[str, int]]) -> dict[str, d
 
     scores = {system: ndcg_at_10(read_found(found_file(folder, system)), qrels) for system in SYSTEMS}
     text = json.dumps({"ndcg_at_10": scores}, indent=1) + "\n"
-    atomic_files.write_atomically(folder / "scores.json", lambda stream: stream.write(text.encode()), "--to")
+    atomic_files.write_text(folder / "scores.json", text, "--to")
     pairs = [("adapted", "before"), ("adapted", "BM25"), ("fused", "BM25")]
     print(f"\n{table(scores, pairs)}\n(95 %, of a bootstrap over queries; scores of each query: {folder}/scores.json)")
     return scores

@@ -108,7 +108,7 @@ class Records:
 
     def _save(self) -> None:
         text = json.dumps(self._content, indent=1, ensure_ascii=False) + "\n"
-        atomic_files.write_atomically(self.path, lambda stream: stream.write(text.encode()), "--to")
+        atomic_files.write_text(self.path, text, "--to")
 
 
 def run_steps(steps: Sequence[Step], records: Records, run: RunCommand) -> list[str]:

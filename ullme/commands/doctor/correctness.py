@@ -37,7 +37,7 @@ def attention_path(model: ULLME, device: torch.device) -> str:
     if device.type == "cpu":
         return chosen
     model.to(device)
-    with model.adapters_off() if model.options.lora_name else torch.no_grad():
+    with model.pretrained():
         causal = model.options.attention == "causal"
         path = attention.choose_path(model.causal_lm, causal, model.options.attention_path)
         with torch.autocast(device.type, torch.bfloat16):

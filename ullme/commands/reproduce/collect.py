@@ -82,9 +82,7 @@ def add_seconds(cell: Cell, what: str, took: float) -> None:
     """Add the seconds of an attempt, also of one that was stopped or failed."""
     total = {**seconds(cell), what: round(seconds(cell).get(what, 0) + took, 3)}
     text = json.dumps(total)
-    atomic_files.write_atomically(
-        cell.folder / SECONDS_FILE, lambda stream: stream.write(text.encode()), option="--output"
-    )
+    atomic_files.write_text(cell.folder / SECONDS_FILE, text, "--output")
 
 
 def training_totals(cell: Cell) -> dict[str, Any]:

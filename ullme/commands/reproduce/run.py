@@ -120,7 +120,7 @@ class Runner:
     def _run_cell(self, cell: Cell, devices: list[str], lock: IO[str]) -> None:
         settings = cell.folder / SETTINGS_FILE
         text = json.dumps(cell.settings(), indent=1)
-        atomic_files.write_atomically(settings, lambda file: file.write(text.encode()), option="--output")
+        atomic_files.write_text(settings, text, "--output")
         for stage, folder in cell.stages:
             if not (folder / "checkpoints" / FINISHED).is_file():
                 log = cell.folder / f"{folder.name}.log"

@@ -63,7 +63,7 @@ def cell_folder(root: Path, model: str, row: str, seed: int) -> Path:
 def write_scores(folder: Path, scores: CellScores) -> None:
     """Write a cell's scores atomically: a cell with this file and without failed tasks is done."""
     text = json.dumps(asdict(scores), indent=1)
-    atomic_files.write_atomically(folder / SCORES_FILE, lambda file: file.write(text.encode()), option="--output")
+    atomic_files.write_text(folder / SCORES_FILE, text, "--output")
 
 
 def read_scores(root: Path) -> list[CellScores]:

@@ -27,6 +27,7 @@ from ullme.models.attention.paths import (
     text_decoder,
     without_cache,
 )
+from ullme.utils.modes import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,10 +79,8 @@ def choose_path(model: PreTrainedModel, causal: bool, path: str = "auto") -> str
 @torch.no_grad()
 def find_path(model: PreTrainedModel, causal: bool, path: str = "auto") -> tuple[str, ProbeResult]:
     """Like :func:`choose_path`, without the warning; also returns the path's probe result."""
-    training = model.training
-    model.eval()
     failures: list[str] = []
-    try:
+    with evaluation_mode(model):
         for name in PATHS if path == "auto" else [path]:
             result = _probe_path(model, name, causal)
             if result.failure is None:
@@ -89,8 +88,6 @@ def find_path(model: PreTrainedModel, causal: bool, path: str = "auto") -> tuple
                     logger.info("%s uses attention_path=%s (%s)", model.config.model_type, name, "; ".join(failures))
                 return name, result
             failures.append(f"{name}: {result.failure}")
-    finally:
-        model.train(training)
     kind = "causal" if causal else "bidirectional"
     raise ValueError(
         f"the {model.config.model_type!r} backbone cannot be run with {kind} attention here "

@@ -100,18 +100,11 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 packed_attention.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Tensor,
-    scale: float | None,
-    causal: bool,
-    window: int,
-    softcap: float,
-) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, layout: Tensor, *options: Any) -> Tensor:
+    """The arguments are those of :func:`packed_attention`."""
     from ullme.models.attention import packing
 
+    scale, causal, window, softcap = options
     rows = _rows(layout.numpy().tobytes(), query.device)
     smaller = window if 0 < window < rows.max_keys else None
     return packing._grouped_attention(query, key, value, rows, scale, causal, smaller, softcap or None, 0.0)
