@@ -151,6 +151,8 @@ def test_no_documents(tmp_path):
     (tmp_path / "packed" / "c.jsonl.gz").touch()
     with pytest.raises(ValueError, match=r"c.jsonl.gz is compressed; unpack it"):
         open_corpus(str(tmp_path / "packed"))
+    with pytest.raises(ValueError, match=r"c.jsonl.gz is compressed.*; unpack it first"):
+        open_corpus(str(tmp_path / "packed" / "c.jsonl.gz"))
     (tmp_path / "c.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match="cannot be read as Parquet"):
         check_corpus(open_corpus(str(tmp_path / "c.parquet")))

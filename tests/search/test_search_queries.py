@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 
 import pytest
@@ -14,7 +15,8 @@ from ullme.utils import atomic_files
 def test_both_formats_of_queries(tmp_path):
     (tmp_path / "q.jsonl").write_text('{"_id": "a", "text": " first "}\n\n{"id": 2, "query": "second"}\n')
     (tmp_path / "q.tsv").write_text("a\tfirst\n2\tsecond\n")
-    for name in ("q.jsonl", "q.tsv"):
+    (tmp_path / "q.jsonl.gz").write_bytes(gzip.compress((tmp_path / "q.jsonl").read_bytes()))
+    for name in ("q.jsonl", "q.jsonl.gz", "q.tsv"):
         assert read_queries(tmp_path / name) == {"a": "first", "2": "second"}
 
 

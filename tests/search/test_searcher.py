@@ -103,7 +103,7 @@ def test_stop_words_of_no_language(own_folder):
         bm25.build_index(Shards(own_folder), "klingon")
 
 
-@pytest.mark.parametrize("factory", ["Flat", "HNSW8", "IVF2,Flat"])
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8", "IVF2,Flat", "IDMap,Flat", "IDMap2,Flat"])
 def test_faiss_indexes(factory, own_folder):
     pytest.importorskip("faiss")
     shards = Shards(own_folder)
@@ -144,6 +144,23 @@ def test_an_index_that_faiss_cannot_make(own_folder):
         faiss_index.build_index(shards, "Flat", "colour=1")
     with pytest.raises(ValueError, match=r"--factory IVF64,Flat cannot be trained on 30 vectors"):
         faiss_index.build_index(shards, "IVF64,Flat")
+    assert not (own_folder / "faiss").exists()
+
+
+def test_an_index_that_takes_no_vectors(own_folder, monkeypatch):
+    """As the index of IDMap,PQ8x4fs,RFlat in some releases of FAISS (its issue 3893)."""
+    faiss = pytest.importorskip("faiss")
+
+    class Refusing:
+        is_trained = True
+
+        def add(self, vectors):
+            raise RuntimeError("Error in void faiss::Index::add at Index.cpp:75: add does not make sense")
+
+    monkeypatch.setattr(faiss, "index_factory", lambda *_: Refusing())
+    message = r"--factory Odd: FAISS cannot add vectors to it \(add does not make sense\)"
+    with pytest.raises(ValueError, match=message):
+        faiss_index.build_index(Shards(own_folder), "Odd")
     assert not (own_folder / "faiss").exists()
 
 

@@ -50,7 +50,7 @@ PROMPT_OPTIONS: dict[str, tuple[str, type, str]] = {
 LOCAL_OPTIONS = {
     "corpus": ("FOLDER", "BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv"),
     "reranking": ("FILE", "JSON lines of query, pos, neg"),
-    "sts": ("FILE", "tab-separated sentence1, sentence2, score"),
+    "sts": ("FILE", "sentence1, sentence2, score: tab-separated, .csv or JSON lines"),
     "pair_classification": ("FILE", "JSON lines of sentence1, sentence2, label 0 or 1"),
     "classification": ("FOLDER", "train.jsonl and test.jsonl of text, label"),
     "clustering": ("FILE", "JSON lines of text, label"),

@@ -148,7 +148,7 @@ def read_qrels(path: Path, max_lines: int | None = None) -> dict[str, dict[str, 
     """Query id -> document id -> grade."""
     if not path.is_file() and path.parent.is_dir():
         splits = sorted(p.stem for p in path.parent.glob("*.tsv"))
-        raise ValueError(f"{path}: no such file; qrels holds the splits {splits}, choose one with data.val_split")
+        raise ValueError(f"{path}: no such file; qrels holds the splits {splits}: name one, or copy it to this file")
     _check_exists(path)
     qrels: dict[str, dict[str, int]] = {}
     for number, _, line in islice(iter_lines(path), max_lines):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ullme.data.files import is_lines
 from ullme.data.jsonl import decode_line, iter_lines, parse_line
 from ullme.data.records import BadRow, check_utf8
 
@@ -47,6 +50,38 @@ def read_jsonl(path: Path, columns: Sequence[str], option: str) -> Rows:
         if not isinstance(row, dict):
             raise ValueError(f"{where} must be a JSON object with {_listed(columns)}")
         rows.append((where, _checked(row, columns, where)))
+    return _not_empty(rows, path, option)
+
+
+def read_table(path: Path, columns: Sequence[str], option: str) -> Rows:
+    """Rows of a table: JSON lines, .csv, or else tab-separated, as the rows of pairs that a model is trained on.
+
+    Raises:
+        ValueError: see :func:`read_jsonl` and :func:`read_tsv`.
+    """
+    if is_lines(path):
+        return read_jsonl(path, columns, option)
+    return read_csv(path, columns, option) if path.suffix.lower() == ".csv" else read_tsv(path, columns, option)
+
+
+def read_csv(path: Path, columns: Sequence[str], option: str) -> Rows:
+    """Rows of a comma-separated file with a header. Raises: ValueError: as for :func:`read_tsv`."""
+    csv.field_size_limit(sys.maxsize)
+    rows: Rows = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            lines = csv.reader(stream)
+            header = next(lines, [])
+            for cells in lines:
+                where = f"{option}: {path}, line {lines.line_num}"
+                if len(cells) > len(header):
+                    raise ValueError(
+                        f"{where} has more cells than the header; put a text with a comma in quotation marks"
+                    )
+                if cells:
+                    rows.append((where, _checked(dict(zip(header, cells, strict=False)), columns, where)))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{option}: {path} is no CSV file in UTF-8 ({error}); save it as UTF-8") from None
     return _not_empty(rows, path, option)
 
 

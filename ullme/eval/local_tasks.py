@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ullme.eval.local_files import content_hash, existing_file, number, read_jsonl, read_tsv, text, texts
+from ullme.eval.local_files import content_hash, existing_file, number, read_jsonl, read_table, text, texts
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -105,7 +105,7 @@ def _read_reranking(path: Path) -> tuple[dict[str, str], dict[str, str], dict[st
 
 
 def sts_task(file: str | Path) -> AbsTask:
-    """Tab-separated sentence1, sentence2, score as STS; main score Spearman's correlation with the cosine.
+    """Rows of sentence1, sentence2 and score as STS; main score Spearman's correlation with the cosine.
 
     Raises:
         ValueError: a missing file or column, a score that is not a number, or the same score on every row.
@@ -121,11 +121,12 @@ def sts_task(file: str | Path) -> AbsTask:
 
 
 def _read_sts(path: Path) -> Columns:
-    rows = read_tsv(path, ("sentence1", "sentence2", "score"), "sts")
+    rows = read_table(path, ("sentence1", "sentence2", "score"), "sts")
     scores = [number(row, "score", where) for where, row in rows]
     if len(set(scores)) < 2:
         raise ValueError(f"sts: {path} has the same score on every row; a rank correlation needs at least two values")
-    return {**{name: [row[name] for _, row in rows] for name in ("sentence1", "sentence2")}, "score": scores}
+    pairs = {name: [text(row, name, where) for where, row in rows] for name in ("sentence1", "sentence2")}
+    return {**pairs, "score": scores}
 
 
 def pair_classification_task(file: str | Path) -> AbsTask:

@@ -19,6 +19,7 @@ from ullme.models.checkpoint import load_embedder, usable_device
 from ullme.models.compression import check_truncate_dim
 from ullme.models.loading import adapter_folder, is_sentence_transformer
 from ullme.models.revision import revision
+from ullme.models.sentence_transformer_length import set_max_length
 
 if TYPE_CHECKING:
     import numpy as np
@@ -257,7 +258,7 @@ def _sentence_transformer(name: str, device: str, max_length: int | None, option
             "give a folder written by its save()"
         ) from error
     if max_length is not None:
-        wrapper.model.max_seq_length = max_length
+        set_max_length(wrapper.model, max_length)
     return wrapper
 
 

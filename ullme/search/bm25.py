@@ -12,6 +12,12 @@ from ullme.search import index_files
 from ullme.search.shards import Shards
 
 FOLDER = "bm25"
+# Chinese and Japanese are written without spaces: each of their characters is a token, as of most in Lucene's
+# StandardTokenizer. Elsewhere a token is a run of two or more letters or digits, as bm25s has it.
+_ALONE = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+TOKENS = rf"(?u)[{_ALONE}]|[^\W{_ALONE}]{{2,}}"
+# What an index was made with that does not say.
+_OLD_TOKENS = r"(?u)\b\w\w+\b"
 
 
 class BM25Index:
@@ -23,11 +29,13 @@ class BM25Index:
 
     Attributes:
         stopwords: language of the words that are left out, or none.
+        tokens: regular expression of a token.
     """
 
     def __init__(self, shards: Shards, description: dict[str, Any]) -> None:
         self._retriever = import_bm25s().BM25.load(str(shards.folder / FOLDER), mmap=True)
         self.stopwords: str = description["stopwords"]
+        self.tokens: str = description.get("tokens", _OLD_TOKENS)
         self._documents = len(shards)
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -46,7 +54,7 @@ class BM25Index:
 
     def all_scores(self, queries: Sequence[str]) -> Iterator[np.ndarray]:
         """For each query the (n,) float32 scores of all documents; zero where no word is shared."""
-        for words in tokenized(queries, self.stopwords):
+        for words in tokenized(queries, self.stopwords, self.tokens):
             yield self._retriever.get_scores(words) if words else np.zeros(self._documents, dtype=np.float32)
 
 
@@ -92,21 +100,25 @@ def build_index(shards: Shards, stopwords: str = "en") -> BM25Index:
 
     def write(folder: Path) -> dict[str, Any]:
         retriever.save(str(folder))
-        return {"stopwords": stopwords, "bm25s": bm25s.__version__}
+        return {"stopwords": stopwords, "tokens": TOKENS, "bm25s": bm25s.__version__}
 
     index_files.write_index(shards, FOLDER, write)
     return open_index(shards)
 
 
-def tokenized(texts: Sequence[str], stopwords: str) -> list[list[str]]:
-    """The words of each text, in lower case, without stop words.
+def tokenized(texts: Sequence[str], stopwords: str, tokens: str = TOKENS) -> list[list[str]]:
+    """The words of each text, in lower case, without stop words; of Chinese and Japanese the characters.
 
     Raises:
         ValueError: bm25s has no stop words of the language.
     """
     try:
         return import_bm25s().tokenize(
-            list(texts), stopwords=None if stopwords == "none" else stopwords, return_ids=False, show_progress=False
+            list(texts),
+            token_pattern=tokens,
+            stopwords=None if stopwords == "none" else stopwords,
+            return_ids=False,
+            show_progress=False,
         )
     except ValueError as error:
         raise ValueError(f"--stopwords {stopwords}: {error}; give a language such as en, or none") from None

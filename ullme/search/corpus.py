@@ -29,6 +29,7 @@ MAX_ID_BYTES = 512
 
 _JSONL = (".jsonl", ".ndjson", ".json")
 _PARQUET = (".parquet",)
+_COMPRESSED = (".gz", ".bz2", ".zst", ".xz", ".zip")
 _ID_COLUMNS = ("_id", "id", "docid", "doc_id")
 _BATCH_ROWS = 1024
 
@@ -203,11 +204,13 @@ def _files(path: Path) -> list[Path]:
     """The files of a corpus. Raises: ValueError: there are none, or of several kinds."""
     if path.is_file():
         files = [path]
+        if path.suffix.lower() in _COMPRESSED:
+            raise ValueError(f"--corpus {path} is compressed, and documents are read from the middle; unpack it first")
     elif (path / "corpus.jsonl").is_file():
         files = [path / "corpus.jsonl"]
     else:
         files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in (*_JSONL, *_PARQUET))
-        others = [p.name for p in sorted(path.iterdir()) if p.suffix.lower() in (".gz", ".bz2", ".zst", ".xz", ".zip")]
+        others = [p.name for p in sorted(path.iterdir()) if p.suffix.lower() in _COMPRESSED]
         if others:
             raise ValueError(f"--corpus {path}: {others[0]} is compressed; unpack it first")
     kinds = {"Parquet" if p.suffix.lower() in _PARQUET else "JSONL" for p in files}

@@ -10,6 +10,7 @@ import numpy as np
 
 from ullme.models import encoding
 from ullme.models.revision import revision
+from ullme.models.sentence_transformer_length import set_max_length
 from ullme.prompts import Role
 
 DEFAULT_MAX_LENGTH = 512
@@ -127,7 +128,7 @@ class SentenceTransformerEmbedder:
     ) -> np.ndarray:
         if instruction is not None:
             raise ValueError("--instruction: a sentence-transformers model has its own prompts; leave it out")
-        self.model.max_seq_length = max_length
+        set_max_length(self.model, max_length)
         encode = self.model.encode_query if role == "query" else self.model.encode_document
         found = encode(
             list(texts),

@@ -87,8 +87,8 @@ def build_index(
                 "clusters or bits"
             ) from None
     with progress("indexing", total=len(shards), unit="document") as bar:
-        for _, vectors in shards.blocks():
-            index.add(vectors)
+        for first, vectors in shards.blocks():
+            _add(index, factory, first, vectors)
             bar.update(len(vectors))
 
     def write(folder: Path) -> dict[str, Any]:
@@ -103,6 +103,21 @@ def build_index(
     opened = open_index(shards)
     assert opened is not None
     return opened
+
+
+def _add(index: Any, factory: str, first: int, vectors: np.ndarray) -> None:
+    """Add the vectors of consecutive rows. Raises: ValueError: the index takes none."""
+    faiss = import_faiss()
+    try:
+        if isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2):  # it has no numbers of its own
+            index.add_with_ids(vectors, np.arange(first, first + len(vectors), dtype=np.int64))
+        else:
+            index.add(vectors)
+    except RuntimeError as error:
+        raise ValueError(
+            f"--factory {factory}: FAISS cannot add vectors to it ({_reason(error)}); give another one, such as "
+            "Flat, HNSW32 or IVF1024,Flat"
+        ) from None
 
 
 def sample_queries(shards: Shards, number: int, seed: int = 0) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ullme.data.files import is_lines
 from ullme.data.jsonl import decode_line, iter_lines, parse_line
 from ullme.data.records import BadRow, check_utf8
 from ullme.utils import atomic_files
@@ -24,7 +25,8 @@ def read_queries(file: str | Path) -> dict[str, str]:
     """Query id -> text, in the order of the file.
 
     Args:
-        file: .jsonl with ``_id`` (or ``id``) and ``text`` (or ``query``), or lines of id, a tab and the text (.tsv).
+        file: .jsonl (or .jsonl.gz) with ``_id`` (or ``id``) and ``text`` (or ``query``), or lines of id, a tab and the
+            text (.tsv).
 
     Raises:
         ValueError: no such file, no queries, a bad line ("file:line: reason"), or a duplicate id.
@@ -32,7 +34,7 @@ def read_queries(file: str | Path) -> dict[str, str]:
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"--queries {file}: no such file; give JSON lines of _id and text, or id, a tab and the text")
-    parse = _json_query if path.suffix.lower() in (".jsonl", ".json", ".ndjson") else _tsv_query
+    parse = _json_query if is_lines(path) else _tsv_query
     queries: dict[str, str] = {}
     for number, _, line in iter_lines(path):
         try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import re
 import shlex
 import signal
 from dataclasses import replace
@@ -16,7 +18,7 @@ from interrupted import wait
 
 from ullme.__main__ import COMMANDS
 from ullme.commands.adapt import cli
-from ullme.commands.adapt.plan import Adaptation, steps
+from ullme.commands.adapt.plan import Adaptation, steps, train_arguments
 from ullme.commands.adapt.steps import Records, run_steps
 from ullme.search.corpus import open_corpus
 
@@ -169,6 +171,32 @@ def test_titles_as_queries(place, llm_folder, capsys):
         import_module(COMMANDS[command][0]).parser().parse_args(argv)
     assert cli.main([*options, "--query_source=titles", "--text_columns", "text"]) == 2
     assert "--text_columns names 'text' alone; name the title's column before it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("cpu", ["--trainer.accelerator=cpu"]),
+        ("cuda:1", ["--trainer.accelerator=gpu", "--trainer.devices=[1]"]),
+        ("cuda", ["--trainer.accelerator=gpu", "--trainer.devices=1"]),
+        (None, []),
+    ],
+)
+def test_training_uses_the_device_of_the_other_steps(adaptation, device, expected):
+    arguments = train_arguments(replace(adaptation, device=device))
+    assert [one for one in arguments if re.match(r"--trainer\.(accelerator|devices)", one)] == expected
+
+
+def test_the_schemas_whose_rows_have_positives(tmp_path):
+    row = {"query": "q", "positive_passages": [{"title": "", "text": "p"}], "negative_passages": []}
+    for name, content, expected in (
+        ("a.jsonl", row, True),
+        ("b.jsonl.gz", row, True),
+        ("c.jsonl", {"_id": "q", "text": "q"}, False),
+    ):
+        line = json.dumps(content).encode() + b"\n"
+        (tmp_path / name).write_bytes(gzip.compress(line) if name.endswith(".gz") else line)
+        assert cli._has_positives(str(tmp_path / name)) is expected
 
 
 def test_the_commands_know_their_options(adaptation, place):

@@ -25,6 +25,8 @@ DESCRIPTION = (
     "index. Each step is a command of its own, which is printed. The same command goes on where it was stopped; with "
     "other options it begins anew at the first step that they change. Needs pip install 'ullme[search]'."
 )
+# Keys of positives in the schemas of training rows.
+_POSITIVES = {"pos", "positive", "positive_passages"}
 # Step -> what --set_STEP sets.
 _STEPS = {
     "queries": "ullme queries, such as per_document=2",
@@ -201,6 +203,7 @@ def _adaptation(options: Any) -> Adaptation:
 def _has_positives(file: str) -> bool:
     """Whether the first row of a file of queries has positives. Raises: ValueError: no such file, or no query."""
     from ullme.data.bad_row import BadRow
+    from ullme.data.files import is_lines
     from ullme.data.jsonl import iter_lines, parse_line
     from ullme.data.records import parse_record
 
@@ -210,11 +213,11 @@ def _has_positives(file: str) -> bool:
     first = next(iter_lines(path), None)
     if first is None:
         raise ValueError(f"--queries {file} holds no query; give at least one")
-    if path.suffix.lower() not in (".jsonl", ".json", ".ndjson"):
+    if not is_lines(path):
         return False
     try:
         row = parse_line(first[2])
-        return parse_record(row).labelled if isinstance(row, dict) and len(row.keys() & {"pos", "positive"}) else False
+        return isinstance(row, dict) and bool(row.keys() & _POSITIVES) and parse_record(row).labelled
     except BadRow as reason:
         raise ValueError(f"{path}:{first[0]}: {reason}") from None
 

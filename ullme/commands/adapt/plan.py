@@ -124,9 +124,17 @@ def train_arguments(adaptation: Adaptation) -> list[str]:
     ]
     if adaptation.method == "art":
         arguments.append(f"--loss.init_args.cache_reference={folder / 'reference'}")
-    if adaptation.device is not None:
-        arguments.append(f"--trainer.accelerator={'cpu' if adaptation.device == 'cpu' else 'gpu'}")
-    return [*arguments, *adaptation.given("train")]
+    return [*arguments, *_train_device(adaptation.device), *adaptation.given("train")]
+
+
+def _train_device(device: str | None) -> list[str]:
+    """The one device of the other steps as options of the trainer, which would take every GPU there is."""
+    if device is None:
+        return []
+    if device == "cpu":
+        return ["--trainer.accelerator=cpu"]
+    number = device.partition(":")[2]
+    return ["--trainer.accelerator=gpu", f"--trainer.devices={f'[{number}]' if number else 1}"]
 
 
 def steps(adaptation: Adaptation, untrained: Sequence[str] = ()) -> list[Step]:
