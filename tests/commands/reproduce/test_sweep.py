@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ullme.commands.reproduce.cells import Cell
+from ullme.commands.reproduce.cells import Cell, Overrides
 from ullme.commands.reproduce.cli import main, parser, read_table
 from ullme.commands.reproduce.spec import check, chosen, filled
 from ullme.commands.reproduce.sweep import Halving, Sweep, expanded, survivors
@@ -142,3 +143,25 @@ def test_mistakes_are_one_line_and_status_2(options, message, tmp_path, capsys):
     assert message in error
     assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_points_are_told_apart_in_wandb_and_a_stopped_training_goes_on_under_its_name(table):
+    """The group is that of the LLM in the table, as without a sweep; each stop of a cell has the settings of its end."""
+    table = filled(expanded(table)[0], "an-llm", "data")
+    wandb = Overrides(train={"trainer.logger": {"class_path": "lightning.pytorch.loggers.WandbLogger"}})
+    cells = [Cell(table, *one, wandb) for one in chosen(table, [])]
+    names = []
+    for cell in cells:
+        ((stage, folder),) = cell.stages
+        stops = [
+            [o for o in replace(cell, stop_after=n).train_command(stage) if "logger.init_args" in o]
+            for n in (6, 12, None)
+        ]
+        assert stops[0] == stops[1] == stops[2]
+        options = dict(option.removeprefix("--trainer.logger.init_args.").split("=", 1) for option in stops[0])
+        assert (options["group"], options["save_dir"]) == ("sweep/tiny", str(folder))
+        assert json.loads(options["tags"]) == ["table:sweep", "model:tiny", f"row:{cell.row_id}", "seed:0"]
+        environment = cell.evaluate_environment()
+        assert (environment["WANDB_NAME"], environment["WANDB_RUN_GROUP"]) == (options["name"], options["group"])
+        names.append(options["name"])
+    assert names == [f"grl-lr{lr}-kl{kl}-seed0" for lr in (0.00025, 0.001, 0.004) for kl in (0.0, 1.0)]
