@@ -25,6 +25,15 @@ def load(name: str, monkeypatch):
     return module
 
 
+def test_the_prefix_of_query_writing(tmp_path, monkeypatch, capsys, llm_folder):
+    script = load("query_prefix", monkeypatch)
+    corpus, llm = write_corpus(tmp_path / "c.jsonl", 3), llm_folder("llama", max_position_embeddings=2048)
+    sizes = ["--documents=3", "--document_max_length=8", "--max_new_tokens=2", "--rounds=1"]
+    script.main([f"--llm={llm}", f"--corpus={corpus}", *sizes])
+    assert "3 documents on cpu: " in (out := capsys.readouterr().out)
+    assert "3 queries are the same" in out
+
+
 @pytest.mark.parametrize(
     ("model", "parts"),
     [
