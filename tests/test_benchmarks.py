@@ -25,6 +25,30 @@ def load(name: str, monkeypatch):
     return module
 
 
+def test_the_likelihood_filter_beside_a_teacher(tmp_path, monkeypatch, capsys):
+    script = load("likelihood_filter", monkeypatch)
+    row = {"pos_likelihoods": [-1.0], "pos_scores": [0.8]}
+    rows = [
+        {**row, "neg_likelihoods": [-0.9, -1.05, -3.0], "neg_scores": [0.77, 0.1, 0.1]},
+        {**row, "neg_likelihoods": [-0.5, -2.0, -2.0], "neg_scores": [0.7, 0.9, 0.2]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    script.main([str(tmp_path / "rows.jsonl"), "--margins", "0", "0.1"])
+    first, none, some = capsys.readouterr().out.splitlines()
+    assert first == "2 rows, 6 negatives, 2 false"
+    assert none.startswith("margin 0: 33.3% dropped; false: 50.0% of the dropped, 25.0% of the kept")
+    assert some.startswith("margin 0.1: 50.0% dropped; false: 33.3% of the dropped, 33.3% of the kept")
+
+
+def test_the_prefix_of_query_writing(tmp_path, monkeypatch, capsys, llm_folder):
+    script = load("query_prefix", monkeypatch)
+    corpus, llm = write_corpus(tmp_path / "c.jsonl", 3), llm_folder("llama", max_position_embeddings=2048)
+    sizes = ["--documents=3", "--document_max_length=8", "--max_new_tokens=2", "--rounds=1"]
+    script.main([f"--llm={llm}", f"--corpus={corpus}", *sizes])
+    assert "3 documents on cpu: " in (out := capsys.readouterr().out)
+    assert "3 queries are the same" in out
+
+
 @pytest.mark.parametrize(
     ("model", "parts"),
     [

@@ -83,6 +83,15 @@ def test_judged_queries_choose_the_weight_of_fusion(place, command, capsys):
     assert encode.main([*command, "--to", str(folder)]) == 0
     (place / "j.tsv").write_text("q1\tdocument n3\nq2\tdocument n4\n")
     (place / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td3\t1\nq2\td4\t1\n")
+    (place / "other.tsv").write_text("q1\tx\t1\n")
+    for name, message in (
+        ("none", "none.tsv: no such file; give lines of query id, document id and grade"),
+        ("other", f"--qrels judges no document of {folder}, but such as ['x']"),
+        ("qrels", f"{folder} has no BM25 index; build it with"),
+    ):
+        argv = [str(folder), "--factory=none", f"--queries={place}/j.tsv", f"--qrels={place}/{name}.tsv"]
+        assert index.main(argv) == 2
+        assert message in capsys.readouterr().err
     judged = [f"--queries={place}/j.tsv", f"--qrels={place}/qrels.tsv", "--device=cpu"]
     assert index.main([str(folder), "--factory=none", "--bm25", *judged]) == 0
     out = capsys.readouterr().out

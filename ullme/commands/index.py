@@ -81,7 +81,7 @@ def _run(options: Any) -> int:
     if options.bm25:
         bm25.import_bm25s()
     shards = Shards(options.folder)
-    judged = None if options.qrels is None else _judged(options)
+    judged = None if options.qrels is None else _judged(options, shards)
     if dense:
         _build_faiss(options, shards)
     if options.bm25:
@@ -92,15 +92,26 @@ def _run(options: Any) -> int:
     return 0
 
 
-def _judged(options: Any) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
-    """Queries and judgements. Raises: ValueError: a file that is missing or has a bad line."""
+def _judged(options: Any, shards: Shards) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
+    """Queries and judgements.
+
+    Raises:
+        ValueError: a file that is missing or has a bad line, judgements of other queries or documents, or no BM25 index
+            to weigh against.
+    """
     from ullme.data.beir import read_qrels
+    from ullme.search import bm25
+    from ullme.search.fusion_weight import check_judged
     from ullme.search.queries import read_queries
 
     path = Path(options.qrels)
     if not path.is_file():
         raise ValueError(f"--qrels {path}: no such file; give lines of query id, document id and grade, with tabs")
-    return read_queries(options.queries), read_qrels(path)
+    queries, qrels = read_queries(options.queries), read_qrels(path)
+    check_judged(shards, queries, qrels)
+    if not options.bm25:
+        bm25.open_index(shards)
+    return queries, qrels
 
 
 def _choose_weight(options: Any, shards: Shards, queries: dict[str, str], qrels: dict[str, dict[str, int]]) -> None:

@@ -53,7 +53,7 @@ def choose_weights(searcher: Searcher, queries: Mapping[str, str], qrels: Qrels)
     Raises:
         ValueError: no BM25 index, or judgements on queries that are not there or on no document of the folder.
     """
-    _check_judged(searcher.shards, queries, qrels)
+    check_judged(searcher.shards, queries, qrels)
     names = list(qrels)
     dense, words = searcher.rankings([queries[name] for name in names])
     chosen = {}
@@ -68,7 +68,8 @@ def choose_weights(searcher: Searcher, queries: Mapping[str, str], qrels: Qrels)
     return chosen
 
 
-def _check_judged(shards: Shards, queries: Mapping[str, str], qrels: Qrels) -> None:
+def check_judged(shards: Shards, queries: Mapping[str, str], qrels: Qrels) -> None:
+    """Raises: ValueError: judgements on queries that are not there, or on no document of the folder."""
     if unknown := [name for name in qrels if name not in queries]:
         raise ValueError(
             f"--qrels judges {len(unknown)} queries that are not in --queries, first {unknown[:3]}; add them there, or "

@@ -158,7 +158,8 @@ class Searcher:
     def rankings(self, queries: Sequence[str], k: int = 0) -> tuple[Ranking, Ranking]:
         """The scores and rows of dense search and of BM25 that fusion looks at for the k best documents."""
         depth = max(k, DEPTH)
-        return self.dense(queries, depth), self.bm25(queries, depth)
+        words = self.bm25(queries, depth)  # first: it takes no model to find that there is no index
+        return self.dense(queries, depth), words
 
     def fused(self, queries: Sequence[str], k: int) -> Ranking:
         """As :meth:`dense`, by fusion of dense search and BM25."""
