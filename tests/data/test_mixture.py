@@ -328,3 +328,12 @@ def test_an_instruction_that_leaves_no_room_for_the_query_is_refused_before_trai
     with pytest.raises(ValueError, match=r"query: max_length=40 tokens.*with the instruction 'long .*takes 47"):
         loader(40)
     assert "what" in tokenizer.decode(next(iter(loader(60))).queries.input_ids[0])
+
+
+@pytest.mark.parametrize(
+    "options", [{"columns": ["score"]}, {"schema": "bge"}, {"train_name": "default"}, {"train_split": "dev"}]
+)
+def test_options_of_one_dataset_beside_several_are_refused(tmp_path, options):
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"data\.{name}=.* is for data\.train; give .* to each of data\.datasets"):
+        ULLMEDataModule(datasets=[TrainSet(write(tmp_path, "a", 4))], batch_size=2, **options)
