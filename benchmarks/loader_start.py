@@ -68,7 +68,7 @@ class PeakMemory(Thread):
         return max(self.peak, anonymous_mib())
 
 
-def start(train: str, model: str, batches: int, first_batch: int) -> dict[str, float]:
+def start(train: str, model: str, batches: int, first_batch: int = 0) -> dict[str, float]:
     """Start once, in a process that has imported everything; then time some batches, from a batch of the epoch on."""
     from transformers import AutoTokenizer
 

@@ -179,10 +179,14 @@ def test_the_probe_sees_windows_that_are_wider_than_its_rows(family, path):
         assert [m.get(name) for m in before] == [m.get(name) for m in after]
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_masks_and_places_are_made_once_for_all_layers(shared, monkeypatch):
-    """And the gathered groups give the gradients that rows give alone."""
+@pytest.mark.parametrize(
+    ("shared", "grouped"), [(False, False), (False, True), (True, True)], ids=["plain", "grouped", "shared"]
+)
+def test_masks_and_places_are_made_once_for_all_layers(shared, grouped, monkeypatch):
+    """And the gathered groups give the gradients that rows give alone; plain rows need no masks."""
     made = []
+    if grouped:
+        monkeypatch.setattr(packing.plain_rows, "takes", lambda *_: False)
     original = packing._group_mask
     monkeypatch.setattr(packing, "_group_mask", lambda *a: made.append(a) or original(*a))
     model = make_llm("gpt2").double()  # Llama's norms compute in float32 whatever comes
@@ -198,7 +202,7 @@ def test_masks_and_places_are_made_once_for_all_layers(shared, monkeypatch):
     weights = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden)
     found = torch.autograd.grad((hidden * weights).sum(), parameters)
     # a row that continues another is causal too; one without a parent needs no mask when causal
-    assert len(made) == (len(rows.groups) - 1 if shared else len(rows.groups))
+    assert len(made) == (0 if not grouped else len(rows.groups) - 1 if shared else len(rows.groups))
 
     pieces, scales = tokens.split(lengths), weights.split(lengths)
     total = weights.new_zeros(())
