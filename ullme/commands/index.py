@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -99,16 +98,13 @@ def _judged(options: Any, shards: Shards) -> tuple[dict[str, str], dict[str, dic
         ValueError: a file that is missing or has a bad line, judgements of other queries or documents, or no BM25 index
             to weigh against.
     """
-    from ullme.data.beir import read_qrels
     from ullme.search import bm25
-    from ullme.search.fusion_weight import check_judged
-    from ullme.search.queries import read_queries
+    from ullme.search.fusion_weight import check_judged_documents
+    from ullme.search.queries import read_judgements, read_queries
 
-    path = Path(options.qrels)
-    if not path.is_file():
-        raise ValueError(f"--qrels {path}: no such file; give lines of query id, document id and grade, with tabs")
-    queries, qrels = read_queries(options.queries), read_qrels(path)
-    check_judged(shards, queries, qrels)
+    queries = read_queries(options.queries)
+    qrels = read_judgements(options.qrels, queries, options.queries)
+    check_judged_documents(shards, qrels)
     if not options.bm25:
         bm25.open_index(shards)
     return queries, qrels

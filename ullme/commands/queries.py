@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from ullme.query_generation.round_trip import Kept, RoundTripSettings
     from ullme.query_generation.writer import QueryWriter, WriteSettings
     from ullme.search.corpus import Corpus
-
-QuerySource = Literal["llm", "titles"]
 
 DESCRIPTION = (
     "Let an LLM write search queries for documents, and keep those that find their document again, each once. The rows "
@@ -109,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: Any) -> int:
+    from ullme.query_generation.titles import check_query_source
+
     check_query_source(options.query_source)
     titles = options.query_source == "titles"
     if options.llm is None and not titles:
@@ -150,12 +150,6 @@ def _run(options: Any) -> int:
     kept, documents = write_queries(writer, corpus, options.to, settings, round_trip, model, apart)
     print(_summary(options.to, documents, kept, round_trip))
     return 0
-
-
-def check_query_source(source: str) -> None:
-    """Raises: ValueError: it is none."""
-    if source not in get_args(QuerySource):
-        raise ValueError(f"--query_source {source}: choose {' or '.join(get_args(QuerySource))}")
 
 
 def _check_options_of_titles(options: Any) -> None:

@@ -8,9 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal, get_args
 
 from ullme.query_generation.writer import OnDocuments, WriteSettings, WrittenQuery
 from ullme.search.corpus import Corpus, Document, column_texts
+
+# Who writes the queries of a corpus: the LLM, or nobody, as the titles of the documents are taken.
+QuerySource = Literal["llm", "titles"]
+
+
+def check_query_source(source: str) -> None:
+    """Raises: ValueError: it is none."""
+    if source not in get_args(QuerySource):
+        raise ValueError(f"--query_source {source}: choose {' or '.join(get_args(QuerySource))}")
 
 
 def check_titled(corpus: Corpus) -> None:

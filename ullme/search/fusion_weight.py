@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, get_args
 from ullme.search import index_files
 from ullme.search.fusion import Fusion, fuse
 from ullme.search.ndcg import Qrels, ndcg_at_10
+from ullme.search.queries import check_judged_queries
 from ullme.search.shards import Shards
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def choose_weights(searcher: Searcher, queries: Mapping[str, str], qrels: Qrels)
     Raises:
         ValueError: no BM25 index, or judgements on queries that are not there or on no document of the folder.
     """
-    check_judged(searcher.shards, queries, qrels)
+    check_judged_queries(qrels, queries, "--qrels", "--queries")
+    check_judged_documents(searcher.shards, qrels)
     names = list(qrels)
     dense, words = searcher.rankings([queries[name] for name in names])
     chosen = {}
@@ -68,13 +70,8 @@ def choose_weights(searcher: Searcher, queries: Mapping[str, str], qrels: Qrels)
     return chosen
 
 
-def check_judged(shards: Shards, queries: Mapping[str, str], qrels: Qrels) -> None:
-    """Raises: ValueError: judgements on queries that are not there, or on no document of the folder."""
-    if unknown := [name for name in qrels if name not in queries]:
-        raise ValueError(
-            f"--qrels judges {len(unknown)} queries that are not in --queries, first {unknown[:3]}; add them there, or "
-            "remove their judgements"
-        )
+def check_judged_documents(shards: Shards, qrels: Qrels) -> None:
+    """Raises: ValueError: judgements on no document of the folder."""
     missing = {document for grades in qrels.values() for document in grades}
     documents = len(missing)
     for key in shards.all_ids():

@@ -90,6 +90,35 @@ def check_ids(file: str | Path, ids: Iterable[str]) -> None:
             )
 
 
+def read_judgements(file: str | Path, queries: Mapping[str, str], queries_name: str) -> dict[str, dict[str, int]]:
+    """Query id -> document id -> relevance grade, as :func:`ullme.data.beir.read_qrels` reads them.
+
+    Args:
+        file: of ``--qrels``.
+        queries: that may be judged.
+        queries_name: for messages.
+
+    Raises:
+        ValueError: no such file, a bad line, or judgements on other queries.
+    """
+    from ullme.data.beir import read_qrels
+
+    if not Path(file).is_file():
+        raise ValueError(f"--qrels {file}: no such file; give lines of query id, document id and grade, with tabs")
+    qrels = read_qrels(Path(file))
+    check_judged_queries(qrels, queries, f"--qrels {file}", queries_name)
+    return qrels
+
+
+def check_judged_queries(judged: Iterable[str], queries: Mapping[str, str], qrels_name: str, queries_name: str) -> None:
+    """Raises: ValueError: judgements on queries that are not there."""
+    if unknown := [query for query in judged if query not in queries]:
+        raise ValueError(
+            f"{qrels_name} judges {len(unknown)} queries that are not in {queries_name}, first {unknown[:3]}; add them "
+            "there, or remove their judgements"
+        )
+
+
 def write_hits(file: str | Path, hits: Mapping[str, Sequence[Hit]], tag: str) -> None:
     """Write a file for :func:`read_queries`'s ids.
 

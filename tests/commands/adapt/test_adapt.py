@@ -229,6 +229,7 @@ MISTAKES = [
     (["--num_negatives=0"], "--num_negatives 0 must be at least 1"),
     (["--query_source=x"], "--query_source x: choose llm or titles"),
     (["--query_source=titles", "--queries={place}/rows.jsonl"], "--query_source titles: leave one of them out"),
+    (["--held_out_share=0.2", "--query_source=titles"], "--held_out_share 0.2: only queries that the LLM writes are"),
     (["--held_out_share=1"], "--held_out_share 1.0 must be from 0 (none) to below 1"),
     (["--method=x"], "--method x: choose auto, query_distillation, art"),
     (["--set", "seed"], "--set seed: write NAME=VALUE"),

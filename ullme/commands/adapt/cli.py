@@ -238,28 +238,18 @@ def _steps(adaptation: Adaptation) -> list[Step]:
 
 def _checked_qrels(adaptation: Adaptation, corpus: Corpus) -> Mapping[str, Mapping[str, int]]:
     """The judgements. Raises: ValueError: a query or document that is not there."""
-    from ullme.data.beir import read_qrels
-    from ullme.search.queries import read_queries
+    from ullme.search.queries import read_judgements, read_queries
 
     assert adaptation.qrels is not None
     assert adaptation.test_queries is not None
-    path = Path(adaptation.qrels)
-    if not path.is_file():
-        raise ValueError(f"--qrels {path}: no such file; give lines of query id, document id and grade, with tabs")
-    qrels = read_qrels(path)
-    queries = read_queries(adaptation.test_queries)
-    if unknown := [query for query in qrels if query not in queries]:
-        raise ValueError(
-            f"--qrels {path} judges {len(unknown)} queries that are not in {adaptation.test_queries}, first "
-            f"{unknown[:3]}; add them there, or remove their judgements"
-        )
+    qrels = read_judgements(adaptation.qrels, read_queries(adaptation.test_queries), adaptation.test_queries)
     missing = {document for grades in qrels.values() for document in grades}
     for _, document in corpus.documents():
         missing.discard(document.id)
     if missing:
         skipped = "; --on_empty skip leaves out those without text, keep does not" if corpus.on_empty == "skip" else ""
         raise ValueError(
-            f"--qrels {path} judges {len(missing)} documents that are not in {corpus.name}, such as "
+            f"--qrels {adaptation.qrels} judges {len(missing)} documents that are not in {corpus.name}, such as "
             f"{sorted(missing)[:3]}; give the corpus that was judged (its ids: --id_column), or remove these lines"
             f"{skipped}"
         )

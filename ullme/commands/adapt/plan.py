@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ullme.commands.adapt.steps import Step, digest_of
-from ullme.query_generation.held_out import QRELS, QUERIES
+from ullme.query_generation.held_out import QRELS, QUERIES, HeldOutSettings
+from ullme.query_generation.titles import QuerySource, check_query_source
 from ullme.search import fusion_weight
 
 Method = Literal["query_distillation", "art"]
-QuerySource = Literal["llm", "titles"]
 
 # Options of `ullme queries` that do not change what is written, only what is kept.
 _ROUND_TRIP = ("round_trip", "k", "candidates", "stopwords", "held_out", "held_out_share")
@@ -58,7 +58,7 @@ class Adaptation:
     method: Method = "query_distillation"
     max_documents: int | None = None
     num_negatives: int = 7
-    held_out_share: float = 0.1
+    held_out_share: float = HeldOutSettings.share
     seed: int = 0
     train_configs: tuple[str, ...] = ()
     overrides: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -71,8 +71,7 @@ class Adaptation:
         """Raises: ValueError: options out of range, or that do not go together."""
         if self.method not in get_args(Method):
             raise ValueError(f"--method {self.method}: choose auto, {', '.join(get_args(Method))}")
-        if self.query_source not in get_args(QuerySource):
-            raise ValueError(f"--query_source {self.query_source}: choose {' or '.join(get_args(QuerySource))}")
+        check_query_source(self.query_source)
         if self.queries is not None and self.query_source == "titles":
             raise ValueError(f"--queries {self.queries} and --query_source titles: leave one of them out")
         for name in ("max_documents", "num_negatives"):
@@ -82,6 +81,11 @@ class Adaptation:
             raise ValueError(f"--seed {self.seed} must not be negative")
         if not 0 <= self.held_out_share < 1:
             raise ValueError(f"--held_out_share {self.held_out_share} must be from 0 (none) to below 1")
+        if not self.writes_queries and self.held_out_share not in (0, HeldOutSettings.share):
+            raise ValueError(
+                f"--held_out_share {self.held_out_share}: only queries that the LLM writes are held out, and there are "
+                "none; leave it out, and choose the weight of fusion with --set_index queries=FILE qrels=FILE"
+            )
         if (self.test_queries is None) != (self.qrels is None):
             raise ValueError("--test_queries FILE and --qrels FILE belong together: queries, and judgements on them")
         if self.queries is not None and not self.labelled and self.method == "query_distillation":
@@ -95,13 +99,17 @@ class Adaptation:
         return [f"--{one.lstrip('-')}" for one in self.overrides.get(step, ())]
 
     @property
+    def writes_queries(self) -> bool:
+        """Whether the LLM does."""
+        return self.queries is None and self.query_source == "llm"
+
+    @property
     def held_out(self) -> Path | None:
         """Folder of the written queries that are not trained on; None without any.
 
         Titles stand in their documents, where BM25 finds them all, so they say nothing about fusion.
         """
-        written = self.queries is None and self.query_source == "llm"
-        return self.folder / "held_out" if written and self.held_out_share > 0 else None
+        return self.folder / "held_out" if self.writes_queries and self.held_out_share > 0 else None
 
     @property
     def on_device(self) -> list[str]:
