@@ -192,9 +192,11 @@ def load_model(
     from ullme.commands.loading_dtype import dtype_to_load
     from ullme.models.checkpoint import usable_device
     from ullme.search.embedder import is_checkpoint, load_text_embedder
+    from ullme.utils.allocator import keep_freed_memory
 
     silence_libraries()
     device = usable_device(device)
+    keep_freed_memory(device)
     options = {key: value for key, value in given.items() if value is not None}
     model, checkpoint = (None, name) if is_checkpoint(name) else (name, None)
     dtype = dtype_to_load(model, checkpoint, options.get("dtype"), device.split(":")[0])

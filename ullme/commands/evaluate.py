@@ -230,10 +230,13 @@ def _tasks(options: Any) -> list[AbsTask]:
 def _model(options: Any) -> WrappedULLME:
     from ullme.eval.ranks import own_device
     from ullme.models import WrappedULLME
+    from ullme.models.checkpoint import usable_device
+    from ullme.utils.allocator import keep_freed_memory
 
     given = {name: options[name] for name in MODEL_OPTIONS if options[name] is not None}
     if (device := own_device()) is not None:
         given.setdefault("device", device)
+    keep_freed_memory(usable_device(given.get("device")))
     if (dtype := _dtype(options, given.get("device"))) is not None:
         given["dtype"] = dtype
     prompts = {field: options[name] for name, (field, *_) in PROMPT_OPTIONS.items() if options[name] is not None}

@@ -27,6 +27,7 @@ from ullme.training import resume
 from ullme.training.module import ULLMEModule
 from ullme.training.signals import INTERRUPTED
 from ullme.utils import atomic_files, config_files, errors
+from ullme.utils.allocator import keep_freed_memory
 from ullme.utils.dotted_names import add_cwd_to_path
 from ullme.utils.precision import choose_precision, device_type, slow_choice, stored_dtype
 from ullme.utils.wandb_login import check_wandb_login
@@ -130,6 +131,7 @@ class ULLMECLI(LightningCLI):
     def _choose_precision(self, config: Any, saved: dict[str, Any]) -> None:
         """Replace ``auto`` and log it; a resumed run keeps the precision that it was started with."""
         device = device_type(str(config.trainer.accelerator))
+        keep_freed_memory(device)
         options = ("trainer.precision", "model.backbone.dtype")
         trainer, backbone = saved.get("trainer"), (saved.get("model") or {}).get("backbone")
         if trainer and backbone and "auto" in (asked := [config[option] for option in options]):
