@@ -1,9 +1,11 @@
-"""Opening the rows of a dataset for training: which are used, and what is logged about them."""
+"""Opening the rows of a dataset for training: which options apply, which rows are used, and what is logged of them."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from ullme.data.columns import split_option
 from ullme.data.mixture import TrainSet
@@ -57,6 +59,36 @@ def usable_rows(
             short_rows,
         )
     return usable
+
+
+# Options of data.train that each of data.datasets has for itself, by their names there -> what they are if unset.
+_OF_ONE_DATASET = {"columns": None, "schema": "auto", "max_rows": None, "train_name": None, "train_split": "train"}
+
+
+def check_beside_datasets(options: Mapping[str, Any]) -> None:
+    """Refuse options of ``data.train`` that would be ignored beside ``data.datasets``.
+
+    Args:
+        options: the value of each of the options that a dataset has for itself.
+
+    Raises:
+        ValueError: one is set.
+    """
+    for name, value in options.items():
+        if value != (unset := _OF_ONE_DATASET[name]):
+            raise ValueError(
+                f"data.{name}={value!r} is for data.train; set data.{name}={'null' if unset is None else unset}, and give "
+                f"{name.removeprefix('train_')} to each of data.datasets"
+            )
+
+
+def check_mixture_drops_last(drop_last: bool) -> None:
+    """Raises: ValueError: a mixture is asked for batches that are not full."""
+    if not drop_last:
+        raise ValueError(
+            "data.drop_last=false: each batch of a mixture is of one dataset, and the rows of a pass that do not fill a "
+            "batch are left out of it; leave data.drop_last out"
+        )
 
 
 def datasets_of_entries(dataset: TrainSet, mixture_alpha: float) -> list[TrainSet]:
