@@ -75,10 +75,11 @@ def check_beside_datasets(options: Mapping[str, Any]) -> None:
         ValueError: one is set.
     """
     for name, value in options.items():
-        if value != (unset := _OF_ONE_DATASET[name]):
+        unset = _OF_ONE_DATASET[name]
+        if value != unset:
             raise ValueError(
-                f"data.{name}={value!r} is for data.train; set data.{name}={'null' if unset is None else unset}, and give "
-                f"{name.removeprefix('train_')} to each of data.datasets"
+                f"data.{name}={value!r} is for data.train; set data.{name}={'null' if unset is None else unset}, and "
+                f"give {name.removeprefix('train_')} to each of data.datasets"
             )
 
 
@@ -86,8 +87,8 @@ def check_mixture_drops_last(drop_last: bool) -> None:
     """Raises: ValueError: a mixture is asked for batches that are not full."""
     if not drop_last:
         raise ValueError(
-            "data.drop_last=false: each batch of a mixture is of one dataset, and the rows of a pass that do not fill a "
-            "batch are left out of it; leave data.drop_last out"
+            "data.drop_last=false: each batch of a mixture is of one dataset, and the rows of a pass that do not fill "
+            "a batch are left out of it; leave data.drop_last out"
         )
 
 
