@@ -139,6 +139,8 @@ def test_a_side_file_that_does_not_fit(values, message, tmp_path, write_jsonl):
 def test_columns_that_cannot_be_read():
     with pytest.raises(ValueError, match=r"data\.columns\.score='nowhere\.jsonl': no such file"):
         JsonlSource(__file__, columns={"score": "nowhere.jsonl"})
+    with pytest.raises(ValueError, match=r"data\.columns\.score='side\.jsonl\.gz': a side file holds JSON lines"):
+        ULLMEDataModule(train="x", columns={"score": "side.jsonl.gz"})
     with pytest.raises(ValueError, match=r"data\.columns=\{'score': ''\}: give names of fields"):
         ULLMEDataModule(train="x", columns={"score": ""})
     with pytest.raises(ValueError, match=r"data\.columns=\['a'\] is for data\.train; .* give columns to each"):

@@ -11,7 +11,7 @@ from ullme.data.columns import split_option
 from ullme.data.mixture import TrainSet
 from ullme.data.sampler import ShortRows, check_no_row_borrows, settle_short_rows
 from ullme.data.sources import RowSource
-from ullme.data.unread_fields import log_unread
+from ullme.data.unread_fields import log_unread, warn_of_empty_columns
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ def usable_rows(
         return usable
     log.info("data: %d rows to train on%s", len(usable), f" in {dataset.train}" if of_several else "")
     log_unread(dataset.train, source)
+    warn_of_empty_columns(dataset.train, source, dataset.columns)
     if source.skipped:
         log.warning("data: skipped %d bad rows, the first: %s", len(source.skipped), source.skipped[:3])
     if short:
