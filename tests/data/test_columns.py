@@ -162,6 +162,16 @@ def test_cells_of_tables(tmp_path):
     assert source.unread == {"city": "here"}
 
 
+def test_decimal_numbers_of_tables(tmp_path):
+    from decimal import Decimal
+
+    from pyarrow import Table, parquet
+
+    rows = [{"sentence1": "a", "sentence2": "b", "score": Decimal("1.50")}]
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    assert open_source(str(tmp_path / "pairs.parquet"))[0].columns == {"score": 1.5}
+
+
 def scored_rows(count: int) -> list[dict[str, Any]]:
     """Of row r, positive k has the number 100 r + k and negative k 100 r + 50 + k; its weight is r."""
     return [
