@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from test_rows import CHAT, PASSAGES, mixture
 
@@ -17,6 +19,6 @@ def test_each_dataset_of_the_loss_needs_its_own_number_of_negatives(tmp_path, te
     data = mixture(tmp_path, (PASSAGES, [term.name]), (CHAT, ["sft"]))
     data.num_hard_negatives = 5  # of datasets without a number of their own
     FullBatch([term, SFT()])._check_negatives(data)
-    few = mixture(tmp_path, ({**PASSAGES, "neg": ["n"]}, [term.name]), (CHAT, ["sft"]))
-    with pytest.raises(ValueError, match="loss term info_nce has in_batch_negatives=false.*4 of 4 rows have fewer"):
-        FullBatch([term, SFT()])._check_negatives(few)
+    data.datasets[0] = replace(data.datasets[0], num_hard_negatives=3)
+    with pytest.raises(ValueError, match=r"loss term info_nce has in_batch_negatives=false.*4 of 4 rows have fewer"):
+        FullBatch([term, SFT()])._check_negatives(data)

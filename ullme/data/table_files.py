@@ -122,8 +122,10 @@ def _check_header(file: str, header: list[str]) -> None:
 
 
 def _reading_parquet(files: Sequence[str]) -> tuple[str, list[str], dict[str, Any]]:
-    """As :func:`reading`, without files that hold no row, which ``datasets`` cannot read. Where files differ, rows have all
-    columns that any of them has, and null in those that their own file lacks."""
+    """As :func:`reading`, without files that hold no row, which ``datasets`` cannot read.
+
+    Where files differ, rows have all columns that any of them has, and null in those that their own file lacks.
+    """
     import pyarrow
     from datasets import Features
     from pyarrow import parquet
