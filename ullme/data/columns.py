@@ -108,7 +108,7 @@ def read_columns(
         if (value := _of_value(raw, num_positives, len(passages), f"data.columns.{column}")) is not None:
             found[column] = value
     taken = set(fields.values())
-    objects = any(isinstance(passage, Mapping) for passage in passages)
+    objects = any(not isinstance(passage, str) and isinstance(passage, Mapping) for passage in passages)  # str is quick
     if objects or not _STANDARD_FIELDS.isdisjoint(row):
         for column, names in _STANDARD.items():
             for field in names:

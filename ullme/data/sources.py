@@ -67,6 +67,10 @@ class RowSource(Protocol):
         """What is a positive of a row with this query; without labels, what is a candidate."""
         ...
 
+    def count_of(self, query: str) -> int:
+        """At most how many rows have this query; found without reading any."""
+        ...
+
 
 class _QueryIndex:
     """The rows that have a query, found by a hash of it.
@@ -81,11 +85,21 @@ class _QueryIndex:
 
     def positives(self, source: RowSource, query: str) -> set[str]:
         """See :meth:`RowSource.positives_of`."""
-        hashes = self._hashes.array
-        wanted = np.uint32(query_hash(query))
-        first, last = (np.searchsorted(hashes, wanted, side) for side in ("left", "right"))
-        records = [source[row] for row in self._rows.array[first:last].tolist()]
+        records = [source[row] for row in self._rows.array[self._places(query)].tolist()]
         return {text for r in records if r.query == query for text in r.positives or r.negatives}
+
+    def count(self, query: str) -> int:
+        """See :meth:`RowSource.count_of`."""
+        places = self._places(query)
+        return places.stop - places.start
+
+    def _places(self, query: str) -> slice:
+        """Of the query's hash among all."""
+        hashes, wanted = self._hashes.array, np.uint32(query_hash(query))
+        first = int(hashes.searchsorted(wanted))
+        if first + 1 < len(hashes) and hashes[first + 1] == wanted:
+            return slice(first, int(hashes.searchsorted(wanted, "right")))
+        return slice(first, first + int(first < len(hashes) and hashes[first] == wanted))  # one, as of most, or none
 
 
 class JsonlSource:
@@ -188,6 +202,9 @@ class JsonlSource:
     def positives_of(self, query: str) -> set[str]:
         return self._queries.positives(self, query)
 
+    def count_of(self, query: str) -> int:
+        return self._queries.count(query)
+
 
 class HubSource:
     """Rows of a dataset on the hub, of a local dataset folder, of a ``save_to_disk`` folder or of table files.
@@ -248,6 +265,9 @@ class HubSource:
     def positives_of(self, query: str) -> set[str]:
         return self._queries.positives(self, query)
 
+    def count_of(self, query: str) -> int:
+        return self._queries.count(query)
+
 
 class FirstRows:
     """The first rows of a random order of another source.
@@ -280,6 +300,9 @@ class FirstRows:
     def positives_of(self, query: str) -> set[str]:
         return self.source.positives_of(query)  # those of the other rows are positives all the same
 
+    def count_of(self, query: str) -> int:
+        return self.source.count_of(query)
+
 
 class Subset:
     """A subset of the rows of another source.
@@ -308,6 +331,9 @@ class Subset:
 
     def positives_of(self, query: str) -> set[str]:
         return self.source.positives_of(query)  # those of rows outside the subset are positives all the same
+
+    def count_of(self, query: str) -> int:
+        return self.source.count_of(query)
 
 
 def open_source(
