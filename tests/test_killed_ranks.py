@@ -19,7 +19,7 @@ from interrupted import (  # start, ended and end_of_whole_run are fixtures
 )
 from test_training import arguments  # noqa: F401 - a fixture
 
-from ullme.data import row_index
+from ullme.data import row_cache, row_index
 from ullme.distributed import world
 from ullme.training.module import ULLMEModule
 
@@ -59,7 +59,7 @@ def test_the_rows_go_on_where_they_were(start, end_of_whole_run, tmp_path, monke
     killing = recording(logs["killed"], lambda: before_step(11))  # the last of the second epoch
     assert start("run", "first", *TWO_RANKS, ranks=2, then=killing) == -signal.SIGKILL
     assert start("run", "second", *TWO_RANKS, ranks=2, then=recording(logs["resumed"])) == 0
-    assert len(row_index.entries(row_index.cache_root(str(tmp_path / "cache")))) == 1  # one index for all six processes
+    assert len(row_cache.entries(row_cache.cache_root(str(tmp_path / "cache")))) == 1  # one index for all six processes
     whole, killed, resumed = (read(log) for log in logs.values())
     assert set(whole) == {(step, rank) for step in range(12) for rank in range(2)}
     assert len({json.dumps(batch) for batch in whole.values()}) == 24

@@ -139,9 +139,11 @@ def test_a_side_file_that_does_not_fit(values, message, tmp_path, write_jsonl):
 def test_columns_that_cannot_be_read():
     with pytest.raises(ValueError, match=r"data\.columns\.score='nowhere\.jsonl': no such file"):
         JsonlSource(__file__, columns={"score": "nowhere.jsonl"})
+    with pytest.raises(ValueError, match=r"data\.columns\.score='side\.jsonl\.gz': a side file holds JSON lines"):
+        ULLMEDataModule(train="x", columns={"score": "side.jsonl.gz"})
     with pytest.raises(ValueError, match=r"data\.columns=\{'score': ''\}: give names of fields"):
         ULLMEDataModule(train="x", columns={"score": ""})
-    with pytest.raises(ValueError, match=r"data\.columns=\['a'\] is for data\.train; give columns to each"):
+    with pytest.raises(ValueError, match=r"data\.columns=\['a'\] is for data\.train; .* give columns to each"):
         ULLMEDataModule(datasets=[TrainSet("x")], columns=["a"])
 
 
@@ -158,6 +160,16 @@ def test_cells_of_tables(tmp_path):
     assert source.columns == {"score": "query"}
     assert [row.columns for row in source] == [{"score": 0.5}, {}]
     assert source.unread == {"city": "here"}
+
+
+def test_decimal_numbers_of_tables(tmp_path):
+    from decimal import Decimal
+
+    from pyarrow import Table, parquet
+
+    rows = [{"sentence1": "a", "sentence2": "b", "score": Decimal("1.50")}]
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    assert open_source(str(tmp_path / "pairs.parquet"))[0].columns == {"score": 1.5}
 
 
 def scored_rows(count: int) -> list[dict[str, Any]]:

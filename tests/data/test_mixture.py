@@ -331,9 +331,20 @@ def test_an_instruction_that_leaves_no_room_for_the_query_is_refused_before_trai
 
 
 @pytest.mark.parametrize(
-    "options", [{"columns": ["score"]}, {"schema": "bge"}, {"train_name": "default"}, {"train_split": "dev"}]
+    "options",
+    [{"columns": ["score"]}, {"schema": "bge"}, {"train_name": "default"}, {"train_split": "dev"}, {"max_rows": 3}],
 )
 def test_options_of_one_dataset_beside_several_are_refused(tmp_path, options):
     (name,) = options
-    with pytest.raises(ValueError, match=rf"data\.{name}=.* is for data\.train; give .* to each of data\.datasets"):
+    with pytest.raises(
+        ValueError,
+        match=rf"data\.{name}=.* is for data\.train; set data\.{name}=\w+, and give .* to each of data\.datasets",
+    ):
         ULLMEDataModule(datasets=[TrainSet(write(tmp_path, "a", 4))], batch_size=2, **options)
+
+
+def test_a_last_batch_that_is_not_full_is_not_promised_for_a_mixture(tmp_path):
+    files = [write(tmp_path, name, 4) for name in "ab"]
+    for options in ({"datasets": [TrainSet(files[0])]}, {"train": files, "mixture_alpha": 0.5}):
+        with pytest.raises(ValueError, match=r"data\.drop_last=false: each batch of a mixture is of one dataset"):
+            ULLMEDataModule(batch_size=2, drop_last=False, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import gzip
 import json
 import multiprocessing
@@ -15,7 +17,7 @@ import numpy as np
 import pyarrow
 import pytest
 
-from ullme.data import checked_rows, row_index, sources
+from ullme.data import checked_lines, checked_rows, row_cache, row_index, side_files
 from ullme.data.sources import HubSource, JsonlSource, open_source
 
 
@@ -48,7 +50,7 @@ def content(source):
 
 
 def folders(cache: str) -> list[Path]:
-    return [folder for folder, _, _ in row_index.entries(row_index.cache_root(cache))]
+    return [folder for folder, _, _ in row_cache.entries(row_cache.cache_root(cache))]
 
 
 def test_a_second_start_checks_nothing_and_has_the_same_rows(write_jsonl, rows, cache, checked):
@@ -116,7 +118,7 @@ def test_a_changed_file_is_checked_again(write_jsonl, rows, cache, checked, how,
 
 @pytest.mark.parametrize("how", ["cut", "same size and time"])
 def test_a_file_that_changes_during_a_run_stops_it(write_jsonl, rows, cache, how, monkeypatch):
-    monkeypatch.setattr(sources, "SECONDS_BETWEEN_CHECKS", 0.0)
+    monkeypatch.setattr(checked_lines, "SECONDS_BETWEEN_CHECKS", 0.0)
     path = Path(write_jsonl(rows))
     source = JsonlSource(str(path), cache_dir=cache)
     assert source[3].query == "query 3"
@@ -126,7 +128,7 @@ def test_a_file_that_changes_during_a_run_stops_it(write_jsonl, rows, cache, how
 
 
 def test_a_file_is_looked_at_now_and_then_and_when_a_row_cannot_be_read(write_jsonl, rows, cache, monkeypatch):
-    monkeypatch.setattr(sources, "SECONDS_BETWEEN_CHECKS", 3600.0)
+    monkeypatch.setattr(checked_lines, "SECONDS_BETWEEN_CHECKS", 3600.0)
     path = Path(write_jsonl(rows))
     source = JsonlSource(str(path), cache_dir=cache)
     before = content(source)
@@ -260,16 +262,20 @@ def test_the_size_limit_removes_what_was_not_used_for_longest(write_jsonl, rows,
     for place, path in enumerate(paths[:2]):
         JsonlSource(path, cache_dir=cache)
         os.utime(folders(cache)[-1] / "index.json", (place, place))
-    size = sum(size for _, size, _ in row_index.entries(row_index.cache_root(cache)))
+    size = sum(size for _, size, _ in row_cache.entries(row_cache.cache_root(cache)))
     first, second = folders(cache)
     monkeypatch.setenv("ULLME_CACHE_GB", str(size * 1.1 / 1e9))
     source = JsonlSource(paths[2], cache_dir=cache)
     assert first not in folders(cache)
     assert second in folders(cache)
     assert len(folders(cache)) == 2
-    row_index.clear(row_index.cache_root(cache))
+    freed, in_use = row_cache.clear(row_cache.cache_root(cache))
+    assert freed > 0
+    assert in_use == len(folders(cache)) == 1, "what is used stays"
+    assert content(source)[0].query == "query 2"
+    del source
+    assert row_cache.clear(row_cache.cache_root(cache))[1] == 0
     assert folders(cache) == []
-    assert content(source)[0].query == "query 2", "what is open stays readable"
     monkeypatch.setenv("ULLME_CACHE_GB", "much")
     with pytest.raises(ValueError, match="ULLME_CACHE_GB='much' must be a size in GB"):
         JsonlSource(paths[0], cache_dir=cache)
@@ -299,7 +305,7 @@ def test_killed_while_building(write_jsonl, rows, cache, checked):
     assert folders(cache) == []
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    root = row_index.cache_root(cache)
+    root = row_cache.cache_root(cache)
     assert len(list(root.glob(".unfinished.*/"))) == 1
     assert len(content(JsonlSource(path, cache_dir=cache))) == 41
     assert not list(root.glob(".unfinished.*"))
@@ -350,3 +356,97 @@ def test_a_small_file_is_read_and_not_kept(write_jsonl, rows, cache, checked, mo
     assert content(JsonlSource(path, cache_dir=cache)) == content(JsonlSource(path, cache_dir=cache))
     assert checked == [82]
     assert folders(cache) == []
+
+
+def test_datasets_of_one_run_above_the_size_limit_do_not_push_each_other_out(rows, cache, tmp_path, monkeypatch):
+    """Unpacked files are read from the cache as long as the run lasts, by workers that open them late, too."""
+    monkeypatch.setenv("ULLME_CACHE_GB", "0")
+    packed = [tmp_path / f"{n}.jsonl.gz" for n in range(2)]
+    for n, path in enumerate(packed):
+        path.write_bytes(gzip.compress("\n".join(json.dumps(row) for row in rows[n:]).encode()))
+    sources = [open_source(str(path), cache_dir=cache) for path in packed]
+    worker = pickle.loads(pickle.dumps(sources[0]))
+    assert [source[0].query for source in (*sources, worker)] == ["query 0", "query 1", "query 0"]
+    del sources[0]
+    open_source(str(packed[1]), cache_dir=cache)
+    assert len(folders(cache)) == 2  # nothing was made, so nothing was removed
+
+
+def test_what_a_process_of_another_container_writes_stays(write_jsonl, rows, cache):
+    """Its number says nothing here; whether it lives is told by its lock."""
+    root = row_cache.cache_root(cache)
+    living, dead = (root / f".unfinished.{2**30}.{name}" for name in ("living", "dead"))
+    for place in (living, dead):
+        place.mkdir(parents=True)
+    with row_cache.alone(root / "living", "rows"):
+        JsonlSource(write_jsonl(rows), cache_dir=cache)
+        assert living.exists()
+        assert not dead.exists()
+    row_cache.clear(root)
+    assert not living.exists()
+
+
+def test_a_process_that_waits_for_another_says_so(write_jsonl, rows, cache, monkeypatch):
+    path, said = write_jsonl(rows), []
+    JsonlSource(path, cache_dir=cache)
+    (folder,) = folders(cache)
+    with open(f"{folder}.lock") as other:  # as another process has it
+        fcntl.flock(other, fcntl.LOCK_EX)
+
+        def hear(text, *values):
+            said.append(text % values)
+            fcntl.flock(other, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(row_cache, "SILENT_WAIT", 0.01)
+        monkeypatch.setattr(row_cache.log, "info", hear)
+        assert len(JsonlSource(path, cache_dir=cache)) == 41
+    assert said == [f"data: another process checks the rows of {path}; waiting for its index"]
+
+
+def test_a_full_disk_is_said(write_jsonl, rows, cache, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ValueError, match=r"cannot be written to .* \(No space left on device\); free space"):
+        JsonlSource(write_jsonl(rows), cache_dir=cache)
+    assert not list(row_cache.cache_root(cache).glob("*/"))
+
+
+def test_a_file_that_is_removed_during_a_run(write_jsonl, rows, cache):
+    files = [write_jsonl(rows[:3], "a.jsonl"), write_jsonl(rows[3:], "b.jsonl")]
+    source = JsonlSource(files, cache_dir=cache)
+    os.unlink(files[1])
+    assert source[2].query == "query 2"
+    with pytest.raises(
+        ValueError, match=r"b\.jsonl cannot be read any more \(No such file or directory\); put it back"
+    ):
+        source[3]
+
+
+@pytest.fixture
+def side(tmp_path, rows):
+    """A side file with the number of each row."""
+    path = tmp_path / "side.jsonl"
+    path.write_text("\n".join(str(float(n)) for n in range(len(rows))))
+    return path
+
+
+def test_a_side_file_is_read_through_once(write_jsonl, rows, cache, side, monkeypatch):
+    read = []
+    iter_lines = side_files.iter_lines
+    monkeypatch.setattr(side_files, "iter_lines", lambda path: read.append(path) or iter_lines(path))
+    path = write_jsonl(rows)
+    first, second = (JsonlSource(path, columns={"grade": str(side)}, cache_dir=cache) for _ in range(2))
+    assert read == [side]
+    grades = [[one[row].columns["grade"] for row in range(41)] for one in (first, pickle.loads(pickle.dumps(second)))]
+    assert grades == 2 * [[float(n) for n in range(41)]]
+
+
+def test_a_side_file_that_changes_during_a_run_stops_it(write_jsonl, rows, cache, side, monkeypatch):
+    monkeypatch.setattr(checked_lines, "SECONDS_BETWEEN_CHECKS", 0.0)
+    source = JsonlSource(write_jsonl(rows), columns={"grade": str(side)}, cache_dir=cache)
+    assert source[3].columns["grade"] == 3.0
+    side.write_text(side.read_text().replace("3.0", "4.0"))
+    with pytest.raises(ValueError, match=r"side\.jsonl changed since its rows were checked"):
+        source[3]

@@ -90,6 +90,28 @@ class TestDraw:
                 assert sorted(draw(source, 0, epoch, 0, 2).negatives) == ["d", "e"]
         assert {text for epoch in range(20) for text in draw(source, 1, epoch, 0, 3).negatives} == set("ade")
 
+    @pytest.mark.parametrize("short_rows", ["borrow", "repeat", "drop"])
+    def test_a_positive_of_another_row_with_the_same_query_is_no_negative(self, write_jsonl, short_rows):
+        """As in pairs of MS MARCO with mined negatives, whether or not the other row is in the batch."""
+        rows = [
+            {"query": "q", "pos": ["a"], "neg": ["b", "n", "m"], "neg_scores": [0.9, 0.2, 0.1]},
+            {"query": "q", "pos": ["b"], "neg": ["a", "n"]},
+            {"query": "other", "pos": ["c"], "neg": ["b", "a", "d"]},
+        ]
+        source = open_source(write_jsonl(rows))
+        drawn = [draw(source, row, epoch, 0, 2, short_rows) for row in range(3) for epoch in range(20)]
+        assert {text for one in drawn[:20] for text in one.negatives} == {"n", "m"}
+        assert {one.columns["score"][1:] for one in drawn[:20]} == {(0.2, 0.1), (0.1, 0.2)}
+        assert {one.negatives[0] for one in drawn[20:40]} == {"n"}
+        assert {one.negatives[1] for one in drawn[20:40]} == ({"c"} if short_rows == "borrow" else {"n"})
+        assert {text for one in drawn[40:] for text in one.negatives} == set("abd")
+
+    def test_a_query_of_very_many_rows_is_not_read_for_each_draw(self, write_jsonl, monkeypatch):
+        source = open_source(write_jsonl([{"query": "topic", "pos": ["a"], "neg": ["b"]}] * 3))
+        monkeypatch.setattr("ullme.data.sampler.MOST_SIBLINGS", 2)
+        monkeypatch.setattr(type(source), "positives_of", lambda *_: pytest.fail("read"))
+        assert draw(source, 0, 0, 0, 1).negatives == ["b"]
+
     def test_borrow_without_labels_passes_over_candidates_of_the_same_query(self, write_jsonl):
         rows = [{"query": "q", "candidates": list(pair)} for pair in ("ab", "cd")]
         source = open_source(write_jsonl([*rows, {"query": "other", "candidates": ["c", "x"]}]))

@@ -108,11 +108,11 @@ def test_a_source_is_small_to_send_and_opens_its_own_files(write_jsonl, rows):
 def test_a_forked_worker_does_not_move_the_parents_file_position(write_jsonl, rows):
     source = open_source(write_jsonl(rows))
     before = source[0]
-    parent_handle = source._lines.handle(0)
+    parent_handle = source._lines._lines.handle(0)
     position = parent_handle.tell()
     child = os.fork()
     if child == 0:
-        ok = source[20].query == "query 20" and source._lines.handle(0) is not parent_handle
+        ok = source[20].query == "query 20" and source._lines._lines.handle(0) is not parent_handle
         os._exit(0 if ok else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert os.lseek(parent_handle.fileno(), 0, os.SEEK_CUR) >= position

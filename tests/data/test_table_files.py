@@ -101,6 +101,19 @@ def test_parquet_files_with_other_columns_are_read_together(tmp_path):
         open_source([plain, other])
 
 
+def test_parquet_files_without_rows_are_named_and_left_out(tmp_path, caplog):
+    from pyarrow import Table
+    from pyarrow import parquet as files
+
+    full = parquet(tmp_path / "a.parquet", {"query": "a", "pos": ["b"]})
+    empty = str(tmp_path / "b.parquet")
+    files.write_table(Table.from_pylist([{"query": "a", "pos": ["b"]}]).slice(0, 0), empty)
+    assert texts(open_source([full, empty])) == [("a", ("b",), ())]
+    assert f"1 of 2 files hold no row: {empty}" in caplog.text
+    with pytest.raises(ValueError, match=r"b\.parquet holds no row"):
+        open_source(empty)
+
+
 def test_files_of_several_kinds(write, tmp_path):
     files = [*write(a_csv="anchor,positive\na,b\n"), parquet(tmp_path / "a.parquet", {"anchor": "a", "positive": "b"})]
     with pytest.raises(ValueError, match=r"files of several kinds \(\.csv, \.parquet\); give each kind an entry"):

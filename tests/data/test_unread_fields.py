@@ -32,3 +32,11 @@ def test_what_looks_like_an_instruction_is_a_warning(write_jsonl, rows, caplog):
 
 def test_a_file_whose_fields_are_all_read_is_not_mentioned(write_jsonl, rows, caplog):
     assert messages(write_jsonl(rows), caplog) == []
+
+
+def test_a_column_that_no_row_has_is_named(write_jsonl, rows, caplog):
+    graded = write_jsonl([{**row, "relevance": 1.0} for row in rows])
+    for columns in ({"grade": "relevance"}, {"grade": "relevanse"}):
+        ULLMEDataModule(train=graded, num_hard_negatives=0, batch_size=2, columns=columns).setup("fit")
+    named = [record.getMessage() for record in caplog.records if "has a number there" in record.getMessage()]
+    assert named == [f"data.columns: grade=relevanse: no row of {graded} has a number there"]

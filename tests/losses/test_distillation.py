@@ -130,3 +130,33 @@ def test_equal_to_sentence_transformers(name, candidates):
 def test_options_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+BM25 = [{"score": (24.0, 11.0, 8.5, NAN)}] * 9 + [{"score": (12.0, 12.0, 12.0, NAN)}]
+COSINES = [{"score": (0.8, 0.6, 0.75, NAN)}] * 10
+
+
+def test_a_teacher_in_another_unit_is_doubted():
+    """Nine of ten rows are no more than nine tenths; a teacher_temperature of the scores' own spread is fine."""
+    doubt = DistillationKL(teacher_temperature=0.05).doubt([*BM25[:9], *BM25[:9], BM25[9]])
+    assert doubt.startswith(
+        "DistillationKL.teacher_temperature=0.05: for 18 of 19 rows the teacher gives more than 99%"
+    )
+    assert "standard deviation of 8.3: try a teacher_temperature of about that" in doubt  # of 24, 11 and 8.5
+    assert DistillationKL(temperature=0.05).doubt(BM25[:9]).startswith("DistillationKL.temperature=0.05: for 9 of 9")
+    for loss, rows in (
+        (DistillationKL(teacher_temperature=0.05), BM25),
+        (DistillationKL(teacher_temperature=8.3), BM25[:9]),
+        (DistillationKL(temperature=0.05), COSINES),
+        (DistillationKL(temperature=0.05), [{}, {"score": 3.0}, {"score": (40.0, NAN)}]),
+    ):
+        assert loss.doubt(rows) is None
+
+
+def test_margins_that_no_cosines_have_are_doubted():
+    doubt = MarginMSE().doubt(BM25)  # 9 times 13 and 15.5, and 0 twice
+    assert doubt.startswith("MarginMSE.scale=1: 18 of 20 of the teacher's margins are beyond 2")
+    assert "their median is 13: try a scale" in doubt
+    assert MarginMSE().doubt([{"score": 3.0}, {"score": NAN}]) is not None
+    for loss, rows in ((MarginMSE(scale=14.0), BM25), (MarginMSE(), COSINES), (MarginMSE(), [{}, {"score": NAN}])):
+        assert loss.doubt(rows) is None

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ullme.planning.rows import epoch_rows
+from ullme.planning.rows import epoch_rows, most_passages
 
 LINE = json.dumps({"query": "q", "pos": ["p"]}) + "\n"
 
@@ -49,3 +49,18 @@ def test_a_mixture_counts_each_dataset_with_its_weight(tmp_path):
     file.write_text(LINE * 8)
     sets = [one(str(file)), one(str(file), max_rows=4, weight=3.0), one("owner/set", max_rows=10, weight=0.5)]
     assert epoch_rows(data(datasets=sets, max_rows=279040)) == 8 + 12 + 5
+
+
+def test_the_dataset_with_the_most_passages_decides(tmp_path):
+    """Its chunks must fit, whatever the numbers of the others and of ``data``."""
+
+    def own(negatives, positives):
+        return SimpleNamespace(num_hard_negatives=negatives, num_positives=positives)
+
+    options = SimpleNamespace(num_hard_negatives=4, num_positives=2, datasets=None)
+    assert most_passages(options) == (4, 2)
+    assert most_passages(None) == (8, 1)
+    options.datasets = [own(0, None), own(None, 5), own(7, None)]
+    assert most_passages(options) == (4, 5)  # (0, 2), (4, 5), (7, 2); the first of equal ones
+    options.datasets = [own(0, 1), own(1, 1)]
+    assert most_passages(options) == (1, 1)

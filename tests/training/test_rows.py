@@ -31,7 +31,7 @@ def write(tmp_path, name: str, row: dict) -> str:
 
 def mixture(tmp_path, *sets: tuple[dict, list[str] | None]) -> ULLMEDataModule:
     files = [
-        TrainSet(write(tmp_path, f"set{n}", row), terms=terms, num_hard_negatives=2 if row is PASSAGES else 0)
+        TrainSet(write(tmp_path, f"set{n}", row), terms=terms, num_hard_negatives=2 if "pos" in row else 0)
         for n, (row, terms) in enumerate(sets)
     ]
     data = ULLMEDataModule(datasets=files, batch_size=2)
@@ -73,6 +73,16 @@ def test_scores_need_candidates_and_unused_ones_are_named(tmp_path, caplog):
             check_rows(Objective([term]), data)
     check_rows(Objective([InfoNCE()]), data)  # in-batch terms alone: right, but the scores are not used
     assert "have the column score, and no loss term reads it" in caplog.text
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_scores_that_do_not_suit_the_temperature_are_a_warning(tmp_path, caplog, nested):
+    data = mixture(tmp_path, ({**PASSAGES, "pos_scores": [24], "neg_scores": [11, 8.5]}, None))
+    for temperature in (0.05, 8.0):
+        term = DistillationKL(teacher_temperature=temperature)
+        check_rows(Objective([Matryoshka(term, [8]) if nested else term]), data)
+    (warning,) = [record.message for record in caplog.records]
+    assert "set0.jsonl': DistillationKL.teacher_temperature=0.05: for 4 of 4 rows" in warning
 
 
 def test_a_column_without_numbers_is_refused():

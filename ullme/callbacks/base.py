@@ -22,7 +22,7 @@ from ullme.engine.reference import ReferenceChoice, make_reference
 from ullme.engine.teacher_quality import measure_teacher
 from ullme.losses import InfoNCE, Term
 from ullme.planning.auto_chunk import Chunking
-from ullme.training.negatives import check_negatives
+from ullme.training.negatives import check_negatives, contrastive
 from ullme.training.rows import check_rows
 
 if TYPE_CHECKING:
@@ -143,17 +143,19 @@ class LossCallback(L.Callback, ABC):
 
     def _check_negatives(self, data: Any) -> None:
         rows, negatives = getattr(data, "batch_size", 0), getattr(data, "num_hard_negatives", 1)
-        sets = getattr(data, "datasets", None) or []
-        if not sets:
-            check_negatives(self.objective.terms, rows, negatives)
-        for one in sets:
+        parts = []  # terms and N of each dataset
+        for one in getattr(data, "datasets", None) or []:
             terms = self.objective.of_terms(one.terms).terms
             own = negatives if one.num_hard_negatives is None else one.num_hard_negatives
             check_negatives(terms, rows, own, one.in_batch_negatives, f" of {one.train!r}")
-        for term in self.objective.terms:
-            if isinstance(term, InfoNCE) and not term.in_batch_negatives:
-                for source in getattr(data, "sources", []):
-                    check_no_row_borrows(source, negatives, data.short_rows, f"loss term {term.name}")
+            parts.append((terms, own))
+        if not parts:
+            check_negatives(self.objective.terms, rows, negatives)
+            parts.append((self.objective.terms, negatives))
+        for (terms, own), source in zip(parts, getattr(data, "sources", []), strict=False):  # none before setup
+            for term in contrastive(terms):
+                if not term.in_batch_negatives:
+                    check_no_row_borrows(source, own, data.short_rows, f"loss term {term.name}")
 
     def _check_lengths(self, model: Any, data: Any) -> None:
         longest = {name: getattr(data, name, 0) for name in ("query_max_length", "passage_max_length")}

@@ -13,6 +13,7 @@ from ullme.engine import fsdp
 from ullme.planning.auto_chunk import Chunking, fit_by_measurement, largest_chunk, shrink_until_it_fits
 from ullme.planning.devices import free_memory
 from ullme.planning.memory import GIB
+from ullme.planning.rows import most_passages
 from ullme.training.rows import kinds_of_batches
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def choose_chunking(
     """
     model, data = module.model, trainer.datamodule  # type: ignore[attr-defined]
     assert model is not None
-    passages = getattr(data, "num_positives", 1) + getattr(data, "num_hard_negatives", 8)
+    passages = sum(most_passages(data))
     passage_tokens = getattr(data, "passage_max_length", 256)
     own_tokens = getattr(data, "query_max_length", 64)
     query_tokens = own_tokens + passages * passage_tokens

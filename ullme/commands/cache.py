@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 2 for a mistake in the arguments or a folder that cannot be cleared.
     """
-    from ullme.data.row_index import CACHE_VARIABLE, LIMIT_VARIABLE, cache_root, clear, entries, size_limit
+    from ullme.data.row_cache import CACHE_VARIABLE, LIMIT_VARIABLE, cache_root, clear, entries, size_limit
 
     parser = argparse.ArgumentParser(
         prog="ullme cache",
@@ -25,12 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"${CACHE_VARIABLE} sets the folder, ${LIMIT_VARIABLE} the size in GB above which unused entries are removed.",
     )
     parser.add_argument("--cache_dir", help=f"as data.cache_dir (default: ${CACHE_VARIABLE} or ~/.cache/ullme)")
-    parser.add_argument("--clear", action="store_true", help="remove all entries; runs that use one go on")
+    parser.add_argument("--clear", action="store_true", help="remove all entries but those in use")
     options = parser.parse_args(argv)
     root = cache_root(options.cache_dir)
     try:
         if options.clear:
-            print(f"{clear(root) / 1e9:.3f} GB removed from {root}")
+            freed, kept = clear(root)
+            in_use = f"; {kept} in use by a run stay" if kept else ""
+            print(f"{freed / 1e9:.3f} GB removed from {root}{in_use}")
             return 0
         found = entries(root)
         for folder, size, used in found:

@@ -148,7 +148,7 @@ def job_from_config(config: Any, arguments: argparse.Namespace) -> Job:
     from ullme.callbacks import FullBatch, LossCallback
     from ullme.models.config import BackboneConfig
     from ullme.planning.plan import Job
-    from ullme.planning.rows import epoch_rows
+    from ullme.planning.rows import epoch_rows, most_passages
     from ullme.prompts import Prompts
 
     options = BackboneConfig(**config.model.backbone.as_dict())
@@ -161,11 +161,12 @@ def job_from_config(config: Any, arguments: argparse.Namespace) -> Job:
     loss = parser.instantiate_classes(parser.parse_object(Namespace(loss=chosen))).loss
     tokens = getattr(loss, "chunk_tokens", None)
     data = config.data
+    negatives, positives = most_passages(data)
     return replace(
         Job(options, _llm_config(options, arguments.backbone_config), loss.objective),
         batch_size=data.batch_size,
-        candidates=1 + data.num_hard_negatives,
-        extra_positives=data.num_positives - 1,
+        candidates=1 + negatives,
+        extra_positives=positives - 1,
         rows=arguments.rows or epoch_rows(data),
         query_tokens=arguments.query_tokens + _template_tokens(prompts, "query"),
         prompt_tokens=arguments.query_tokens + _template_tokens(prompts, "generation"),

@@ -29,6 +29,7 @@ from ullme.training.signals import INTERRUPTED
 from ullme.utils import atomic_files, config_files, errors
 from ullme.utils.allocator import keep_freed_memory
 from ullme.utils.dotted_names import add_cwd_to_path
+from ullme.utils.messages import show_messages
 from ullme.utils.precision import choose_precision, device_type, slow_choice, stored_dtype
 from ullme.utils.wandb_login import check_wandb_login
 
@@ -293,6 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # they are the command line's
     add_cwd_to_path()
+    show_messages("ullme.data")
     argv = config_files.locate_in_arguments(sys.argv[1:] if argv is None else argv)
     try:
         errors.check_config_files(argv)

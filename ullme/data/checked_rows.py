@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 from zlib import crc32
 
-from ullme.data.columns import ColumnKind, ColumnOption, SideFile, has_number, kind_of, split_option
+from ullme.data.columns import ColumnKind, ColumnOption, has_number, kind_of, split_option
 from ullme.data.jsonl import parse_line
 from ullme.data.records import BadRow, Record, Schema, parse_record, unread
 from ullme.data.row_index import MOST_NEGATIVES, VERSION, Writer, code_identity, file_identity
+from ullme.data.side_files import SideFile
 
 OnBadRow = Literal["stop", "skip"]
 
@@ -26,17 +27,23 @@ class RowParser:
     Args:
         schema: the columns, see :func:`ullme.data.records.parse_record`.
         columns: see :data:`ullme.data.columns.ColumnOption`.
+        cache_dir: of the indices of side files, see :func:`ullme.data.row_index.cached_index`.
     """
 
-    def __init__(self, schema: Schema, columns: ColumnOption) -> None:
+    def __init__(self, schema: Schema, columns: ColumnOption, cache_dir: str | None = None) -> None:
         self.schema = schema
         self.fields, files = split_option(columns)
-        self.side = {column: SideFile(path, column) for column, path in files.items()}
+        self.side = {column: SideFile(path, column, cache_dir) for column, path in files.items()}
 
     def parse(self, raw: Any, number: int) -> Record:
         """A row, or its line of JSON, that is row ``number``, from 0, of all. Raises: BadRow."""
         row = parse_line(raw) if isinstance(raw, bytes) else raw
         return parse_record(row, self.schema, self.fields, {name: file[number] for name, file in self.side.items()})
+
+    def check_side_files(self) -> None:
+        """Raises: ValueError: one has changed."""
+        for file in self.side.values():
+            file.check()
 
     def unread(self, raw: Any) -> dict[str, Any]:
         """Fields of a valid row that nothing reads."""

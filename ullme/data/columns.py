@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from ullme.batch import ColumnKind
 from ullme.data.bad_row import BadRow
-from ullme.data.jsonl import LineReader, iter_lines, parse_line
 
 # Name -> a number of the query, or one number for each positive and then each negative; NaN where there is none.
 Columns = Mapping[str, float | tuple[float, ...]]
@@ -27,6 +26,22 @@ _STANDARD_FIELDS = frozenset(
 )
 _LARGEST = 3.4e38  # of float32, in which columns reach the loss
 _SIDE_FILES = (".jsonl", ".json", ".ndjson")
+# What is the name of a file, and no side file that can be read.
+_OTHER_FILES = (
+    ".gz",
+    ".zst",
+    ".bz2",
+    ".xz",
+    ".zip",
+    ".tsv",
+    ".csv",
+    ".txt",
+    ".parquet",
+    ".arrow",
+    ".npy",
+    ".npz",
+    ".pt",
+)
 
 NO_FIELDS: Mapping[str, str] = {}
 
@@ -51,7 +66,7 @@ def split_option(option: ColumnOption, name: str = "data.columns") -> tuple[dict
     """Column -> field of the row, and column -> side file.
 
     Raises:
-        ValueError: a column without a name, a field or a file.
+        ValueError: a column without a name, a field or a file, or a file of another kind than JSON lines.
     """
     named = option if isinstance(option, dict) else {one: one for one in option or []}
     for column, source in named.items():
@@ -59,47 +74,11 @@ def split_option(option: ColumnOption, name: str = "data.columns") -> tuple[dict
             raise ValueError(
                 f"{name}={option!r}: give names of fields, or column: field, or column: file.jsonl for each"
             )
+        if Path(source).suffix.lower() in _OTHER_FILES:
+            read = ", ".join(_SIDE_FILES)
+            raise ValueError(f"{name}.{column}={source!r}: a side file holds JSON lines ({read}); convert or unpack it")
     files = {column: source for column, source in named.items() if Path(source).suffix.lower() in _SIDE_FILES}
     return {column: source for column, source in named.items() if column not in files}, files
-
-
-class SideFile:
-    """Numbers of training rows in a JSONL file of their own; line n belongs to row n.
-
-    A line is a number of the query, a list with one number for each positive and then each negative, or
-    ``{"pos": [...], "neg": [...]}``; null where there is none.
-
-    Args:
-        path: the file.
-        column: its name, for messages.
-
-    Raises:
-        ValueError: no such file.
-    """
-
-    def __init__(self, path: str, column: str) -> None:
-        self.path, self.column = Path(path), column
-        if not self.path.is_file():
-            raise ValueError(
-                f"data.columns.{column}={path!r}: no such file; check the path (it is read relative to {Path.cwd()})"
-            )
-        self._offsets = array("q", (offset for _, offset, _ in iter_lines(self.path)))
-        self._lines = LineReader([self.path])
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def __getitem__(self, row: int) -> Any:
-        """The value of a training row. Raises: BadRow: no line, or no JSON."""
-        if row >= len(self):
-            raise BadRow(
-                f"data.columns.{self.column}: {self.path} has {len(self)} lines, fewer than there are training rows; "
-                "give one line for each row, in the order of the rows"
-            )
-        try:
-            return parse_line(self._lines.read(0, self._offsets[row]))
-        except BadRow as reason:
-            raise BadRow(f"data.columns.{self.column}: {self.path}, row {row + 1}: {reason}") from None
 
 
 def read_columns(
@@ -129,7 +108,7 @@ def read_columns(
         if (value := _of_value(raw, num_positives, len(passages), f"data.columns.{column}")) is not None:
             found[column] = value
     taken = set(fields.values())
-    objects = any(isinstance(passage, Mapping) for passage in passages)
+    objects = any(not isinstance(passage, str) and isinstance(passage, Mapping) for passage in passages)  # str is quick
     if objects or not _STANDARD_FIELDS.isdisjoint(row):
         for column, names in _STANDARD.items():
             for field in names:
@@ -211,7 +190,7 @@ def _numbers(values: Sequence[Any], expected: int, where: str, meaning: str) -> 
 def _number(value: Any, where: str) -> float:
     if value is None:
         return math.nan
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, Real | Decimal):
         raise BadRow(f"'{where}' must be a number or null, not {type(value).__name__} ({value!r:.40})")
     try:
         number = float(value)

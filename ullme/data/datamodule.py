@@ -22,7 +22,12 @@ from ullme.data.order import ORDER_VERSION, random_order
 from ullme.data.records import Schema, check_schema
 from ullme.data.sampler import GlobalBatchSampler, ShortRows
 from ullme.data.sources import OnBadRow, RowSource
-from ullme.data.train_rows import datasets_of_entries, usable_rows
+from ullme.data.train_rows import (
+    check_beside_datasets,
+    check_mixture_drops_last,
+    datasets_of_entries,
+    usable_rows,
+)
 from ullme.prompts import PromptTokenizer, Role
 
 log = logging.getLogger(__name__)
@@ -55,13 +60,13 @@ class ULLMEDataModule(L.LightningDataModule):
         batch_size: B, queries in a global batch, over all ranks; one optimizer step.
         query_max_length: in tokens, template included.
         passage_max_length: in tokens, template included.
-        max_rows: train on this many rows, the first after a shuffle; null uses all.
+        max_rows: train on this many rows of ``train``, the first after a shuffle; null uses all.
         val: a BEIR folder to validate on; null for no validation.
         val_split: split of its qrels.
         val_batch_size: texts in a validation batch, on each rank.
         num_workers: dataloader processes that draw and tokenise rows.
         seed: of the order of rows and the draws, independent of other seeds; not negative.
-        drop_last: leave out an epoch's last batch if it is not full.
+        drop_last: leave out an epoch's last batch if it is not full; a mixture always does, in each pass.
         columns: numbers of the rows that losses read, besides ``score``, which is read anyway: BGE's pos_scores and
             neg_scores, sentence-transformers' score, scores and label, a score of each passage. A list of fields, or
             column: field, or column: file.jsonl, a side file with one line for each row. Of a query it is a number; of
@@ -121,11 +126,8 @@ class ULLMEDataModule(L.LightningDataModule):
         check_schema(schema)
         split_option(columns)
         if datasets is not None:
-            own = {"columns": (columns, None), "schema": (schema, "auto"), "train_name": (train_name, None)}
-            for name, (given, usual) in {**own, "train_split": (train_split, "train")}.items():
-                if given != usual:
-                    field = name.removeprefix("train_")
-                    raise ValueError(f"data.{name}={given!r} is for data.train; give {field} to each of data.datasets")
+            own: dict[str, Any] = {"columns": columns, "schema": schema, "max_rows": max_rows}
+            check_beside_datasets({**own, "train_name": train_name, "train_split": train_split})
         if (train is None) == (datasets is None):
             both = f"data.train={train!r} and data.datasets={datasets!r}"
             raise ValueError(f"{both}: give exactly one of them (the rows to train on)")
@@ -138,6 +140,8 @@ class ULLMEDataModule(L.LightningDataModule):
             self.sets = datasets or [whole]
         else:
             self.sets = datasets or []
+        if datasets is not None:
+            check_mixture_drops_last(drop_last)
         self.train = train
         self.datasets = datasets
         self.train_split = train_split

@@ -130,6 +130,10 @@ class Mixture:
         """What is a positive of a row with this query in any of the datasets."""
         return set().union(*(source.positives_of(query) for source in self.sources))
 
+    def count_of(self, query: str) -> int:
+        """At most how many rows of all datasets have this query."""
+        return sum(source.count_of(query) for source in self.sources)
+
     def locate(self, row: int) -> tuple[int, int]:
         """(index of the dataset, index of the row in it).
 
@@ -158,7 +162,7 @@ class Mixture:
         if settings.num_positives is not None:
             num_positives = settings.num_positives
         source = self.sources[dataset]
-        drawn = draw(source, index, epoch, seed, num_hard_negatives, short_rows, self.positives_of, num_positives)
+        drawn = draw(source, index, epoch, seed, num_hard_negatives, short_rows, self, num_positives)
         return drawn._replace(
             instruction=settings.instruction if drawn.instruction is None else drawn.instruction,
             in_batch_negatives=settings.in_batch_negatives,

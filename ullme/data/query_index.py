@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -26,21 +27,38 @@ def write_sorted_hashes(hashes: Path, folder: Path) -> None:
     Args:
         hashes: .npy file of (rows,) uint32, of fewer than 2^32 rows; it is removed.
         folder: of the files.
+
+    Raises:
+        OSError: the disk is full.
     """
     unsorted = np.load(hashes, mmap_mode="r")
     count = len(unsorted)
     blocks = [slice(start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK)]
     place = hashes.with_name("pairs.npy")
-    pairs = np.lib.format.open_memmap(place, mode="w+", dtype=np.uint64, shape=(count,))
+    pairs = _mapped(place, np.uint64, count)
     for block in blocks:
         rows = np.arange(block.start, block.stop, dtype=np.uint64)
         pairs[block] = (unsorted[block].astype(np.uint64) << np.uint64(32)) | rows
     pairs.sort()
     shifts = {_HASHES: np.uint64(32), _ROWS: np.uint64(0)}
     for name, shift in shifts.items():
-        found = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.uint32, shape=(count,))
+        found = _mapped(folder / f"{name}.npy", np.uint32, count)
         for block in blocks:
             found[block] = (pairs[block] >> shift).astype(np.uint32)  # the lower half
         found.flush()
     place.unlink()
     hashes.unlink()
+
+
+def _mapped(path: Path, dtype: type[np.generic], count: int) -> np.memmap:
+    """A new .npy file of (count,), mapped into memory. Its space is taken at once: where a disk becomes full under a
+    mapping, the process dies without a word.
+
+    Raises:
+        OSError: there is not so much.
+    """
+    mapped = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(count,))
+    if hasattr(os, "posix_fallocate"):
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return mapped

@@ -322,6 +322,9 @@ def _record(texts: _Texts, columns: Columns) -> Record:
     """Every text once, with its numbers: the first of those that are equal, positives before negatives."""
     if texts.labelled and not texts.positives:
         raise BadRow("no positive")
+    if len({*texts.positives, *texts.negatives}) == len(texts.positives) + len(texts.negatives):  # as of most rows
+        own, others = tuple(texts.positives), tuple(texts.negatives)
+        return Record(texts.query, own, others, texts.instruction, dict(columns), texts.symmetric)
     kept: dict[str, int] = {}
     for place, text in enumerate([*texts.positives, *texts.negatives]):
         kept.setdefault(text, place)

@@ -1,8 +1,7 @@
 """An index of checked rows on disk, so that a machine checks the rows of a file once and not at every start.
 
-An entry of the cache is a folder named after the identity of what was checked: the files (path, size, times and a
-digest of samples), the schema, the columns and the code that reads rows. It is written under another name and renamed
-when it is whole. One process builds it, the others wait.
+An entry of the cache (:mod:`ullme.data.row_cache`) is a folder named after the identity of what was checked: the files
+(path, size, times and a digest of samples), the schema, the columns and the code that reads rows.
 """
 
 from __future__ import annotations
@@ -15,29 +14,24 @@ import os
 import shutil
 import sys
 from array import array
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
 from ullme.data import bad_row, columns, jsonl, records
 from ullme.data.query_index import sorted_hashes, write_sorted_hashes
-from ullme.utils.atomic_files import UNFINISHED, check_writable
+from ullme.data.row_cache import FACTS, alone, evict, unfinished, use, writable_root
 from ullme.utils.dotted_names import named
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
-CACHE_VARIABLE = "ULLME_CACHE"
-LIMIT_VARIABLE = "ULLME_CACHE_GB"
-DEFAULT_LIMIT = 100.0  # GB
 # Bytes of all files together, below which checking the rows is quicker than keeping an index of them.
 SMALLEST = 1 << 20
 MOST_NEGATIVES = 2**16 - 1  # a row with more is counted as one with so many
-_FACTS = "index.json"
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 _BUFFERED = 1 << 16
 
@@ -86,10 +80,12 @@ class Numbers:
 
     Args:
         source: the numbers, or the path of the file, which a pickle holds instead of its numbers.
+        in_use: an open file that keeps the entry of the cache, see :func:`ullme.data.row_cache.use`.
     """
 
-    def __init__(self, source: np.ndarray | Path) -> None:
+    def __init__(self, source: np.ndarray | Path, in_use: IO[bytes] | None = None) -> None:
         self.source = source
+        self._in_use = in_use
         self._array: np.ndarray | None = None
         self._count = len(self.array)
 
@@ -99,7 +95,7 @@ class Numbers:
         if self._array is None:
             # np.memmap takes longer than a plain array to read one number
             loaded = np.load(self.source, mmap_mode="r") if isinstance(self.source, Path) else self.source
-            self._array = np.asarray(loaded)  # a mapping stays readable when the cache is cleared
+            self._array = np.asarray(loaded)
         return self._array
 
     def __len__(self) -> int:
@@ -109,7 +105,7 @@ class Numbers:
         return int(self.array[place])
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_array": None}
+        return self.__dict__ | {"_array": None, "_in_use": None}
 
 
 @dataclass
@@ -165,7 +161,7 @@ class Writer:
             numbers.close()
         write_sorted_hashes(self.folder / "queries.npy", self.folder)
         sizes = {path.name: path.stat().st_size for path in self.folder.iterdir()}
-        with (self.folder / _FACTS).open("w") as file:
+        with (self.folder / FACTS).open("w") as file:
             json.dump({"facts": facts, "sizes": sizes}, file)
             file.flush()
             os.fsync(file.fileno())
@@ -189,11 +185,9 @@ def cached_index(
     Raises:
         ValueError: a folder that was named is not writable, the data changed while they were read, or ``build``'s.
     """
-    from filelock import FileLock
-
     known = identity()
     small = not unpacks and sum(size for _, size, *_ in known["files"]) < SMALLEST
-    root = None if small else _writable_root(cache_dir)
+    root = None if small else writable_root(cache_dir)
     if root is None:
         writer = Writer()
         facts = build(writer)
@@ -204,55 +198,17 @@ def cached_index(
         return RowIndex(positions, numbers, counts, facts, hashes, rows)
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
     folder = root / key
-    with FileLock(root / f"{key}.lock"):
+    with alone(folder, ", ".join(str(path) for path, *_ in known["files"][:3])):
         if (found := _load(folder)) is None:
-            with _unfinished(root, folder) as place:
+            with unfinished(folder) as place:
                 writer = Writer(place)
                 facts = build(writer)
                 _check_same(known, identity())
                 writer.close(facts)
-            _evict(root, keep=folder)
+            evict(root, keep=folder)
             found = _load(folder)
         assert found is not None
     return found
-
-
-def cache_root(cache_dir: str | None = None) -> Path:
-    """The folder of all indices."""
-    given = cache_dir or os.environ.get(CACHE_VARIABLE)
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ullme"
-    return (Path(given) if given else default) / "rows"
-
-
-def entries(root: Path) -> list[tuple[Path, int, float]]:
-    """(folder, bytes, time of last use in seconds since 1970) of every whole entry, the longest unused first."""
-    found = []
-    for folder in root.glob("*/") if root.is_dir() else ():
-        if (folder / _FACTS).is_file():
-            size = sum(file.stat().st_size for file in folder.iterdir())
-            found.append((folder, size, (folder / _FACTS).stat().st_mtime))
-    return sorted(found, key=lambda entry: entry[2])
-
-
-def clear(root: Path) -> int:
-    """Remove every entry. Returns: the bytes that were freed. Runs that use one keep it open and go on."""
-    found = entries(root)
-    for folder, _, _ in found:
-        shutil.rmtree(folder)
-    _sweep_folders(root)
-    return sum(size for _, size, _ in found)
-
-
-def size_limit() -> float:
-    """The size of the cache in bytes above which unused entries are removed. Raises: ValueError: $ULLME_CACHE_GB."""
-    given = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT))
-    try:
-        limit = float(given)
-    except ValueError:
-        limit = -1.0
-    if not limit >= 0:
-        raise ValueError(f"{LIMIT_VARIABLE}={given!r} must be a size in GB, such as 50")
-    return limit * 1e9
 
 
 def file_identity(path: Path) -> list[Any]:
@@ -288,77 +244,24 @@ def code_identity(schema: str) -> list[str]:
     return [hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else "" for file in files]
 
 
-def _writable_root(cache_dir: str | None) -> Path | None:
-    root = cache_root(cache_dir)
-    try:
-        check_writable(root, "data.cache_dir")
-    except ValueError as error:
-        if cache_dir is not None:
-            raise
-        log.warning(
-            "data: rows are checked again at every start and by every process: %s (data.cache_dir or $%s)",
-            error,
-            CACHE_VARIABLE,
-        )
-        return None
-    return root
-
-
 def _load(folder: Path) -> RowIndex | None:
-    """A whole entry; None where there is none. A damaged one is removed."""
+    """A whole entry, which stays as long as it is used; None where there is none. A damaged one is removed."""
+    in_use = use(folder)
     try:
-        content = json.loads((folder / _FACTS).read_text())
+        content = json.loads((folder / FACTS).read_text())
         wrong = [name for name, size in content["sizes"].items() if (folder / name).stat().st_size != size]
     except (OSError, ValueError, KeyError, AttributeError):
-        wrong = [_FACTS]
+        wrong = [FACTS]
     if wrong:
         if folder.exists():
             log.warning("data: the index %s is damaged; the rows are checked again", folder)
             shutil.rmtree(folder)
         return None
-    os.utime(folder / _FACTS)
+    os.utime(folder / FACTS)
     counts = np.load(folder / "num_negatives.npy", mmap_mode="r")
     names = ("positions", "numbers", "query_hashes", "query_rows")
-    positions, numbers, hashes, rows = (Numbers(folder / f"{name}.npy") for name in names)
+    positions, numbers, hashes, rows = (Numbers(folder / f"{name}.npy", in_use) for name in names)
     return RowIndex(positions, numbers, counts, content["facts"], hashes, rows, folder)
-
-
-@contextmanager
-def _unfinished(root: Path, folder: Path) -> Iterator[Path]:
-    """A folder to write to, renamed to ``folder`` at the end and removed after an error."""
-    place = root / f"{UNFINISHED}{os.getpid()}.{folder.name}"
-    _sweep_folders(root)
-    place.mkdir()
-    try:
-        yield place
-        os.replace(place, folder)
-    except OSError as error:
-        raise ValueError(
-            f"the index of the rows cannot be written to {root} ({error.strerror or error}); free space, or choose "
-            f"another folder with data.cache_dir or ${CACHE_VARIABLE}"
-        ) from error
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-def _sweep_folders(root: Path) -> None:
-    """Remove what processes that were killed left behind."""
-    for place in root.glob(f"{UNFINISHED}*.*/") if root.is_dir() else ():
-        process = place.name.removeprefix(UNFINISHED).split(".")[0]
-        if not (process.isdigit() and Path(f"/proc/{process}").exists()):
-            shutil.rmtree(place, ignore_errors=True)
-
-
-def _evict(root: Path, keep: Path) -> None:
-    """Remove the entries that were not used for longest until the cache is below its limit."""
-    limit = size_limit()
-    found = entries(root)
-    total = sum(size for _, size, _ in found)
-    for folder, size, _ in found:
-        if total > limit and folder != keep:
-            log.info("data: the cache %s is above %.0f GB ($%s): %s removed", root, limit / 1e9, LIMIT_VARIABLE, folder)
-            shutil.rmtree(folder, ignore_errors=True)
-            total -= size
 
 
 def _check_same(before: dict[str, Any], after: dict[str, Any]) -> None:

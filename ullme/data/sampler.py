@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -20,6 +20,18 @@ from ullme.data.records import Record
 from ullme.data.sources import RowSource, Subset
 
 ShortRows = Literal["borrow", "repeat", "drop"]
+
+# Rows with the same query that are read for each draw of one of them; where there are more, the query is a label or a
+# topic rather than a question.
+MOST_SIBLINGS = 100
+
+
+class KnownQueries(Protocol):
+    """What knows the positives of a query: a source, or a mixture of them."""
+
+    def positives_of(self, query: str) -> set[str]: ...
+
+    def count_of(self, query: str) -> int: ...
 
 
 class Draw(NamedTuple):
@@ -48,10 +60,13 @@ def draw(
     seed: int,
     num_hard_negatives: int,
     short_rows: ShortRows = "borrow",
-    positives_of: Callable[[str], set[str]] | None = None,
+    queries: KnownQueries | None = None,
     num_positives: int = 1,
 ) -> Draw:
     """Positives and N hard negatives of a row, the same for the same (seed, epoch, row) everywhere.
+
+    A negative of the row that is a positive of another row with the same query is not drawn, for a query of up to
+    :data:`MOST_SIBLINGS` rows, which are read for it.
 
     Args:
         source: all rows.
@@ -62,7 +77,7 @@ def draw(
         short_rows: what stands in for missing negatives. ``borrow`` takes positives of other rows, never a text that
             is a positive of this row or of another one with the same query, or already a negative of this row;
             ``repeat`` goes round the row's own negatives, and borrows where there are none.
-        positives_of: query -> all texts known to be its positives; None asks the source.
+        queries: knows all positives of a query; None: the source does.
         num_positives: how many positives to draw, where the row has so many. The first of them, and the negatives, are
             the same for any number.
 
@@ -71,21 +86,29 @@ def draw(
     """
     record = source[row]
     rng = np.random.default_rng([seed, epoch, row])
-    positives_of = positives_of or source.positives_of
+    queries = queries or source
     if not record.labelled:
         own = _fill(rng.permutation(len(record.negatives)).tolist(), num_hard_negatives + 1, short_rows)
         texts = [record.negatives[i] for i in own]
         missing = num_hard_negatives + 1 - len(own)
-        texts += _borrow(source, missing, {*record.negatives, *positives_of(record.query)}, rng) if missing else []
+        texts += (
+            _borrow(source, missing, {*record.negatives, *queries.positives_of(record.query)}, rng) if missing else []
+        )
         columns = _columns(source, record, own, missing)
         drawn = Draw(record.query, texts[0], texts[1:], record.instruction, labelled=False, columns=columns)
         return drawn._replace(symmetric=record.symmetric, extra_positives=(None,) * (num_positives - 1))
     first = int(rng.integers(len(record.positives)))
-    own = _fill(rng.permutation(len(record.negatives)).tolist(), num_hard_negatives, short_rows)
+    order = rng.permutation(len(record.negatives)).tolist()
+    if order and num_hard_negatives and 1 < queries.count_of(record.query) <= MOST_SIBLINGS:
+        siblings = queries.positives_of(record.query)
+        order = [i for i in order if record.negatives[i] not in siblings]
+        # a row that this leaves short was not counted as one, to be dropped
+        short_rows = "repeat" if short_rows == "drop" else short_rows
+    own = _fill(order, num_hard_negatives, short_rows)
     negatives = [record.negatives[i] for i in own]
     missing = num_hard_negatives - len(own)
     if missing:
-        taken = {*record.positives, *positives_of(record.query), *negatives}
+        taken = {*record.positives, *queries.positives_of(record.query), *negatives}
         negatives += _borrow(source, missing, taken, rng)
     places = [first, *(len(record.positives) + i for i in own)]
     columns = _columns(source, record, places, missing)

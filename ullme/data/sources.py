@@ -7,8 +7,6 @@ keep the texts in memory, and is cheap to pickle for dataloader workers.
 from __future__ import annotations
 
 import logging
-import os
-import time
 from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,10 +15,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ullme.data.checked_lines import CheckedLines
 from ullme.data.checked_rows import CheckedRows, OnBadRow, RowParser, query_hash, rows_identity
 from ullme.data.columns import ColumnKind, ColumnOption
 from ullme.data.files import check_config, check_kind, expand_files, is_jsonl, is_table
-from ullme.data.jsonl import COMPRESSIONS, LineReader, iter_lines
+from ullme.data.jsonl import COMPRESSIONS, iter_lines
 from ullme.data.order import ORDER_VERSION, Order, random_order
 from ullme.data.records import BadRow, Record, Schema
 from ullme.data.row_index import (
@@ -28,13 +27,12 @@ from ullme.data.row_index import (
     Writer,
     cached_index,
     file_identity,
-    sample_digest,
 )
 from ullme.data.tables import load
 from ullme.utils.progress import progress
 
-# Seconds between two looks at whether a file has changed since its rows were checked.
-SECONDS_BETWEEN_CHECKS = 1.0
+# Rows of a random order that are computed at once.
+_BLOCK = 1 << 20
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +67,10 @@ class RowSource(Protocol):
         """What is a positive of a row with this query; without labels, what is a candidate."""
         ...
 
+    def count_of(self, query: str) -> int:
+        """At most how many rows have this query; found without reading any."""
+        ...
+
 
 class _QueryIndex:
     """The rows that have a query, found by a hash of it.
@@ -83,11 +85,21 @@ class _QueryIndex:
 
     def positives(self, source: RowSource, query: str) -> set[str]:
         """See :meth:`RowSource.positives_of`."""
-        hashes = self._hashes.array
-        wanted = np.uint32(query_hash(query))
-        first, last = (np.searchsorted(hashes, wanted, side) for side in ("left", "right"))
-        records = [source[row] for row in self._rows.array[first:last].tolist()]
+        records = [source[row] for row in self._rows.array[self._places(query)].tolist()]
         return {text for r in records if r.query == query for text in r.positives or r.negatives}
+
+    def count(self, query: str) -> int:
+        """See :meth:`RowSource.count_of`."""
+        places = self._places(query)
+        return places.stop - places.start
+
+    def _places(self, query: str) -> slice:
+        """Of the query's hash among all."""
+        hashes, wanted = self._hashes.array, np.uint32(query_hash(query))
+        first = int(hashes.searchsorted(wanted))
+        if first + 1 < len(hashes) and hashes[first + 1] == wanted:
+            return slice(first, int(hashes.searchsorted(wanted, "right")))
+        return slice(first, first + int(first < len(hashes) and hashes[first] == wanted))  # one, as of most, or none
 
 
 class JsonlSource:
@@ -117,12 +129,12 @@ class JsonlSource:
     ) -> None:
         specs = [files] if isinstance(files, str) else list(files)
         self.files = [path for name in specs for path in expand_files(name, split)]
-        self._parser = RowParser(schema, columns)
-        self._identities: list[list[Any]] = []
+        self._parser = RowParser(schema, columns, cache_dir)
+        identities: list[list[Any]] = []
 
         def identity() -> dict[str, Any]:
-            self._identities = [file_identity(path) for path in self.files]
-            return {"files": self._identities, **rows_identity(self._parser, schema, columns, on_bad_row)}
+            identities[:] = [file_identity(path) for path in self.files]
+            return {"files": list(identities), **rows_identity(self._parser, schema, columns, on_bad_row)}
 
         def build(writer: Writer) -> dict[str, Any]:
             return self._build(CheckedRows(self._parser, on_bad_row, writer), ", ".join(specs))
@@ -134,9 +146,11 @@ class JsonlSource:
         self.skipped, self.longest_instruction = index.facts["skipped"], index.facts["longest_instruction"]
         self.labelled, self.columns, self.unread = (index.facts[name] for name in ("labelled", "columns", "unread"))
         self._queries = _QueryIndex(index.query_hashes, index.query_rows)
-        self._unpacked = [self._unpacked_file(index.folder, n) for n in range(len(self.files))]
-        self._next_checks = [0.0] * len(self.files)  # time.monotonic() from which a file is looked at again
-        self._lines = LineReader([unpacked or path for unpacked, path in zip(self._unpacked, self.files, strict=True)])
+        unpacked = [self._unpacked_file(index.folder, n) for n in range(len(self.files))]
+        self._lines = CheckedLines(
+            [copy or path for copy, path in zip(unpacked, self.files, strict=True)],
+            [None if copy else known for copy, known in zip(unpacked, identities, strict=True)],
+        )
         if empty := [
             str(path) for n, path in enumerate(self.files) if self._ends[n] == (self._ends[n - 1] if n else 0)
         ]:
@@ -177,33 +191,19 @@ class JsonlSource:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         file = bisect_right(self._ends, row)
-        if self._unpacked[file] is None and time.monotonic() >= self._next_checks[file]:
-            self._check_unchanged(file)
         line = self._lines.read(file, self._offsets[row])
         try:
             return self._parser.parse(line, self._numbers[row] if len(self._numbers) else row)
-        except BadRow:
-            if self._unpacked[file] is None:
-                self._check_unchanged(file)
+        except BadRow:  # it was valid
+            self._lines.check(file)
+            self._parser.check_side_files()
             raise
-
-    def _check_unchanged(self, file: int) -> None:
-        """Raises: ValueError: the file is not the one that was checked. One that only got longer is."""
-        self._next_checks[file] = time.monotonic() + SECONDS_BETWEEN_CHECKS
-        handle = self._lines.handle(file)
-        status = os.fstat(handle.fileno())
-        path, size, *times, digest = self._identities[file]
-        if [status.st_size, status.st_mtime_ns, status.st_ctime_ns] == [size, *times]:
-            return
-        if status.st_size < size or sample_digest(handle, size) != digest:
-            raise ValueError(
-                f"data.train: {path} changed since its rows were checked; train on a copy that nobody writes to (the "
-                "run can be resumed, with the rows as they were)"
-            )
-        self._identities[file] = [path, size, status.st_mtime_ns, status.st_ctime_ns, digest]
 
     def positives_of(self, query: str) -> set[str]:
         return self._queries.positives(self, query)
+
+    def count_of(self, query: str) -> int:
+        return self._queries.count(query)
 
 
 class HubSource:
@@ -232,7 +232,7 @@ class HubSource:
         columns: ColumnOption = None,
         cache_dir: str | None = None,
     ) -> None:
-        self._parser = RowParser(schema, columns)
+        self._parser = RowParser(schema, columns, cache_dir)
         self.dataset = load(path, name, split)
         files = [Path(file["filename"]) for file in self.dataset.cache_files]
 
@@ -265,6 +265,9 @@ class HubSource:
     def positives_of(self, query: str) -> set[str]:
         return self._queries.positives(self, query)
 
+    def count_of(self, query: str) -> int:
+        return self._queries.count(query)
+
 
 class FirstRows:
     """The first rows of a random order of another source.
@@ -277,10 +280,14 @@ class FirstRows:
 
     def __init__(self, source: RowSource, order: Order, count: int) -> None:
         self.source, self.order, self.count = source, order, count
-        blocks = (np.arange(first, min(first + (1 << 20), count)) for first in range(0, count, 1 << 20))
-        self.num_negatives = np.concatenate([source.num_negatives[order.at(block)] for block in blocks])
         self.skipped, self.longest_instruction = source.skipped, source.longest_instruction
         self.labelled, self.columns, self.unread = source.labelled, source.columns, source.unread
+
+    @property
+    def num_negatives(self) -> np.ndarray:
+        """(rows,) a copy, which is not kept."""
+        blocks = (np.arange(start, min(start + _BLOCK, self.count)) for start in range(0, self.count, _BLOCK))
+        return np.concatenate([self.source.num_negatives[self.order.at(block)] for block in blocks])
 
     def __len__(self) -> int:
         return self.count
@@ -293,21 +300,28 @@ class FirstRows:
     def positives_of(self, query: str) -> set[str]:
         return self.source.positives_of(query)  # those of the other rows are positives all the same
 
+    def count_of(self, query: str) -> int:
+        return self.source.count_of(query)
+
 
 class Subset:
     """A subset of the rows of another source.
 
     Args:
         source: the other source.
-        rows: (rows,) indices of its rows.
+        rows: (rows,) indices of its rows; kept in 4 bytes each where there are fewer than 2^32.
     """
 
     def __init__(self, source: RowSource, rows: np.ndarray) -> None:
         self.source = source
-        self.rows = rows
-        self.num_negatives = source.num_negatives[rows]
+        self.rows = rows.astype(np.uint32) if len(source) < 2**32 else rows
         self.skipped, self.longest_instruction = source.skipped, source.longest_instruction
         self.labelled, self.columns, self.unread = source.labelled, source.columns, source.unread
+
+    @property
+    def num_negatives(self) -> np.ndarray:
+        """(rows,) a copy, which is not kept."""
+        return self.source.num_negatives[self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -317,6 +331,9 @@ class Subset:
 
     def positives_of(self, query: str) -> set[str]:
         return self.source.positives_of(query)  # those of rows outside the subset are positives all the same
+
+    def count_of(self, query: str) -> int:
+        return self.source.count_of(query)
 
 
 def open_source(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import glob
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ullme.data.files import TABLES, suffix
+
+log = logging.getLogger(__name__)
 
 # An empty cell of a CSV file has no value; the words None, NA and null are texts as any other.
 CELLS: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
@@ -48,7 +51,7 @@ def reading(names: Sequence[str]) -> tuple[str, list[str], dict[str, Any]]:
     if TABLES[kind] == "csv":
         return "csv", files, _csv_options(files, kind)
     if TABLES[kind] == "parquet":
-        return "parquet", files, _parquet_options(files)
+        return _reading_parquet(files)
     return TABLES[kind], files, {}
 
 
@@ -118,25 +121,35 @@ def _check_header(file: str, header: list[str]) -> None:
         raise TableError(f"{file}: the column {twice[0]!r} stands twice in the header; rename one of them")
 
 
-def _parquet_options(files: Sequence[str]) -> dict[str, Any]:
-    """Where files differ, all columns that any of them has: a row has null in those that its own file lacks."""
+def _reading_parquet(files: Sequence[str]) -> tuple[str, list[str], dict[str, Any]]:
+    """As :func:`reading`, without files that hold no row, which ``datasets`` cannot read.
+
+    Where files differ, rows have all columns that any of them has, and null in those that their own file lacks.
+    """
     import pyarrow
     from datasets import Features
     from pyarrow import parquet
 
-    schemas = []
+    found = {}
     for file in files:
         try:
-            schemas.append(parquet.read_schema(file).remove_metadata())
+            metadata = parquet.read_metadata(file)
+            found[file] = metadata.num_rows, metadata.schema.to_arrow_schema().remove_metadata()
         except pyarrow.ArrowException as error:
             raise TableError(f"{file} cannot be read as Parquet ({error}); is it whole?") from None
+    if empty := [file for file, (rows, _) in found.items() if not rows]:
+        if len(empty) == len(found):
+            raise TableError(f"{', '.join(empty[:3])} holds no row")
+        log.warning("data: %d of %d files hold no row: %s", len(empty), len(found), ", ".join(empty[:3]))
+    full = [file for file in files if file not in empty]
+    schemas = [found[file][1] for file in full]
     if all(schema == schemas[0] for schema in schemas):
-        return {}
+        return "parquet", full, {}
     try:
         features = Features.from_arrow_schema(pyarrow.unify_schemas(schemas, promote_options="permissive"))
     except pyarrow.ArrowException as error:
         raise TableError(
-            f"{', '.join(files[:3])}: a column has values of different kinds ({error}); give each file an entry of "
+            f"{', '.join(full[:3])}: a column has values of different kinds ({error}); give each file an entry of "
             "data.datasets of its own"
         ) from None
-    return {"features": features}
+    return "parquet", full, {"features": features}

@@ -1,15 +1,17 @@
-"""Opening the rows of a dataset for training: which are used, and what is logged about them."""
+"""Opening the rows of a dataset for training: which options apply, which rows are used, and what is logged of them."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from ullme.data.columns import split_option
 from ullme.data.mixture import TrainSet
 from ullme.data.sampler import ShortRows, check_no_row_borrows, settle_short_rows
 from ullme.data.sources import RowSource
-from ullme.data.unread_fields import log_unread
+from ullme.data.unread_fields import log_unread, warn_of_empty_columns
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ def usable_rows(
         return usable
     log.info("data: %d rows to train on%s", len(usable), f" in {dataset.train}" if of_several else "")
     log_unread(dataset.train, source)
+    warn_of_empty_columns(dataset.train, source, dataset.columns)
     if source.skipped:
         log.warning("data: skipped %d bad rows, the first: %s", len(source.skipped), source.skipped[:3])
     if short:
@@ -57,6 +60,37 @@ def usable_rows(
             short_rows,
         )
     return usable
+
+
+# Options of data.train that each of data.datasets has for itself, by their names there -> what they are if unset.
+_OF_ONE_DATASET = {"columns": None, "schema": "auto", "max_rows": None, "train_name": None, "train_split": "train"}
+
+
+def check_beside_datasets(options: Mapping[str, Any]) -> None:
+    """Refuse options of ``data.train`` that would be ignored beside ``data.datasets``.
+
+    Args:
+        options: the value of each of the options that a dataset has for itself.
+
+    Raises:
+        ValueError: one is set.
+    """
+    for name, value in options.items():
+        unset = _OF_ONE_DATASET[name]
+        if value != unset:
+            raise ValueError(
+                f"data.{name}={value!r} is for data.train; set data.{name}={'null' if unset is None else unset}, and "
+                f"give {name.removeprefix('train_')} to each of data.datasets"
+            )
+
+
+def check_mixture_drops_last(drop_last: bool) -> None:
+    """Raises: ValueError: a mixture is asked for batches that are not full."""
+    if not drop_last:
+        raise ValueError(
+            "data.drop_last=false: each batch of a mixture is of one dataset, and the rows of a pass that do not fill "
+            "a batch are left out of it; leave data.drop_last out"
+        )
 
 
 def datasets_of_entries(dataset: TrainSet, mixture_alpha: float) -> list[TrainSet]:

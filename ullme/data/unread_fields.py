@@ -1,16 +1,30 @@
-"""Fields of the rows that nothing reads are named in the log."""
+"""Fields of the rows that nothing reads, and columns that no row has, are named in the log."""
 
 from __future__ import annotations
 
 import logging
 
-from ullme.data.columns import holds_numbers
+from ullme.data.columns import ColumnOption, holds_numbers, split_option
 from ullme.data.sources import RowSource
 
 log = logging.getLogger(__name__)
 
 # What other projects call the instruction of a row.
 _INSTRUCTIONS = ("instruction", "instruct", "prompt", "task", "query_instruction", "query_prompt")
+
+
+def warn_of_empty_columns(name: str | list[str], source: RowSource, columns: ColumnOption) -> None:
+    """Name the columns of ``data.columns`` in which no row has a number, such as one whose field is misspelt.
+
+    Args:
+        name: of the dataset.
+        source: its rows.
+        columns: the option.
+    """
+    fields, files = split_option(columns)
+    for column, origin in {**fields, **files}.items():
+        if column not in source.columns:
+            log.warning("data.columns: %s=%s: no row of %s has a number there", column, origin, name)
 
 
 def log_unread(name: str | list[str], source: RowSource) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -13,6 +13,9 @@ from ullme.batch import Batch, ColumnKind, Direction, Representations
 
 # The directions in which one text is generated after another.
 TextDirection = Literal["passage_given_query", "query_given_passage"]
+
+# Columns of one training row: name -> a number of the query, or one for each candidate; NaN where there is none.
+RowNumbers = Mapping[str, float | tuple[float, ...]]
 
 
 class Term(nn.Module):
@@ -52,6 +55,14 @@ class Term(nn.Module):
             ValueError: a column has a number for each query where the term needs one for each candidate, or the other
                 way round.
         """
+
+    def doubt(self, rows: Sequence[RowNumbers]) -> str | None:
+        """What looks wrong about the numbers of the training rows, for a warning before training; None: nothing.
+
+        Args:
+            rows: the columns of some rows.
+        """
+        return None
 
 
 class RepresentationLoss(Term):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +12,10 @@ from torch.nn.functional import log_softmax
 
 from ullme.batch import ColumnKind, Representations
 from ullme.distributed import gather_sizes, world
-from ullme.losses.base import RepresentationLoss
+from ullme.losses.base import RepresentationLoss, RowNumbers
+
+# A teacher that gives so much to one candidate, for so many of the queries, says no more than a label does.
+_ONE_HOT, _NEARLY_ALL = 0.99, 0.9
 
 
 def distillation_kl(
@@ -85,6 +90,12 @@ class Distillation(RepresentationLoss):
                 "candidates; give a list of scores, one for each positive and then each negative"
             )
 
+    def scored(self, rows: Sequence[RowNumbers]) -> list[list[float]]:
+        """The teacher's scores of each row that has two at least."""
+        lists = [value for row in rows if isinstance(value := row.get(self.column), tuple)]
+        known = [[score for score in scores if not math.isnan(score)] for scores in lists]
+        return [scores for scores in known if len(scores) > 1]
+
     def teacher(self, reps: Representations) -> Tensor:
         """The column, of a kind that the loss can use. Raises: ValueError: see :meth:`check_columns`."""
         scores = reps.columns[self.column]
@@ -136,6 +147,22 @@ class DistillationKL(Distillation):
                 raise ValueError(f"DistillationKL.{option}={value}: must be above 0")
         self.temperature, self.teacher_temperature = temperature, teacher_temperature
 
+    def doubt(self, rows: Sequence[RowNumbers]) -> str | None:
+        """A teacher that is practically one-hot for nearly all rows, as scores in another unit (BM25's) make it."""
+        scored = self.scored(rows)
+        temperature = self.teacher_temperature or self.temperature
+        tops = [torch.tensor(scores).double().div(temperature).softmax(0).max().item() for scores in scored]
+        one_hot = sum(top > _ONE_HOT for top in tops)
+        if one_hot <= _NEARLY_ALL * len(tops):
+            return None
+        name = "temperature" if self.teacher_temperature is None else "teacher_temperature"
+        spread = statistics.median(map(statistics.stdev, scored))
+        return (
+            f"DistillationKL.{name}={temperature:g}: for {one_hot} of {len(tops)} rows the teacher gives more than "
+            f"{_ONE_HOT:.0%} to one candidate, so that it teaches no more than a label does; its scores of a query "
+            f"have a standard deviation of {spread:.2g}: try a teacher_temperature of about that"
+        )
+
     def forward(self, reps: Representations) -> Tensor:
         teacher = self.teacher(reps)
         losses = distillation_kl(self.cosines(reps), teacher, self.temperature, self.teacher_temperature)
@@ -173,6 +200,19 @@ class MarginMSE(Distillation):
                 f"{num_hard_negatives} (num_hard_negatives); set that to 1, or give a list of scores, one for each "
                 "positive and then each negative"
             )
+
+    def doubt(self, rows: Sequence[RowNumbers]) -> str | None:
+        """Margins that no two cosines have, for most rows."""
+        single = [value for row in rows if isinstance(value := row.get(self.column), float) and not math.isnan(value)]
+        margins = [*single, *(scores[0] - score for scores in self.scored(rows) for score in scores[1:])]
+        beyond = sum(abs(margin) > 2 * self.scale for margin in margins)
+        if 2 * beyond <= len(margins):
+            return None
+        return (
+            f"MarginMSE.scale={self.scale:g}: {beyond} of {len(margins)} of the teacher's margins are beyond "
+            f"{2 * self.scale:g}, which no difference of two cosines times scale reaches; their median is "
+            f"{statistics.median(map(abs, margins)):.2g}: try a scale of about that"
+        )
 
     def forward(self, reps: Representations) -> Tensor:
         teacher = self.teacher(reps)

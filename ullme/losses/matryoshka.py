@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ullme.batch import ColumnKind, Representations
-from ullme.losses.base import RepresentationLoss
+from ullme.losses.base import RepresentationLoss, RowNumbers
 
 
 def truncated(embeddings: Tensor, dim: int) -> Tensor:
@@ -69,6 +69,9 @@ class Matryoshka(RepresentationLoss):
 
     def check_columns(self, kinds: Mapping[str, ColumnKind], num_hard_negatives: int) -> None:
         self.term.check_columns(kinds, num_hard_negatives)
+
+    def doubt(self, rows: Sequence[RowNumbers]) -> str | None:
+        return self.term.doubt(rows)
 
     def check_width(self, width: int) -> None:
         """Raises: ValueError: the largest of dims is not below D."""

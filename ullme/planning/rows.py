@@ -1,4 +1,4 @@
-"""How many training rows an epoch has, counted without parsing them."""
+"""How many training rows an epoch has, counted without parsing them, and how many passages a query has."""
 
 from __future__ import annotations
 
@@ -19,6 +19,23 @@ def epoch_rows(data: Any) -> int:
     if data.datasets is None:
         return _rows(data.train, data.train_split, data.max_rows)
     return round(sum(one.weight * _rows(one.train, one.split, one.max_rows) for one in data.datasets))
+
+
+def most_passages(data: Any) -> tuple[int, int]:
+    """The hard negatives and positives of a query, of the dataset in which these are the most together.
+
+    Args:
+        data: the options under ``data:``, or a data module that may lack them.
+    """
+    negatives, positives = getattr(data, "num_hard_negatives", 8), getattr(data, "num_positives", 1)
+    own = [
+        (
+            negatives if one.num_hard_negatives is None else one.num_hard_negatives,
+            positives if one.num_positives is None else one.num_positives,
+        )
+        for one in getattr(data, "datasets", None) or []
+    ]
+    return max(own or [(negatives, positives)], key=sum)
 
 
 def _rows(train: str | Sequence[str], split: str, max_rows: int | None) -> int:

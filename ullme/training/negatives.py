@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from ullme.losses import InfoNCE, Matryoshka, Term
+
+
+def contrastive(terms: Iterable[Term]) -> Iterator[InfoNCE]:
+    """The contrastive losses among terms, also those that are nested (Matryoshka)."""
+    for term in terms:
+        inner = term.term if isinstance(term, Matryoshka) else term
+        if isinstance(inner, InfoNCE):
+            yield inner
 
 
 def check_negatives(
@@ -26,8 +34,8 @@ def check_negatives(
     Raises:
         ValueError: a term has no negatives.
     """
-    for term in (wrapper.term if isinstance(wrapper, Matryoshka) else wrapper for wrapper in terms):
-        if not isinstance(term, InfoNCE) or num_hard_negatives > 0:
+    for term in contrastive(terms):
+        if num_hard_negatives > 0:
             continue
         shared = in_batch_negatives and term.in_batch_negatives
         if batch_size == 1 or not shared:

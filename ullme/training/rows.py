@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Rows whose numbers are looked at before training.
+_LOOKED_AT = 200
+
 
 def check_columns(
     terms: Iterable[Term], columns: Mapping[str, ColumnKind], num_hard_negatives: int, where: str = ""
@@ -76,6 +79,17 @@ def warn_of_unused_columns(terms: Iterable[Term], columns: Collection[str], wher
         )
 
 
+def warn_of_doubts(terms: Iterable[Term], source: RowSource, where: str = "") -> None:
+    """Warn of numbers that do not suit a term's options, by rows evenly spaced over the source."""
+    if not source.columns:
+        return
+    places = range(0, len(source), -(-len(source) // _LOOKED_AT))
+    rows = [source[place].columns for place in places]
+    for term in terms:
+        if doubt := term.doubt(rows):
+            log.warning("loss: the rows%s: %s", where, doubt)
+
+
 def kinds_of_batches(source: RowSource | None) -> list[tuple[tuple[str, ...] | None, dict[str, ColumnKind]]]:
     """Of each dataset, the names of its loss terms (None: all) and its columns."""
     if source is None:
@@ -104,14 +118,14 @@ def check_rows(objective: Objective, data: Any, warn: bool = True) -> None:
         objective.check_rows(negatives, getattr(data, "labelled", True))
         check_positives(objective.terms, positives)
         if source is not None:
-            _check_columns(objective.terms, source.columns, negatives, "", warn)
+            _check_columns(objective.terms, source, negatives, "", warn)
         return
     for settings, one in zip(source.sets, source.sources, strict=True):
         where, part = f" of {settings.train!r}", objective.of_terms(settings.terms)
         own = negatives if settings.num_hard_negatives is None else settings.num_hard_negatives
         part.check_rows(own, one.labelled, where)
         check_positives(part.terms, positives if settings.num_positives is None else settings.num_positives, where)
-        _check_columns(part.terms, one.columns, own, where, warn)
+        _check_columns(part.terms, one, own, where, warn)
     named = [settings.terms for settings in source.sets]
     used = {name for terms in named for name in terms or []}
     unused = [term.name for term in objective.terms if term.name not in used]
@@ -119,9 +133,8 @@ def check_rows(objective: Objective, data: Any, warn: bool = True) -> None:
         log.warning("data.datasets: no dataset names the loss term %s, so it is never used", ", ".join(unused))
 
 
-def _check_columns(
-    terms: list[Term], columns: Mapping[str, ColumnKind], num_hard_negatives: int, where: str, warn: bool
-) -> None:
-    check_columns(terms, columns, num_hard_negatives, where)
+def _check_columns(terms: list[Term], source: RowSource, num_hard_negatives: int, where: str, warn: bool) -> None:
+    check_columns(terms, source.columns, num_hard_negatives, where)
     if warn:
-        warn_of_unused_columns(terms, columns, where)
+        warn_of_unused_columns(terms, source.columns, where)
+        warn_of_doubts(terms, source, where)
