@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ullme.utils.errors import run_command
+from ullme.utils.unused_options import warn_of_unused
 
 if TYPE_CHECKING:
     from ullme.search.shards import Shards
@@ -133,6 +134,13 @@ def _check(options: Any) -> None:
     for name in ("train_rows", "sample"):
         if options[name] < 1:
             raise ValueError(f"--{name} {options[name]} must be at least 1")
+    unused: dict[str, tuple[str, ...]] = {}
+    if options.factory == "none":
+        judged = () if options.qrels is not None else ("queries",)
+        unused["with --factory none"] = ("parameters", "train_rows", "seed", "sample", *judged)
+    if not options.bm25:
+        unused["without --bm25"] = ("stopwords",)
+    warn_of_unused(parser(), options, unused)
 
 
 def _build_faiss(options: Any, shards: Shards) -> None:

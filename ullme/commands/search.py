@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ullme.utils.errors import run_command
+from ullme.utils.unused_options import warn_of_unused
 
 if TYPE_CHECKING:
     from ullme.search.queries import Hit
@@ -23,6 +24,12 @@ DESCRIPTION = (
 )
 # Characters of a text that are printed.
 SHOWN = 100
+# Method -> options that it does not use.
+UNUSED = {
+    "dense": ("dense_weight", "fusion"),
+    "bm25": ("dense_weight", "fusion", "exact", "model", "instruction", "max_length"),
+    "fused": (),
+}
 
 
 def parser() -> ArgumentParser:
@@ -91,6 +98,10 @@ def _check(options: Any) -> None:
     check_method(options.method)
     check_dense_weight(options.dense_weight)
     check_fusion(options.fusion)
+    unused = {f"with --method {options.method}": UNUSED[options.method]}
+    if options.to is not None:
+        unused["with --to, whose .jsonl files hold the whole texts"] = ("json",)
+    warn_of_unused(parser(), options, unused)
 
 
 def _run(options: Any) -> int:
