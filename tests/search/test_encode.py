@@ -95,7 +95,7 @@ def test_a_finished_folder_is_left_alone(whole, corpus, tmp_path):
 
 
 REFUSED = {
-    "model": ({"embedder": StubEmbedder(version="2")}, "the model was '1' and is '2' now"),
+    "model": ({"embedder": StubEmbedder(version="2")}, "the model was 'stub, revision 1' and is ', revision 2' now"),
     "prompt": (
         {"embedder": StubEmbedder(prompts={"passage": "passage: {text}"})},
         r"the prompts, field passage was '\{text\}' and is 'passage: \{text\}' now",
