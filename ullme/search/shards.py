@@ -102,7 +102,7 @@ def _compared(manifest: dict[str, Any], key: str) -> Any:
 
 def _shown(manifest: dict[str, Any], key: str) -> Any:
     """A part of a manifest for messages."""
-    part = manifest.get(key)
+    part: Any = manifest.get(key)
     if key == "model":
         return f"{part['name']}, revision {part['revision']}"
     if key == "corpus":
