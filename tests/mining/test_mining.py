@@ -256,7 +256,7 @@ def test_blocks_are_larger_where_the_corpus_is(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_copy_of_the_query_is_no_negative(labelled, tmp_path):
     """Questions that are mined from a corpus of questions, as of Quora."""
-    query = DOCUMENTS[5].upper()
+    query = DOCUMENTS[5].title()  # 17th of all
     near = [n for n in np.argsort(-cosines(query)) if n not in (5, 0)]
     retriever = dense(make_folder(tmp_path))
     if labelled:
