@@ -267,6 +267,12 @@ def test_a_passage_that_is_scored_ends_where_the_llm_stops_generating():
     assert prompts.target_ids(["mill", LONG], max_length=20) == [[*bare("mill"), 2], bare(LONG)[:20]]
 
 
+def test_a_passage_that_is_scored_ends_in_the_tokenizers_own_end_where_there_is_no_eos_token():
+    tokenizer = framing_tokenizer("another end")
+    tokenizer.eos_token = None
+    assert PromptTokenizer(tokenizer, Prompts()).target_ids(["mill"], max_length=20) == [[*bare("mill"), 0]]
+
+
 def test_a_tokenizer_that_reads_few_texts_is_asked_about_one_of_them():
     from tokenizers import Tokenizer, models, processors
     from transformers import PreTrainedTokenizerFast

@@ -316,14 +316,18 @@ class PromptTokenizer:
         return max(map(len, self.prompt_ids([""] * len(own), max_length=2**31, instruction=own, role=role)))
 
     def target_ids(self, texts: Sequence[str], *, max_length: int) -> list[list[int]]:
-        """Token ids of each text alone, and ``eos_token``, where the LLM stops generating, unless the text was cut at
-        ``max_length`` tokens."""
+        """Token ids of each text alone and, unless the text was cut at ``max_length`` tokens, ``eos_token``.
+
+        That is where the LLM stops generating, so its likelihood is asked for even where the tokenizer ends the texts
+        that are embedded in another token. Without an ``eos_token`` the tokenizer's own end stands in.
+        """
         if not texts:
             return []
         rows: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)[
             "input_ids"
         ]
-        return [(row + self._eos)[:max_length] or [self.tokenizer.pad_token_id] for row in rows]
+        stop = self._eos or self._prompt_end
+        return [(row + stop)[:max_length] or [self.tokenizer.pad_token_id] for row in rows]
 
     def pad(self, rows: Sequence[Sequence[int]], starts: Sequence[int] | None = None) -> TokenRows:
         """Right-padded (R, L) block of token rows; the packed forward drops the padding again.

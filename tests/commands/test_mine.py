@@ -86,7 +86,10 @@ def test_by_bm25_from_a_corpus_and_from_the_rows(place, rows, tmp_path, capsys):
     assert "holds rows of another command: the stopwords was 'en' and is 'none' now" in capsys.readouterr().err
     other = write_jsonl(tmp_path / "other.jsonl", [{**row, "neg": ["something else"]} for row in ROWS])
     assert mine.main(["--rows", str(other), *argv[2:], "--to", str(tmp_path / "own.jsonl"), "--range_min=1"]) == 2
-    assert "holds embeddings of another command: --corpus was" in capsys.readouterr().err
+    assert (
+        "holds embeddings of another command: --corpus (or its --id_column, --text_columns or --on_empty) was"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_rows_passages_by_a_model(rows, llm_folder, tmp_path, capsys):

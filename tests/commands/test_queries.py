@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -126,6 +127,14 @@ def test_the_command(command, tmp_path, capsys):
     likelihood = ["--round_trip=likelihood", "--k=2", "--candidates=3"]
     assert queries.main([*command, *likelihood, "--to", str(tmp_path / "q.jsonl"), "--max_documents=3"]) == 0
     assert len((tmp_path / "q.jsonl").read_text().splitlines()) <= len(rows)
+
+
+def test_documents_are_cut_to_what_the_positions_leave(command, tmp_path, capsys):
+    argv = [one for one in command if not one.startswith("--document_max_length")]
+    assert queries.main([*argv, "--to", str(tmp_path / "q.jsonl"), "--max_documents=1"]) == 0
+    room = int(re.search(r"reads (\d+) tokens of a document", capsys.readouterr().err)[1])
+    known = json.loads((tmp_path / "q.jsonl.parts" / "settings.json").read_text())
+    assert 0 < known["--document_max_length"] == room < 256
 
 
 def test_few_that_are_kept_are_worth_a_hint():

@@ -92,9 +92,13 @@ def test_judged_queries_choose_the_weight_of_fusion(place, command, capsys):
         argv = [str(folder), "--factory=none", f"--queries={place}/j.tsv", f"--qrels={place}/{name}.tsv"]
         assert index.main(argv) == 2
         assert message in capsys.readouterr().err
+    with (place / "qrels.tsv").open("a") as file:
+        file.write("q1\tgone\t1\n")
     judged = [f"--queries={place}/j.tsv", f"--qrels={place}/qrels.tsv", "--device=cpu"]
     assert index.main([str(folder), "--factory=none", "--bm25", *judged]) == 0
-    out = capsys.readouterr().out
+    out, error = capsys.readouterr()
+    assert "index: 1 judgements of" in error
+    assert "are left out, and with them 0 queries" in error
     assert f"{folder}/fusion: by scores dense weight 0." in out
     assert "by nDCG@10 of 2 judged queries (0: 100.0, " in out
     weight = out.partition("by scores dense weight ")[2].partition(",")[0]

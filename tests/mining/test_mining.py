@@ -251,3 +251,19 @@ def test_blocks_are_larger_where_the_corpus_is(folder, tmp_path, monkeypatch):
         tmp_path / "2", QUESTIONS, dense(folder), MiningSettings(3), query_likelihood=lambda pairs: np.zeros(len(pairs))
     )
     assert len(list((tmp_path / "2" / "m.jsonl.parts").glob("part-*"))) == 10
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_copy_of_the_query_is_no_negative(labelled, tmp_path):
+    """Questions that are mined from a corpus of questions, as of Quora."""
+    query = DOCUMENTS[5].title()  # 17th of all
+    near = [n for n in np.argsort(-cosines(query)) if n not in (5, 0)]
+    retriever = dense(make_folder(tmp_path))
+    if labelled:
+        (row,) = mined(tmp_path, [{"query": query, "pos": [DOCUMENTS[0]]}], retriever, MiningSettings(38))
+        found = row["neg_ids"]
+    else:
+        mine(UnlabelledQueries({"q": query}, "q"), retriever, tmp_path / "m.jsonl", MiningSettings(38))
+        found = [key for key in read(tmp_path / "m.jsonl")[0]["candidate_ids"] if key != "d0"]
+    assert found == [f"d{n}" for n in near][: len(found)]
+    assert len(found) >= 37

@@ -89,6 +89,12 @@ def test_precisions_that_cannot_be(precision, count, message):
         check_precision(precision, count)
 
 
+@pytest.mark.parametrize("precision", ["int8", "uint8"])
+def test_equal_texts_have_no_range(model, precision):
+    with pytest.raises(ValueError, match="all 2 have the same embedding"):
+        model.encode([TEXTS[0], TEXTS[0]], precision=precision)
+
+
 def test_a_run_keeps_its_dims(model, make_model, tmp_path):
     """From the loss to the checkpoint, and from there to the model, an adapter folder and an existing model."""
     callback = FullBatch([Matryoshka(InfoNCE(), [16, 8])])

@@ -62,6 +62,7 @@ def test_foreign_weights_matter(foreign, llm_folder):
         {"target_modules": "all-linear", "exclude_modules": r".*k_proj"},
         {"target_modules": ["embed_tokens"]},
         {"target_modules": ["lm_head", "embed_tokens", "v_proj"]},
+        {"target_modules": ["lm_head", "v_proj"], "sizes": {"tie_word_embeddings": True}},
     ],
     ids=str,
 )

@@ -165,3 +165,11 @@ def test_a_prompt_longer_than_the_llms_positions(make_model):
         ValueError, match=r"--document_max_length 256 and --max_new_tokens 32 are \d+ tokens, and the LLM"
     ):
         LLMQueryWriter(make_model()).check(SETTINGS)
+
+
+def test_the_room_that_positions_leave_is_what_fits(make_model):
+    writer, short = LLMQueryWriter(make_model()), replace(SETTINGS, prompt=QueryPrompt(instruction="", examples=()))
+    room = writer.room(short)
+    writer.check(replace(short, document_max_length=room))
+    with pytest.raises(ValueError, match=f"--document_max_length {room + 1} and"):
+        writer.check(replace(short, document_max_length=room + 1))

@@ -9,6 +9,7 @@ import pytest
 from search_helpers import corpus_of, write_corpus
 
 from ullme.search import corpus as corpus_module
+from ullme.search import corpus_readers
 from ullme.search.corpus import Columns, Document, check_corpus, open_corpus
 
 ROWS = [{"_id": f"d{n}", "title": "" if n % 3 else f"title {n}", "text": f"text {n}"} for n in range(7)]
@@ -59,10 +60,30 @@ def as_hub(place: Path, monkeypatch) -> str:
     return "organisation/name"
 
 
-@pytest.mark.parametrize("make", [as_jsonl, as_beir, as_folder, as_parquet, as_hub])
+def as_saved_to_disk(place: Path, monkeypatch) -> str:
+    import datasets
+
+    datasets.DatasetDict({"corpus": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(place / "saved"))
+    return str(place / "saved")
+
+
+def as_files_of_the_hub(place: Path, monkeypatch) -> str:
+    """A clone of a dataset: Parquet in a folder, and descriptions beside it."""
+    folder = Path(as_parquet(place, monkeypatch))
+    (place / "clone").mkdir()
+    folder.rename(place / "clone" / "data")
+    (place / "clone" / "dataset_infos.json").write_text("{\n}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return str(place / "clone")
+
+
+MAKERS = [as_jsonl, as_beir, as_folder, as_parquet, as_hub, as_saved_to_disk, as_files_of_the_hub]
+
+
+@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("shard_rows", [1, 3, 100])
 def test_every_format_gives_the_same_documents(make, shard_rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_module, "_BATCH_ROWS", 2)
+    monkeypatch.setattr(corpus_readers, "_BATCH_ROWS", 2)
     corpus = open_corpus(make(tmp_path, monkeypatch))
     plan = check_corpus(corpus, shard_rows)
     assert plan.documents == 7
@@ -147,6 +168,10 @@ def test_no_documents(tmp_path):
         open_corpus(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="holds no document"):
         check_corpus(open_corpus(lines(tmp_path / "none.jsonl", [])))
+    (tmp_path / "described").mkdir()
+    (tmp_path / "described" / "dataset_infos.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"neither corpus.jsonl nor other .jsonl or .parquet files"):
+        open_corpus(str(tmp_path / "described"))
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "c.jsonl.gz").touch()
     with pytest.raises(ValueError, match=r"c.jsonl.gz is compressed; unpack it"):
@@ -156,21 +181,6 @@ def test_no_documents(tmp_path):
     (tmp_path / "c.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match="cannot be read as Parquet"):
         check_corpus(open_corpus(str(tmp_path / "c.parquet")))
-
-
-def test_a_dataset_that_cannot_be_loaded(monkeypatch):
-    import datasets
-
-    def nothing(name, config, split):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(datasets, "load_dataset", nothing)
-    with pytest.raises(ValueError, match=r"--corpus no/dataset .*no network"):
-        open_corpus("no/dataset")
-    two = datasets.DatasetDict({name: datasets.Dataset.from_list(ROWS) for name in ("corpus", "queries")})
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: two)
-    with pytest.raises(ValueError, match="splits corpus, queries; choose one with --corpus_split"):
-        open_corpus("two/splits")
 
 
 def test_a_corpus_that_becomes_shorter(tmp_path):

@@ -95,7 +95,7 @@ def test_a_finished_folder_is_left_alone(whole, corpus, tmp_path):
 
 
 REFUSED = {
-    "model": ({"embedder": StubEmbedder(version="2")}, "the model was '1' and is '2' now"),
+    "model": ({"embedder": StubEmbedder(version="2")}, "the model was 'stub, revision 1' and is ', revision 2' now"),
     "prompt": (
         {"embedder": StubEmbedder(prompts={"passage": "passage: {text}"})},
         r"the prompts, field passage was '\{text\}' and is 'passage: \{text\}' now",
@@ -120,7 +120,10 @@ def test_a_folder_of_other_embeddings_is_refused(name, whole, corpus):
 
 
 def test_a_folder_of_another_corpus_or_of_other_files_is_refused(whole, tmp_path):
-    with pytest.raises(ValueError, match=r"--corpus was '[0-9a-f]{64}' and is"):
+    with pytest.raises(
+        ValueError,
+        match=r"--corpus .* was '.*corpus.jsonl with 10 documents, SHA-256 [0-9a-f]{12}' and is '.*c.jsonl with 9 ",
+    ):
         encode_corpus(StubEmbedder(), corpus_of(tmp_path / "c.jsonl", 9), whole, shard_rows=4)
     with pytest.raises(ValueError, match=r"has no manifest.json, but holds c.jsonl; name a new or an empty folder"):
         encode_corpus(StubEmbedder(), corpus_of(tmp_path / "c.jsonl"), tmp_path)

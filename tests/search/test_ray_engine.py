@@ -49,7 +49,7 @@ def test_an_actor_writes_the_local_engines_shards(tmp_path):
         k: v for k, v in contents(whole).items() if k != manifest
     }
     refused = ShardWriter(lambda: (StubEmbedder(version="2"), {}), corpus, plan, whole, SETTINGS, "stub")
-    assert "the model was '1' and is '2' now" in refused({"shard": np.array([0])})["error"][0]
+    assert ", revision 1' and is '" in refused({"shard": np.array([0])})["error"][0]
 
 
 def test_paths_of_the_corpus_are_absolute_for_actors(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from ullme.commands.corpus_options import add_corpus_options, open_chosen_corpus
 from ullme.commands.evaluate import MODEL_OPTIONS, PROMPT_OPTIONS
 from ullme.utils.errors import run_command
+from ullme.utils.unused_options import warn_of_unused
 
 if TYPE_CHECKING:
     from ullme.search.corpus import Corpus, CorpusPlan
@@ -104,6 +105,8 @@ def _engine(options: Any) -> Callable[[Corpus, CorpusPlan], Encoded]:
     settings = _settings(options)
     part = own_part(options.shard)
     if options.engine == "local":
+        only_ray = ("ray_address", "actors", "actor_cpus", "actor_gpus")
+        warn_of_unused(parser(), options, {"with --engine local": only_ray})
         return partial(_encode_here, options, settings, part)
     if options.engine != "ray":
         raise ValueError(f"--engine {options.engine}: choose local or ray")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ullme.utils.errors import run_command
+from ullme.utils.unused_options import warn_of_unused
 
 if TYPE_CHECKING:
     from ullme.search.shards import Shards
@@ -99,15 +101,21 @@ def _judged(options: Any, shards: Shards) -> tuple[dict[str, str], dict[str, dic
             to weigh against.
     """
     from ullme.search import bm25
-    from ullme.search.fusion_weight import check_judged_documents
+    from ullme.search.fusion_weight import on_known_documents
     from ullme.search.queries import read_judgements, read_queries
 
     queries = read_queries(options.queries)
     qrels = read_judgements(options.qrels, queries, options.queries)
-    check_judged_documents(shards, qrels)
+    judged, left_out = on_known_documents(shards, qrels)
+    if left_out:
+        print(
+            f"index: {left_out} judgements of {options.qrels} are on documents that are not in {options.folder}; they "
+            f"are left out, and with them {len(qrels) - len(judged)} queries without any other",
+            file=sys.stderr,
+        )
     if not options.bm25:
         bm25.open_index(shards)
-    return queries, qrels
+    return queries, judged
 
 
 def _choose_weight(options: Any, shards: Shards, queries: dict[str, str], qrels: dict[str, dict[str, int]]) -> None:
@@ -133,6 +141,13 @@ def _check(options: Any) -> None:
     for name in ("train_rows", "sample"):
         if options[name] < 1:
             raise ValueError(f"--{name} {options[name]} must be at least 1")
+    unused: dict[str, tuple[str, ...]] = {}
+    if options.factory == "none":
+        judged = () if options.qrels is not None else ("queries",)
+        unused["with --factory none"] = ("parameters", "train_rows", "seed", "sample", *judged)
+    if not options.bm25:
+        unused["without --bm25"] = ("stopwords",)
+    warn_of_unused(parser(), options, unused)
 
 
 def _build_faiss(options: Any, shards: Shards) -> None:

@@ -11,6 +11,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ullme.commands.corpus_options import add_corpus_options, open_chosen_corpus
 from ullme.utils.errors import run_command
+from ullme.utils.unused_options import warn_of_unused
 
 if TYPE_CHECKING:
     from ullme.mining.miner import QueryLikelihood
@@ -166,7 +167,27 @@ def _settings(options: Any) -> MiningSettings:
         settings.check_unlabelled()
     if settings.likelihood_margin is not None and options.likelihood is None:
         raise ValueError("--likelihood_margin needs an LLM; name it with --likelihood")
+    _warn_of_unused(options)
     return settings
+
+
+def _warn_of_unused(options: Any) -> None:
+    unused: dict[str, tuple[str, ...]] = {}
+    if options.corpus is None:
+        unused["without --corpus"] = ("corpus_config", "corpus_split", "id_column", "text_columns", "on_empty")
+    if options.queries is not None:
+        unused["with --queries"] = ("schema", "on_bad_row")
+    if options.method == "bm25":
+        unused["with --method bm25"] = ("model", "instruction", "max_length")
+    if options.method == "dense" or options.folder is not None:
+        unused["without a BM25 index to build"] = ("stopwords",)
+    if options.likelihood is None:
+        unused["without --likelihood"] = ("passage_max_length", "query_max_length")
+        if options.method == "bm25" or options.folder is not None:
+            unused["without a model to load by name"] = ("dtype",)
+    if options.sampling == "top":
+        unused["with --sampling top"] = ("seed",)
+    warn_of_unused(parser(), options, unused)
 
 
 def _rows(options: Any) -> MiningRows:

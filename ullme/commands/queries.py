@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,14 @@ from ullme.commands.corpus_options import add_corpus_options, open_chosen_corpus
 from ullme.utils import atomic_files
 from ullme.utils.errors import run_command
 from ullme.utils.progress import progress
+from ullme.utils.unused_options import warn_of_unused
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
     from ullme.query_generation.held_out import HeldOutSettings
     from ullme.query_generation.round_trip import Kept, RoundTripSettings
-    from ullme.query_generation.writer import QueryWriter, WriteSettings
-    from ullme.search.corpus import Corpus
+    from ullme.query_generation.writer import LLMQueryWriter, QueryWriter, WriteSettings
+    from ullme.search.corpus import Corpus, CorpusPlan
 
 DESCRIPTION = (
     "Let an LLM write search queries for documents, and keep those that find their document again, each once. The rows "
@@ -60,7 +62,11 @@ def parser() -> ArgumentParser:
     prompt.add_argument(
         "--examples", type=str | None, metavar="FILE", help="JSON lines of document and query, or none (default: three)"
     )
-    prompt.add_argument("--document_max_length", type=int, default=256, help="tokens of a document that are read")
+    prompt.add_argument(
+        "--document_max_length",
+        type=int | None,
+        help="tokens of a document that are read (default: 256, or what the LLM's positions leave)",
+    )
     written = options.add_argument_group("Writing")
     written.add_argument("--max_documents", type=int | None, help="draw so many documents at random (default: all)")
     written.add_argument("--per_document", type=int, default=1, help="queries for each document")
@@ -108,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: Any) -> int:
     from ullme.query_generation.titles import check_query_source
+    from ullme.search.corpus import check_corpus
 
     check_query_source(options.query_source)
     titles = options.query_source == "titles"
@@ -122,6 +129,7 @@ def _run(options: Any) -> int:
         _check_options_of_titles(options)
     settings.check()
     round_trip.check()
+    _warn_of_unused(options)
     apart = None
     if options.held_out is not None:
         from ullme.query_generation.held_out import HeldOutSettings
@@ -135,6 +143,7 @@ def _run(options: Any) -> int:
 
         import_bm25s()
     corpus = open_chosen_corpus(options)
+    plan = None if titles else check_corpus(corpus)  # before an LLM is loaded
     model = None if options.llm is None else _load_llm(options.llm, options.dtype, options.device)
     if titles:
         from ullme.query_generation.titles import TitleWriter, read_titles, without_titles
@@ -146,10 +155,21 @@ def _run(options: Any) -> int:
 
         assert model is not None
         writer = LLMQueryWriter(model)
+        if options.document_max_length is None:
+            settings = _as_long_as_fits(settings, writer)
         writer.check(settings)
-    kept, documents = write_queries(writer, corpus, options.to, settings, round_trip, model, apart)
+    kept, documents = write_queries(writer, corpus, options.to, settings, round_trip, model, apart, plan)
     print(_summary(options.to, documents, kept, round_trip))
     return 0
+
+
+def _as_long_as_fits(settings: WriteSettings, writer: LLMQueryWriter) -> WriteSettings:
+    """The settings with shorter documents where the LLM has too few positions."""
+    room = writer.room(settings)
+    if not 0 < room < settings.document_max_length:
+        return settings
+    print(f"queries: the LLM reads {room} tokens of a document, for which its positions leave room", file=sys.stderr)
+    return replace(settings, document_max_length=room)
 
 
 def _check_options_of_titles(options: Any) -> None:
@@ -173,6 +193,7 @@ def write_queries(
     round_trip: RoundTripSettings | None = None,
     model: ULLME | None = None,
     held_out: HeldOutSettings | None = None,
+    plan: CorpusPlan | None = None,
 ) -> tuple[Kept, int]:
     """Write queries for a corpus, keep some, and write them as training rows; the same call again goes on.
 
@@ -185,6 +206,7 @@ def write_queries(
         round_trip: which are kept.
         model: with ``round_trip.by="likelihood"``, whose LLM scores.
         held_out: whose queries are written elsewhere, whatever the round trip says.
+        plan: the corpus's, by :func:`~ullme.search.corpus.check_corpus`; None checks it here.
 
     Returns:
         What was kept and what not, and the number of documents.
@@ -200,7 +222,7 @@ def write_queries(
     round_trip.check()
     folder = Path(f"{file}.parts")
     atomic_files.sweep(folder.parent, f"*.{Path(file).name}")
-    plan = check_corpus(corpus)
+    plan = plan or check_corpus(corpus)
     with progress("writing queries", total=query_writer.chosen_documents(plan, settings), unit="document") as bar:
         documents = query_writer.write_parts(writer, corpus, plan, folder, settings, bar.update)
     apart = set() if held_out is None else _hold_out(folder, held_out)
@@ -215,7 +237,7 @@ def write_queries(
             rows += [_row(query, texts[query.document]) for query in found]
     if not rows:
         raise ValueError(
-            f"no query is kept of {kept.counts.total()}: {_reasons(kept, round_trip)}; look at "
+            f"no query is kept of {kept.counts.total()}: {kept.reasons(round_trip.by)}; look at "
             f"{folder}/part-00000.jsonl, and take a larger LLM, other --examples, a larger --k or "
             "--round_trip none"
         )
@@ -266,7 +288,10 @@ def _write_settings(options: Any) -> WriteSettings:
 
     prompt = query_prompt(options.template, options.instruction, options.examples)
     names = [field.name for field in fields(WriteSettings) if field.name != "prompt"]
-    return WriteSettings(prompt, **{name: options[name] for name in names})
+    given = {name: options[name] for name in names}
+    if given["document_max_length"] is None:
+        del given["document_max_length"]
+    return WriteSettings(prompt, **given)
 
 
 def _round_trip_settings(options: Any) -> RoundTripSettings:
@@ -275,7 +300,19 @@ def _round_trip_settings(options: Any) -> RoundTripSettings:
     k = options.k
     if k is None:
         k = 1 if options.round_trip == "likelihood" else 10
-    return RoundTripSettings(options.round_trip, k, options.candidates, options.stopwords, options.document_max_length)
+    length = options.document_max_length or RoundTripSettings.max_length
+    return RoundTripSettings(options.round_trip, k, options.candidates, options.stopwords, length)
+
+
+def _warn_of_unused(options: Any) -> None:
+    unused: dict[str, tuple[str, ...]] = {}
+    if options.round_trip == "none":
+        unused["with --round_trip none"] = ("k", "candidates", "stopwords")
+    if options.round_trip == "bm25":
+        unused["with --round_trip bm25"] = ("candidates",)
+    if options.held_out is None:
+        unused["without --held_out"] = ("held_out_share",)
+    warn_of_unused(parser(), options, unused)
 
 
 def _load_llm(name: str, dtype: str | None, device: str | None) -> ULLME:
@@ -296,7 +333,7 @@ def _load_llm(name: str, dtype: str | None, device: str | None) -> ULLME:
 
 
 def _summary(file: str, documents: int, kept: Kept, settings: RoundTripSettings) -> str:
-    left_out = _reasons(kept, settings)
+    left_out = kept.reasons(settings.by)
     text = f"{file}: {kept.counts['kept']} queries for {documents} documents" + (f"; {left_out}" if left_out else "")
     if kept.counts["kept"] < _FEW * kept.counts.total():
         text += (
@@ -304,13 +341,3 @@ def _summary(file: str, documents: int, kept: Kept, settings: RoundTripSettings)
             "--examples of your field write better ones; documents with titles need no LLM, with --query_source titles"
         )
     return text
-
-
-def _reasons(kept: Kept, settings: RoundTripSettings) -> str:
-    """Why queries were left out, in words."""
-    says = {
-        "empty": "are empty",
-        "inconsistent": f"do not find their document among the first {settings.k} by {settings.by}",
-        "repeated": "say what one before says",
-    }
-    return ", ".join(f"{kept.counts[key]} {text}" for key, text in says.items() if kept.counts[key])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ullme.utils.errors import run_command
+from ullme.utils.unused_options import warn_of_unused
 
 if TYPE_CHECKING:
     from ullme.search.queries import Hit
@@ -23,6 +24,12 @@ DESCRIPTION = (
 )
 # Characters of a text that are printed.
 SHOWN = 100
+# Method -> options that it does not use.
+UNUSED = {
+    "dense": ("dense_weight", "fusion"),
+    "bm25": ("dense_weight", "fusion", "exact", "model", "instruction", "max_length"),
+    "fused": (),
+}
 
 
 def parser() -> ArgumentParser:
@@ -91,11 +98,16 @@ def _check(options: Any) -> None:
     check_method(options.method)
     check_dense_weight(options.dense_weight)
     check_fusion(options.fusion)
+    unused = {f"with --method {options.method}": UNUSED[options.method]}
+    if options.to is not None:
+        unused["with --to, whose .jsonl files hold the whole texts"] = ("json",)
+    warn_of_unused(parser(), options, unused)
 
 
 def _run(options: Any) -> int:
     _check(options)
     from ullme.commands.evaluate import silence_libraries
+    from ullme.search.own_copies import find_own_copies
     from ullme.search.queries import check_ids, check_output, read_queries, write_hits
     from ullme.search.searcher import Searcher
 
@@ -115,16 +127,24 @@ def _run(options: Any) -> int:
     )
     if options.to is not None:  # before hours of searching
         check_ids(options.to, chain(queries, searcher.shards.all_ids()))
-    found = searcher.search(list(queries.values()), options.k, options.method)
+    copies = frozenset() if options.to is None else find_own_copies(searcher.shards, queries)
+    found = searcher.search(list(queries.values()), options.k + bool(copies), options.method)
     if options.to is None:
         if options.method == "fused":
             print(f"dense weight {searcher.dense_weight:g}", file=sys.stderr)
         _print_hits(found[0], options.json)
         return 0
-    write_hits(options.to, dict(zip(queries, found, strict=True)), f"ullme-{options.method}")
-    print(
-        f"{options.to}: {sum(map(len, found))} documents for {len(queries)} queries, {_how(searcher, options.method)}"
-    )
+    hits = {
+        query: [hit for hit in own if hit.id != query or query not in copies][: options.k]
+        for query, own in zip(queries, found, strict=True)
+    }
+    write_hits(options.to, hits, f"ullme-{options.method}")
+    number = sum(map(len, hits.values()))
+    print(f"{options.to}: {number} documents for {len(queries)} queries, {_how(searcher, options.method)}")
+    if copies:
+        print(
+            f"{len(copies)} queries are documents with the same id and text; each is left out of its own query's hits"
+        )
     return 0
 
 

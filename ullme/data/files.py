@@ -15,7 +15,7 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz")
 # Files that datasets' save_to_disk leaves in a folder.
 SAVED_TO_DISK = ("dataset_info.json", "dataset_dict.json")
 # Descriptions of a dataset, which hold no rows of it.
-_NO_ROWS = (*SAVED_TO_DISK, "dataset_infos.json", "state.json")
+NO_ROWS = (*SAVED_TO_DISK, "dataset_infos.json", "state.json")
 
 
 def expand_files(name: str, split: str) -> list[Path]:
@@ -57,7 +57,7 @@ def is_jsonl(name: str) -> bool:
 
 def _lines_of(folder: Path) -> list[Path]:
     """Its files of JSON lines, sorted."""
-    return sorted(p for p in folder.iterdir() if is_lines(p) and p.is_file() and p.name not in _NO_ROWS)
+    return sorted(p for p in folder.iterdir() if is_lines(p) and p.is_file() and p.name not in NO_ROWS)
 
 
 def _of_split(files: list[Path], split: str) -> list[Path]:

@@ -48,7 +48,7 @@ def bm25_folder(corpus: Corpus, folder: Path, stopwords: str) -> Shards:
     encode_corpus(NoVectors(), corpus, folder)
     shards = Shards(folder)
     description = index_files.read_description(shards, bm25.FOLDER)
-    if description is None or (description["stopwords"], description.get("tokens")) != (stopwords, bm25.TOKENS):
+    if description is None or (description["stopwords"], description.get("tokens")) != (stopwords, bm25.WORDS):
         bm25.build_index(shards, stopwords)
     return shards
 

@@ -74,7 +74,7 @@ def mine(
     Labelled rows get ``query``, ``pos``, ``neg``, ``pos_scores``, ``neg_scores``, ``pos_ids`` and ``neg_ids`` (the
     ids of the documents, null for a positive that is none), and ``prompt`` where the row has an instruction. Queries
     without labels get ``query``, ``candidates``, ``scores`` and ``candidate_ids``, and their own ``_id``. A negative is
-    never a known positive of its query, over all rows, nor a copy of one, nor a copy of another negative.
+    never a known positive of its query, over all rows, nor a copy of one, of another negative or of the query.
 
     Args:
         rows: to mine for.
@@ -210,6 +210,7 @@ class _Miner:
                 rows = answers.rows[place][answers.rows[place] >= 0]
                 hashes = self.hashes[rows]
                 first = np.sort(np.unique(hashes, return_index=True)[1])  # of each text, in the order of the scores
+                first = first[hashes[first] != text_hash(questions[n].query)]  # a copy of the query answers nothing
                 if len(first) < self.depth and len(rows) == k < len(self.retriever.shards):
                     again.append(n)  # copies took the room of other documents
                     continue

@@ -75,8 +75,13 @@ def quantize(embeddings: Tensor, precision: Precision) -> np.ndarray:
         (R, D), or (R, ⌈D/8⌉) for binary (int8, the byte less 128) and ubinary (uint8).
 
     Raises:
-        ValueError: sentence-transformers is not installed.
+        ValueError: sentence-transformers is not installed; or 8 bits for equal embeddings, whose ranges are empty.
     """
+    if precision in ("int8", "uint8") and len(embeddings) and bool((embeddings == embeddings[0]).all()):
+        raise ValueError(
+            f"precision={precision!r}: the range of each dimension is taken from the texts, and all {len(embeddings)} "
+            "have the same embedding; encode different texts together, or encode in float32"
+        )
     try:
         from sentence_transformers.util import quantize_embeddings
     except ImportError as error:

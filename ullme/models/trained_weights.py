@@ -342,7 +342,9 @@ def _drop_frozen(state: dict[str, Tensor], model: Embedder, source: str | Path) 
     Raises:
         ValueError: a copy has other values than the model.
     """
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad and name in state}
+    module: Any = model
+    named = module.named_parameters(remove_duplicate=False)  # a head may share the embedding's weight
+    frozen = {name: p for name, p in named if not p.requires_grad and name in state}
     for name, parameter in frozen.items():
         copy = state[name].to(parameter)
         if copy.shape != parameter.shape or not torch.equal(copy, parameter):

@@ -197,6 +197,19 @@ class Kept:
             if reason == "kept":
                 yield query
 
+    def reasons(self, by: str) -> str:
+        """Why queries were left out, in words; empty if none was.
+
+        Args:
+            by: of the round trip.
+        """
+        says = {
+            "empty": "are empty",
+            "inconsistent": f"do not find their document among the first {self.k} by {by}",
+            "repeated": "say what one before says",
+        }
+        return ", ".join(f"{self.counts[key]} {text}" for key, text in says.items() if self.counts[key])
+
     def _reason(self, query: WrittenQuery, rank: int | None) -> str:
         if not query.text:
             return "empty"

@@ -121,11 +121,18 @@ class LLMQueryWriter:
     def fingerprint(self) -> str:
         return self.model.fingerprint
 
+    def room(self, settings: WriteSettings) -> int:
+        """The tokens of a document for which the LLM's positions leave room; 0 or less for none."""
+        return self.model.max_positions - self._overhead(settings) - settings.max_new_tokens
+
+    def _overhead(self, settings: WriteSettings) -> int:
+        return self._tokenizer(settings).prompt_overhead("query_generation")
+
     def check(self, settings: WriteSettings) -> None:
         """Raises: ValueError: the prompt, a document and a query together have more tokens than the LLM's positions."""
-        overhead = self._tokenizer(settings).prompt_overhead("query_generation")
-        asked = overhead + settings.document_max_length + settings.max_new_tokens
-        if asked > self.model.max_positions:
+        if settings.document_max_length > self.room(settings):
+            overhead = self._overhead(settings)
+            asked = overhead + settings.document_max_length + settings.max_new_tokens
             raise ValueError(
                 f"the prompt's {overhead} tokens, --document_max_length {settings.document_max_length} and "
                 f"--max_new_tokens {settings.max_new_tokens} are {asked} tokens, and the LLM has "
@@ -137,7 +144,7 @@ class LLMQueryWriter:
         from ullme.models.sampling import sample_lines
 
         tokenizer = self._tokenizer(settings)
-        limit = tokenizer.prompt_overhead("query_generation") + settings.document_max_length
+        limit = self._overhead(settings) + settings.document_max_length
         texts = [document.text for document in documents]
         rows = tokenizer.prompt_ids(texts, max_length=limit, role="query_generation")
         longest = max(map(len, rows), default=0) + settings.max_new_tokens

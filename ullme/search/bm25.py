@@ -10,12 +10,9 @@ import numpy as np
 
 from ullme.search import index_files
 from ullme.search.shards import Shards
+from ullme.search.words import WORDS, words
 
 FOLDER = "bm25"
-# Chinese and Japanese are written without spaces: each of their characters is a token, as of most in Lucene's
-# StandardTokenizer. Elsewhere a token is a run of two or more letters or digits, as bm25s has it.
-_ALONE = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
-TOKENS = rf"(?u)[{_ALONE}]|[^\W{_ALONE}]{{2,}}"
 # What an index was made with that does not say.
 _OLD_TOKENS = r"(?u)\b\w\w+\b"
 
@@ -54,8 +51,8 @@ class BM25Index:
 
     def all_scores(self, queries: Sequence[str]) -> Iterator[np.ndarray]:
         """For each query the (n,) float32 scores of all documents; zero where no word is shared."""
-        for words in tokenized(queries, self.stopwords, self.tokens):
-            yield self._retriever.get_scores(words) if words else np.zeros(self._documents, dtype=np.float32)
+        for own in tokenized(queries, self.stopwords, self.tokens):
+            yield self._retriever.get_scores(own) if own else np.zeros(self._documents, dtype=np.float32)
 
 
 def best_rows(scores: np.ndarray, k: int) -> np.ndarray:
@@ -92,30 +89,30 @@ def build_index(shards: Shards, stopwords: str = "en") -> BM25Index:
         ValueError: bm25s is not installed, or has no stop words of the language.
     """
     bm25s = import_bm25s()
-    words = tokenized([document.text for document in shards.all_documents()], stopwords)
-    if not any(words):
+    found = tokenized([document.text for document in shards.all_documents()], stopwords)
+    if not any(found):
         raise ValueError(f"{shards.folder}: no document has a word of at least two letters, so BM25 finds none")
     retriever = bm25s.BM25()
-    retriever.index(words, show_progress=False)
+    retriever.index(found, show_progress=False)
 
     def write(folder: Path) -> dict[str, Any]:
         retriever.save(str(folder))
-        return {"stopwords": stopwords, "tokens": TOKENS, "bm25s": bm25s.__version__}
+        return {"stopwords": stopwords, "tokens": WORDS, "bm25s": bm25s.__version__}
 
     index_files.write_index(shards, FOLDER, write)
     return open_index(shards)
 
 
-def tokenized(texts: Sequence[str], stopwords: str, tokens: str = TOKENS) -> list[list[str]]:
-    """The words of each text, in lower case, without stop words; of Chinese and Japanese the characters.
+def tokenized(texts: Sequence[str], stopwords: str, tokens: str = WORDS) -> list[list[str]]:
+    """The :func:`~ullme.search.words.words` of each text, in lower case, without stop words.
 
     Raises:
         ValueError: bm25s has no stop words of the language.
     """
     try:
         return import_bm25s().tokenize(
-            list(texts),
-            token_pattern=tokens,
+            [" ".join(found) for found in words(list(texts), tokens)],
+            token_pattern=r"\S+",
             stopwords=None if stopwords == "none" else stopwords,
             return_ids=False,
             show_progress=False,

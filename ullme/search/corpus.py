@@ -8,16 +8,25 @@ documents in memory, besides 8 bytes a document in the check for duplicate ids.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from ullme.data.jsonl import BOM_UTF8, parse_line
+from ullme.data.files import NO_ROWS, SAVED_TO_DISK
 from ullme.data.records import BadRow, check_utf8
+from ullme.search.corpus_readers import (
+    ID_COLUMNS,
+    DatasetReader,
+    JsonlReader,
+    ParquetReader,
+    Position,
+    Row,
+    RowReader,
+)
 from ullme.utils.progress import progress
 
 OnEmpty = Literal["stop", "keep", "skip"]
@@ -30,8 +39,6 @@ MAX_ID_BYTES = 512
 _JSONL = (".jsonl", ".ndjson", ".json")
 _PARQUET = (".parquet",)
 _COMPRESSED = (".gz", ".bz2", ".zst", ".xz", ".zip")
-_ID_COLUMNS = ("_id", "id", "docid", "doc_id")
-_BATCH_ROWS = 1024
 
 
 class Document(NamedTuple):
@@ -39,28 +46,6 @@ class Document(NamedTuple):
 
     id: str
     text: str
-
-
-class Position(NamedTuple):
-    """Where a row begins: number of the file, byte offset (JSONL) or row (Parquet, hub) in it, and line from 1."""
-
-    file: int
-    offset: int
-    line: int
-
-
-class Row(NamedTuple):
-    """A raw row with its position, and the file and line for messages."""
-
-    position: Position
-    where: str
-    content: Any
-
-
-class RowReader(Protocol):
-    """Reads raw rows, from the beginning or from a row's position on."""
-
-    def rows(self, start: Position | None = None) -> Iterator[Row]: ...
 
 
 @dataclass(frozen=True)
@@ -170,11 +155,11 @@ def open_corpus(
 
     Args:
         name: a .jsonl or .parquet file; a folder with corpus.jsonl (BEIR), or with such files, which are read in the
-            order of their names; or a dataset of the hub.
+            order of their names; a dataset of the hub, or a folder of one (also of ``save_to_disk``).
         columns: see :class:`Columns`.
         on_empty: see :class:`Corpus`.
-        config: configuration of a hub dataset.
-        split: split of a hub dataset; None takes its only one.
+        config: configuration of a dataset.
+        split: split of a dataset; None takes its only one.
 
     Raises:
         ValueError: no such file, files of a kind that is not read, or a dataset that cannot be loaded.
@@ -184,20 +169,32 @@ def open_corpus(
     columns = columns or Columns()
     if not columns.text:
         raise ValueError("--text_columns is empty; name at least one column")
+    return Corpus(name, _reader(name, columns, config, split), columns, on_empty)
+
+
+def _reader(name: str, columns: Columns, config: str | None, split: str | None) -> RowReader:
+    """Raises: ValueError: see :func:`open_corpus`."""
     path = Path(name)
-    reader: RowReader
-    if path.exists():
-        if config is not None or split is not None:
-            raise ValueError(
-                f"--corpus {name} is a file or folder; --corpus_config and --corpus_split are for datasets of the hub"
-            )
-        files = _files(path)
-        reader = JsonlReader(files) if files[0].suffix.lower() in _JSONL else ParquetReader(files, columns)
-    elif path.suffix.lower() in (*_JSONL, *_PARQUET):
+    if not path.exists() and path.suffix.lower() in (*_JSONL, *_PARQUET):
         raise ValueError(f"--corpus {name}: no such file (paths are relative to {Path.cwd()})")
-    else:
-        reader = HubReader(name, config, split)
-    return Corpus(name, reader, columns, on_empty)
+    if not path.exists() or _is_dataset(path):
+        return DatasetReader(name, config, split)
+    if config is not None or split is not None:
+        raise ValueError(
+            f"--corpus {name} is a file or folder; --corpus_config and --corpus_split are for datasets of the hub"
+        )
+    files = _files(path)
+    return JsonlReader(files) if files[0].suffix.lower() in _JSONL else ParquetReader(files, columns)
+
+
+def _is_dataset(path: Path) -> bool:
+    """Whether a folder is one of ``save_to_disk``, or has a dataset's files in folders, as on the hub."""
+    if not path.is_dir() or (path / "corpus.jsonl").is_file():
+        return False
+    if any((path / marker).is_file() for marker in SAVED_TO_DISK):
+        return True
+    below = [p for p in path.rglob("*") if p.suffix.lower() in (*_JSONL, *_PARQUET) and p.name not in NO_ROWS]
+    return bool(below) and all(p.parent != path for p in below)
 
 
 def _files(path: Path) -> list[Path]:
@@ -209,9 +206,9 @@ def _files(path: Path) -> list[Path]:
     elif (path / "corpus.jsonl").is_file():
         files = [path / "corpus.jsonl"]
     else:
-        files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in (*_JSONL, *_PARQUET))
-        others = [p.name for p in sorted(path.iterdir()) if p.suffix.lower() in _COMPRESSED]
-        if others:
+        there = [p for p in sorted(path.iterdir()) if p.is_file() and p.name not in NO_ROWS]
+        files = [p for p in there if p.suffix.lower() in (*_JSONL, *_PARQUET)]
+        if others := [p.name for p in there if p.suffix.lower() in _COMPRESSED]:
             raise ValueError(f"--corpus {path}: {others[0]} is compressed; unpack it first")
     kinds = {"Parquet" if p.suffix.lower() in _PARQUET else "JSONL" for p in files}
     if not files or (path.is_file() and path.suffix.lower() not in (*_JSONL, *_PARQUET)):
@@ -222,104 +219,6 @@ def _files(path: Path) -> list[Path]:
     if len(kinds) > 1:
         raise ValueError(f"--corpus {path} holds JSONL and Parquet files; name a folder with one kind of them")
     return files
-
-
-class JsonlReader:
-    """Rows of JSONL files, one after the other; blank lines are skipped."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = list(files)
-
-    def rows(self, start: Position | None = None) -> Iterator[Row]:
-        begin = start or Position(0, 0, 1)
-        for number in range(begin.file, len(self.files)):
-            path = self.files[number]
-            offset, line = (begin.offset, begin.line) if number == begin.file else (0, 1)
-            with path.open("rb") as file:
-                file.seek(offset)
-                for raw in file:
-                    position, where = Position(number, offset, line), f"{path}:{line}"
-                    offset, line = offset + len(raw), line + 1
-                    text = raw.removeprefix(BOM_UTF8) if position.offset == 0 else raw
-                    if text.strip():
-                        try:
-                            yield Row(position, where, parse_line(text))
-                        except BadRow as reason:
-                            raise ValueError(f"{where}: {reason}") from None
-
-
-class ParquetReader:
-    """Rows of Parquet files; only the row groups and columns that are needed are read."""
-
-    def __init__(self, files: Sequence[Path], columns: Columns) -> None:
-        self.files = list(files)
-        self.wanted = {*columns.text, *(_ID_COLUMNS if columns.id == "auto" else (columns.id,))}
-
-    def rows(self, start: Position | None = None) -> Iterator[Row]:
-        begin = start or Position(0, 0, 1)
-        for number in range(begin.file, len(self.files)):
-            yield from self._rows_of(number, begin.offset if number == begin.file else 0)
-
-    def _rows_of(self, number: int, first: int) -> Iterator[Row]:
-        import pyarrow
-        from pyarrow import parquet
-
-        path = self.files[number]
-        try:
-            with parquet.ParquetFile(path) as file:
-                columns = [name for name in file.schema_arrow.names if name in self.wanted]
-                sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
-                ends = np.cumsum(sizes, dtype=np.int64)
-                group = int(np.searchsorted(ends, first, side="right"))
-                row = int(ends[group - 1]) if group else 0
-                groups = list(range(group, file.num_row_groups))
-                for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=columns):
-                    for content in batch.to_pylist() if row + len(batch) > first else [None] * len(batch):
-                        if row >= first:
-                            yield Row(Position(number, row, row + 1), f"{path} row {row + 1}", content)
-                        row += 1
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{path} cannot be read as Parquet ({error}); is it whole?") from None
-
-
-class HubReader:
-    """Rows of a dataset of the hub, read from the Arrow files in the cache of the datasets library.
-
-    Raises:
-        ValueError: it cannot be loaded, or has several splits and none was named.
-    """
-
-    def __init__(self, name: str, config: str | None, split: str | None) -> None:
-        from datasets import DatasetDict, load_dataset
-        from datasets.exceptions import DatasetsError
-
-        self.name = name
-        try:
-            found = load_dataset(name, config, split=split)
-        except (FileNotFoundError, ConnectionError, ValueError, RuntimeError, DatasetsError) as error:
-            raise ValueError(
-                f"--corpus {name} (--corpus_config {config}, --corpus_split {split}): no such file or folder, and "
-                f"not a dataset that can be loaded ({error})"
-            ) from error
-        if isinstance(found, DatasetDict):
-            if len(found) > 1:
-                raise ValueError(f"--corpus {name} has the splits {', '.join(found)}; choose one with --corpus_split")
-            (found,) = found.values()
-        self.dataset = found
-        self._arguments = name, config, split
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Another machine loads the dataset into its own cache."""
-        return HubReader, self._arguments
-
-    def rows(self, start: Position | None = None) -> Iterator[Row]:
-        row = start.offset if start else 0
-        while row < len(self.dataset):
-            batch = self.dataset[row : row + _BATCH_ROWS]
-            for values in zip(*batch.values(), strict=True):
-                content = dict(zip(batch, values, strict=True))
-                yield Row(Position(0, row, row + 1), f"{self.name} row {row + 1}", content)
-                row += 1
 
 
 def _document(row: Any, columns: Columns, number: int) -> Document:
@@ -348,9 +247,9 @@ def column_texts(row: Any, columns: Columns) -> list[str]:
 def _id(row: dict[str, Any], column: str, number: int) -> str:
     if column == "none":
         return str(number)
-    names = [name for name in (_ID_COLUMNS if column == "auto" else (column,)) if name in row]
+    names = [name for name in (ID_COLUMNS if column == "auto" else (column,)) if name in row]
     if not names:
-        wanted = " or ".join(_ID_COLUMNS) if column == "auto" else column
+        wanted = " or ".join(ID_COLUMNS) if column == "auto" else column
         raise BadRow(
             f"there is no id ({wanted}) among {sorted(row)}; name its column with --id_column, or number the documents "
             "with --id_column none"

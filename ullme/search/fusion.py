@@ -48,8 +48,8 @@ def convex_combination(dense: Ranking, words: Ranking, k: int, dense_weight: flo
     """Rank documents by weight * dense score + (1 - weight) * BM25 score (arXiv 2210.11934), scaled per query.
 
     A ranking's best score becomes 1; 0 is the score at rank :data:`DEPTH` of dense search, and BM25's own 0. A document
-    that one of them has not found gets the lowest scaled score that it has given. Scores keep what ranks lose: how far
-    the best are ahead, so a ranking that hardly tells documents apart moves little.
+    that one of them has not found gets 0, or the lowest scaled score that it has given if that is below. Scores keep
+    what ranks lose: how far the best are ahead, so a ranking that hardly tells documents apart moves little.
 
     Args:
         dense: (Q, depth) scores and rows.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, get_args
 from ullme.search import index_files
 from ullme.search.fusion import Fusion, fuse
 from ullme.search.ndcg import Qrels, ndcg_at_10
+from ullme.search.own_copies import find_own_copies
 from ullme.search.queries import check_judged_queries
 from ullme.search.shards import Shards
 
@@ -55,32 +56,43 @@ def choose_weights(searcher: Searcher, queries: Mapping[str, str], qrels: Qrels)
         ValueError: no BM25 index, or judgements on queries that are not there or on no document of the folder.
     """
     check_judged_queries(qrels, queries, "--qrels", "--queries")
-    check_judged_documents(searcher.shards, qrels)
+    qrels, _ = on_known_documents(searcher.shards, qrels)
     names = list(qrels)
+    unjudged = {name: queries[name] for name in names if qrels[name].get(name, 0) <= 0}
+    copies = find_own_copies(searcher.shards, unjudged)
     dense, words = searcher.rankings([queries[name] for name in names])
     chosen = {}
     for how in get_args(Fusion):
         scores = {}
         for weight in CANDIDATES:
-            _, rows = fuse(dense, words, 10, weight, how)
-            found = {name: searcher.shards.ids(own[own >= 0]) for name, own in zip(names, rows, strict=True)}
+            _, rows = fuse(dense, words, 10 + bool(copies), weight, how)
+            ids = [searcher.shards.ids(own[own >= 0]) for own in rows]
+            found = {
+                name: [key for key in own if key != name or name not in copies]
+                for name, own in zip(names, ids, strict=True)
+            }
             scores[weight] = sum(ndcg_at_10(found, qrels).values()) / len(qrels)
         best = max(CANDIDATES, key=lambda weight: (round(scores[weight], 6), -abs(weight - DEFAULT)))
         chosen[how] = FusionWeight(best, scores, len(qrels))
     return chosen
 
 
-def check_judged_documents(shards: Shards, qrels: Qrels) -> None:
-    """Raises: ValueError: judgements on no document of the folder."""
-    missing = {document for grades in qrels.values() for document in grades}
-    documents = len(missing)
-    for key in shards.all_ids():
-        missing.discard(key)
-    if len(missing) == documents:
+def on_known_documents(shards: Shards, qrels: Qrels) -> tuple[dict[str, dict[str, int]], int]:
+    """The judgements on documents of the folder, without queries that have none, and how many were left out.
+
+    Raises:
+        ValueError: no judgement is left.
+    """
+    judged = {document for grades in qrels.values() for document in grades}
+    known = {key for key in shards.all_ids() if key in judged}
+    if not known:
         raise ValueError(
-            f"--qrels judges no document of {shards.folder}, but such as {sorted(missing)[:3]}; give judgements on "
+            f"--qrels judges no document of {shards.folder}, but such as {sorted(judged)[:3]}; give judgements on "
             "the ids of its corpus"
         )
+    found = {query: {key: grade for key, grade in own.items() if key in known} for query, own in qrels.items()}
+    left_out = sum(len(own) for own in qrels.values()) - sum(len(own) for own in found.values())
+    return {query: own for query, own in found.items() if own}, left_out
 
 
 def write_weights(shards: Shards, chosen: Mapping[Fusion, FusionWeight]) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ullme.search import shards
-from ullme.search.corpus import Corpus, CorpusPlan, JsonlReader, ParquetReader
+from ullme.search.corpus import Corpus, CorpusPlan
+from ullme.search.corpus_readers import JsonlReader, ParquetReader
 from ullme.search.embedder import TextEmbedder
 from ullme.search.encode import Encoded, EncodeSettings, begin, encode_shard, progress_bar, remove_unfinished
 

@@ -39,9 +39,9 @@ _SETTINGS = {
     "precision": "--precision",
     "truncate_dim": "--truncate_dim",
     "similarity": "the similarity",
-    "dimensions": "the number of dimensions",
     "model": "the model",
-    "corpus": "--corpus",
+    "dimensions": "the number of dimensions",
+    "corpus": "--corpus (or its --id_column, --text_columns or --on_empty)",
     "plan": "--shard_rows",
 }
 
@@ -63,7 +63,8 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     if (folder / MANIFEST).exists():
         there = read_manifest(folder)
         for key, option in _SETTINGS.items():
-            _check_same(folder, option, _compared(there, key), _compared(manifest, key))
+            if _compared(there, key) != _compared(manifest, key):
+                _refuse(folder, option, _shown(there, key), _shown(manifest, key))
         return there
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--to {folder} is a file; name a new folder")
@@ -89,7 +90,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _compared(manifest: dict[str, Any], key: str) -> Any:
-    """A part of a manifest as it is compared and named: a model is its revision, a corpus its content."""
+    """A part of a manifest as it is compared: a model is its revision, a corpus its content."""
     if key == "model":
         return manifest[key]["revision"]
     if key == "corpus":
@@ -99,15 +100,21 @@ def _compared(manifest: dict[str, Any], key: str) -> Any:
     return manifest[key]
 
 
-def _check_same(folder: Path, option: str, there: Any, here: Any) -> None:
-    """Raises: ValueError: the values differ; of mappings the first field that does is named."""
-    if there == here:
-        return
+def _shown(manifest: dict[str, Any], key: str) -> Any:
+    """A part of a manifest for messages."""
+    part: Any = manifest.get(key)
+    if key == "model":
+        return f"{part['name']}, revision {part['revision']}"
+    if key == "corpus":
+        return f"{part['name']} with {part['documents']} documents, SHA-256 {part['sha256'][:12]}"
+    return manifest["shards"][0]["rows"] if key == "plan" else part
+
+
+def _refuse(folder: Path, option: str, there: Any, here: Any) -> None:
+    """Raises: ValueError: always; of mappings the first field that differs is named."""
     if isinstance(there, dict) and isinstance(here, dict):
         field = next(key for key in sorted({*there, *here}) if there.get(key) != here.get(key))
         option, there, here = f"{option}, field {field}", there.get(field), here.get(field)
-    if option == "--shard_rows":
-        there, here = there[0], here[0]
     raise ValueError(
         f"--to {folder} holds embeddings of another command: {option} was {there!r} and is {here!r} now; give another "
         "folder, or the same model, prompts, corpus and options to go on there"

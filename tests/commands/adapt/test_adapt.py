@@ -217,7 +217,7 @@ def test_the_untrained_llm_gets_the_trainings_prompts(place, llm_folder, capsys)
     assert cli.main([*options, *test, "--dry_run", "--set", *prompts, "--queries", str(place / "own.jsonl")]) == 0
     out = capsys.readouterr().out
     assert "--attention=bidirectional --pooling=last '--passage_prompt=p: {text}'" in out
-    assert out.count("'--instruction=find it'") == 4
+    assert out.count("'--instruction=find it'") == 3  # not of BM25, which has no instructions
     assert "configs/adapt/art.yaml" in out  # these queries have no positives
     assert not (place / "dry").exists()
 
@@ -234,6 +234,10 @@ MISTAKES = [
     (["--method=x"], "--method x: choose auto, query_distillation, art"),
     (["--set", "seed"], "--set seed: write NAME=VALUE"),
     (["--set_mine", "k"], "--set_mine k: write NAME=VALUE"),
+    (["--set_mine", "range_mx=9"], "--set_mine range_mx=9: "),
+    (["--set_queries", "seed=one"], "--set_queries seed=one: "),
+    (["--num_negatives=8"], "--num_negatives 8: {place}/docs.jsonl has 8 documents, too few for so many beside"),
+    (["--device=cuda:99"], "device='cuda:99' cannot be used here"),
     (["--set", "no.such=1"], "no.such"),
     (["--method=query_distillation", "--queries={place}/own.jsonl"], "own.jsonl has none; give --method art"),
     (["--corpus=no.jsonl"], "--corpus no.jsonl: no such file"),
@@ -262,6 +266,12 @@ def test_mistakes_are_one_line(argv, message, place, llm_folder, capsys):
     error = capsys.readouterr().err
     assert message.format(place=place) in error
     assert error.count("\n") == 1
+
+
+def test_overrides_of_no_step_are_named(place, llm_folder, capsys):
+    usual = ["--llm", llm_folder("llama"), "--corpus", str(place / "docs.jsonl"), "--to", str(place / "dry")]
+    assert cli.main([*usual, "--dry_run", "--set_search", "k=3", "--set_mine", "range_max=9"]) == 0
+    assert capsys.readouterr().err == "adapt: --set_search k=3 is not used: no step is `ullme search`\n"
 
 
 def test_a_trained_model_is_no_llm(place, tmp_path, capsys):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 from ullme.commands.corpus_options import add_corpus_options, open_chosen_corpus
 from ullme.utils import atomic_files
-from ullme.utils.errors import run_command
+from ullme.utils.errors import one_line, run_command
 
 if TYPE_CHECKING:
     from ullme.commands.adapt.plan import Adaptation
@@ -141,13 +142,17 @@ def adapt(adaptation: Adaptation, corpus: Corpus, run: RunCommand | None = None)
         ValueError: a mistake in the options or files, or a step that failed.
     """
     from ullme.commands.adapt.steps import Records, digest_of, locked, process_runner, run_steps
+    from ullme.models.checkpoint import usable_device
     from ullme.query_generation.titles import check_titled
     from ullme.search.bm25 import import_bm25s
     from ullme.search.corpus import check_corpus
 
     import_bm25s()
     steps = _steps(adaptation)
+    if adaptation.device is not None:
+        usable_device(adaptation.device)
     plan = check_corpus(corpus)
+    adaptation.check_corpus(plan.documents, corpus.name)
     if adaptation.query_source == "titles":
         check_titled(corpus)
     qrels = None if adaptation.qrels is None else _checked_qrels(adaptation, corpus)
@@ -233,7 +238,28 @@ def _steps(adaptation: Adaptation) -> list[Step]:
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # they are a part of the command line
     untrained, asked = untrained_arguments(read_configs(locate_in_arguments(train_arguments(adaptation))))
     own = {**adaptation.overrides, "search": [*asked, *adaptation.overrides.get("search", ())]}
-    return steps(replace(adaptation, overrides=own), untrained)
+    found = steps(replace(adaptation, overrides=own), untrained)
+    _check_overrides(adaptation, found)
+    return found
+
+
+def _check_overrides(adaptation: Adaptation, found: Sequence[Step]) -> None:
+    """Name options that no command of this run gets. Raises: ValueError: a command does not have one."""
+    from importlib import import_module
+
+    from ullme.__main__ import COMMANDS
+
+    run = {step.command[0] for step in found}
+    for name, given in adaptation.overrides.items():
+        if given and name not in run:
+            print(f"adapt: --set_{name} {' '.join(given)} is not used: no step is `ullme {name}`", file=sys.stderr)
+    for step in found:
+        name = step.command[0]
+        if adaptation.overrides.get(name) and name != "train":  # of which the whole configuration was read
+            try:
+                import_module(COMMANDS[name][0]).parser().parse_args(list(step.command[1:]))
+            except ArgumentError as error:
+                raise ValueError(f"--set_{name} {' '.join(adaptation.overrides[name])}: {one_line(error)}") from None
 
 
 def _checked_qrels(adaptation: Adaptation, corpus: Corpus) -> Mapping[str, Mapping[str, int]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ullme.commands.adapt.steps import Step, digest_of
+from ullme.commands.search import UNUSED
 from ullme.query_generation.held_out import QRELS, QUERIES, HeldOutSettings
 from ullme.query_generation.titles import QuerySource, check_query_source
 from ullme.search import fusion_weight
@@ -94,6 +95,14 @@ class Adaptation:
                 "or rows of query and pos"
             )
 
+    def check_corpus(self, documents: int, name: str) -> None:
+        """Raises: ValueError: too few documents for a query's own and the negatives beside it."""
+        if self.num_negatives >= documents:
+            raise ValueError(
+                f"--num_negatives {self.num_negatives}: {name} has {documents} documents, too few for so many beside a "
+                "query's own; ask for fewer, or give a larger corpus"
+            )
+
     def given(self, step: str) -> list[str]:
         """The overrides of a step as arguments."""
         return [f"--{one.lstrip('-')}" for one in self.overrides.get(step, ())]
@@ -176,7 +185,7 @@ def _rows(adaptation: Adaptation) -> list[Step]:
             writes = (written, adaptation.held_out)
         writer = ("--query_source=titles",) if titles else (llm,)
         command = ("queries", *writer, *adaptation.corpus, "--to", str(written), *options, *adaptation.given("queries"))
-        keeps_for = tuple(one for one in command if one.removeprefix("--").partition("=")[0] not in _ROUND_TRIP)
+        keeps_for = tuple(one for one in command if _option(one) not in _ROUND_TRIP)
         parts = (Path(f"{written}.parts"),)
         found.append(Step("queries", command, writes, keeps=parts, keeps_for=keeps_for))
     else:
@@ -237,9 +246,15 @@ def _evaluation(adaptation: Adaptation, untrained: Sequence[str]) -> list[Step]:
         file = found_file(folder, system)
         asked = ("--queries", adaptation.test_queries, "--to", str(file), f"--method={method}", f"--k={FOUND}")
         device = () if method == "bm25" else adaptation.on_device
-        command = ("search", str(where), *asked, *device, *adaptation.given("search"))
+        more = [one for one in adaptation.given("search") if _option(one) not in UNUSED[method]]
+        command = ("search", str(where), *asked, *device, *more)
         found.append(Step(f"search {system}", command, (file,), after_steps, inputs))
     return found
+
+
+def _option(argument: str) -> str:
+    """The name of an option in ``--name=value``."""
+    return argument.removeprefix("--").partition("=")[0]
 
 
 def found_file(folder: Path, system: str) -> Path:
