@@ -128,14 +128,15 @@ def main() -> None:
 
     here = Path(__file__).resolve().parents[1]
     words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    found: dict[str, Any] = {"machine": machine(), "command": f"python benchmarks/loader_start.py {' '.join(words)}"}
+    origin = {"machine": machine(), "command": f"python benchmarks/loader_start.py {' '.join(words)}"}
+    found: dict[str, Any] = {}
     for count in options.rows:
         folder = Path(tempfile.mkdtemp(prefix="loader_start_"))
         try:
             train = folder / "train.jsonl"
             write_rows(train, count)
             arguments = (str(train), options.model, str(options.batches))
-            result: dict[str, Any] = {"bytes": train.stat().st_size}
+            result: dict[str, Any] = {**origin, "bytes": train.stat().st_size}
             middle = str(count // BATCH_SIZE // 2)
             for name, first_batch in (("first", "0"), ("second", "0"), ("resumed", middle)):
                 result[name] = in_fresh_process(here, folder / "cache", *arguments, first_batch)
