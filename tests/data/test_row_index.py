@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow
 import pytest
 
-from ullme.data import checked_lines, checked_rows, row_cache, row_index, side_files
+from ullme.data import checked_lines, checked_rows, number_files, row_cache, row_index, side_files
 from ullme.data.sources import HubSource, JsonlSource, open_source
 
 
@@ -216,8 +216,7 @@ def test_options_and_code_have_an_index_of_their_own(write_jsonl, rows, cache, c
     for options in ({}, {"schema": "bge"}, {"on_bad_row": "skip"}, {"columns": ["weight"]}):
         JsonlSource(path, cache_dir=cache, **options)
     assert checked == [4 * 41]
-    monkeypatch.setattr(row_index, "VERSION", 2)
-    monkeypatch.setattr(checked_rows, "VERSION", 2)
+    monkeypatch.setattr(checked_rows, "VERSION", row_index.VERSION + 1)
     JsonlSource(path, cache_dir=cache)
     assert checked == [5 * 41]
 
@@ -339,14 +338,19 @@ def test_one_process_builds_while_another_waits(write_jsonl, rows, cache, tmp_pa
 
 
 def test_numbers_of_several_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(row_index, "_BUFFERED", 7)
-    writer = row_index.NumbersWriter(tmp_path / "n.npy", np.int64)
+    monkeypatch.setattr(number_files, "_BUFFERED", 7)
+    writer = number_files.NumbersWriter(tmp_path / "n.npy", np.int64)
     for number in range(100):
         writer.append(number * 10**12)
     writer.close()
     assert np.load(tmp_path / "n.npy").tolist() == [n * 10**12 for n in range(100)]
-    numbers = pickle.loads(pickle.dumps(row_index.Numbers(tmp_path / "n.npy")))
-    assert [numbers[n] for n in (0, 50, 99)] == [0, 50 * 10**12, 99 * 10**12]
+    numbers = pickle.loads(pickle.dumps(number_files.Numbers(tmp_path / "n.npy")))
+    in_memory = number_files.Numbers(np.load(tmp_path / "n.npy"))
+    for one in (numbers, in_memory):
+        assert [one[n] for n in (0, 50, 99)] == [0, 50 * 10**12, 99 * 10**12]
+        assert one[98:200].tolist() == one.view(98, 200).tolist() == [98 * 10**12, 99 * 10**12]
+        assert one[np.array([99, 0])].tolist() == [99 * 10**12, 0]
+        assert np.asarray(one).tolist() == one.tolist() == [n * 10**12 for n in range(100)]
     assert len(numbers) == 100
 
 
