@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow
 import pytest
 
-from ullme.data import checked_lines, checked_rows, number_files, row_cache, row_index, side_files
+from ullme.data import checked_lines, checked_rows, number_files, row_cache, row_index, side_files, table_files
 from ullme.data.sources import HubSource, JsonlSource, open_source
 
 
@@ -76,6 +76,20 @@ def test_table_files_are_checked_once(write_jsonl, rows, cache, checked, tmp_pat
     first, second = (HubSource(str(tmp_path / "rows.parquet"), cache_dir=cache) for _ in range(2))
     assert checked == [41]
     assert content(first) == content(second) == content(JsonlSource(write_jsonl(rows), cache_dir=cache))
+
+
+def test_a_csv_file_is_read_through_once(tmp_path, cache, monkeypatch):
+    read = []
+    check = table_files._checked_header
+    monkeypatch.setattr(table_files, "_checked_header", lambda file, *how: read.append(file) or check(file, *how))
+    path = tmp_path / "rows.csv"
+    path.write_text("anchor,positive\na,b\n")
+    for _ in range(2):
+        assert [record.query for record in content(HubSource(str(path), cache_dir=cache))] == ["a"]
+    assert read == [str(path)]
+    path.write_text("anchor,positive\na,b,c\n")
+    with pytest.raises(ValueError, match=r"rows\.csv:2: the row has 3 cells and the header 2"):
+        HubSource(str(path), cache_dir=cache)
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])

@@ -210,7 +210,7 @@ class HubSource:
         cache_dir: str | None = None,
     ) -> None:
         self._parser = RowParser(schema, columns, cache_dir)
-        self.dataset = load(path, name, split)
+        self.dataset = load(path, name, split, cache_dir)
         files = [Path(file["filename"]) for file in self.dataset.cache_files]
 
         def identity() -> dict[str, Any]:
