@@ -51,3 +51,30 @@ def shared_data() -> Path:
     if not root or not (Path(root) / "data").is_dir():
         pytest.skip("ULLME_SHARED does not name the folder with the real data")
     return Path(root) / "data"
+
+
+@pytest.fixture
+def no_file_is_too_small(monkeypatch):
+    """Rows of the smallest file have an index in the cache, too."""
+    monkeypatch.setattr("ullme.data.row_index.SMALLEST", 0)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return str(tmp_path / "cache")
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """Counts the rows that are checked."""
+    from ullme.data import checked_rows
+
+    count = [0]
+    add = checked_rows.CheckedRows.add
+
+    def counting(self, *args):
+        count[0] += 1
+        return add(self, *args)
+
+    monkeypatch.setattr(checked_rows.CheckedRows, "add", counting)
+    return count

@@ -1,15 +1,60 @@
-"""Which rows have a query: rows by a hash of their query, sorted within mapped files, so that memory does not grow."""
+"""Which rows have a query: rows by a hash of their query, sorted in files, so that memory does not grow with them."""
 
 from __future__ import annotations
 
 import os
+from array import array
+from bisect import bisect_left, bisect_right
 from pathlib import Path
 
 import numpy as np
 
+from ullme.data.number_files import Numbers
+
 # Rows in memory at once while the index is written.
 _BLOCK = 1 << 20
-_HASHES, _ROWS = "query_hashes", "query_rows"
+_HASHES, _ROWS, _FENCE = "query_hashes", "query_rows", "query_fence"
+# Rows between two hashes of the fence.
+_STEP = 1024
+
+
+class QueryIndex:
+    """The rows that have a query, found by a hash of it.
+
+    Args:
+        hashes: (rows,) 32-bit hashes of the rows' queries, sorted.
+        rows: (rows,) the row of each hash.
+        fence: every so many of the hashes, which are in memory; see :func:`fence_of`.
+    """
+
+    def __init__(self, hashes: Numbers, rows: Numbers, fence: np.ndarray) -> None:
+        self._hashes, self._rows = hashes, rows
+        self._fence = array("I", fence.tobytes())  # whose single numbers are quicker to look at than numpy's
+
+    def rows(self, query_hash: int) -> list[int]:
+        """The rows with this hash."""
+        return self._rows[self._places(query_hash)].tolist()
+
+    def count(self, query_hash: int) -> int:
+        """How many they are."""
+        places = self._places(query_hash)
+        return places.stop - places.start
+
+    def _places(self, query_hash: int) -> slice:
+        """Of the hash among all: they begin between two hashes of the fence, and mostly end there too."""
+        start = max(0, bisect_left(self._fence, query_hash) - 1) * _STEP
+        block = self._hashes.view(start, start + _STEP + 1)
+        first = bisect_left(block, query_hash)
+        last = bisect_right(block, query_hash, first)
+        if last < len(block):
+            return slice(start + first, start + last)
+        end = max(0, bisect_right(self._fence, query_hash) - 1) * _STEP
+        return slice(start + first, end + bisect_right(self._hashes.view(end, end + _STEP), query_hash))
+
+
+def fence_of(hashes: np.ndarray) -> np.ndarray:
+    """Every 1,024th of the (rows,) sorted hashes, the first of them at place 0."""
+    return hashes[::_STEP].copy()
 
 
 def sorted_hashes(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -19,7 +64,7 @@ def sorted_hashes(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_sorted_hashes(hashes: Path, folder: Path) -> None:
-    """As :func:`sorted_hashes`, from a file to the files ``query_hashes.npy`` and ``query_rows.npy``.
+    """As :func:`sorted_hashes`, from a file to ``query_hashes.npy``, ``query_rows.npy`` and ``query_fence.npy``.
 
     A hash and its row are one number of 64 bits, so that sorting these numbers in place, in a mapped file, sorts equal
     hashes by row. Sorting in memory would take 16 bytes a row, 1.6 GB for 100 million.
@@ -46,6 +91,8 @@ def write_sorted_hashes(hashes: Path, folder: Path) -> None:
         for block in blocks:
             found[block] = (pairs[block] >> shift).astype(np.uint32)  # the lower half
         found.flush()
+        if name == _HASHES:
+            np.save(folder / f"{_FENCE}.npy", fence_of(found))
     place.unlink()
     hashes.unlink()
 

@@ -17,95 +17,23 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from ullme.data import bad_row, columns, jsonl, records
-from ullme.data.query_index import sorted_hashes, write_sorted_hashes
+from ullme.data.number_files import Numbers, NumbersWriter
+from ullme.data.query_index import fence_of, sorted_hashes, write_sorted_hashes
 from ullme.data.row_cache import FACTS, alone, evict, unfinished, use, writable_root
 from ullme.utils.dotted_names import named
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 # Bytes of all files together, below which checking the rows is quicker than keeping an index of them.
 SMALLEST = 1 << 20
 MOST_NEGATIVES = 2**16 - 1  # a row with more is counted as one with so many
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
-_BUFFERED = 1 << 16
-
-
-class NumbersWriter:
-    """A growing one-dimensional .npy file; what is appended is in memory only until the next block is written.
-
-    Args:
-        path: of the file.
-        dtype: of the numbers.
-    """
-
-    def __init__(self, path: Path, dtype: type[np.generic]) -> None:
-        self.dtype = np.dtype(dtype)
-        self.count = 0
-        self._buffer = array("q")
-        self._file = path.open("wb")
-        self._write_header()
-
-    def append(self, number: int) -> None:
-        self._buffer.append(number)
-        self.count += 1
-        if len(self._buffer) == _BUFFERED:
-            self._flush()
-
-    def close(self) -> None:
-        """Write what is left, and the number of numbers into the header."""
-        self._flush()
-        self._file.seek(0)
-        self._write_header()  # numpy leaves room for a longer shape
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def _flush(self) -> None:
-        np.asarray(self._buffer).astype(self.dtype).tofile(self._file)
-        self._buffer = array("q")
-
-    def _write_header(self) -> None:
-        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.count,)}
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-
-class Numbers:
-    """Numbers in memory, or in a .npy file that is mapped into memory by every process that reads them.
-
-    Args:
-        source: the numbers, or the path of the file, which a pickle holds instead of its numbers.
-        in_use: an open file that keeps the entry of the cache, see :func:`ullme.data.row_cache.use`.
-    """
-
-    def __init__(self, source: np.ndarray | Path, in_use: IO[bytes] | None = None) -> None:
-        self.source = source
-        self._in_use = in_use
-        self._array: np.ndarray | None = None
-        self._count = len(self.array)
-
-    @property
-    def array(self) -> np.ndarray:
-        """(n,) the numbers."""
-        if self._array is None:
-            # np.memmap takes longer than a plain array to read one number
-            loaded = np.load(self.source, mmap_mode="r") if isinstance(self.source, Path) else self.source
-            self._array = np.asarray(loaded)
-        return self._array
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, place: int) -> int:
-        return int(self.array[place])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_array": None, "_in_use": None}
 
 
 @dataclass
@@ -119,15 +47,17 @@ class RowIndex:
         facts: what is one for all rows, JSON.
         query_hashes: (rows,) uint32, sorted.
         query_rows: (rows,) the row of each hash.
+        query_fence: see :func:`ullme.data.query_index.fence_of`.
         folder: the entry of the cache; None in memory.
     """
 
     positions: Numbers
     numbers: Numbers
-    num_negatives: np.ndarray
+    num_negatives: Numbers
     facts: dict[str, Any]
     query_hashes: Numbers
     query_rows: Numbers
+    query_fence: np.ndarray
     folder: Path | None = None
 
 
@@ -194,8 +124,9 @@ def cached_index(
         _check_same(known, identity())
         counts = np.asarray(writer.num_negatives).clip(max=MOST_NEGATIVES).astype(np.uint16)
         positions, numbers = (Numbers(np.asarray(one)) for one in (writer.positions, writer.numbers))
-        hashes, rows = map(Numbers, sorted_hashes(np.asarray(writer.queries, dtype=np.uint32)))
-        return RowIndex(positions, numbers, counts, facts, hashes, rows)
+        hashes, rows = sorted_hashes(np.asarray(writer.queries, dtype=np.uint32))
+        queries = Numbers(hashes), Numbers(rows), fence_of(hashes)
+        return RowIndex(positions, numbers, Numbers(counts), facts, *queries)
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
     folder = root / key
     with alone(folder, ", ".join(str(path) for path, *_ in known["files"][:3])):
@@ -258,10 +189,10 @@ def _load(folder: Path) -> RowIndex | None:
             shutil.rmtree(folder)
         return None
     os.utime(folder / FACTS)
-    counts = np.load(folder / "num_negatives.npy", mmap_mode="r")
-    names = ("positions", "numbers", "query_hashes", "query_rows")
-    positions, numbers, hashes, rows = (Numbers(folder / f"{name}.npy", in_use) for name in names)
-    return RowIndex(positions, numbers, counts, content["facts"], hashes, rows, folder)
+    names = ("positions", "numbers", "num_negatives", "query_hashes", "query_rows")
+    positions, numbers, counts, hashes, rows = (Numbers(folder / f"{name}.npy", in_use) for name in names)
+    fence = np.load(folder / "query_fence.npy")
+    return RowIndex(positions, numbers, counts, content["facts"], hashes, rows, fence, folder)
 
 
 def _check_same(before: dict[str, Any], after: dict[str, Any]) -> None:

@@ -24,6 +24,8 @@ ShortRows = Literal["borrow", "repeat", "drop"]
 # Rows with the same query that are read for each draw of one of them; where there are more, the query is a label or a
 # topic rather than a question.
 MOST_SIBLINGS = 100
+# Rows whose numbers of negatives are in memory at once.
+_BLOCK = 1 << 20
 
 
 class KnownQueries(Protocol):
@@ -97,7 +99,7 @@ def draw(
         columns = _columns(source, record, own, missing)
         drawn = Draw(record.query, texts[0], texts[1:], record.instruction, labelled=False, columns=columns)
         return drawn._replace(symmetric=record.symmetric, extra_positives=(None,) * (num_positives - 1))
-    first = int(rng.integers(len(record.positives)))
+    first = int(rng.integers(len(record.positives))) if len(record.positives) > 1 else 0  # which draws nothing of one
     order = rng.permutation(len(record.negatives)).tolist()
     if order and num_hard_negatives and 1 < queries.count_of(record.query) <= MOST_SIBLINGS:
         siblings = queries.positives_of(record.query)
@@ -187,19 +189,30 @@ def settle_short_rows(
     Raises:
         ValueError: no row is left, or the shortest row cannot be filled.
     """
-    short = source.num_negatives < num_hard_negatives
-    count = int(short.sum())
-    if not count:
+    short, shortest, least = 0, 0, num_hard_negatives
+    for start, counts in _negatives_in_blocks(source):
+        short += int((counts < num_hard_negatives).sum())
+        if counts.min() < least:
+            shortest, least = start + int(counts.argmin()), counts.min()
+    if not short:
         return source, 0
     if short_rows == "drop":
-        if count == len(source):
+        if short == len(source):
             raise ValueError(
-                f"data.short_rows=drop leaves no row: all {count} have fewer than "
+                f"data.short_rows=drop leaves no row: all {short} have fewer than "
                 f"data.num_hard_negatives={num_hard_negatives} negatives; lower it, or borrow or repeat"
             )
-        return Subset(source, np.flatnonzero(~short)), count
-    draw(source, int(source.num_negatives.argmin()), 0, seed, num_hard_negatives, short_rows)
-    return source, count
+        kept = [start + np.flatnonzero(n >= num_hard_negatives) for start, n in _negatives_in_blocks(source)]
+        return Subset(source, np.concatenate(kept)), short
+    draw(source, shortest, 0, seed, num_hard_negatives, short_rows)
+    return source, short
+
+
+def _negatives_in_blocks(source: RowSource) -> Iterator[tuple[int, np.ndarray]]:
+    """(row of the first, number of negatives of each) of some rows after the other."""
+    counts = source.num_negatives
+    for start in range(0, len(counts), _BLOCK):
+        yield start, counts[start : start + _BLOCK]
 
 
 def check_no_row_borrows(source: RowSource, num_hard_negatives: int, short_rows: ShortRows, whose: str) -> None:
@@ -215,8 +228,9 @@ def check_no_row_borrows(source: RowSource, num_hard_negatives: int, short_rows:
         ValueError: some row would borrow.
     """
     # an unlabelled row has candidates of its own, two at least, which it can repeat
-    lacking = source.num_negatives < (num_hard_negatives if short_rows == "borrow" else min(1, num_hard_negatives))
-    if short_rows == "drop" or not lacking.any():
+    enough = num_hard_negatives if short_rows == "borrow" else min(1, num_hard_negatives)
+    lacking = sum(int((counts < enough).sum()) for _, counts in _negatives_in_blocks(source))
+    if short_rows == "drop" or not lacking:
         return
     if short_rows == "borrow":
         what = f"fewer than data.num_hard_negatives={num_hard_negatives} negatives"
@@ -226,7 +240,7 @@ def check_no_row_borrows(source: RowSource, num_hard_negatives: int, short_rows:
         remedy = "set data.short_rows to drop, or give them negatives"
     raise ValueError(
         f"{whose} has in_batch_negatives=false, which keeps positives of other rows from being negatives, but "
-        f"{int(lacking.sum())} of {len(source)} rows have {what}, and data.short_rows={short_rows} would borrow just "
+        f"{lacking} of {len(source)} rows have {what}, and data.short_rows={short_rows} would borrow just "
         f"these positives; {remedy}"
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,10 +20,11 @@ from ullme.data.checked_rows import CheckedRows, OnBadRow, RowParser, query_hash
 from ullme.data.columns import ColumnKind, ColumnOption
 from ullme.data.files import check_config, check_kind, expand_files, is_jsonl, is_table
 from ullme.data.jsonl import COMPRESSIONS, iter_lines
+from ullme.data.number_files import Numbers
 from ullme.data.order import ORDER_VERSION, Order, random_order
+from ullme.data.query_index import QueryIndex
 from ullme.data.records import BadRow, Record, Schema
 from ullme.data.row_index import (
-    Numbers,
     Writer,
     cached_index,
     file_identity,
@@ -55,7 +56,7 @@ class RowSource(Protocol):
     unread: dict[str, Any]
 
     @property
-    def num_negatives(self) -> np.ndarray:
+    def num_negatives(self) -> Numbers | np.ndarray:
         """(rows,) number of hard negatives of each row, 65,535 at most."""
         ...
 
@@ -72,34 +73,10 @@ class RowSource(Protocol):
         ...
 
 
-class _QueryIndex:
-    """The rows that have a query, found by a hash of it.
-
-    Args:
-        hashes: (rows,) 32-bit hashes of the rows' queries, sorted.
-        rows: (rows,) the row of each hash.
-    """
-
-    def __init__(self, hashes: Numbers, rows: Numbers) -> None:
-        self._hashes, self._rows = hashes, rows
-
-    def positives(self, source: RowSource, query: str) -> set[str]:
-        """See :meth:`RowSource.positives_of`."""
-        records = [source[row] for row in self._rows.array[self._places(query)].tolist()]
-        return {text for r in records if r.query == query for text in r.positives or r.negatives}
-
-    def count(self, query: str) -> int:
-        """See :meth:`RowSource.count_of`."""
-        places = self._places(query)
-        return places.stop - places.start
-
-    def _places(self, query: str) -> slice:
-        """Of the query's hash among all."""
-        hashes, wanted = self._hashes.array, np.uint32(query_hash(query))
-        first = int(hashes.searchsorted(wanted))
-        if first + 1 < len(hashes) and hashes[first + 1] == wanted:
-            return slice(first, int(hashes.searchsorted(wanted, "right")))
-        return slice(first, first + int(first < len(hashes) and hashes[first] == wanted))  # one, as of most, or none
+def _positives(source: RowSource, rows: Iterable[int], query: str) -> set[str]:
+    """The positives of those of the rows that have a query; without labels, the candidates."""
+    records = [source[row] for row in rows]
+    return {text for r in records if r.query == query for text in r.positives or r.negatives}
 
 
 class JsonlSource:
@@ -145,7 +122,7 @@ class JsonlSource:
         self._offsets, self._numbers, self.num_negatives = index.positions, index.numbers, index.num_negatives
         self.skipped, self.longest_instruction = index.facts["skipped"], index.facts["longest_instruction"]
         self.labelled, self.columns, self.unread = (index.facts[name] for name in ("labelled", "columns", "unread"))
-        self._queries = _QueryIndex(index.query_hashes, index.query_rows)
+        self._queries = QueryIndex(index.query_hashes, index.query_rows, index.query_fence)
         unpacked = [self._unpacked_file(index.folder, n) for n in range(len(self.files))]
         self._lines = CheckedLines(
             [copy or path for copy, path in zip(unpacked, self.files, strict=True)],
@@ -200,10 +177,10 @@ class JsonlSource:
             raise
 
     def positives_of(self, query: str) -> set[str]:
-        return self._queries.positives(self, query)
+        return _positives(self, self._queries.rows(query_hash(query)), query)
 
     def count_of(self, query: str) -> int:
-        return self._queries.count(query)
+        return self._queries.count(query_hash(query))
 
 
 class HubSource:
@@ -233,7 +210,7 @@ class HubSource:
         cache_dir: str | None = None,
     ) -> None:
         self._parser = RowParser(schema, columns, cache_dir)
-        self.dataset = load(path, name, split)
+        self.dataset = load(path, name, split, cache_dir)
         files = [Path(file["filename"]) for file in self.dataset.cache_files]
 
         def identity() -> dict[str, Any]:
@@ -251,7 +228,7 @@ class HubSource:
         self._rows, self.num_negatives = index.positions, index.num_negatives
         self.skipped, self.longest_instruction = index.facts["skipped"], index.facts["longest_instruction"]
         self.labelled, self.columns, self.unread = (index.facts[name] for name in ("labelled", "columns", "unread"))
-        self._queries = _QueryIndex(index.query_hashes, index.query_rows)
+        self._queries = QueryIndex(index.query_hashes, index.query_rows, index.query_fence)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -263,10 +240,10 @@ class HubSource:
         return self._parser.parse(self.dataset[number], number)
 
     def positives_of(self, query: str) -> set[str]:
-        return self._queries.positives(self, query)
+        return _positives(self, self._queries.rows(query_hash(query)), query)
 
     def count_of(self, query: str) -> int:
-        return self._queries.count(query)
+        return self._queries.count(query_hash(query))
 
 
 class FirstRows:
@@ -321,7 +298,7 @@ class Subset:
     @property
     def num_negatives(self) -> np.ndarray:
         """(rows,) a copy, which is not kept."""
-        return self.source.num_negatives[self.rows]
+        return self.source.num_negatives[self.rows.astype(np.int64)]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import hashlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ullme.data.files import TABLES, suffix
+from ullme.data.row_index import VERSION, cached_index, file_identity
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +27,12 @@ class TableError(ValueError):
     """Something is wrong with a file; the message names it."""
 
 
-def reading(names: Sequence[str]) -> tuple[str, list[str], dict[str, Any]]:
+def reading(names: Sequence[str], cache_dir: str | None = None) -> tuple[str, list[str], dict[str, Any]]:
     """How to read table files with ``load_dataset``.
 
     Args:
         names: files or patterns of one kind.
+        cache_dir: keeps what was found in large CSV files, see :func:`ullme.data.row_index.cached_index`.
 
     Returns:
         The kind as ``datasets`` calls it, the files, and options of ``load_dataset``: every cell of a CSV or TSV file
@@ -49,7 +52,7 @@ def reading(names: Sequence[str]) -> tuple[str, list[str], dict[str, Any]]:
         )
     kind = kinds.pop()
     if TABLES[kind] == "csv":
-        return "csv", files, _csv_options(files, kind)
+        return "csv", files, _csv_options(files, kind, cache_dir)
     if TABLES[kind] == "parquet":
         return _reading_parquet(files)
     return TABLES[kind], files, {}
@@ -72,14 +75,13 @@ def _matching(name: str) -> list[str]:
     return found
 
 
-def _csv_options(files: Sequence[str], kind: str) -> dict[str, Any]:
+def _csv_options(files: Sequence[str], kind: str, cache_dir: str | None) -> dict[str, Any]:
     from datasets import Features, Value
 
     # Quotation marks of a TSV file are ordinary characters, as in the STS files of evaluation.
     options: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
-    headers = [
-        _checked_header(file, options.get("sep", ","), options.get("quoting", csv.QUOTE_MINIMAL)) for file in files
-    ]
+    dialect = options.get("sep", ","), options.get("quoting", csv.QUOTE_MINIMAL)
+    headers = [_header(file, *dialect, cache_dir) for file in files]
     for file, header in zip(files, headers, strict=True):
         if set(header) != set(headers[0]):
             raise TableError(
@@ -87,6 +89,17 @@ def _csv_options(files: Sequence[str], kind: str) -> dict[str, Any]:
                 "entry of data.datasets of its own, or all the same columns"
             )
     return {**options, **CELLS, "features": Features({column: Value("string") for column in headers[0]})}
+
+
+def _header(file: str, delimiter: str, quoting: Any, cache_dir: str | None) -> list[str]:
+    """As :func:`_checked_header`, which reads all of a file, once for a machine."""
+
+    def identity() -> dict[str, Any]:
+        what = ["CSV", delimiter, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()]
+        return {"version": VERSION, "files": [file_identity(Path(file))], "side": [], "what": what}
+
+    checked = cached_index(identity, lambda _: {"header": _checked_header(file, delimiter, quoting)}, cache_dir)
+    return checked.facts["header"]
 
 
 def _checked_header(file: str, delimiter: str, quoting: Any) -> list[str]:

@@ -15,15 +15,25 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def load(path: str | Sequence[str], name: str | None, split: str) -> Dataset:
-    """Load a dataset with the ``datasets`` library. Raises: ValueError: it cannot be loaded, or has no such split."""
+def load(path: str | Sequence[str], name: str | None, split: str, cache_dir: str | None = None) -> Dataset:
+    """Load a dataset with the ``datasets`` library.
+
+    Args:
+        path: see :class:`ullme.data.sources.HubSource`.
+        name: its configuration, if it has several.
+        split: of it.
+        cache_dir: see :func:`ullme.data.table_files.reading`.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no such split.
+    """
     from datasets import DatasetDict, load_from_disk
     from datasets.exceptions import DatasetsError
 
     files = [path] if isinstance(path, str) else list(path)
     try:
         if all(map(is_table, files)):
-            return _load_tables(files, split)
+            return _load_tables(files, split, cache_dir)
         if any((Path(files[0]) / marker).exists() for marker in SAVED_TO_DISK):
             saved = load_from_disk(files[0])
             if not isinstance(saved, DatasetDict):
@@ -31,7 +41,7 @@ def load(path: str | Sequence[str], name: str | None, split: str) -> Dataset:
             if split not in saved:
                 raise ValueError(f"it has the splits {sorted(saved)}")
             return saved[split]
-        return _load_repository(files[0], name, split)
+        return _load_repository(files[0], name, split, cache_dir)
     except TableError as error:
         raise ValueError(f"data.train: {error}") from None
     except PermissionError as error:
@@ -46,11 +56,11 @@ def load(path: str | Sequence[str], name: str | None, split: str) -> Dataset:
         ) from error
 
 
-def _load_tables(files: Sequence[str], split: str) -> Dataset:
+def _load_tables(files: Sequence[str], split: str, cache_dir: str | None) -> Dataset:
     """Files or patterns. Raises: TableError: they do not go together, or are damaged."""
     from datasets import load_dataset
 
-    kind, found, options = reading(files)
+    kind, found, options = reading(files, cache_dir)
     return load_dataset(kind, data_files={split: found}, split=split, **options)
 
 
@@ -62,7 +72,7 @@ def _reason(error: BaseException) -> str:
     return text if len(text) <= 400 else f"{text[:300]} ... {text[-90:]}"
 
 
-def _load_repository(path: str, name: str | None, split: str) -> Dataset:
+def _load_repository(path: str, name: str | None, split: str, cache_dir: str | None) -> Dataset:
     """A dataset of the hub or a dataset folder; where a script would have to load it, its data files are read instead.
 
     ``datasets`` runs no loading scripts since 4.0, and Tevatron/msmarco-passage, the default training set, has one.
@@ -75,7 +85,7 @@ def _load_repository(path: str, name: str | None, split: str) -> Dataset:
     options: dict[str, Any] = {}
     if (builder := _table_builder(path, name)) is not None:
         if name is None and Path(path).is_dir() and (files := files_of(builder, split)):
-            return _load_tables(files, split)
+            return _load_tables(files, split, cache_dir)
         if _is_csv(builder):
             options = {**CELLS, "index_col": False}
     try:
