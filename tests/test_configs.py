@@ -186,3 +186,10 @@ def test_stacking_merges_deeply(tmp_path, monkeypatch):
     assert app.model.backbone.lora_alpha == 32  # from the base
     assert app.model.backbone.dtype == "float32"  # from the strategy
     assert app.model.optimizer_config.lr == 0.5
+
+
+def test_an_interval_of_validation_stops_no_training_without_validation():
+    """configs/base.yaml validates every 109 steps, and a small data set has fewer."""
+    options = [f"--config={CONFIGS / 'base.yaml'}", "--model.backbone.model_name_or_path=x"]
+    assert train.build(options, run=False).trainer.val_check_interval == 1.0
+    assert train.build([*options, "--data.val=folder"], run=False).trainer.val_check_interval == 109

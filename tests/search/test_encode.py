@@ -101,7 +101,6 @@ REFUSED = {
         r"the prompts, field passage was '\{text\}' and is 'passage: \{text\}' now",
     ),
     "role": ({"settings": EncodeSettings(role="query")}, "--role was 'passage' and is 'query' now"),
-    "instruction": ({"settings": EncodeSettings(instruction="find")}, "--instruction was None and is 'find' now"),
     "max_length": ({"settings": EncodeSettings(max_length=9)}, "--max_length was 512 and is 9 now"),
     "precision": ({"settings": EncodeSettings(precision="int8")}, "--precision was 'float32' and is 'int8' now"),
     "truncate_dim": ({"settings": EncodeSettings(truncate_dim=8)}, "--truncate_dim was None and is 8 now"),
@@ -117,6 +116,16 @@ def test_a_folder_of_other_embeddings_is_refused(name, whole, corpus):
     with pytest.raises(ValueError, match=rf"holds embeddings of another command: {message}.*give another folder"):
         encode_corpus(**{"embedder": StubEmbedder(), "corpus": corpus, "folder": whole, "shard_rows": 4, **changed})
     assert contents(whole) == before
+
+
+def test_an_instruction_without_a_place_in_the_template_is_refused(corpus, tmp_path):
+    settings = EncodeSettings(instruction="find")
+    with pytest.raises(ValueError, match=r"--instruction 'find': the passage template '\{text\}' has no \{instruction"):
+        encode_corpus(StubEmbedder(), corpus, tmp_path / "e", settings)
+    taking = StubEmbedder(prompts={"passage": "{instruction}: {text}"})
+    encode_corpus(taking, corpus, tmp_path / "e", settings)
+    with pytest.raises(ValueError, match="--instruction was 'find' and is None now"):
+        encode_corpus(taking, corpus, tmp_path / "e")
 
 
 def test_a_folder_of_another_corpus_or_of_other_files_is_refused(whole, tmp_path):

@@ -235,3 +235,14 @@ def test_without_faiss_exact_search_works(own_folder, monkeypatch):
     with pytest.raises(ValueError, match=r"bm25s is not installed: pip install 'ullme\[search\]'"):
         bm25.build_index(shards)
     assert ids(Searcher(own_folder, StubEmbedder(), device="cpu").search([TEXT(2)], 1)[0]) == ["d2"]
+
+
+def test_a_model_that_is_no_longer_at_its_place_is_named(tmp_path):
+    folder = encoded(tmp_path / "e")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["model"]["name"] = str(tmp_path / "moved")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        ValueError, match=r"was encoded by '.*moved', and there is no '.*moved' now; say where .* --model"
+    ):
+        Searcher(folder, device="cpu").search(["text"])

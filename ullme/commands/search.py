@@ -142,9 +142,7 @@ def _run(options: Any) -> int:
     number = sum(map(len, hits.values()))
     print(f"{options.to}: {number} documents for {len(queries)} queries, {_how(searcher, options.method)}")
     if copies:
-        print(
-            f"{len(copies)} queries are documents with the same id and text; each is left out of its own query's hits"
-        )
+        print(f"{len(copies)} queries are documents with the same id and text; none is found for itself")
     return 0
 
 

@@ -106,6 +106,8 @@ class ULLMECLI(LightningCLI):
                 f"trainer.gradient_clip_val={trainer.gradient_clip_val}: GradCache clips after its last chunk; "
                 "write model.optimizer.gradient_clip_val instead"
             )
+        if config.data.val is None:  # Lightning refuses an interval longer than the epoch all the same
+            trainer.val_check_interval = None
         if trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: accumulation would split the "

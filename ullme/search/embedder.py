@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -163,6 +163,15 @@ def load_text_embedder(name: str, *, device: str | None = None, **options: Any) 
     checkpoint = name if is_checkpoint(name) else adapter_folder(name)
     model = load_embedder(name if checkpoint is None else None, checkpoint, options)
     return ULLMEEmbedder(model.to(device).eval())
+
+
+def check_instruction(prompts: Mapping[str, Any], role: Role, instruction: str | None) -> None:
+    """Raises: ValueError: an instruction for a template that has no place for it."""
+    template = prompts.get(role)
+    if instruction is not None and isinstance(template, str) and "{instruction}" not in template:
+        raise ValueError(
+            f"--instruction {instruction!r}: the {role} template {template!r} has no {{instruction}}; leave it out"
+        )
 
 
 def is_checkpoint(name: str) -> bool:

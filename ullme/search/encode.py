@@ -14,7 +14,7 @@ from typing import Any
 from ullme.prompts import Role
 from ullme.search import shards
 from ullme.search.corpus import SHARD_ROWS, Corpus, CorpusPlan, check_corpus
-from ullme.search.embedder import TextEmbedder
+from ullme.search.embedder import TextEmbedder, check_instruction
 from ullme.utils import atomic_files
 
 
@@ -125,6 +125,7 @@ def begin(
         ValueError: a value out of range, or a folder of other embeddings.
     """
     settings.check()
+    check_instruction(embedder.prompts, settings.role, settings.instruction)
     if settings.truncate_dim is not None and settings.truncate_dim > embedder.dimensions:
         raise ValueError(
             f"--truncate_dim {settings.truncate_dim}: the model has {embedder.dimensions} dimensions; give fewer"

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from ullme.search import bm25, faiss_index, fusion_weight
-from ullme.search.embedder import TextEmbedder, load_text_embedder
+from ullme.search.embedder import TextEmbedder, check_instruction, load_text_embedder
 from ullme.search.fusion import DEPTH, Fusion, Ranking, check_fusion, fuse
 from ullme.search.queries import Hit
 from ullme.search.shards import Shards
@@ -79,7 +79,13 @@ class Searcher:
         """The model of the folder. Raises: ValueError: it cannot be loaded, or has changed."""
         stored = self.shards.manifest["model"]
         name = self._model or stored["name"]
+        if self._given is None and Path(name).is_absolute() and not Path(name).exists():
+            raise ValueError(
+                f"{self.shards.folder} was encoded by {stored['name']!r}, and there is no {name!r} now; say where the "
+                "model is with --model, or encode again"
+            )
         embedder = self._given or load_text_embedder(name, device=self._device, **stored["options"])
+        check_instruction(embedder.prompts, "query", self.instruction)
         if (revision := embedder.revision()) != stored["revision"]:
             raise ValueError(
                 f"{self.shards.folder} was encoded by {stored['name']!r}, revision {stored['revision']}, and "

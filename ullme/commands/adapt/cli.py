@@ -85,7 +85,15 @@ def parser() -> ArgumentParser:
         metavar="FILE",
         help="YAML for train.py, on top of the method's",
     )
-    training.add_argument("--set", nargs="+", type=str, default=[], metavar="NAME=VALUE", help="an option of train.py")
+    training.add_argument(
+        "--set",
+        nargs="+",
+        type=str,
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of train.py, such as model.optimizer.lr=2e-4 for an LLM of billions of weights, to which the "
+        "methods' 1e-3 is too much",
+    )
     for step, text in _STEPS.items():
         training.add_argument(f"--set_{step}", nargs="+", type=str, default=[], metavar="NAME=VALUE", help=f"of {text}")
     training.add_argument("--seed", type=int, default=0, help="of writing and training")

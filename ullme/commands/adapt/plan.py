@@ -302,4 +302,7 @@ def untrained_arguments(config: Any) -> tuple[list[str], list[str]]:
     if prompts.append_eos:
         encode.append("--append_eos=true")
     instruction = [] if prompts.instruction == usual.instruction else [f"--instruction={prompts.instruction}"]
-    return [*encode, *(instruction if "{instruction}" in prompts.passage else [])], instruction
+    asked, embedded = (
+        instruction if "{instruction}" in template else [] for template in (prompts.query, prompts.passage)
+    )
+    return [*encode, *embedded], asked
