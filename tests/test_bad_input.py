@@ -211,7 +211,7 @@ EVALUATE: dict[str, tuple[str, list[str]]] = {
     "corpus without a corpus": ("--model {llm} --corpus {no_corpus}", ["corpus.jsonl", "{no_corpus}"]),
     "corpus with foreign judgements": ("--model {llm} --corpus {unknown_judged}", ["nobody"]),
     "pairs with other columns": ("--model {llm} --sts {sts_header}", ["{sts_header}", "sentence1"]),
-    "score in words": ("--model {llm} --sts {sts_text}", ["{sts_text}, row 1", "score", "high"]),
+    "score in words": ("--model {llm} --sts {sts_text}", ["{sts_text}, line 2", "score", "high"]),
     "label 2": ("--model {llm} --pair_classification {pair_label}", ["{pair_label}, line 1", "label"]),
     "one class of pairs": ("--model {llm} --pair_classification {pair_one_class}", ["{pair_one_class}"]),
     "one cluster": ("--model {llm} --clustering {cluster_one}", ["{cluster_one}"]),

@@ -19,7 +19,7 @@ def test_numbers_of_several_blocks(tmp_path, monkeypatch):
     numbers = pickle.loads(pickle.dumps(number_files.Numbers(tmp_path / "n.npy")))
     in_memory = number_files.Numbers(np.load(tmp_path / "n.npy"))
     for one in (numbers, in_memory):
-        assert [one[n] for n in (0, 50, 99)] == [0, 50 * 10**12, 99 * 10**12]
+        assert [one[n] for n in (0, 50, np.int64(99))] == [0, 50 * 10**12, 99 * 10**12]
         assert one[98:200].tolist() == one.view(98, 200).tolist() == [98 * 10**12, 99 * 10**12]
         assert one[np.array([99, 0])].tolist() == [99 * 10**12, 0]
         assert np.asarray(one).tolist() == one.tolist() == [n * 10**12 for n in range(100)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from array import array
+from operator import index
 from pathlib import Path
 from typing import IO, Any, overload
 
@@ -93,7 +94,7 @@ class Numbers:
         if isinstance(places, np.ndarray):
             mapped = np.load(self.source, mmap_mode="r") if self._stored else self.source
             return np.asarray(mapped[places])
-        raise TypeError(f"places={places!r}: an integer, a slice or an array of integers")
+        return self[index(places)]  # an integer of numpy
 
     def view(self, start: int, stop: int) -> memoryview:
         """Those of a range, of which there may be fewer, for single looks at them."""
