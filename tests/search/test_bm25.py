@@ -58,3 +58,19 @@ def test_an_index_of_an_earlier_release_is_asked_as_it_was_made(shards):
     assert bm25.BM25Index(built, description).tokens == bm25.WORDS
     del description["tokens"]
     assert next(bm25.BM25Index(built, description).all_scores(["故乡"])).max() == 0  # one word of two characters
+
+
+def test_the_same_documents_give_the_same_files_in_every_process(shards, monkeypatch):
+    """Python's set of words has another order in each process, which a set in reverse order stands for here."""
+    texts = ["one two three", "three four", "five six seven eight"]
+    first = shards(texts, "first")
+
+    class Reversed(set):
+        def __iter__(self):
+            return iter(sorted(super().__iter__(), reverse=True))
+
+    monkeypatch.setattr("bm25s.set", Reversed, raising=False)
+    second = shards(texts, "second")
+    found = [{p.name: p.read_bytes() for p in (one.folder / bm25.FOLDER).iterdir()} for one in (first, second)]
+    assert found[0] == found[1]
+    assert json.loads(found[0]["vocab.index.json"])["one"] == 0

@@ -78,11 +78,7 @@ class Texts:
 
     def __post_init__(self) -> None:
         self.places = {key: place for place, key in enumerate(self.ids)}
-        words = bm25.tokenized(self.texts, self.stopwords)
-        if not any(words):
-            raise ValueError("no document has a word of at least two letters, so BM25 finds none")
-        self._retriever = bm25.import_bm25s().BM25()
-        self._retriever.index(words, show_progress=False)
+        self._retriever = bm25.fitted(self.texts, self.stopwords)
 
     @classmethod
     def of(cls, corpus: Corpus, stopwords: str) -> Texts:

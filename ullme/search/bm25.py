@@ -88,19 +88,29 @@ def build_index(shards: Shards, stopwords: str = "en") -> BM25Index:
     Raises:
         ValueError: bm25s is not installed, or has no stop words of the language.
     """
-    bm25s = import_bm25s()
-    found = tokenized([document.text for document in shards.all_documents()], stopwords)
-    if not any(found):
-        raise ValueError(f"{shards.folder}: no document has a word of at least two letters, so BM25 finds none")
-    retriever = bm25s.BM25()
-    retriever.index(found, show_progress=False)
+    retriever = fitted([document.text for document in shards.all_documents()], stopwords)
 
     def write(folder: Path) -> dict[str, Any]:
         retriever.save(str(folder))
-        return {"stopwords": stopwords, "tokens": WORDS, "bm25s": bm25s.__version__}
+        return {"stopwords": stopwords, "tokens": WORDS, "bm25s": import_bm25s().__version__}
 
     index_files.write_index(shards, FOLDER, write)
     return open_index(shards)
+
+
+def fitted(texts: Sequence[str], stopwords: str) -> Any:
+    """A ``bm25s.BM25`` of n texts, in memory: the same texts give the same, byte for byte.
+
+    Raises:
+        ValueError: bm25s is not installed, has no stop words of the language, or no text has a word.
+    """
+    # numbered as they come; of words alone bm25s numbers a set of them, whose order differs between processes
+    found = _tokenize(texts, stopwords, WORDS, return_ids=True)
+    if not found.vocab:
+        raise ValueError("no document has a word of at least two letters, so BM25 finds none")
+    retriever = import_bm25s().BM25()
+    retriever.index(found, show_progress=False)
+    return retriever
 
 
 def tokenized(texts: Sequence[str], stopwords: str, tokens: str = WORDS) -> list[list[str]]:
@@ -109,12 +119,16 @@ def tokenized(texts: Sequence[str], stopwords: str, tokens: str = WORDS) -> list
     Raises:
         ValueError: bm25s has no stop words of the language.
     """
+    return _tokenize(texts, stopwords, tokens, return_ids=False)
+
+
+def _tokenize(texts: Sequence[str], stopwords: str, tokens: str, return_ids: bool) -> Any:
     try:
         return import_bm25s().tokenize(
             [" ".join(found) for found in words(list(texts), tokens)],
             token_pattern=r"\S+",
             stopwords=None if stopwords == "none" else stopwords,
-            return_ids=False,
+            return_ids=return_ids,
             show_progress=False,
         )
     except ValueError as error:
