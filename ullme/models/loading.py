@@ -46,6 +46,14 @@ def is_adapter(name: str) -> bool:
     return has_file(name, "adapter_config.json") and not has_file(name, "config.json")
 
 
+def is_run(name: str) -> bool:
+    """Whether a name is the folder of a training run, its folder of checkpoints, or one of these."""
+    path = Path(name)
+    if path.is_dir():
+        return (path / "checkpoints").is_dir() or any(path.glob("*.ckpt"))
+    return path.suffix == ".ckpt" and path.is_file()
+
+
 def is_sentence_transformer(name: str) -> bool:
     """Whether a name is a sentence-transformers model: a folder or hub model with a modules.json."""
     return has_file(name, "modules.json")
@@ -83,11 +91,13 @@ def load_config(options: BackboneConfig) -> PretrainedConfig:
         with _loading_errors(name, "config.json"):
             config = AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
     except ValueError as error:
-        if not is_adapter(name):
+        what = "an adapter" if is_adapter(name) else "a training run's" if is_run(name) else None
+        if what is None:
             raise
+        local = "" if Path(name).exists() else " (a folder)"
         raise ValueError(
-            f"model_name_or_path={name!r} is an adapter, not an LLM: to train from it, name its LLM there and set "
-            f"init_from={name!r} (a folder); to embed with it, load_ullme({name!r}) or evaluate --checkpoint {name}"
+            f"model_name_or_path={name!r} is {what}, not an LLM: to train from it, name its LLM there and set "
+            f"init_from={name!r}{local}; to embed with it, load_ullme({name!r}) or evaluate --checkpoint {name}"
         ) from error
     expected_type = options.model_backbone_type
     if expected_type is not None and expected_type.lower() != config.model_type:

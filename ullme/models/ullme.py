@@ -250,6 +250,7 @@ class ULLME(nn.Module):
             with self._precision_of_weights():
                 return likelihood.likelihood(self.causal_lm, packed, rows, targets, owners, share_prompts)
         if is_generate:
+            self._check_positions(rows, None, None)
             with self._precision_of_weights():
                 return self.causal_lm(input_ids=input_ids, attention_mask=attention_mask, is_causal=True, **kwargs)
         if kwargs:
