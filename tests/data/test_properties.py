@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from ullme.data.jsonl import iter_lines, parse_line
 from ullme.data.records import BadRow, Record, parse_record
-from ullme.data.sampler import GlobalBatchSampler, draw, settle_short_rows
+from ullme.data.sampler import GlobalBatchSampler, draw
+from ullme.data.short_rows import settle_short_rows
 from ullme.data.sources import JsonlSource
 
 KEYS = st.sampled_from(

@@ -5,7 +5,8 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from ullme.data.sampler import GlobalBatchSampler, draw, settle_short_rows
+from ullme.data.sampler import GlobalBatchSampler, draw
+from ullme.data.short_rows import settle_short_rows
 from ullme.data.sources import Subset, open_source
 
 
@@ -123,6 +124,12 @@ class TestDraw:
         monkeypatch.setattr("ullme.data.checked_rows.crc32", lambda query: 7)
         source = open_source(write_jsonl([{"query": query, "pos": [query + "+"]} for query in "ab"]))
         assert source.positives_of("a") == {"a+"}
+
+    def test_the_query_itself_is_not_borrowed(self, write_jsonl):
+        """Pairs of duplicates, given in both directions."""
+        pairs = [("a", "b"), ("b", "a"), ("c", "d")]
+        source = open_source(write_jsonl([{"query": query, "pos": [positive]} for query, positive in pairs]))
+        assert {draw(source, 0, epoch, 0, 1).negatives[0] for epoch in range(20)} == {"d"}
 
     def test_borrow_where_there_is_too_little(self, write_jsonl):
         source = open_source(write_jsonl([{"query": "a", "pos": ["p"]}, {"query": "b", "pos": ["r"]}]))

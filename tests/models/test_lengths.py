@@ -119,6 +119,9 @@ def test_one_token_and_as_many_as_there_are_positions(family, embedder):
         assert model(*block(128))["rep"].isfinite().all()
         with pytest.raises(ValueError, match=r"a text has 129 tokens, but .* has 128 positions; cut texts"):
             model(*block(129))
+        with pytest.raises(ValueError, match="a text has 129 tokens"):
+            model(*block(129), is_generate=True)
+        assert model(*block(128), is_generate=True).logits.isfinite().all()
 
 
 def test_a_prompt_and_its_passage_are_counted_together(embedder):

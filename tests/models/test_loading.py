@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import make_llm, make_tokenizer
 
+from ullme.models import ULLME
 from ullme.models.checkpoint import load_embedder, save_adapter, usable_device
 from ullme.models.loading import check_vocabulary
 from ullme.prompts import Prompts
@@ -47,3 +48,11 @@ def test_mistakes():
     with pytest.raises(ValueError, match="device='cuda:9' cannot be used here"):
         usable_device("cuda:9")
     assert usable_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("name", ["run", "run/checkpoints", "run/checkpoints/last.ckpt"])
+def test_a_run_in_place_of_an_llm_is_refused_with_where_it_belongs(name, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"is a training run's, not an LLM.*init_from='.*{name}'; .*load_ullme\("):
+        ULLME(str(tmp_path / name))

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import make_readable_tokenizer
+from tiny import make_readable_tokenizer, save_llm
 
+from ullme.models import ULLME
 from ullme.models.prefix_cache import common_prefix, encode_prefix
 from ullme.models.sampling import ending_tokens, sample_lines
 
@@ -78,3 +79,11 @@ def test_no_prefix_where_it_would_win_nothing_or_change_something(make_model, pr
     assert encode_prefix(narrow, prompts, 64) is None
     # its attention counts places in the cache, and no position_ids, so padding would be distance
     assert encode_prefix(float64_model(make_model, "bloom", lora_name=None), prompts, LONGEST) is None
+
+
+def test_no_prefix_where_rotary_positions_change_behind_it(tmp_path, prompts):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope |= {"original_max_position_embeddings": 100, "factor": 2.0}
+    model = ULLME(save_llm(tmp_path, "llama", rope_parameters=rope), lora_name=None)
+    assert encode_prefix(model, prompts, 100) is not None
+    assert encode_prefix(model, prompts, 101) is None

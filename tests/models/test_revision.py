@@ -15,7 +15,7 @@ from torch import nn
 
 from ullme.models import WrappedULLME
 from ullme.models.checkpoint import save_adapter
-from ullme.models.revision import weights_digest
+from ullme.models.revision import sentence_transformer_description, tokenizer_description, weights_digest
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,45 @@ def test_a_pooling_of_ones_own_counts_by_its_code(make_model, tmp_path, monkeypa
         found.add(WrappedULLME.from_model(model, "tiny").mteb_model_meta.revision)
     sys.modules.pop("my_pooling")
     assert len(found) == 2
+
+
+def test_the_merges_of_a_tokenizer_in_python_count_and_its_place_does_not(tmp_path):
+    from transformers import CTRLTokenizer
+
+    def tokenizer(name: str, merges: str) -> CTRLTokenizer:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "vocab.json").write_text(json.dumps({"a@@": 0, "b": 1, "<unk>": 2, "ab": 3}))
+        (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+        return CTRLTokenizer.from_pretrained(folder)
+
+    one, copy, other = tokenizer("one", "a b</w>"), tokenizer("copy", "a b</w>"), tokenizer("other", "x y</w>")
+    assert not hasattr(one, "backend_tokenizer")
+    assert one("ab")["input_ids"] != other("ab")["input_ids"]
+    assert tokenizer_description(one) == tokenizer_description(copy) != tokenizer_description(other)
+
+
+def test_modules_inside_a_module_count():
+    """As in a Router of sentence-transformers, whose own settings name only their types."""
+
+    class Pooling(nn.Module):
+        def __init__(self, mode: str) -> None:
+            super().__init__()
+            self.mode = mode
+
+        def get_config_dict(self) -> dict[str, str]:
+            return {"mode": self.mode}
+
+    class Router(nn.Module):
+        def __init__(self, mode: str) -> None:
+            super().__init__()
+            self.sub_modules = nn.ModuleDict({"query": nn.Sequential(Pooling(mode))})
+
+        def get_config_dict(self) -> dict[str, str]:
+            return {"types": "Pooling"}
+
+    mean, again, last = (sentence_transformer_description(nn.Sequential(Router(m))) for m in ("mean", "mean", "last"))
+    assert mean == again != last
 
 
 def test_weights_digest_sees_every_value_name_and_type():

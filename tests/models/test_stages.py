@@ -7,7 +7,6 @@ import torch
 
 from ullme.models.checkpoint import load_ullme, save_adapter
 from ullme.models.trained_weights import CONTRACT_KEY, STATE_PREFIX, contract, trainable_state
-from ullme.prompts import pad_rows
 
 TEXTS = ["the mill by the river", "a market"]
 
@@ -113,37 +112,3 @@ def test_mismatches_are_refused(first, make_model, options, message):
 def test_no_such_run(make_model):
     with pytest.raises(ValueError, match="init_from='nowhere', init_mode=merge: checkpoint='nowhere': no such file"):
         make_model(init_from="nowhere")
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
-def test_attention_dropout_works_while_training_only(family, make_model):
-    model = make_model(family, attention_dropout=0.5)
-    ids = torch.arange(4, 12)[None]
-    model.train()
-    assert far(model(ids)["rep"].detach(), model(ids)["rep"].detach()) > 1e-3
-    model.eval()
-    assert far(model(ids)["rep"].detach(), model(ids)["rep"].detach()) == 0
-    assert model.fingerprint == make_model(family).fingerprint
-    make_model(family).train()
-
-
-GPT2 = {"resid_pdrop": 0.3, "attn_pdrop": 0.3, "embd_pdrop": 0.3}
-OPT = {"dropout": 0.3, "attention_dropout": 0.3, "layerdrop": 0.3, "word_embed_proj_dim": 32, "ffn_dim": 64}
-BLOOM = {"hidden_dropout": 0.3, "attention_dropout": 0.3, "n_head": 4}
-
-
-@pytest.mark.parametrize(("family", "sizes"), [("gpt2", GPT2), ("opt", OPT), ("bloom", BLOOM)])
-def test_dropout_of_the_llm_itself_is_off_unless_asked_for(family, sizes, make_model):
-    ids, targets = torch.arange(4, 12)[None], pad_rows([[20, 21, 22]], 0)
-    mask = torch.ones_like(ids)
-    for on in (False, True):
-        model = make_model(family, sizes=sizes, llm_dropout=on, lora_dropout=0.0).train()
-        pairs = [[model(ids, mask)["rep"].detach() for _ in range(2)]]
-        pairs += [[model(ids, mask, is_generate=True, targets=targets).logps.detach() for _ in range(2)]]
-        assert all((far(*pair) > 1e-3) == on for pair in pairs)
-        assert all((far(*pair) == 0) == (not on) for pair in pairs)
-
-
-def test_attention_dropout_out_of_range(make_model):
-    with pytest.raises(ValueError, match=r"attention_dropout=1\.0: a probability"):
-        make_model(attention_dropout=1.0)

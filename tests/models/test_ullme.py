@@ -145,6 +145,26 @@ def test_encode_tokenises_so_many_characters_at_a_time(make_model, monkeypatch):
     assert any(len(part) == 1 and len(part[0]) > 500 for part in tokenised)
 
 
+def test_a_window_counts_the_instruction_of_every_text(monkeypatch):
+    monkeypatch.setattr(encoding, "_WINDOW_CHARACTERS", 500)
+    assert list(encoding.windows(["a"] * 9)) == [slice(0, 9)]
+    assert list(encoding.windows(["a"] * 9, [99])) == [slice(0, 5), slice(5, 9)]
+    assert list(encoding.windows(["a"] * 3, [0, 600, 0])) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+
+
+def test_few_texts_with_a_long_instruction_are_tokenised_at_once(make_model, monkeypatch):
+    parts, rows = [], PromptTokenizer.rows
+    monkeypatch.setattr(encoding, "_WINDOW_CHARACTERS", 250)
+
+    def counted(self, part, *rest, **options):
+        parts.append(len(part))
+        return rows(self, part, *rest, **options)
+
+    monkeypatch.setattr(PromptTokenizer, "rows", counted)
+    make_model().encode(["ab"] * 6, role="query", instruction="x" * 60)  # and "Instruct: \nQuery: " around each
+    assert parts[-2:] == [3, 3]
+
+
 def test_encode_takes_the_prompt_contract(make_model):
     prompts = Prompts(query="Q {instruction}: {text}", passage="P: {text}", instruction="find")
     model = make_model(prompts=prompts)

@@ -183,6 +183,13 @@ def test_checkpoints_behind_a_link_are_found(tmp_path):
     assert find_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "last.ckpt"
 
 
+def test_an_older_last_checkpoint_does_not_stand_for_the_run(tmp_path):
+    """As where only last.ckpt was restored from a copy of the folder."""
+    write_step(tmp_path / "run" / "checkpoints" / "last.ckpt", 3)
+    newest = write_step(tmp_path / "run" / "checkpoints" / "step5.ckpt", 5)
+    assert find_checkpoint(tmp_path / "run") == newest == atomic_files.newest_first(tmp_path / "run")[0]
+
+
 def test_a_folder_of_several_runs_stands_for_none_of_them(tmp_path):
     one = write_step(tmp_path / "runs/a/checkpoints/last.ckpt", 3)
     assert find_checkpoint(tmp_path / "runs") == one

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ullme.batch import Batch
 from ullme.callbacks.choose_chunking import choose_chunking
-from ullme.data.sampler import check_no_row_borrows
+from ullme.data.short_rows import check_no_row_borrows
 from ullme.engine.fsdp import unsynchronised
 from ullme.engine.objective import Logs, Objective
 from ullme.engine.reference import ReferenceChoice, make_reference
@@ -155,7 +155,7 @@ class LossCallback(L.Callback, ABC):
         for (terms, own), source in zip(parts, getattr(data, "sources", []), strict=False):  # none before setup
             for term in contrastive(terms):
                 if not term.in_batch_negatives:
-                    check_no_row_borrows(source, own, data.short_rows, f"loss term {term.name}")
+                    check_no_row_borrows(source, own, data.short_rows, f"loss term {term.name}", data.source)
 
     def _check_lengths(self, model: Any, data: Any) -> None:
         longest = {name: getattr(data, name, 0) for name in ("query_max_length", "passage_max_length")}

@@ -4,7 +4,8 @@ Lightning."""
 from ullme.data.beir import BeirFolder, read_beir
 from ullme.data.collator import Collator, EvalRows, TrainDataset, passage_key
 from ullme.data.records import BadRow, Record, parse_record
-from ullme.data.sampler import Draw, GlobalBatchSampler, draw, settle_short_rows
+from ullme.data.sampler import Draw, GlobalBatchSampler, draw
+from ullme.data.short_rows import settle_short_rows
 from ullme.data.sources import HubSource, JsonlSource, RowSource, open_source
 
 __all__ = [

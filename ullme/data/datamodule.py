@@ -21,6 +21,7 @@ from ullme.data.mixture import Mixture, MixtureSampler, TrainSet, check_alpha
 from ullme.data.order import ORDER_VERSION, random_order
 from ullme.data.records import Schema, check_schema
 from ullme.data.sampler import GlobalBatchSampler, ShortRows
+from ullme.data.short_rows import check_no_row_borrows
 from ullme.data.sources import OnBadRow, RowSource
 from ullme.data.train_rows import (
     check_beside_datasets,
@@ -207,7 +208,15 @@ class ULLMEDataModule(L.LightningDataModule):
     def _open_train(self) -> RowSource:
         """Open the training set, or all datasets of the mixture."""
         sources = [self._open(dataset) for dataset in self.sets]
-        return sources[0] if self.datasets is None else Mixture(self.datasets, sources)
+        if self.datasets is None:
+            return sources[0]
+        mixture = Mixture(self.datasets, sources)
+        for dataset, rows in zip(self.datasets, sources, strict=True):
+            own = dataset.num_hard_negatives
+            negatives = self.num_hard_negatives if own is None else own
+            if not dataset.in_batch_negatives:
+                check_no_row_borrows(rows, negatives, self.short_rows, f"data.datasets: {dataset.train!r}", mixture)
+        return mixture
 
     def _open(self, dataset: TrainSet) -> RowSource:
         """Open one dataset."""

@@ -17,15 +17,13 @@ from torch.utils.data import Sampler
 from ullme.data.columns import Columns
 from ullme.data.order import ORDER_VERSION, Order, random_order
 from ullme.data.records import Record
-from ullme.data.sources import RowSource, Subset
+from ullme.data.sources import RowSource
 
 ShortRows = Literal["borrow", "repeat", "drop"]
 
 # Rows with the same query that are read for each draw of one of them; where there are more, the query is a label or a
 # topic rather than a question.
 MOST_SIBLINGS = 100
-# Rows whose numbers of negatives are in memory at once.
-_BLOCK = 1 << 20
 
 
 class KnownQueries(Protocol):
@@ -77,7 +75,8 @@ def draw(
         seed: of the run, not negative.
         num_hard_negatives: N.
         short_rows: what stands in for missing negatives. ``borrow`` takes positives of other rows, never a text that
-            is a positive of this row or of another one with the same query, or already a negative of this row;
+            is the query itself, a positive of this row or of another one with the same query, or already a negative of
+            this row;
             ``repeat`` goes round the row's own negatives, and borrows where there are none.
         queries: knows all positives of a query; None: the source does.
         num_positives: how many positives to draw, where the row has so many. The first of them, and the negatives, are
@@ -94,15 +93,17 @@ def draw(
         texts = [record.negatives[i] for i in own]
         missing = num_hard_negatives + 1 - len(own)
         texts += (
-            _borrow(source, missing, {*record.negatives, *queries.positives_of(record.query)}, rng) if missing else []
+            _borrow(source, missing, {record.query, *record.negatives, *queries.positives_of(record.query)}, rng)
+            if missing
+            else []
         )
         columns = _columns(source, record, own, missing)
         drawn = Draw(record.query, texts[0], texts[1:], record.instruction, labelled=False, columns=columns)
         return drawn._replace(symmetric=record.symmetric, extra_positives=(None,) * (num_positives - 1))
     first = int(rng.integers(len(record.positives))) if len(record.positives) > 1 else 0  # which draws nothing of one
     order = rng.permutation(len(record.negatives)).tolist()
-    if order and num_hard_negatives and 1 < queries.count_of(record.query) <= MOST_SIBLINGS:
-        siblings = queries.positives_of(record.query)
+    if order and num_hard_negatives:
+        siblings = positives_of_siblings(record, queries)
         order = [i for i in order if record.negatives[i] not in siblings]
         # a row that this leaves short was not counted as one, to be dropped
         short_rows = "repeat" if short_rows == "drop" else short_rows
@@ -110,7 +111,7 @@ def draw(
     negatives = [record.negatives[i] for i in own]
     missing = num_hard_negatives - len(own)
     if missing:
-        taken = {*record.positives, *queries.positives_of(record.query), *negatives}
+        taken = {record.query, *record.positives, *queries.positives_of(record.query), *negatives}
         negatives += _borrow(source, missing, taken, rng)
     places = [first, *(len(record.positives) + i for i in own)]
     columns = _columns(source, record, places, missing)
@@ -118,6 +119,12 @@ def draw(
     return Draw(
         record.query, record.positives[first], negatives, record.instruction, columns=columns, extra_positives=extra
     )
+
+
+def positives_of_siblings(record: Record, queries: KnownQueries) -> set[str]:
+    """The positives of all rows with the same query, which are no negatives of this one; empty where they are not read
+    for a draw: of a query of a single row, or of very many."""
+    return queries.positives_of(record.query) if 1 < queries.count_of(record.query) <= MOST_SIBLINGS else set()
 
 
 def _extra_positives(record: Record, first: int, count: int, rng: np.random.Generator) -> tuple[str | None, ...]:
@@ -179,70 +186,6 @@ def _others(source: RowSource, tries: int, rng: np.random.Generator) -> Iterator
     for i in range(len(source)):
         record = source[(start + i) % len(source)]
         yield from record.positives or record.negatives
-
-
-def settle_short_rows(
-    source: RowSource, num_hard_negatives: int, short_rows: ShortRows, seed: int
-) -> tuple[RowSource, int]:
-    """The rows to train on, and how many have fewer than N hard negatives of their own (``drop`` leaves them out).
-
-    Raises:
-        ValueError: no row is left, or the shortest row cannot be filled.
-    """
-    short, shortest, least = 0, 0, num_hard_negatives
-    for start, counts in _negatives_in_blocks(source):
-        short += int((counts < num_hard_negatives).sum())
-        if counts.min() < least:
-            shortest, least = start + int(counts.argmin()), counts.min()
-    if not short:
-        return source, 0
-    if short_rows == "drop":
-        if short == len(source):
-            raise ValueError(
-                f"data.short_rows=drop leaves no row: all {short} have fewer than "
-                f"data.num_hard_negatives={num_hard_negatives} negatives; lower it, or borrow or repeat"
-            )
-        kept = [start + np.flatnonzero(n >= num_hard_negatives) for start, n in _negatives_in_blocks(source)]
-        return Subset(source, np.concatenate(kept)), short
-    draw(source, shortest, 0, seed, num_hard_negatives, short_rows)
-    return source, short
-
-
-def _negatives_in_blocks(source: RowSource) -> Iterator[tuple[int, np.ndarray]]:
-    """(row of the first, number of negatives of each) of some rows after the other."""
-    counts = source.num_negatives
-    for start in range(0, len(counts), _BLOCK):
-        yield start, counts[start : start + _BLOCK]
-
-
-def check_no_row_borrows(source: RowSource, num_hard_negatives: int, short_rows: ShortRows, whose: str) -> None:
-    """Without in-batch negatives, positives of other rows must not come back as hard negatives.
-
-    Args:
-        source: the rows that are trained on.
-        num_hard_negatives: N.
-        short_rows: see :func:`draw`.
-        whose: what has ``in_batch_negatives: false``, for messages.
-
-    Raises:
-        ValueError: some row would borrow.
-    """
-    # an unlabelled row has candidates of its own, two at least, which it can repeat
-    enough = num_hard_negatives if short_rows == "borrow" else min(1, num_hard_negatives)
-    lacking = sum(int((counts < enough).sum()) for _, counts in _negatives_in_blocks(source))
-    if short_rows == "drop" or not lacking:
-        return
-    if short_rows == "borrow":
-        what = f"fewer than data.num_hard_negatives={num_hard_negatives} negatives"
-        remedy = "set data.short_rows to repeat or drop, or lower data.num_hard_negatives"
-    else:
-        what = "no negative at all"
-        remedy = "set data.short_rows to drop, or give them negatives"
-    raise ValueError(
-        f"{whose} has in_batch_negatives=false, which keeps positives of other rows from being negatives, but "
-        f"{lacking} of {len(source)} rows have {what}, and data.short_rows={short_rows} would borrow just "
-        f"these positives; {remedy}"
-    )
 
 
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):

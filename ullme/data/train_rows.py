@@ -9,7 +9,8 @@ from typing import Any
 
 from ullme.data.columns import split_option
 from ullme.data.mixture import TrainSet
-from ullme.data.sampler import ShortRows, check_no_row_borrows, settle_short_rows
+from ullme.data.sampler import ShortRows
+from ullme.data.short_rows import settle_short_rows
 from ullme.data.sources import RowSource
 from ullme.data.unread_fields import log_unread, warn_of_empty_columns
 
@@ -41,8 +42,6 @@ def usable_rows(
     """
     own = dataset.num_hard_negatives
     negatives = num_hard_negatives if own is None else own
-    if not dataset.in_batch_negatives:
-        check_no_row_borrows(source, negatives, short_rows, f"data.datasets: {dataset.train!r}")
     usable, short = settle_short_rows(source, negatives, short_rows, seed)
     if quiet:
         return usable

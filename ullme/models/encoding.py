@@ -48,14 +48,20 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def windows(texts: Sequence[str]) -> Iterator[slice]:
-    """Consecutive texts, up to the limits above; a text that is longer by itself is alone."""
+def windows(texts: Sequence[str], around: Sequence[int] = (0,)) -> Iterator[slice]:
+    """Consecutive texts, up to the limits above; a text that is longer by itself is alone.
+
+    Args:
+        texts: R texts.
+        around: characters of the prompt around every text, or around each of them.
+    """
     start = characters = 0
     for n, text in enumerate(texts):
-        if n > start and (n - start == _WINDOW or characters + len(text) > _WINDOW_CHARACTERS):
+        length = len(text) + around[n if len(around) > 1 else 0]
+        if n > start and (n - start == _WINDOW or characters + length > _WINDOW_CHARACTERS):
             yield slice(start, n)
             start, characters = n, 0
-        characters += len(text)
+        characters += length
     if texts:
         yield slice(start, len(texts))
 
@@ -142,6 +148,9 @@ def encode(
         for text in set(instructions):
             tokenizer.check_length(role, max_length, text)
 
+    prompts = {text: sum(map(len, tokenizer.prompts.around(role, text))) for text in set(instructions)}
+    around = [prompts[text] for text in instructions] or [0]
+
     def tokenise(window: slice) -> Any:
         task = instruction if shared else instruction[window]  # type: ignore[index]
         return tokenizer.rows(texts[window], role, max_length=max_length, instruction=task)
@@ -150,7 +159,7 @@ def encode(
     out = torch.empty((len(texts), width), dtype=torch.float32)
     bar = tqdm(total=len(texts), unit="text", desc="encode", disable=not show_progress_bar)
     with bar, evaluation_mode(model):
-        for window, (rows, starts) in _tokenised_ahead(windows(texts), tokenise):
+        for window, (rows, starts) in _tokenised_ahead(windows(texts, around), tokenise):
             lengths = [len(row) for row in rows]
             budget = _token_budget(batch_size, lengths, model.device)
             batches = list(token_batches(lengths, budget))

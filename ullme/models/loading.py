@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-# Names of modules' numbers that are probabilities of dropout (attn_pdrop, layerdrop) or the width of a router's noise.
-_NOISE = re.compile("drop|jitter")
 
 
 def has_file(name: str, file: str) -> bool:
@@ -48,6 +44,14 @@ def has_file(name: str, file: str) -> bool:
 def is_adapter(name: str) -> bool:
     """Whether a name is a PEFT adapter. An LLM that has an adapter in the same folder is an LLM."""
     return has_file(name, "adapter_config.json") and not has_file(name, "config.json")
+
+
+def is_run(name: str) -> bool:
+    """Whether a name is the folder of a training run, its folder of checkpoints, or one of these."""
+    path = Path(name)
+    if path.is_dir():
+        return (path / "checkpoints").is_dir() or any(path.glob("*.ckpt"))
+    return path.suffix == ".ckpt" and path.is_file()
 
 
 def is_sentence_transformer(name: str) -> bool:
@@ -87,11 +91,13 @@ def load_config(options: BackboneConfig) -> PretrainedConfig:
         with _loading_errors(name, "config.json"):
             config = AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)
     except ValueError as error:
-        if not is_adapter(name):
+        what = "an adapter" if is_adapter(name) else "a training run's" if is_run(name) else None
+        if what is None:
             raise
+        local = "" if Path(name).exists() else " (a folder)"
         raise ValueError(
-            f"model_name_or_path={name!r} is an adapter, not an LLM: to train from it, name its LLM there and set "
-            f"init_from={name!r} (a folder); to embed with it, load_ullme({name!r}) or evaluate --checkpoint {name}"
+            f"model_name_or_path={name!r} is {what}, not an LLM: to train from it, name its LLM there and set "
+            f"init_from={name!r}{local}; to embed with it, load_ullme({name!r}) or evaluate --checkpoint {name}"
         ) from error
     expected_type = options.model_backbone_type
     if expected_type is not None and expected_type.lower() != config.model_type:
@@ -308,38 +314,6 @@ def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:
     lora_layers.set_dropout(wrapped, options.lora_name, options.lora_dropout)
     lora_layers.install(wrapped)
     return wrapped
-
-
-def turn_off_dropout(model: nn.Module) -> None:
-    """Set every dropout of an LLM to 0, and the noise on the router of a mixture of experts. The config, part of the
-    fingerprint, does not change."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and _NOISE.search(name):
-                setattr(module, name, 0.0)
-
-
-def set_attention_dropout(model: nn.Module, probability: float) -> None:
-    """Set the dropout on attention weights in all modules. The config, part of the fingerprint, does not change.
-
-    Raises:
-        ValueError: the model has no module with a known attribute for attention dropout.
-    """
-    found = False
-    for module in model.modules():
-        for name in ("attention_dropout", "attn_dropout"):
-            value = getattr(module, name, None)
-            if isinstance(value, nn.Dropout):
-                value.p, found = probability, True
-            elif isinstance(value, float | int):
-                setattr(module, name, probability)
-                found = True
-    if not found:
-        raise ValueError(
-            f"attention_dropout={probability}: no attention dropout was found in {type(model).__name__}; leave it out"
-        )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ullme.models.attention.rotary import length_key
 from ullme.utils.modes import evaluation_mode
 
 if TYPE_CHECKING:
@@ -61,10 +62,14 @@ def encode_prefix(model: ULLME, prompts: Sequence[Sequence[int]], max_length: in
     Returns:
         None where nothing is won (one prompt, or fewer than :data:`MIN_TOKENS` tokens in common) or where padding
         between the prefix and the rest of a prompt would change what the LLM computes: without position_ids, with
-        recurrent layers, or with a sliding window shorter than ``max_length``.
+        recurrent layers, with a sliding window shorter than ``max_length``, or with rotary positions (longrope, dynamic
+        NTK) that change between the two lengths.
     """
     tokens = common_prefix(prompts) if len(prompts) > 1 else ()
     if len(tokens) < MIN_TOKENS or not _takes_position_ids(model.causal_lm):
+        return None
+    key = length_key(model.causal_lm.base_model)
+    if key is not None and key(len(tokens)) != key(max_length):
         return None
     with evaluation_mode(model), model.pretrained():
         ids = torch.tensor([tokens], device=model.device)

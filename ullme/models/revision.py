@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,9 +61,14 @@ def ullme_description(model: ULLME) -> dict[str, Any]:
 
 
 def sentence_transformer_description(model: Any) -> dict[str, Any]:
-    """The modules of a sentence-transformers model with their settings, its prompts and its similarity."""
+    """The modules of a sentence-transformers model with their settings, its prompts and its similarity.
+
+    A module may hold others with settings of their own, as a Router does.
+    """
     modules = []
-    for module in model:
+    outer = {id(model), *map(id, model)}
+    inner = [one for one in model.modules() if id(one) not in outer and hasattr(one, "get_config_dict")]
+    for module in [*model, *inner]:
         kind = type(module)
         own = module.get_config_dict() if hasattr(module, "get_config_dict") else None
         llm, tokenizer = getattr(module, "auto_model", None), getattr(module, "tokenizer", None)
@@ -91,13 +98,20 @@ def tokenizer_description(tokenizer: Any) -> dict[str, Any]:
     if backend is None:
         ignored = ("name_or_path", "tokenizer_file", "vocab_file", "chat_template")
         rules = {key: str(value) for key, value in tokenizer.init_kwargs.items() if key not in ignored}
-        vocabulary = tokenizer.get_vocab()
+        vocabulary = {"tokens": tokenizer.get_vocab(), "files": _vocabulary_files(tokenizer)}
     else:
         rules = json.loads(backend.to_str())
         vocabulary = None
         for state in ("truncation", "padding"):  # of the last call
             rules.pop(state, None)
     return {"class": type(tokenizer).__name__, **sides, "special": special, "rules": rules, "vocabulary": vocabulary}
+
+
+def _vocabulary_files(tokenizer: Any) -> dict[str, str]:
+    """SHA-256 of each file that a tokenizer without a backend saves: merges, or the model of a SentencePiece."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = tokenizer.save_vocabulary(folder) or ()
+        return {Path(file).name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
 
 
 def weights_digest(module: nn.Module) -> bytes:

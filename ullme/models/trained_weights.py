@@ -72,7 +72,7 @@ def trainable_state(model: Embedder) -> dict[str, Tensor]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path stands for: in a run folder the best, else the last, else that of the largest step.
+    """The checkpoint that a path stands for: in a run folder the best, else that of the largest step.
 
     A checkpoint file or a PEFT folder stands for itself.
 
@@ -88,8 +88,7 @@ def find_checkpoint(path: str | Path) -> Path:
             f"checkpoint={str(path)!r}: no such file, or a folder without *.ckpt and without adapter_config.json; "
             "give a run folder, a .ckpt file or a PEFT adapter folder"
         )
-    last = next((p for p in checkpoints if p.stem == "last"), checkpoints[0])
-    chosen = _best_checkpoint(last, checkpoints) or last
+    chosen = _best_checkpoint(checkpoints[0], checkpoints) or checkpoints[0]
     logger.info("checkpoint %s: using %s", path, chosen)
     return chosen
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ullme.models import attention, encoding, likelihood, loading, rank_zero, stages
 from ullme.models.config import BackboneConfig
+from ullme.models.dropout import set_attention_dropout, turn_off_dropout
 from ullme.models.encoding import EmbedBlocks
 from ullme.models.fused import fuse
 from ullme.models.latent_attention import make_pooler
-from ullme.models.loading import set_attention_dropout, turn_off_dropout
 from ullme.models.pooling import pool, select_pooled
 from ullme.prompts import Prompts, PromptTokenizer, Role
 from ullme.token_rows import HostMasks, TokenRows
@@ -250,6 +250,7 @@ class ULLME(nn.Module):
             with self._precision_of_weights():
                 return likelihood.likelihood(self.causal_lm, packed, rows, targets, owners, share_prompts)
         if is_generate:
+            self._check_positions(rows, None, None)
             with self._precision_of_weights():
                 return self.causal_lm(input_ids=input_ids, attention_mask=attention_mask, is_causal=True, **kwargs)
         if kwargs:

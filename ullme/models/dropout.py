@@ -1,0 +1,63 @@
+"""The LLM's own dropout: off, or on attention weights only. Its config, part of the fingerprint, does not change."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+# Names of numbers that are probabilities of dropout (attn_pdrop, layerdrop) or the width of a router's noise.
+_NOISE = re.compile("drop|jitter")
+_OF_ATTENTION = ("attention_dropout", "attn_dropout", "attn_pdrop")
+
+
+def turn_off_dropout(model: nn.Module) -> None:
+    """Set every dropout of an LLM to 0, and the noise on the router of a mixture of experts."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and _NOISE.search(name):
+                setattr(module, name, 0.0)
+        if module is not model:
+            _set_in_config(module, lambda name: bool(_NOISE.search(name)), 0.0)
+
+
+def set_attention_dropout(model: nn.Module, probability: float) -> None:
+    """Set the dropout on attention weights in all modules.
+
+    Raises:
+        ValueError: the model has no module with a known attribute for attention dropout.
+    """
+    found = False
+    for module in model.modules():
+        for name in ("attention_dropout", "attn_dropout"):
+            value = getattr(module, name, None)
+            if isinstance(value, nn.Dropout):
+                value.p, found = probability, True
+            elif isinstance(value, float | int):
+                setattr(module, name, probability)
+                found = True
+        if "attention" in type(module).__name__.lower():
+            _set_in_config(module, lambda name: name in _OF_ATTENTION, probability)
+    if not found:
+        raise ValueError(
+            f"attention_dropout={probability}: no attention dropout was found in {type(model).__name__}; leave it out"
+        )
+
+
+def _set_in_config(module: nn.Module, is_meant: Callable[[str], bool], value: float) -> None:
+    """Let a module read another value in its config, for those that look a dropout up in every forward (Falcon's).
+
+    The module gets a view of the config that shares all other fields with it, also those that are set later.
+    """
+    config: Any = vars(module).get("config")
+    names = [name for name, old in vars(config).items() if isinstance(old, float) and is_meant(name)] if config else []
+    if not any(getattr(config, name) != value for name in names):
+        return
+    own = {name: property(lambda _: value) for name in names}
+    view: Any = object.__new__(type(type(config).__name__, (type(config),), own))
+    view.__dict__ = config.__dict__
+    module.config = view
