@@ -108,6 +108,19 @@ def test_rows_of_query_generation_are_cut_as_the_others():
     assert rows.lengths(torch.Size([1, 2])).tolist() == [[6, 6]]
 
 
+def test_a_prompt_is_cut_alike_in_any_company():
+    """A row with a longer instruction of its own gives the others of its batch no more room."""
+    rows = [(0, Draw("numbers " * 9, "short " * 9, ["1984"], "T")), (1, Draw("q", "p", ["n"], "A longer instruction"))]
+    collate = Collator(PromptTokenizer(make_tokenizer(), PROMPTS), 8, 6, generation=KINDS)
+    alone, together = collate(rows[:1]), collate(rows)
+    for kind in KINDS:
+        one, both = alone.generation_rows(kind), together.generation_rows(kind)
+        assert one.keys is not None
+        assert both.keys is not None
+        assert torch.equal(one.keys, both.keys[:2]), kind
+        assert both.prompts.host_lengths[-1] > 8
+
+
 @pytest.mark.parametrize(
     "template", ["{query}", "{passage} Q:", "{passage} {query} A:", "{passage}{passage}{query}", "{text} {query}"]
 )
