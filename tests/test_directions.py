@@ -261,6 +261,19 @@ def test_a_warm_cache_serves_every_direction_without_a_forward(make_model, tmp_p
     assert losses[0] == pytest.approx(Objective(terms).full_batch(model, batch)["loss"].item(), rel=1e-5)
 
 
+def test_a_cache_rounds_no_likelihood_of_a_model_in_float64(make_model, tmp_path):
+    model, batch = make_model("gpt2").double().eval(), with_generation(make_batch())
+    everything = torch.ones_like(batch.passage_keys, dtype=torch.bool)
+    cached = Cached(tmp_path, AdaptersOff())
+    cached.prepare(model, "64-true")
+    cold, warm = (cached.logps(model, batch, everything, True) for _ in range(2))
+    assert cached.hits == cached.misses == everything.numel()
+    computed = AdaptersOff().logps(model, batch, everything, True)
+    assert computed.dtype == torch.float64
+    assert torch.equal(cold, computed)
+    assert torch.equal(warm, computed)
+
+
 def test_a_cache_of_the_other_direction_or_template_is_refused(make_model, tmp_path):
     model, query = make_model(), ("query_given_passage",)
     Cached(tmp_path, AdaptersOff()).prepare(model, "32-true")

@@ -272,8 +272,8 @@ class Cached(Reference):
             self.files[0].executemany("INSERT OR REPLACE INTO logps VALUES (?, ?)", list(fresh.items()))
             self.files[0].execute("COMMIT")
             known |= fresh
-        out = torch.zeros(mask.numel())
-        out[places] = torch.tensor([known[key] for key in keys])
+        out = torch.zeros(mask.numel(), dtype=torch.promote_types(model.causal_lm.dtype, torch.float32))
+        out[places] = torch.tensor([known[key] for key in keys], dtype=out.dtype)
         return out.view(mask.shape).to(device)
 
     def _lookup(self, keys: list[bytes]) -> dict[bytes, float]:
