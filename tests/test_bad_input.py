@@ -108,7 +108,10 @@ TRAIN: dict[str, tuple[str, list[str]]] = {
     "no end": ("--trainer.max_epochs=-1 --trainer.max_steps=-1", ["trainer.max_epochs=-1", "trainer.max_steps"]),
     "clipping by the trainer": ("--trainer.gradient_clip_val=1", ["model.optimizer.gradient_clip_val"]),
     "accumulation": ("--trainer.accumulate_grad_batches=2", ["data.batch_size"]),
-    "validation after the epoch's end": ("--trainer.val_check_interval=999", ["val_check_interval", "999"]),
+    "validation after the epoch's end": (
+        "--trainer.val_check_interval=999 --data.val={beir}",
+        ["val_check_interval", "999"],
+    ),
     "no such logger": ("--trainer.logger=Diary", ["trainer.logger", "Diary"]),
     "no such callback": ("--trainer.callbacks=[{{class_path: Nope}}]", ["trainer.callbacks", "Nope"]),
     "run folder is a file": ("--trainer.default_root_dir={a_file}", ["trainer.default_root_dir", "a_file"]),

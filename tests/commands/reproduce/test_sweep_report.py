@@ -40,6 +40,7 @@ def test_every_point_has_its_values_its_metric_and_its_state(sweep, tmp_path):
     table, points, scores = sweep
     sweep_report.write_sweep(table, points, scores)
     text = (tmp_path / "sweep.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## a tiny Llama"]
     lines = [
         [part.strip() for part in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
     ]

@@ -64,9 +64,9 @@ def write_sweep(table: Table, points: Mapping[str, Point], cells: Sequence[CellS
         plots.save(plots.sweep_axis(found, axis, metric, table.title), folder / name)
     stops = sorted({step for result in found for step in result.validation})
     text = [f"# {table.title}: the sweep", _rule(table, metric)]
-    for model, label in table.models.items():
-        text += [f"## {label}", markdown(_lines([r for r in found if r.model == model], axes, stops, metric))]
-        text += [_best([r for r in found if r.model == model])]
+    for name, model in table.models.items():
+        of_model = [result for result in found if result.model == name]
+        text += [f"## {model.label}", markdown(_lines(of_model, axes, stops, metric)), _best(of_model)]
     text += [f"![{axis}]({name})" for axis, name in names.items()]
     (folder / "sweep.md").write_text("\n\n".join(part.strip() for part in text) + "\n", encoding="utf-8")
     (folder / "sweep.csv").write_text(_csv(found, axes, stops), encoding="utf-8")
