@@ -108,6 +108,19 @@ def test_rows_of_query_generation_are_cut_as_the_others():
     assert rows.lengths(torch.Size([1, 2])).tolist() == [[6, 6]]
 
 
+def test_a_prompt_is_cut_alike_in_any_company():
+    """A row with a longer instruction of its own gives the others of its batch no more room."""
+    rows = [(0, Draw("numbers " * 9, "short " * 9, ["1984"], "T")), (1, Draw("q", "p", ["n"], "A longer instruction"))]
+    collate = Collator(PromptTokenizer(make_tokenizer(), PROMPTS), 8, 6, generation=KINDS)
+    alone, together = collate(rows[:1]), collate(rows)
+    for kind in KINDS:
+        one, both = alone.generation_rows(kind), together.generation_rows(kind)
+        assert one.keys is not None
+        assert both.keys is not None
+        assert torch.equal(one.keys, both.keys[:2]), kind
+        assert both.prompts.host_lengths[-1] > 8
+
+
 @pytest.mark.parametrize(
     "template", ["{query}", "{passage} Q:", "{passage} {query} A:", "{passage}{passage}{query}", "{text} {query}"]
 )
@@ -246,6 +259,19 @@ def test_a_warm_cache_serves_every_direction_without_a_forward(make_model, tmp_p
         losses.append(objective.full_batch(model, batch if carried else replace(batch, **hashed))["loss"].item())
     assert losses[0] == pytest.approx(losses[1]) == pytest.approx(losses[2])
     assert losses[0] == pytest.approx(Objective(terms).full_batch(model, batch)["loss"].item(), rel=1e-5)
+
+
+def test_a_cache_rounds_no_likelihood_of_a_model_in_float64(make_model, tmp_path):
+    model, batch = make_model("gpt2").double().eval(), with_generation(make_batch())
+    everything = torch.ones_like(batch.passage_keys, dtype=torch.bool)
+    cached = Cached(tmp_path, AdaptersOff())
+    cached.prepare(model, "64-true")
+    cold, warm = (cached.logps(model, batch, everything, True) for _ in range(2))
+    assert cached.hits == cached.misses == everything.numel()
+    computed = AdaptersOff().logps(model, batch, everything, True)
+    assert computed.dtype == torch.float64
+    assert torch.equal(cold, computed)
+    assert torch.equal(warm, computed)
 
 
 def test_a_cache_of_the_other_direction_or_template_is_refused(make_model, tmp_path):

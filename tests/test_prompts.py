@@ -102,6 +102,27 @@ def test_a_long_text_keeps_its_span():
     assert 0 < starts[1] < len(rows[1])  # an empty text: what stands behind it
 
 
+def test_a_long_text_loses_its_own_end_with_sentencepiece_too():
+    """Whose tokenizers begin every text with ▁, what a template puts behind a text as well if it is read alone."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<unk>", "<pad>", "</s>", "▁", "\n", ":", *"abcdefghijklmnopqrstuvwxyz"]
+    llama = Tokenizer(models.BPE({letter: n for n, letter in enumerate(letters)}, [], unk_token="<unk>"))
+    llama.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=llama, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    assert tokenizer.tokenize("\na:") == ["▁", "\n", "a", ":"]
+    rows = PromptTokenizer(tokenizer, Prompts(generation="q:{text}\na:")).prompt_ids(["bcdefz"], max_length=9)
+    assert tokenizer.convert_ids_to_tokens(rows[0]) == [*"▁q:bcd", "\n", "a", ":"]
+
+
+def test_each_text_may_have_a_length_of_its_own():
+    prompts = PromptTokenizer(make_tokenizer(), Prompts())
+    rows = prompts.ids(["mill " * 9] * 2, "passage", max_length=[5, 8])
+    assert list(map(len, rows)) == [5, 8]
+    assert rows[0] == rows[1][:5]
+
+
 def test_an_empty_text_without_anything_behind_pools_its_last_token():
     prompts = PromptTokenizer(make_tokenizer(), Prompts(query="Query:{text}", pooled="text"))
     rows, starts = prompts.rows([""], "query", max_length=40)

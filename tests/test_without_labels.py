@@ -22,7 +22,7 @@ from ullme.data.sources import JsonlSource
 from ullme.engine.gradcache import chunk_slices
 from ullme.engine.objective import Objective
 from ullme.engine.reference import AdaptersOff
-from ullme.losses import DPO, KL, SFT, InfoNCE, PseudoLabelInfoNCE, info_nce
+from ullme.losses import DPO, KL, SFT, InfoNCE, Matryoshka, PseudoLabelInfoNCE, info_nce
 from ullme.losses.pseudo_labels import best_candidate
 from ullme.prompts import PromptTokenizer
 
@@ -119,6 +119,16 @@ def test_terms_that_need_a_positive_refuse_before_training(term, model):
     Objective([kl, PseudoLabelInfoNCE()]).check(model, 3, labelled=False)
     with pytest.raises(ValueError, match=r"kl compares a query's candidates.*num_hard_negatives=0; give at least 1"):
         Objective([kl]).check(model, 0, labelled=False)
+
+
+def test_pseudo_labels_of_one_candidate_are_refused():
+    """Its margin is that of no query, so that the loss would be 0; where known positives are taken one is enough."""
+    for term in (PseudoLabelInfoNCE(), Matryoshka(PseudoLabelInfoNCE(use_labels=True), [8])):
+        with pytest.raises(ValueError, match=rf"{term.name} compares a query's candidates.*num_hard_negatives=0"):
+            Objective([term]).check_rows(0, labelled=False)
+    with pytest.raises(ValueError, match="compares a query's candidates"):
+        Objective([PseudoLabelInfoNCE()]).check_rows(0)
+    Objective([PseudoLabelInfoNCE(use_labels=True)]).check_rows(0)
 
 
 def test_a_batch_without_labels_has_no_accuracy_of_its_teacher(model, batch):

@@ -7,7 +7,7 @@ checkpoint, so that a model never meets another format at inference than it saw 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -163,6 +163,7 @@ class PromptTokenizer:
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self._prompt_end = own_end or self._eos  # what a prompt of generation must not end with
         self.end = self._prompt_end if prompts.append_eos else own_end
+        self._tail_lengths: dict[str, int] = {}
 
     def around(self, role: Role | None, instruction: str | None = None) -> tuple[str, ...]:
         """:meth:`Prompts.around` without the begin and end tokens, which every row gets anyway."""
@@ -184,7 +185,7 @@ class PromptTokenizer:
         texts: Sequence[str],
         role: Role | None,
         *,
-        max_length: int,
+        max_length: int | Sequence[int],
         instruction: str | Sequence[str | None] | None = None,
     ) -> list[list[int]]:
         """Token ids of each text in its template; see :meth:`rows`."""
@@ -195,7 +196,7 @@ class PromptTokenizer:
         texts: Sequence[str],
         role: Role | None,
         *,
-        max_length: int,
+        max_length: int | Sequence[int],
         instruction: str | Sequence[str | None] | None = None,
     ) -> tuple[list[list[int]], list[int] | None]:
         """Token ids of each text in its template, at most ``max_length`` tokens each, and which of them are pooled.
@@ -207,7 +208,7 @@ class PromptTokenizer:
         Args:
             texts: R texts.
             role: which template; None for the bare text.
-            max_length: in tokens, template included.
+            max_length: in tokens, template included; one for all, or one for each text.
             instruction: one for all, one for each text, or None for the contract's own.
 
         Returns:
@@ -224,15 +225,16 @@ class PromptTokenizer:
         each: list[Any] = [instruction] * len(texts) if one else list(instruction or ())
         around = {i: self.around(role, i) for i in set(each)}
         rendered = [text.join(around[i]) for text, i in zip(texts, each, strict=True)]
-        tails = {i: len(self._bare(pieces[-1])) + len(end) for i, pieces in around.items()}
+        tails = {i: self._tail_length(pieces[-1]) + len(end) for i, pieces in around.items()}
         masks_pooling = self.prompts.pooled == "text" and role in ("query", "passage")
         encoded = self._encode(rendered, masks_pooling)
-        room = max_length - len(self.begin) - len(end)
-        long = [n for n, row in enumerate(encoded["input_ids"]) if len(row) > room and len(around[each[n]]) > 2]
+        limits = [max_length] * len(texts) if isinstance(max_length, int) else list(max_length)
+        rooms = [limit - len(self.begin) - len(end) for limit in limits]
+        long = [n for n, row in enumerate(encoded["input_ids"]) if len(row) > rooms[n] and len(around[each[n]]) > 2]
         if long:
             texts = list(texts)
             for n in long:
-                texts[n] = self._shortened(texts[n], around[each[n]], room)
+                texts[n] = self._shortened(texts[n], around[each[n]], rooms[n])
                 rendered[n] = texts[n].join(around[each[n]])
             encoded = self._encode(rendered, masks_pooling)
         rows = [[*self.begin, *row, *end] for row in encoded["input_ids"]]
@@ -243,9 +245,9 @@ class PromptTokenizer:
             places = zip(encoded["offset_mapping"], firsts, strict=True)
             starts = [len(self.begin) + _token_at(*place) for place in places]
         for n, row in enumerate(rows):
-            if len(row) > max_length:
-                keep = min(tails[each[n]], max_length - 1)
-                row = row[: max_length - keep] + row[len(row) - keep :]  # noqa: PLW2901
+            if len(row) > limits[n]:
+                keep = min(tails[each[n]], limits[n] - 1)
+                row = row[: limits[n] - keep] + row[len(row) - keep :]  # noqa: PLW2901
             # A tokenizer without special tokens turns "" into nothing; one token stands in, so that it can be pooled.
             rows[n] = row or list(self._eos) or [self.tokenizer.pad_token_id]
         if starts is not None:  # an empty text may leave nothing behind its template
@@ -287,6 +289,14 @@ class PromptTokenizer:
                 f"{role}_max_length (or max_length), or shorten prompts.{role} or the instruction"
             )
 
+    def _tail_length(self, tail: str) -> int:
+        """Tokens of what a template puts after a text. Not of the tail alone: sentencepiece would begin it with ▁."""
+        if tail not in self._tail_lengths:
+            # behind two texts, since a tokenizer may join the tail's first characters with one of them
+            added = (len(self._bare(text + tail)) - len(self._bare(text)) for text in ("a", "1"))
+            self._tail_lengths[tail] = max(added)
+        return self._tail_lengths[tail]
+
     def _bare(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
@@ -294,7 +304,7 @@ class PromptTokenizer:
         self,
         texts: Sequence[str],
         *,
-        max_length: int,
+        max_length: int | Sequence[int],
         instruction: str | Sequence[str | None] | None = None,
         role: Literal["generation", "query_generation"] = "generation",
     ) -> list[list[int]]:
@@ -308,12 +318,20 @@ class PromptTokenizer:
         """
         return self.ids(texts, role, max_length=max_length, instruction=instruction)
 
+    def prompt_overheads(
+        self, role: Literal["generation", "query_generation"], instructions: Sequence[str | None]
+    ) -> list[int]:
+        """Tokens of a template of generation without its text, with each of the instructions."""
+        own = list(dict.fromkeys(instructions))
+        prompts = self.prompt_ids([""] * len(own), max_length=2**31, instruction=own, role=role)
+        length = dict(zip(own, map(len, prompts), strict=True))
+        return [length[instruction] for instruction in instructions]
+
     def prompt_overhead(
-        self, role: Literal["generation", "query_generation"], instructions: Collection[str | None] = (None,)
+        self, role: Literal["generation", "query_generation"], instructions: Sequence[str | None] = (None,)
     ) -> int:
-        """Tokens of a template of generation without its text, with the longest of the instructions."""
-        own = list(set(instructions))
-        return max(map(len, self.prompt_ids([""] * len(own), max_length=2**31, instruction=own, role=role)))
+        """The most tokens of a template of generation without its text, with any of the instructions."""
+        return max(self.prompt_overheads(role, instructions))
 
     def target_ids(self, texts: Sequence[str], *, max_length: int) -> list[list[int]]:
         """Token ids of each text alone and, unless the text was cut at ``max_length`` tokens, ``eos_token``.

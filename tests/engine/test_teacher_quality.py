@@ -12,7 +12,7 @@ from test_objective import with_generation
 
 from ullme.batch import Batch
 from ullme.engine.objective import Objective
-from ullme.engine.reference import Reference
+from ullme.engine.reference import Cached, Reference
 from ullme.engine.teacher_quality import TeacherQuality, measure_teacher
 from ullme.losses import KL, InfoNCE
 
@@ -65,6 +65,20 @@ def test_a_good_teacher_is_known_after_few_rows_and_one_at_chance_is_told(make_m
     assert asked == 100
     assert "kl_weight" in poor.remedy
     assert "direction=query_given_passage" in replace(poor, direction="passage_given_query").remedy
+
+
+def test_a_cache_that_ends_before_the_hundredth_row_stops_no_training(make_model, batch, tmp_path):
+    """Training may end before it too. What is held is measured."""
+    model = make_model()
+    Objective([KL(teacher="reference")], filling := Cached(tmp_path, Given(0))).check_model(model)
+    everything = torch.ones_like(batch.passage_keys, dtype=torch.bool)
+    filling.logps(model, batch[:20], everything[:20], True)
+    objective = Objective([KL(teacher="reference")], Cached(tmp_path, None))
+    objective.check_model(model)
+    found = measure_teacher(objective, model, [batch])
+    assert found is not None
+    assert found.rows == 20
+    assert measure_teacher(objective, model, [batch[20:]]) is None
 
 
 def test_where_there_is_nothing_to_measure(make_model, batch):

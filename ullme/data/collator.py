@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -164,16 +164,27 @@ class Collator:
         tokenizer = self.prompt_tokenizer
         if kind == "query_given_passage":
             each = [instruction for instruction in instructions for _ in range(len(passages) // len(queries))]
-            longest = self.passage_max_length + tokenizer.prompt_overhead("query_generation", each)
-            prompts = tokenizer.prompt_ids(passages, max_length=longest, instruction=each, role="query_generation")
+            prompts = self._prompt_ids(passages, "query_generation", self.passage_max_length, each)
             targets = tokenizer.target_ids(queries, max_length=self.query_max_length)
         else:
-            longest = self.query_max_length + tokenizer.prompt_overhead("generation", instructions)
             asked = queries if kind == "passage_given_query" else [""] * len(queries)
-            prompts = tokenizer.prompt_ids(asked, max_length=longest, instruction=instructions)
+            prompts = self._prompt_ids(asked, "generation", self.query_max_length, instructions)
             targets = tokenizer.target_ids(passages, max_length=self.passage_max_length)
         keys = torch.from_numpy(likelihood_keys(prompts, targets, len(passages)))
         return GenerationRows(tokenizer.pad(prompts), tokenizer.pad(targets), keys)
+
+    def _prompt_ids(
+        self,
+        texts: list[str],
+        role: Literal["generation", "query_generation"],
+        text_max_length: int,
+        instructions: list[str | None],
+    ) -> list[list[int]]:
+        """Prompts whose texts keep ``text_max_length`` tokens: each has the room of its own template, so that a row is
+        cut alike whatever rows are with it in the batch."""
+        overheads = self.prompt_tokenizer.prompt_overheads(role, instructions)
+        limits = [text_max_length + overhead for overhead in overheads]
+        return self.prompt_tokenizer.prompt_ids(texts, max_length=limits, instruction=instructions, role=role)
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ class Objective:
         if not labelled:
             self._check_without_labels(where)
         for term in self.terms:
-            if term.needs_negatives and num_hard_negatives < 1:
+            if term.compares_candidates(labelled) and num_hard_negatives < 1:
                 compared = "a positive with negatives" if term.needs_positive else "a query's candidates"
                 raise ValueError(
                     f"loss term {term.name} compares {compared}, and data.num_hard_negatives="

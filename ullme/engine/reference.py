@@ -30,6 +30,10 @@ ReferenceChoice = Literal["adapters_off", "frozen_copy", "cached"]
 _MOST_KEYS = 32_000
 
 
+class MissingLikelihoodsError(ValueError):
+    """A cache lacks likelihoods, and nothing may compute them."""
+
+
 def make_reference(choice: ReferenceChoice, folder: str | None) -> Reference:
     """The reference that a config names. Raises: ValueError: ``cached`` without a folder."""
     if choice == "cached":
@@ -258,7 +262,7 @@ class Cached(Reference):
         self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
         if missing and self.source is None:
             rows = sorted({int(batch.row_ids[place // mask.shape[1]]) for place in missing})
-            raise ValueError(
+            raise MissingLikelihoodsError(
                 f"loss.cache_reference={str(self.folder)!r} lacks the likelihoods of {len(missing)} passages "
                 f"(training rows {rows[:8]}); it was filled with other data, another seed or fewer epochs"
             )
@@ -272,8 +276,8 @@ class Cached(Reference):
             self.files[0].executemany("INSERT OR REPLACE INTO logps VALUES (?, ?)", list(fresh.items()))
             self.files[0].execute("COMMIT")
             known |= fresh
-        out = torch.zeros(mask.numel())
-        out[places] = torch.tensor([known[key] for key in keys])
+        out = torch.zeros(mask.numel(), dtype=torch.promote_types(model.causal_lm.dtype, torch.float32))
+        out[places] = torch.tensor([known[key] for key in keys], dtype=out.dtype)
         return out.view(mask.shape).to(device)
 
     def _lookup(self, keys: list[bytes]) -> dict[bytes, float]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ullme.batch import PARTS, Batch, Direction
-from ullme.distributed import mean_over_ranks, world
+from ullme.distributed import any_rank, mean_over_ranks, world
+from ullme.engine.reference import MissingLikelihoodsError
 from ullme.engine.scoring import score_by_chunk
 from ullme.losses.kl import KL
 from ullme.losses.ranking import rank_of_first
@@ -77,7 +78,8 @@ class TeacherQuality:
 def measure_teacher(objective: Objective, model: ULLME, batches: Iterable[Batch]) -> TeacherQuality | None:
     """Rank the candidates of up to :data:`ROWS` queries by the likelihoods of the objective's KL.
 
-    A teacher that is far above chance after some queries is not measured on more.
+    A teacher that is far above chance after some queries is not measured on more; nor is one beyond the queries whose
+    likelihoods a cache holds, where nothing computes them (``reference: cached``).
 
     Args:
         objective: prepared (:meth:`Objective.check`).
@@ -85,7 +87,7 @@ def measure_teacher(objective: Objective, model: ULLME, batches: Iterable[Batch]
         batches: this rank's, with the rows for the likelihoods; every rank has as many.
 
     Returns:
-        None where there is no KL, one candidate only, or no positive is known.
+        None where there is no KL, one candidate only, or no positive or no likelihood is known.
     """
     term = next((term for term in objective.chunk_terms if isinstance(term, KL)), None)
     if term is None:
@@ -99,7 +101,13 @@ def measure_teacher(objective: Objective, model: ULLME, batches: Iterable[Batch]
             continue
         for start in range(0, len(batch), size):
             part = batch[start : start + size].to(model.device)
-            found.append(torch.stack(rank_of_first(_scores(objective, term, model, part))))
+            try:
+                scores = _scores(objective, term, model, part)
+            except MissingLikelihoodsError:  # training may end before these rows; if not, the step says so
+                scores = None
+            if any_rank(scores is None, part.row_ids.device) or scores is None:
+                return quality
+            found.append(torch.stack(rank_of_first(scores)))
             accuracy, mrr = (mean_over_ranks(values).item() for values in torch.cat(found, 1))
             rows = sum(part.shape[1] for part in found) * world()[1]
             quality = TeacherQuality(term.direction, accuracy, mrr, batch.num_candidates, rows)

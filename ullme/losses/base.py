@@ -56,6 +56,10 @@ class Term(nn.Module):
                 way round.
         """
 
+    def compares_candidates(self, labelled: bool) -> bool:
+        """Whether a row must have several candidates; ``labelled``: its positive is known."""
+        return self.needs_negatives
+
     def doubt(self, rows: Sequence[RowNumbers]) -> str | None:
         """What looks wrong about the numbers of the training rows, for a warning before training; None: nothing.
 

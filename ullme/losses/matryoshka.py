@@ -70,6 +70,9 @@ class Matryoshka(RepresentationLoss):
     def check_columns(self, kinds: Mapping[str, ColumnKind], num_hard_negatives: int) -> None:
         self.term.check_columns(kinds, num_hard_negatives)
 
+    def compares_candidates(self, labelled: bool) -> bool:
+        return self.term.compares_candidates(labelled)
+
     def doubt(self, rows: Sequence[RowNumbers]) -> str | None:
         return self.term.doubt(rows)
 

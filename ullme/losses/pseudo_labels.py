@@ -71,6 +71,10 @@ class PseudoLabelInfoNCE(InfoNCE):
         self.margin, self.use_labels = margin, use_labels
         self.teacher_direction: Direction | None = direction
 
+    def compares_candidates(self, labelled: bool) -> bool:
+        """One candidate has no margin, so that no query would count and the loss would be 0 throughout."""
+        return not (self.use_labels and labelled)
+
     def pseudo_labels(self, reps: Representations) -> tuple[Tensor, Tensor]:
         """(B,) which candidate counts as each query's positive, and (B,) bool, whether the query counts."""
         if self.use_labels and reps.labelled:

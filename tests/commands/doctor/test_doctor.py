@@ -16,6 +16,7 @@ from ullme.commands.doctor import cli, correctness, machine, settings
 from ullme.commands.doctor.checks import Check, CheckFailed, NotChecked, format_check, run_check, summary
 from ullme.commands.doctor.probe_model import select_model
 from ullme.commands.doctor.settings import Settings
+from ullme.commands.doctor.teacher import teacher
 from ullme.models import attention
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
@@ -96,6 +97,15 @@ def test_something_wrong_is_said_and_is_the_exit_status(config, capsys):
     assert "to do: check the path" in said
     assert "– validation data" in said
     assert "✓ likelihood" in said  # the others go on
+
+
+@pytest.mark.parametrize("reference", ["frozen_copy", "cached"])
+def test_the_reference_as_the_teacher_of_an_llm_without_adapters_is_measured(reference, read, tmp_path):
+    """It is computed, and a cache of the run is neither needed nor filled."""
+    options = [f"--loss.reference={reference}", f"--loss.cache_reference={tmp_path / 'cache'}"]
+    found = read("--model.backbone.lora_name=null", "--loss.teacher=reference", *options)
+    assert " positives first among 3 candidates" in teacher(found)
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def teacher(settings: Settings) -> str:
 
     from ullme.data.datamodule import ULLMEDataModule
     from ullme.data.mixture import TrainSet
-    from ullme.engine.reference import AdaptersOff
+    from ullme.engine.reference import AdaptersOff, FrozenCopy
     from ullme.engine.teacher_quality import measure_teacher
     from ullme.losses import KL
     from ullme.models.ullme import ULLME
@@ -47,8 +47,9 @@ def teacher(settings: Settings) -> str:
         raise NotChecked("the training rows have no labels to measure the teacher by")
     prompts = Prompts(**settings.config.model.prompts.as_dict())
     model = ULLME(**settings.options.to_dict(), prompts=prompts).eval().to("cuda" if gpu else "cpu")
-    if settings.options.lora_name is not None:
-        objective.reference = AdaptersOff()
+    if objective.uses_reference:  # computed here: a check neither reads nor fills the run's cache
+        objective.reference = FrozenCopy() if settings.options.lora_name is None else AdaptersOff()
+        objective.reference.prepare(model, str(settings.config.trainer.precision), objective.reference_likelihoods)
     quality = measure_teacher(objective, model, data.first_batches(model.prompt_tokenizer, objective.likelihoods))
     if quality is None:
         raise NotChecked("data.num_hard_negatives=0 leaves the teacher nothing to rank")
