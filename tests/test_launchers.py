@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -17,6 +18,15 @@ from ullme.commands import train
 
 ROOT = Path(__file__).parents[1]
 TWO = f"--config={ROOT / 'configs' / 'strategy' / 'cpu_2proc.yaml'}"
+
+
+def test_the_cli_of_one_subcommand_can_be_pickled_for_spawned_ranks(monkeypatch):
+    built: list[type[train.ULLMECLI]] = []
+    monkeypatch.setattr(train.ULLMECLI, "__init__", lambda self, *args, **kwargs: built.append(type(self)))
+    for word in ("fit", "validate"):
+        train.build([word])
+    assert [set(kind.subcommands()) for kind in built] == [{"fit"}, {"validate"}]
+    assert [pickle.loads(pickle.dumps(kind)) for kind in built] == built
 
 
 @pytest.fixture
