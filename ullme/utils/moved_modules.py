@@ -44,7 +44,6 @@ MOVED: dict[str, tuple[str, ...]] = {
     "ullme.models.backbone": ("ullme.models.config", "ullme.models.loading"),
     "ullme.models.identity": ("ullme.models.wrapped",),
     "ullme.models.adapter_folder": ("ullme.models.trained_weights",),
-    "ullme.models.dropout": ("ullme.models.loading",),
     "ullme.models.layers": ("ullme.models.attention.layers",),
     "ullme.models.packing": ("ullme.models.attention.packing",),
     "ullme.models.paths": ("ullme.models.attention.paths",),

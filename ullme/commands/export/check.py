@@ -68,5 +68,6 @@ def peft_outputs(llm: nn.Module, adapter: Path, model: ULLME, texts: Sequence[st
 
 
 def _ids(model: ULLME, text: str) -> dict[str, Tensor]:
+    """Of as many tokens as the LLM has positions."""
     ids = model.tokenizer(text, return_tensors="pt")
-    return {key: ids[key].to(model.device) for key in ("input_ids", "attention_mask")}
+    return {key: ids[key][:, : model.max_positions].to(model.device) for key in ("input_ids", "attention_mask")}
