@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from functools import cache
 
 import pytest
@@ -135,30 +134,11 @@ def test_bare_texts_and_generation_prompts_are_pooled_whole():
     assert prompts.rows(["a"], "generation", max_length=99)[1] is None
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"pooled": "instruction"}, "prompts.pooled='instruction': choose all or text"),
-        ({"query": "{text}{text}{text}"}, "must hold {text} once or twice"),
-        ({"generation": "{text} {text}"}, "must hold {text} exactly once"),
-    ],
-)
-def test_refusals(options, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        Prompts(**options)
-
-
 def test_a_tokenizer_without_offsets_is_refused():
     from transformers import ByT5Tokenizer
 
     with pytest.raises(ValueError, match=r"prompts\.pooled=text needs a tokenizer"):
         PromptTokenizer(ByT5Tokenizer(), Prompts(pooled="text"))(["a"], "query", max_length=99)
-
-
-def test_a_contract_without_the_field_pools_all():
-    old = Prompts().to_dict()
-    del old["pooled"]
-    assert Prompts.from_dict(old) == Prompts()
 
 
 def test_rows_travel_with_their_span():
