@@ -49,6 +49,25 @@ def test_the_prefix_of_query_writing(tmp_path, monkeypatch, capsys, llm_folder):
     assert "3 queries are the same" in out
 
 
+def test_the_cost_of_a_cached_teacher(tmp_path, monkeypatch, capsys, llm_folder):
+    script = load("cached_teacher", monkeypatch)
+    rows = [{"query": f"query {n}", "pos": [f"passage {n}"], "neg": [f"other {n}"] * (1 + n % 2)} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    options = [
+        f"--llm={llm_folder('llama')}",
+        f"--rows={tmp_path / 'rows.jsonl'}",
+        "--negatives=2",
+        "--rounds=1",
+        "--query_max_length=64",
+    ]
+    script.main([*options, "--queries=2"])
+    printed = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split(":")[0] for line in printed] == ["CL", "CL + KL, teacher computed", "CL + KL, warm cache"]
+    assert printed[0].endswith("1.00 times CL")
+    with pytest.raises(ValueError, match="2 rows have 2 negatives, and --queries=3"):
+        script.main([*options, "--queries=3"])
+
+
 @pytest.mark.parametrize(
     ("model", "parts"),
     [
