@@ -17,6 +17,7 @@ from ullme.models.encoding import EmbedBlocks
 from ullme.models.fused import fuse
 from ullme.models.latent_attention import make_pooler
 from ullme.models.pooling import pool, select_pooled
+from ullme.models.positions import check_generation, check_rows
 from ullme.prompts import Prompts, PromptTokenizer, Role
 from ullme.token_rows import HostMasks, TokenRows
 from ullme.utils.precision import autocast_is_needless
@@ -173,22 +174,6 @@ class ULLME(nn.Module):
         """The longest text, in tokens, for which the LLM has positions."""
         return loading.max_positions(self.causal_lm.config)
 
-    def _check_positions(self, rows: TokenRows, targets: TokenRows | None, owner: np.ndarray | None) -> None:
-        """Raises: ValueError: a text, or a prompt with its passage, is longer than the LLM's positions."""
-        limit = self.max_positions
-        if rows.input_ids.shape[1] + (0 if targets is None else targets.input_ids.shape[1]) <= limit:
-            return  # without looking at the lengths
-        lengths = rows.host_masks.lengths
-        if targets is not None:
-            # a target's last token is predicted, and never run
-            lengths = lengths[owner] + targets.host_masks.lengths - 1
-        if len(lengths) and (longest := int(lengths.max())) > limit:
-            what = "a text has" if targets is None else "a prompt and its passage together have"
-            raise ValueError(
-                f"{what} {longest} tokens, but {self.options.model_name_or_path!r} has {limit} positions; cut texts at "
-                "fewer tokens (query_max_length and passage_max_length of the data, max_length of encode)"
-            )
-
     @property
     def device(self) -> torch.device:
         """The device of the parameters."""
@@ -245,17 +230,17 @@ class ULLME(nn.Module):
         if is_generate and targets is not None:
             self._check_lm_head()
             owners = np.arange(len(targets)) if owner is None else np.asarray(torch.as_tensor(owner).cpu())
-            self._check_positions(rows, targets, owners)
+            check_rows(rows, targets, owners, self.max_positions, self.options.model_name_or_path)
             packed = self.attention_path == "packed"
             with self._precision_of_weights():
                 return likelihood.likelihood(self.causal_lm, packed, rows, targets, owners, share_prompts)
         if is_generate:
-            self._check_positions(rows, None, None)
+            check_rows(rows, None, None, self.max_positions, self.options.model_name_or_path)
             with self._precision_of_weights():
                 return self.causal_lm(input_ids=input_ids, attention_mask=attention_mask, is_causal=True, **kwargs)
         if kwargs:
             raise ValueError(f"{sorted(kwargs)}: arguments of transformers' forward; they need is_generate=True")
-        self._check_positions(rows, None, None)
+        check_rows(rows, None, None, self.max_positions, self.options.model_name_or_path)
         causal, masks = self.options.attention == "causal", rows.host_masks
         with self._precision_of_weights():
             hidden = attention.PATHS[self.attention_path](
@@ -313,7 +298,14 @@ class ULLME(nn.Module):
         return self.adapters_off() if self.options.lora_name else nullcontext()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' ``generate``, with causal attention and the adapter."""
+        """transformers' ``generate``, with causal attention and the adapter.
+
+        Raises:
+            ValueError: the prompt and ``max_new_tokens`` are more tokens than the LLM has positions.
+        """
+        prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        if isinstance(prompt, Tensor):
+            check_generation(prompt.shape[-1], kwargs, self.max_positions, self.options.model_name_or_path)
         return self.causal_lm.generate(*args, **kwargs)  # type: ignore[operator]
 
     def encode(

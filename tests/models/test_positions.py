@@ -133,6 +133,20 @@ def test_a_prompt_and_its_passage_are_counted_together(embedder):
         model(prompt, is_generate=True, targets=longer)
 
 
+def test_generation_ends_at_the_last_position(embedder):
+    model, prompt = embedder("gpt2"), torch.ones(1, 120, dtype=torch.long)
+    options = {"do_sample": False, "min_new_tokens": 9, "pad_token_id": 0}
+    assert model.generate(prompt, max_new_tokens=9, **options).shape == (1, 129)
+    for arguments, given in (((prompt,), {}), ((), {"input_ids": prompt}), ((), {"inputs": prompt})):
+        with pytest.raises(
+            ValueError, match=r"120 tokens and max_new_tokens=10 do not fit the 128 .* at most 9 tokens"
+        ):
+            model.generate(*arguments, **given, max_new_tokens=10)
+    with pytest.raises(ValueError, match="a prompt of 129 tokens"):
+        model.generate(torch.ones(1, 129, dtype=torch.long))
+    assert embedder("bloom").generate(prompt, max_new_tokens=10, pad_token_id=0).shape[1] > 120
+
+
 @pytest.mark.parametrize("family", ["bloom", "codegen", "gemma2", "gpt_neo", "gptj", "mpt", "gpt_neox"])
 def test_float64_takes_the_path_of_float32(family):
     model = make_tiny(family)
