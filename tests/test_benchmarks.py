@@ -7,11 +7,14 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from search_helpers import write_corpus
 from test_training import write_rows
 from tiny import make_tokenizer
+
+from ullme.models.checkpoint import save_adapter
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -245,3 +248,28 @@ def test_the_profile_of_a_step_finds_its_parts(monkeypatch, capsys):
             seconds[name] > 0 for name in ("products of frozen weights", "LoRA's products", "attention", "rotary")
         )
     assert "| norms |" in capsys.readouterr().out
+
+
+def test_what_an_embedder_knows_of_the_teacher(monkeypatch):
+    script = load("teacher_agreement", monkeypatch)
+    student = np.array([[0.9, 0.1], [0.2, 0.3], [0.5, 0.1], [0.0, 0.4]])
+    teacher = np.array([[-1.0, -2.0], [-1.0, -3.0], [-2.0, -1.0], [-5.0, -1.0]])
+    found = script.compared(student, teacher)
+    assert {name: found[name] for name in ("right", "teacher right", "same first")} == {
+        "right": 0.5,
+        "teacher right": 0.5,
+        "same first": 0.5,
+    }
+    assert found["only teacher right"] == found["only cosine right"] == 0.25
+    assert script.compared(teacher / 5, teacher)["KL"] == pytest.approx(0), "0.05 and 0.25: the same distribution"
+    assert found["KL"] > 0.1
+
+
+def test_an_embedder_beside_its_own_llm(tmp_path, monkeypatch, capsys, make_model):
+    script, run = load("teacher_agreement", monkeypatch), save_adapter(make_model("llama"), tmp_path / "run")
+    rows = [{"query": f"query {n}", "pos": [f"passage {n}"], "neg": [f"other {n}"] * (1 + n % 2)} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    script.main([str(run), f"--rows={tmp_path / 'rows.jsonl'}", "--negatives=2", "--query_max_length=99"])
+    assert "2 rows; right " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no row has --negatives=3"):
+        script.main([str(run), f"--rows={tmp_path / 'rows.jsonl'}", "--negatives=3"])
