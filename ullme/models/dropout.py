@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 # Names of numbers that are probabilities of dropout (attn_pdrop, layerdrop) or the width of a router's noise.
 _NOISE = re.compile("drop|jitter")
@@ -45,6 +46,41 @@ def set_attention_dropout(model: nn.Module, probability: float) -> None:
     if not found:
         raise ValueError(
             f"attention_dropout={probability}: no attention dropout was found in {type(model).__name__}; leave it out"
+        )
+
+
+@torch.no_grad()
+def check_attention_dropout(model: nn.Module, probability: float, forward: Callable[[], Tensor]) -> None:
+    """Check that dropout on attention weights reaches the attention: some families store the number and never use it.
+
+    Runs the model in training mode, once without this dropout and once with a large one, from the same random state.
+
+    Args:
+        model: the LLM; it has this dropout afterwards, and is in the mode it was in before.
+        probability: of the dropout.
+        forward: runs the model on a few tokens and returns hidden states.
+
+    Raises:
+        ValueError: both runs give the same hidden states.
+    """
+    if probability == 0:
+        return
+    training, device = model.training, next(model.parameters()).device
+    results = []
+    try:
+        model.train()
+        for trial in (0.0, 0.5):
+            set_attention_dropout(model, trial)
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(0)
+                results.append(forward())
+    finally:
+        set_attention_dropout(model, probability)
+        model.train(training)
+    if torch.equal(*results):
+        raise ValueError(
+            f"attention_dropout={probability}: {type(model).__name__} applies no dropout to attention weights, so the option "
+            "would change nothing; leave it out"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ullme.models import attention, encoding, likelihood, loading, rank_zero, stages
 from ullme.models.config import BackboneConfig
-from ullme.models.dropout import set_attention_dropout, turn_off_dropout
+from ullme.models.dropout import check_attention_dropout, set_attention_dropout, turn_off_dropout
 from ullme.models.encoding import EmbedBlocks
 from ullme.models.fused import fuse
 from ullme.models.latent_attention import make_pooler
@@ -139,9 +140,14 @@ class ULLME(nn.Module):
 
     def _choose_attention_path(self, model: PreTrainedModel) -> str:
         """The path that passes the probe, or without a probe the one in the options (auto: packed)."""
-        if self.options.probe:
-            return attention.choose_path(model, self.options.attention == "causal", self.options.attention_path)
-        return self._unprobed_path(model)
+        if not self.options.probe:
+            return self._unprobed_path(model)
+        causal = self.options.attention == "causal"
+        path = attention.choose_path(model, causal, self.options.attention_path)
+        if self.options.attention_dropout is not None:
+            run = partial(attention.run_on_probe_block, model, path, causal)
+            check_attention_dropout(model, self.options.attention_dropout, run)
+        return path
 
     def _unprobed_path(self, model: PreTrainedModel) -> str:
         path = "packed" if self.options.attention_path == "auto" else self.options.attention_path

@@ -104,12 +104,12 @@ def run_flags(
 @contextmanager
 def _is_causal_flags(decoder: nn.Module, causal: bool) -> Iterator[None]:
     """Set ``is_causal`` on every config and on every module that has it, inside the context."""
-    holders: dict[int, Any] = {}
+    holders: dict[int, Any] = {}  # by their attributes: several views of a config share them (models/dropout.py)
     for module in decoder.modules():
         if isinstance(getattr(module, "is_causal", None), bool):
-            holders[id(module)] = module
+            holders[id(vars(module))] = module
         if hasattr(config := getattr(module, "config", None), "to_dict"):
-            holders[id(config)] = config
+            holders[id(vars(config))] = config
     before = [(holder, vars(holder).get("is_causal")) for holder in holders.values()]
     try:
         for holder, _ in before:

@@ -120,6 +120,11 @@ def _probe_block(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+def run_on_probe_block(model: PreTrainedModel, path: str, causal: bool) -> Tensor:
+    """(19, D) hidden states of the probe's two rows on a path, in the mode that the model is in."""
+    return PATHS[path](model.base_model, *_probe_block(model), causal).flat
+
+
 def _plain_forward(model: PreTrainedModel, length: int = 12) -> Tensor:
     """(length, D) hidden states of the first row in transformers' own forward."""
     ids, mask = _probe_block(model)
