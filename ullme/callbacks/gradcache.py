@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import lightning as L
 import torch
@@ -48,7 +48,7 @@ class GradCache(LossCallback):
             it, from then on, in a run of one process. The result does not depend on the chunk.
 
     Raises:
-        ValueError: neither chunk_size nor chunk_tokens, or one below 1; out of memory.
+        ValueError: neither chunk_size nor chunk_tokens, one below 1, or an unknown on_oom; in training, out of memory.
     """
 
     def __init__(
@@ -69,6 +69,8 @@ class GradCache(LossCallback):
                 raise ValueError(f"loss.{name}={value}: must be at least 1")
         if chunk_size is None and chunk_tokens is None:
             raise ValueError("loss.chunk_size=null and loss.chunk_tokens=null: give one of them")
+        if on_oom not in get_args(OnOutOfMemory):
+            raise ValueError(f"loss.on_oom={on_oom!r}: choose {' or '.join(get_args(OnOutOfMemory))}")
         self.chunk_size = chunk_size
         self.chunk_tokens: int | None = None if chunk_tokens == "auto" else chunk_tokens
         self.on_oom = on_oom

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -54,8 +54,9 @@ class MNTP(ChunkLoss):
 
     def mask_token_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """Raises: ValueError: the mask token is not one token of the vocabulary."""
-        token_id = tokenizer.get_vocab().get(self.mask_token)
-        if token_id is None:
+        # not get_vocab(), which lists 100,000 tokens in every chunk
+        token_id: Any = tokenizer.convert_tokens_to_ids(self.mask_token)
+        if token_id is None or tokenizer.convert_ids_to_tokens(token_id) != self.mask_token:
             raise ValueError(
                 f"MNTP.mask_token={self.mask_token!r} is no token of this LLM; name one that is rare in texts, "
                 "such as _ or a reserved token"

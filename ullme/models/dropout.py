@@ -79,8 +79,8 @@ def check_attention_dropout(model: nn.Module, probability: float, forward: Calla
         model.train(training)
     if torch.equal(*results):
         raise ValueError(
-            f"attention_dropout={probability}: {type(model).__name__} applies no dropout to attention weights, so the option "
-            "would change nothing; leave it out"
+            f"attention_dropout={probability}: {type(model).__name__} applies no dropout to attention weights, so the "
+            "option would change nothing; leave it out"
         )
 
 
