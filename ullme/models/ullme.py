@@ -224,9 +224,10 @@ class ULLME(nn.Module):
             causal LM; with ``targets`` or ``masked`` a :class:`~ullme.models.likelihood.Likelihood`.
 
         Raises:
-            ValueError: a row without a real token or with more tokens than the LLM has positions, or extra arguments
-                without ``is_generate=True``.
+            ValueError: a row without a real token or with more tokens than the LLM has positions, or arguments that
+                would not be read.
         """
+        _check_all_read(is_generate, targets, owner=owner, pool_mask=pool_mask, masked=masked, **kwargs)
         self._probe_again_on_new_device(input_ids.device)
         if self.options.compile and not self._compiled:
             self._compile_layers()
@@ -244,8 +245,6 @@ class ULLME(nn.Module):
             check_rows(rows, None, None, self.max_positions, self.options.model_name_or_path)
             with self._precision_of_weights():
                 return self.causal_lm(input_ids=input_ids, attention_mask=attention_mask, is_causal=True, **kwargs)
-        if kwargs:
-            raise ValueError(f"{sorted(kwargs)}: arguments of transformers' forward; they need is_generate=True")
         check_rows(rows, None, None, self.max_positions, self.options.model_name_or_path)
         causal, masks = self.options.attention == "causal", rows.host_masks
         with self._precision_of_weights():
@@ -363,3 +362,16 @@ class ULLME(nn.Module):
             truncate_dim,
             precision,
         )
+
+
+def _check_all_read(is_generate: bool, targets: TokenRows | None, **given: Any) -> None:
+    """Raises: ValueError: arguments of :meth:`ULLME.forward` that it does not read with the others that are given."""
+    if not is_generate:
+        reads, needs = {"pool_mask", "masked"}, "is_generate=True"
+        given = {"targets": targets, **given}
+    elif targets is not None:
+        reads, needs = {"owner"}, "a call without targets"
+    else:
+        reads, needs = given.keys() - {"owner", "pool_mask", "masked"}, "targets, or a call without is_generate"
+    if unread := sorted(name for name, value in given.items() if value is not None and name not in reads):
+        raise ValueError(f"{unread} would not be read: these arguments of forward need {needs}; leave them out")
