@@ -96,6 +96,7 @@ class AdaptersOff(Reference):
     def prepare(
         self, model: ULLME, precision: str, likelihoods: Sequence[LikelihoodKind] = ("passage_given_query",)
     ) -> None:
+        """Raises: ValueError: there is no adapter to switch off."""
         if model.options.lora_name is None:
             raise ValueError(
                 "loss.reference=adapters_off, but lora_name=null trains the LLM itself, so the reference would move "
@@ -111,6 +112,7 @@ class AdaptersOff(Reference):
         kind: LikelihoodKind = "passage_given_query",
         chunks: Sequence[slice] | None = None,
     ) -> Tensor:
+        """(B, C), see :meth:`Reference.logps`."""
         # the reference has no dropout, whatever mode the policy is in
         with evaluation_mode(model), model.adapters_off():
             return score_by_chunk(model, batch, mask, share_prompts, kind, chunks or [slice(0, len(batch))])
@@ -147,6 +149,7 @@ class FrozenCopy(Reference):
     def prepare(
         self, model: ULLME, precision: str, likelihoods: Sequence[LikelihoodKind] = ("passage_given_query",)
     ) -> None:
+        """Load the copy, split over ranks as the model is. Raises: ValueError: the LLM cannot be loaded."""
         from ullme.engine.fsdp import split_alike
         from ullme.models.ullme import ULLME
 
@@ -169,6 +172,7 @@ class FrozenCopy(Reference):
         kind: LikelihoodKind = "passage_given_query",
         chunks: Sequence[slice] | None = None,
     ) -> Tensor:
+        """(B, C), see :meth:`Reference.logps`."""
         assert self.copy is not None
         return score_by_chunk(self.copy, batch, mask, share_prompts, kind, chunks or [slice(0, len(batch))])
 
@@ -257,6 +261,12 @@ class Cached(Reference):
         kind: LikelihoodKind = "passage_given_query",
         chunks: Sequence[slice] | None = None,
     ) -> Tensor:
+        """(B, C), see :meth:`Reference.logps`.
+
+        Raises:
+            MissingLikelihoodsError: there is no ``source``, and some are missing.
+            ValueError: a file of the folder is damaged.
+        """
         device = batch.row_ids.device
         places = mask.flatten().nonzero()[:, 0].tolist()
         keys = [row.tobytes() for row in _keys(batch, kind)[places]]

@@ -31,9 +31,9 @@ _TAKEN_OVER = {
 # Keys that PEFT sets by itself for the experts of a mixture of experts. They must equal those of the model.
 EXPERT_KEYS = ("target_parameters", "rank_pattern", "alpha_pattern")
 # Initialisations that leave the LLM's weights as they are.
-_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-# Initialisations that PEFT repeats when it loads the adapter, and merges right.
-_REPEATED_STARTS = ("pissa", "pissa_niter_", "olora")
+_PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+# Initialisations that PEFT repeats when it loads the adapter, so that its merge_and_unload gives the right weights.
+_REPEATED_INITIALISATIONS = ("pissa", "pissa_niter_", "olora")
 # Further parts of an adapter that PEFT can merge into the LLM.
 _MERGEABLE = {
     *("use_dora", "bias", "modules_to_save", "trainable_token_indices", *EXPERT_KEYS),
@@ -125,8 +125,8 @@ def _check_is_lora(config: dict[str, Any], folder: Path) -> None:
     if kind != "LORA":
         raise _not_lora(folder, f"peft_type={kind!r}", kind)
     start = config.get("init_lora_weights", True)
-    if start not in _PLAIN_STARTS:
-        repeated = str(start).lower().startswith(_REPEATED_STARTS)
+    if start not in _PLAIN_INITIALISATIONS:
+        repeated = str(start).lower().startswith(_REPEATED_INITIALISATIONS)
         changed = f"init_lora_weights={start!r}, with which training changed the LLM's own weights"
         raise _not_lora(folder, changed, "use_dora" if repeated else "")
     revision = config.get("revision")

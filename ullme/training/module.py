@@ -152,7 +152,11 @@ class ULLMEModule(L.LightningModule):
         return model
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """One optimizer step on one global batch."""
+        """One optimizer step on one global batch.
+
+        Raises:
+            NotFiniteError: on every rank, a term or the gradient that is NaN or infinite.
+        """
         self._seed_step()
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()

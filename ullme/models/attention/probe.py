@@ -78,7 +78,11 @@ def choose_path(model: PreTrainedModel, causal: bool, path: str = "auto") -> str
 
 @torch.no_grad()
 def find_path(model: PreTrainedModel, causal: bool, path: str = "auto") -> tuple[str, ProbeResult]:
-    """Like :func:`choose_path`, without the warning; also returns the path's probe result."""
+    """Like :func:`choose_path`, without the warning; also returns the path's probe result.
+
+    Raises:
+        ValueError: no path passes.
+    """
     failures: list[str] = []
     with evaluation_mode(model):
         for name in PATHS if path == "auto" else [path]:
