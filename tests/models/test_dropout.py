@@ -17,7 +17,7 @@ def far(a, b) -> float:
     return float(abs(a - b).max())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt"])
 def test_attention_dropout_works_while_training_only(family, make_model):
     model = make_model(family, attention_dropout=0.5)
     ids = torch.arange(4, 12)[None]

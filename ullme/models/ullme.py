@@ -306,10 +306,15 @@ class ULLME(nn.Module):
         """transformers' ``generate``, with causal attention and the adapter.
 
         Raises:
-            ValueError: the prompt and ``max_new_tokens`` are more tokens than the LLM has positions.
+            ValueError: the prompt is no tensor, or with ``max_new_tokens`` has more tokens than the LLM has positions.
         """
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        if isinstance(prompt, Tensor):
+        if prompt is not None and not isinstance(prompt, Tensor):
+            raise ValueError(
+                f"generate takes token ids, a tensor, not {type(prompt).__name__}; tokenise first: "
+                'model.generate(**model.tokenizer(text, return_tensors="pt"))'
+            )
+        if prompt is not None:
             check_generation(prompt.shape[-1], kwargs, self.max_positions, self.options.model_name_or_path)
         return self.causal_lm.generate(*args, **kwargs)  # type: ignore[operator]
 
