@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from test_gradcache import make_batch
+from test_objective import with_generation
 
 from ullme.callbacks import GRL, GradCache
+from ullme.losses import SFT, InfoNCE
 from ullme.training.module import OptimizerConfig
 
 
@@ -26,3 +31,10 @@ def test_refusals(make, message):
 
 def test_a_weight_of_zero_leaves_the_term_out():
     assert [term.name for term in GRL(generation_weight=0, kl_weight=0).objective.terms] == ["info_nce"]
+
+
+def test_a_batch_without_generation_terms_fits_whole_into_its_own_tokens():
+    batch = with_generation(make_batch())
+    loss = GradCache([InfoNCE(), SFT()], chunk_tokens=batch.num_tokens)
+    assert not loss._fits(batch)  # with generation, two graphs of that size
+    assert loss._fits(replace(batch, terms=("info_nce",)))
