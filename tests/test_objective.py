@@ -417,6 +417,13 @@ def test_likelihoods_that_another_rank_lacks_stop_every_rank(make_model, batch, 
         cached.logps(model, batch, mask, True)
 
 
+def test_a_frozen_copy_of_a_quantised_llm_is_refused(make_model):
+    model = make_model()
+    model.options = replace(model.options, quantization="nf4")
+    with pytest.raises(ValueError, match=r"frozen_copy with quantization='nf4': .* set loss\.reference=adapters_off"):
+        FrozenCopy().prepare(model, "32-true")
+
+
 def test_an_unknown_reference_is_refused():
     with pytest.raises(ValueError, match=r"loss\.reference='frozen': choose one of adapters_off, frozen_copy, cached"):
         make_reference("frozen", None)

@@ -149,10 +149,15 @@ class FrozenCopy(Reference):
     def prepare(
         self, model: ULLME, precision: str, likelihoods: Sequence[LikelihoodKind] = ("passage_given_query",)
     ) -> None:
-        """Load the copy, split over ranks as the model is. Raises: ValueError: the LLM cannot be loaded."""
+        """Load the copy, split over ranks as the model is. Raises: ValueError: the LLM is quantised."""
         from ullme.engine.fsdp import split_alike
         from ullme.models.ullme import ULLME
 
+        if model.options.quantization != "none":
+            raise ValueError(
+                f"loss.reference=frozen_copy with quantization={model.options.quantization!r}: quantised weights are "
+                "frozen under their adapter, so no copy is needed; set loss.reference=adapters_off"
+            )
         if self.copy is None:  # from the folder, not from the model: a resumed one is not the pre-trained any more
             options = {**model.options.to_dict(), "lora_name": None, "train": None, "gradient_checkpointing": False}
             if model.options.init_mode == "continue":
