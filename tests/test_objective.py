@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+import sqlite3
 from dataclasses import replace
 from typing import Any
 
@@ -388,6 +389,10 @@ def test_a_cache_holds_what_other_ranks_have_computed(make_model, batch, tmp_pat
     (tmp_path / "cache" / "reference-0.sqlite").rename(tmp_path / "cache" / "reference-1.sqlite")
     second = Cached(tmp_path / "cache", None)
     second.prepare(model, "32-true")
+    opened = second.files
+    second.prepare(model, "32-true")  # as a second fit does
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        opened[0].execute("SELECT 1")
     torch.testing.assert_close(second.logps(model, batch, mask, True), expected, rtol=0, atol=0)
 
 

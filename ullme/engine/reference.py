@@ -244,6 +244,9 @@ class Cached(Reference):
             )
 
     def _open(self) -> None:
+        """Open this rank's file and those of the others, in place of those of an earlier run."""
+        for file in self.files:
+            file.close()
         own = self.folder / f"reference-{world()[0]}.sqlite"
         try:
             self.files = [sqlite3.connect(own, timeout=60, isolation_level=None)]
