@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 import sqlite3
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
