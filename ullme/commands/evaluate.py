@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -137,6 +138,10 @@ def _check(options: Any) -> None:
         )
     from ullme.utils.atomic_files import check_writable  # which imports torch
 
+    if options.wandb is not None and os.environ.get("RANK", "0") == "0":  # only the first process logs
+        from ullme.utils.wandb_login import check_wandb_login
+
+        check_wandb_login(f"--wandb {options.wandb}", "leave --wandb out")
     check_writable(Path(options.output), "--output")
     for option in ("scores", "per_query"):
         if options[option] is not None:

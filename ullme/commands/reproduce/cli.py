@@ -94,6 +94,7 @@ def run(options: Any) -> int:
         raise ValueError(f"--parallel {parallel} must be at least 1, or auto")
     table, points = expanded(read_table(options))
     check(table)
+    _check_used(table, overrides, options)
     llm, data = (miniature_llm(table), miniature_data(table)) if table.world else (options.llm, options.data)
     table = filled(table, llm, data)
     if options.report_only:
@@ -215,6 +216,16 @@ def report(table: Table, points: Mapping[str, Point] | None = None) -> int:
         write_sweep(table, points, cells)
     print(f"the table is in {folder}{os.sep}")
     return 0
+
+
+def _check_used(table: Table, overrides: Overrides, options: Any) -> None:
+    """Raises: ValueError: --llm or --data, which the table does not ask for."""
+    for name in ("llm", "data"):
+        if options[name] is not None and (table.world or f"{{{name}}}" not in f"{table} {overrides}"):
+            why = f"world: {table.world} makes its own" if table.world else f"the table has no {{{name}}} to fill in"
+            raise ValueError(
+                f"--{name} {options[name]} would not be used: {why}; leave it out, or take another --config"
+            )
 
 
 def _fill(options: dict[str, Any], llm: str | None, data: str | None) -> dict[str, Any]:

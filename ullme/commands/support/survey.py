@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = survey(arguments.family)
     if arguments.write:
         arguments.write.parent.mkdir(parents=True, exist_ok=True)
-        arguments.write.write_text(document(rows))
+        arguments.write.write_text(document(rows), encoding="utf-8")
     else:
         print(table(rows))
     return int(bool(arguments.family) and any(row.verdict in ("refused", "not built") for row in rows))
