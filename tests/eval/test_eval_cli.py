@@ -56,12 +56,24 @@ def test_every_kind_of_local_data(
     assert len(set(queries[rows["Retrieval"].task].values())) > 1
     written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*-????????.json")}
     assert len(written) == 6
-    assert main([*arguments, "--markdown"]) == 0
-    assert capsys.readouterr().out.startswith("| Task | Type | Main score | Score |")
+    assert main([*arguments, "--markdown", f"--per_query={tmp_path / 'again'}", "--lora_r=4"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("| Task | Type | Main score | Score |")
+    assert f"nothing is written for {', '.join(sorted(queries))}, whose results are in" in err
+    assert "--lora_r 4 is not used without a checkpoint or an adapter" in err
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*-????????.json")} == written
     assert main([*arguments, "--overwrite"]) == 0
     overwritten = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*-????????.json")}
     assert all(overwritten[name] > written[name] for name in written)
+
+
+def test_a_login_to_wandb_is_asked_for_before_anything_is_loaded(monkeypatch, capsys):
+    def check(option, without):
+        raise ValueError(f"{option}: {without}")
+
+    monkeypatch.setattr("ullme.utils.wandb_login.check_wandb_login", check)
+    assert main(["--model=none", "--sts=none.tsv", "--wandb=trial"]) == 2
+    assert "--wandb trial: leave --wandb out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -180,8 +180,7 @@ def _evaluate(options: Any, tasks: list[AbsTask], model: WrappedULLME) -> int:
     encoder = compressed(model, options.precision)
     meta = encoder.mteb_model_meta
     print(f"{meta.name}, revision {meta.revision}", file=sys.stderr)
-    if options.per_query is not None:
-        keep_per_query(tasks, options.per_query)
+    queries = {} if options.per_query is None else keep_per_query(tasks, options.per_query)
     given = {name: value for name, value in options.as_dict().items() if value not in (None, [], {})}
     kept = {**given, "config": None, "revision": meta.revision}
     with redirect_stdout(sys.stderr), wandb_run(options.wandb, options.checkpoint, kept, options.output) as log:
@@ -198,6 +197,12 @@ def _evaluate(options: Any, tasks: list[AbsTask], model: WrappedULLME) -> int:
     if options.scores is not None:
         write_rows(rows, options.scores)
     failed = [row for row in rows if row.error is not None]
+    if unwritten := [name for name in queries.keys() - {row.task for row in failed} if not queries[name]]:
+        print(
+            f"evaluate: --per_query {options.per_query}: nothing is written for {', '.join(sorted(unwritten))}, whose "
+            f"results are in {options.output} already; --overwrite computes them again",
+            file=sys.stderr,
+        )
     if failed:
         print(
             f"evaluate: {len(failed)} of {len(rows)} tasks failed; the same command tries them again", file=sys.stderr
@@ -238,6 +243,7 @@ def _model(options: Any) -> WrappedULLME:
     from ullme.models.checkpoint import usable_device
     from ullme.utils.allocator import keep_freed_memory
 
+    _warn_of_adapter_options(options)
     given = {name: options[name] for name in MODEL_OPTIONS if options[name] is not None}
     if (device := own_device()) is not None:
         given.setdefault("device", device)
@@ -254,6 +260,17 @@ def _model(options: Any) -> WrappedULLME:
         instructions=options.instructions,
         **given,
     )
+
+
+def _warn_of_adapter_options(options: Any) -> None:
+    """Name the options of LoRA where an LLM is evaluated without any adapter."""
+    from ullme.models.loading import adapter_folder
+    from ullme.utils.unused_options import warn_of_unused
+
+    adapter = ("lora_name", "lora_r", "lora_alpha")
+    given = options.checkpoint is None and any(options[name] is not None for name in adapter)
+    if given and adapter_folder(options.model) is None:
+        warn_of_unused(parser(), options, {"without a checkpoint or an adapter": adapter})
 
 
 def _dtype(options: Any, device: str | None) -> str | None:

@@ -57,7 +57,11 @@ def parser() -> ArgumentParser:
         "--query_source", type=str, default="llm", help="llm writes them; titles: the first of --text_columns"
     )
     prompt = options.add_argument_group("Prompt")
-    prompt.add_argument("--template", type=str | None, help="{document}, and {query} at the end (default: see docs)")
+    prompt.add_argument(
+        "--template",
+        type=str | None,
+        help="(default: 'Document: {document}', and 'Search query: {query}' on a new line)",
+    )
     prompt.add_argument("--instruction", type=str | None, help="in front of the examples")
     prompt.add_argument(
         "--examples", type=str | None, metavar="FILE", help="JSON lines of document and query, or none (default: three)"
