@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ullme.planning.devices import DEVICES, number_of, this_cpu
 from ullme.utils.config_files import locate_in_arguments
-from ullme.utils.errors import print_error
+from ullme.utils.errors import explain_permission, print_error
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = plan_from(arguments, overrides)
     except (ValueError, argparse.ArgumentError) as error:
         return print_error(error)
+    except PermissionError as error:
+        return print_error(explain_permission(error))
     print(describe(plan))
     return 0 if plan.fits else 1
 

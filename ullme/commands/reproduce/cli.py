@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 where a cell failed; 2 for a mistake in the arguments; 130 if stopped.
     """
-    from ullme.utils.errors import one_line
+    from ullme.utils.errors import explain_permission, print_error
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -77,8 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser().parse_args(locate_in_arguments(sys.argv[1:] if argv is None else argv))
         return run(options)
     except (ArgumentError, ValueError) as error:
-        print(f"reproduce: error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return print_error(error)
+    except PermissionError as error:
+        return print_error(explain_permission(error))
     except KeyboardInterrupt:
         return 130
 

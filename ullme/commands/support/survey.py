@@ -22,6 +22,7 @@ from ullme.commands.support.page import CHECKS, Support, document, table
 from ullme.commands.support.training import exports, trains_with_defaults
 from ullme.models import attention
 from ullme.models.loading import max_positions
+from ullme.utils.atomic_files import check_writable, write_text
 from ullme.utils.progress import progress
 from ullme.utils.tiny_models import make_tiny
 
@@ -278,10 +279,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--family {unknown[0]}: transformers has no causal language model of this type")
     if arguments.family and arguments.write:
         parser.error("--write is for the page about all families; leave out --family")
+    if arguments.write:
+        try:
+            check_writable(arguments.write.absolute().parent, "--write")
+        except ValueError as error:
+            parser.error(str(error))
     rows = survey(arguments.family)
     if arguments.write:
-        arguments.write.parent.mkdir(parents=True, exist_ok=True)
-        arguments.write.write_text(document(rows), encoding="utf-8")
+        write_text(arguments.write, document(rows), "--write")
     else:
         print(table(rows))
     return int(bool(arguments.family) and any(row.verdict in ("refused", "not built") for row in rows))
