@@ -285,7 +285,7 @@ def paper_table(utilisation: float | None = None) -> str:
     from ullme.planning.plan import Job, make_plan
 
     lines = [
-        "| backbone | paper, 4×A100 | 4×A100-80GB, DDP | memory | 1×H200 | memory |",
+        "| LLM | paper, 4×A100 | 4×A100-80GB, DDP | memory | 1×H200 | memory |",
         "|---|---|---|---|---|---|",
     ]
     reached: list[float] = []

@@ -161,6 +161,8 @@ def _run(options: Any) -> int:
         writer = LLMQueryWriter(model)
         if options.document_max_length is None:
             settings = _as_long_as_fits(settings, writer)
+            shorter = min(round_trip.max_length, settings.document_max_length)
+            round_trip = replace(round_trip, max_length=shorter)  # the same LLM reads them again to score
         writer.check(settings)
     kept, documents = write_queries(writer, corpus, options.to, settings, round_trip, model, apart, plan)
     print(_summary(options.to, documents, kept, round_trip))
