@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from eval_helpers import write_jsonl
 
+from ullme.commands import evaluate
 from ullme.commands.evaluate import main
 from ullme.eval.per_query import keep_per_query, pytrec_key, read_per_query
 from ullme.eval.table import read_rows
@@ -190,6 +191,13 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, tiny_llm, tmp_pa
     [line] = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     assert message in line
     assert "Traceback" not in printed.err
+
+
+def test_instructions_that_a_sentence_transformers_model_does_not_read_are_named(tmp_path, capsys):
+    write_jsonl(tmp_path / "st" / "modules.json", [])
+    given = ["--model", str(tmp_path / "st"), "--sts", "x", "--use_task_instructions", "false"]
+    evaluate._warn_of_unused(evaluate.parser().parse_args(given))
+    assert "--use_task_instructions False is not used by a sentence-transformers model" in capsys.readouterr().err
 
 
 def test_evaluate_py_is_the_same_command(tmp_path):

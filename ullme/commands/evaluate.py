@@ -243,7 +243,7 @@ def _model(options: Any) -> WrappedULLME:
     from ullme.models.checkpoint import usable_device
     from ullme.utils.allocator import keep_freed_memory
 
-    _warn_of_adapter_options(options)
+    _warn_of_unused(options)
     given = {name: options[name] for name in MODEL_OPTIONS if options[name] is not None}
     if (device := own_device()) is not None:
         given.setdefault("device", device)
@@ -262,15 +262,21 @@ def _model(options: Any) -> WrappedULLME:
     )
 
 
-def _warn_of_adapter_options(options: Any) -> None:
-    """Name the options of LoRA where an LLM is evaluated without any adapter."""
-    from ullme.models.loading import adapter_folder
+def _warn_of_unused(options: Any) -> None:
+    """Name the options that the kind of the model makes useless."""
+    from ullme.models.loading import adapter_folder, is_sentence_transformer
     from ullme.utils.unused_options import warn_of_unused
 
+    if options.checkpoint is not None:
+        return
+    unused: dict[str, tuple[str, ...]] = {}
     adapter = ("lora_name", "lora_r", "lora_alpha")
-    given = options.checkpoint is None and any(options[name] is not None for name in adapter)
-    if given and adapter_folder(options.model) is None:
-        warn_of_unused(parser(), options, {"without a checkpoint or an adapter": adapter})
+    if is_sentence_transformer(options.model):
+        own = (*adapter, "model_backbone_type", "use_task_instructions", "instructions")
+        unused["by a sentence-transformers model, which has prompts of its own"] = own
+    elif any(options[name] is not None for name in adapter) and adapter_folder(options.model) is None:
+        unused["without a checkpoint or an adapter"] = adapter
+    warn_of_unused(parser(), options, unused)
 
 
 def _dtype(options: Any, device: str | None) -> str | None:
