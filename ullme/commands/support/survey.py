@@ -268,22 +268,28 @@ def survey(names: Iterable[str] | None = None, leave_out: Collection[str] = ()) 
         return [check_family(name, leave_out) for name in progress("families", chosen)]
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(prog="ullme support", description=DESCRIPTION)
+    options.add_argument("--family", action="append", metavar="NAME", help="transformers' model_type (default: all)")
+    options.add_argument("--write", type=Path, metavar="FILE", help="write the page about all families to this file")
+    return options
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table or write the page; the exit status is 1 if a family given with --family is not usable."""
-    parser = argparse.ArgumentParser(prog="ullme support", description=DESCRIPTION)
-    parser.add_argument("--family", action="append", metavar="NAME", help="transformers' model_type (default: all)")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the page about all families to this file")
-    arguments = parser.parse_args(argv)
+    options = parser()
+    arguments = options.parse_args(argv)
     known = families()
     if unknown := sorted(set(arguments.family or ()) - set(known)):
-        parser.error(f"--family {unknown[0]}: transformers has no causal language model of this type")
+        options.error(f"--family {unknown[0]}: transformers has no causal language model of this type")
     if arguments.family and arguments.write:
-        parser.error("--write is for the page about all families; leave out --family")
+        options.error("--write is for the page about all families; leave out --family")
     if arguments.write:
         try:
             check_writable(arguments.write.absolute().parent, "--write")
         except ValueError as error:
-            parser.error(str(error))
+            options.error(str(error))
     rows = survey(arguments.family)
     if arguments.write:
         write_text(arguments.write, document(rows), "--write")
