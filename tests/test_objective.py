@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from ullme.batch import Batch, GenerationRows
 from ullme.engine.finite import NotFiniteError
 from ullme.engine.gradcache import chunk_slices
 from ullme.engine.objective import Objective, score
-from ullme.engine.reference import AdaptersOff, Cached, FrozenCopy
+from ullme.engine.reference import AdaptersOff, Cached, FrozenCopy, make_reference
 from ullme.losses import CPO, DPO, IPO, KL, KTO, SFT, Hinge, InfoNCE, Matryoshka, PseudoLabelInfoNCE, SimPO, Term
 from ullme.prompts import pad_rows
 from ullme.token_rows import TokenRows
@@ -388,7 +389,49 @@ def test_a_cache_holds_what_other_ranks_have_computed(make_model, batch, tmp_pat
     (tmp_path / "cache" / "reference-0.sqlite").rename(tmp_path / "cache" / "reference-1.sqlite")
     second = Cached(tmp_path / "cache", None)
     second.prepare(model, "32-true")
+    opened = second.files
+    second.prepare(model, "32-true")  # as a second fit does
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        opened[0].execute("SELECT 1")
     torch.testing.assert_close(second.logps(model, batch, mask, True), expected, rtol=0, atol=0)
+
+
+def test_a_likelihood_that_is_not_finite_is_not_kept(make_model, batch, tmp_path):
+    class Broken(AdaptersOff):
+        def logps(self, *args):
+            return super().logps(*args).masked_fill(torch.eye(5, 3, dtype=torch.bool), float("nan"))
+
+    model, mask = make_model().train(), torch.ones(5, 3, dtype=torch.bool)
+    cached = Cached(tmp_path, Broken())
+    cached.prepare(model, "32-true")
+    assert cached.logps(model, batch, mask, True).isnan().sum() == 3  # which stops the step
+    cached.source = AdaptersOff()
+    assert cached.logps(model, batch, mask, True).isfinite().all()
+    assert (cached.hits, cached.misses) == (12, 18)
+
+
+def test_likelihoods_that_another_rank_lacks_stop_every_rank(make_model, batch, tmp_path, monkeypatch):
+    model, mask = make_model(), torch.ones(5, 3, dtype=torch.bool)
+    cached = Cached(tmp_path, AdaptersOff())
+    cached.prepare(model, "32-true")
+    cached.logps(model, batch, mask, True)
+    cached.source = None
+    assert cached.logps(model, batch, mask, True).isfinite().all()
+    monkeypatch.setattr("ullme.engine.reference.gather_messages", lambda message, _: {1: "7 passages"})
+    with pytest.raises(ValueError, match="lacks the likelihoods of 7 passages"):
+        cached.logps(model, batch, mask, True)
+
+
+def test_a_frozen_copy_of_a_quantised_llm_is_refused(make_model):
+    model = make_model()
+    model.options = replace(model.options, quantization="nf4")
+    with pytest.raises(ValueError, match=r"frozen_copy with quantization='nf4': .* set loss\.reference=adapters_off"):
+        FrozenCopy().prepare(model, "32-true")
+
+
+def test_an_unknown_reference_is_refused():
+    with pytest.raises(ValueError, match=r"loss\.reference='frozen': choose one of adapters_off, frozen_copy, cached"):
+        make_reference("frozen", None)
 
 
 def test_a_foreign_stale_or_damaged_cache_is_refused(make_model, tmp_path):

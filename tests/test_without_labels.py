@@ -160,6 +160,16 @@ def reps(teacher: list[list[float]], seed: int = 0) -> Representations:
     return Representations(unit(b), unit(b, c), keys, labelled=False, teacher=torch.tensor(teacher, dtype=torch.double))
 
 
+def test_metrics_of_pseudo_labels_on_ranks_where_different_numbers_pass(monkeypatch):
+    """This rank's two queries that pass, one of them right, beside three of the other rank's six: 1/5 and 2/9 here."""
+    monkeypatch.setattr("ullme.losses.distillation.world", lambda: (0, 2))
+    monkeypatch.setattr("ullme.losses.distillation.gather_sizes", lambda size, _: [size, {3: 6, 2: 3}[size]])
+    given = replace(reps([[-3, -1, -2], [-1.0, -1.2, -1.3], [-0.5, -9, -1]]), labelled=True)
+    found = PseudoLabelInfoNCE(0.05, margin=0.4).metrics(given)
+    # halved by the mean over both ranks, to which the other one adds its part
+    assert found == {"pseudo_label_share": pytest.approx(2 * 2 / 9), "pseudo_label_accuracy": pytest.approx(2 * 1 / 5)}
+
+
 def test_pseudo_labels_by_hand():
     """Queries 0 and 2 pass a margin of 0.4; each against all nine passages."""
     given = reps([[-3, -1, -2], [-1.0, -1.2, -1.3], [-0.5, -9, -1]])

@@ -1,4 +1,4 @@
-"""What travels from the data module to the loss, and the shape legend of the whole project.
+"""The batch that goes from the data module to the loss, and the shape legend of the whole project.
 
 **B** queries in a batch, **N** hard negatives per query, **C** = 1 + N candidates per query (the positive first),
 **R** rows of text, **L** tokens, **D** embedding width, **V** vocabulary, **W** ranks.

@@ -211,6 +211,9 @@ def test_metrics():
         (lambda: KL(retrieval_temperature=0), "KL.retrieval_temperature=0"),
         (lambda: KL(direction="both"), "KL.direction='both'"),
         (lambda: SFT(weight=-1), "SFT.weight=-1"),
+        (lambda: SFT(weight=math.nan), "SFT.weight=nan: must be a number of 0 or more"),
+        (lambda: KTO(undesirable_weight=-1), "KTO.undesirable_weight=-1"),
+        (lambda: CPO(nll_weight=-1), "CPO.nll_weight=-1"),
     ],
 )
 def test_wrong_options(make, message):

@@ -111,6 +111,7 @@ def test_it_wraps_any_representation_term():
         ({"dims": [8, 0]}, r"dims=\[8, 0\]: give at least one number of dimensions, each at least 1"),
         ({"weights": [1.0]}, r"weights=\[1.0\]: give a number of 0 or more for each of dims=\[16, 8\]"),
         ({"weights": [1.0, -1.0]}, r"weights=\[1.0, -1.0\]"),
+        ({"weights": [1.0, float("nan")]}, r"weights=\[1.0, nan\]"),
         ({"weight": -1.0}, "Matryoshka.weight=-1"),
         ({"term": KL()}, "Matryoshka.term=KL: embeddings are truncated for a representation loss only"),
         ({"term": Matryoshka(InfoNCE(), [2])}, "Matryoshka.term=Matryoshka"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from ullme.losses.ranking import rank_correlation
+from ullme.losses.ranking import rank_correlation, rank_of_first
 
 
 def test_agreement_of_rankings_is_scipys_with_ties_too():
@@ -21,3 +21,10 @@ def test_two_candidates_and_equal_scores():
     first = torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 3.0]])
     second = torch.tensor([[5.0, 6.0], [6.0, 5.0], [1.0, 2.0]])
     assert rank_correlation(first, second).tolist() == [1, -1, 0]
+
+
+def test_scores_that_are_not_numbers_never_rank_the_positive_first():
+    nan = float("nan")
+    accuracy, reciprocal = rank_of_first(torch.tensor([[nan, 1.0, 2.0], [3.0, nan, 1.0], [3.0, 2.0, 1.0]]))
+    assert accuracy.tolist() == [0, 0, 1]
+    assert reciprocal.tolist() == [pytest.approx(1 / 3), 1 / 2, 1]

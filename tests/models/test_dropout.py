@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 
-from ullme.models.dropout import set_attention_dropout, turn_off_dropout
+from ullme.models import attention
+from ullme.models.dropout import check_attention_dropout, set_attention_dropout, turn_off_dropout
 from ullme.prompts import pad_rows
 from ullme.utils.tiny_models import make_tiny
 
@@ -16,7 +17,7 @@ def far(a, b) -> float:
     return float(abs(a - b).max())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt"])
 def test_attention_dropout_works_while_training_only(family, make_model):
     model = make_model(family, attention_dropout=0.5)
     ids = torch.arange(4, 12)[None]
@@ -71,3 +72,26 @@ def test_modules_see_what_else_changes_in_the_config():
     for one in (model, copy.deepcopy(model)):
         seen = one.transformer.h[0].config
         assert (seen.hidden_dropout, seen._attn_implementation) == (0.0, "eager")
+
+
+def test_a_model_with_attention_dropout_still_runs_on_the_flags_path():
+    model = make_tiny("stablelm")
+    set_attention_dropout(model, 0.3)
+    assert attention.choose_path(model, causal=False) == "flags"
+    assert "is_causal" not in vars(model.config)
+
+
+def test_attention_dropout_that_reaches_no_attention_is_refused(make_model):
+    with pytest.raises(ValueError, match=r"attention_dropout=0\.3: DiffLlamaForCausalLM applies no dropout"):
+        make_model("diffllama", attention_dropout=0.3)
+    assert not make_model("diffllama", attention_dropout=0.0).training  # none is what it has
+
+
+def test_the_check_of_attention_dropout_leaves_the_random_state_and_the_number():
+    model = make_tiny("llama")
+    state = torch.get_rng_state()
+    set_attention_dropout(model, 0.1)
+    check_attention_dropout(model, 0.1, lambda: attention.run_on_probe_block(model, "padded", False))
+    assert model.model.layers[0].self_attn.attention_dropout == 0.1
+    assert not model.training
+    assert torch.equal(torch.get_rng_state(), state)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ullme.models import ULLME
 from ullme.models.checkpoint import load_ullme, save_adapter
+from ullme.models.peft_folder import read_adapter_folder
 from ullme.prompts import Prompts
 
 IDS = torch.tensor([[1, 5, 9, 13, 21]])
@@ -244,3 +245,26 @@ def test_an_adapter_in_place_of_an_llm_is_refused_with_where_it_belongs(make_mod
     folder = str(save_adapter(make_model(), tmp_path / "adapter"))
     with pytest.raises(ValueError, match=r"is an adapter, not an LLM.*init_from=.*adapter.*load_ullme\("):
         ULLME(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("ullme.json", "{}", "ullme.json lacks the backbone options or the prompts"),
+        ("ullme.json", '{"backbone": {}, "prompts": {}}', "ullme.json lacks the backbone options"),
+        ("ullme.json", "[]", "ullme.json lacks the backbone options"),
+        ("adapter_config.json", "[]", "adapter_config.json holds no object with keys"),
+    ],
+)
+def test_json_files_with_other_content_are_refused(file, content, message, foreign):
+    folder, _ = foreign()
+    (folder / file).write_text(content)
+    with pytest.raises(ValueError, match=f"is damaged: {message}"):
+        read_adapter_folder(folder)
+
+
+def test_a_rank_that_the_config_leaves_out_is_pefts_default(foreign):
+    folder, _ = foreign()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "r"}))
+    assert read_adapter_folder(folder)[0]["backbone"]["lora_r"] == LoraConfig().r

@@ -144,6 +144,8 @@ def test_generation_ends_at_the_last_position(embedder):
             model.generate(*arguments, **given, max_new_tokens=10)
     with pytest.raises(ValueError, match="a prompt of 129 tokens"):
         model.generate(torch.ones(1, 129, dtype=torch.long))
+    with pytest.raises(ValueError, match="generate takes token ids, a tensor, not str; tokenise first"):
+        model.generate("a text")
     assert embedder("bloom").generate(prompt, max_new_tokens=10, pad_token_id=0).shape[1] > 120
 
 

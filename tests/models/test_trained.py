@@ -70,6 +70,7 @@ def test_all_weights_are_trained(make_model):
         ({"train": "biases"}, "train='biases': with lora_name='ullme'; .* need lora_name: null"),
         ({"train": "lora", "lora_name": None}, "train='lora': with lora_name=None"),
         ({"train": "heads"}, "train='heads': choose lora, biases or all"),
+        ({"gradient_checkpointing": "yes"}, "gradient_checkpointing='yes': choose true, false or auto"),
     ],
 )
 def test_refusals(options, message):

@@ -265,8 +265,17 @@ def test_wrong_folders_are_named(tmp_path, llm_folder):
 def test_forward_refuses_what_it_would_drop(make_model):
     model = make_model()
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    with pytest.raises(ValueError, match="labels"):
+    with pytest.raises(ValueError, match=r"\['labels'\] would not be read: .* need is_generate=True"):
         model(ids, labels=ids)
+    rows = TokenRows(ids, torch.ones_like(ids))
+    for arguments, name in (
+        ({"targets": rows}, "targets"),
+        ({"targets": rows, "is_generate": True, "labels": ids}, "labels"),
+        ({"is_generate": True, "pool_mask": ids}, "pool_mask"),
+        ({"is_generate": True, "owner": ids[0]}, "owner"),
+    ):
+        with pytest.raises(ValueError, match=rf"\['{name}'\] would not be read"):
+            model(ids, **arguments)
     with pytest.raises(ValueError, match="row 1 has no real token"):
         model(ids, torch.tensor([[1, 1, 1], [0, 0, 0]]))
 

@@ -112,6 +112,9 @@ def test_work_of_a_step_follows_the_terms(batch):
     assert work("sft", False).reference == nothing
     detached = work("sft", detach_generation=True)
     assert (detached.learned, detached.scored) == (positive, negative)
+    both = Objective([*grl_terms(None, False), KTO()])
+    only = replace(batch, terms=("info_nce",))  # as of a dataset that names its terms
+    assert step_work(only, both, causal=False, share_prompts=True) == StepWork(embed)
     guided = Objective([InfoNCE(false_negatives=FalseNegatives(margin=0.0, scores="guide"))])
     assert step_work(batch, guided, causal=False, share_prompts=True) == StepWork(embed, guide=embed)
     kto = [KTO(reference_pairs="first_negative"), KTO()]

@@ -139,5 +139,7 @@ def test_what_each_option_changes():
     shared = change(shards=4)
     assert shared.weights == 1000 * 2 / 4 + 50 * 4 + 800 * 2  # two of two layers are gathered at once
     assert shared.training == 50 * 4 * 3
-    assert change(quantized=True).weights == pytest.approx(200 * 2 + 800 * 0.516 + 50 * 4 + 400 * 2)
+    for quantization, stored in (("nf4", 0.516), ("int8", 1.0)):
+        expected = 200 * 2 + 800 * stored + 50 * 4 + 400 * 2
+        assert change(quantization=quantization).weights == pytest.approx(expected)
     assert change(weight_bytes=4).weights == 1000 * 4 + 50 * 4 + 800 * 2  # autocast keeps the weights again

@@ -20,17 +20,18 @@ def one(train, max_rows=None, weight=1.0):
 
 
 def test_rows_of_each_kind_of_file(tmp_path):
-    from pyarrow import Table, parquet
+    from pyarrow import Table, ipc, parquet
 
     (tmp_path / "rows.jsonl").write_text(LINE * 3 + "\n")
     with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
         file.write(LINE * 500)  # a few lines, as bytes
-    parquet.write_table(Table.from_pylist([{"query": "q"}] * 40), tmp_path / "rows.parquet")
+    table = Table.from_pylist([{"query": "q"}] * 40)
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with ipc.new_stream(tmp_path / "rows.arrow", table.schema) as stream:
+        stream.write_table(table.slice(0, 25))
     (tmp_path / "rows.csv").write_text("anchor,positive\na,b\nc,d\n")
-    counts = {
-        kind: epoch_rows(data(str(tmp_path / f"rows.{kind}"))) for kind in ("jsonl", "jsonl.gz", "parquet", "csv")
-    }
-    assert counts == {"jsonl": 3, "jsonl.gz": 500, "parquet": 40, "csv": 2}
+    expected = {"jsonl": 3, "jsonl.gz": 500, "parquet": 40, "arrow": 25, "csv": 2}
+    assert {kind: epoch_rows(data(str(tmp_path / f"rows.{kind}"))) for kind in expected} == expected
     assert epoch_rows(data([str(tmp_path / "rows.jsonl"), str(tmp_path / "rows.jsonl.gz")])) == 503
 
 

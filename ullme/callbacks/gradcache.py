@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import lightning as L
 import torch
@@ -48,7 +48,7 @@ class GradCache(LossCallback):
             it, from then on, in a run of one process. The result does not depend on the chunk.
 
     Raises:
-        ValueError: neither chunk_size nor chunk_tokens, or one below 1; out of memory.
+        ValueError: neither chunk_size nor chunk_tokens, one below 1, or an unknown on_oom; in training, out of memory.
     """
 
     def __init__(
@@ -69,6 +69,8 @@ class GradCache(LossCallback):
                 raise ValueError(f"loss.{name}={value}: must be at least 1")
         if chunk_size is None and chunk_tokens is None:
             raise ValueError("loss.chunk_size=null and loss.chunk_tokens=null: give one of them")
+        if on_oom not in get_args(OnOutOfMemory):
+            raise ValueError(f"loss.on_oom={on_oom!r}: choose {' or '.join(get_args(OnOutOfMemory))}")
         self.chunk_size = chunk_size
         self.chunk_tokens: int | None = None if chunk_tokens == "auto" else chunk_tokens
         self.on_oom = on_oom
@@ -99,8 +101,12 @@ class GradCache(LossCallback):
 
     def _fits(self, batch: Batch) -> bool:
         """Whether the graphs of embedding and generation fit together, so that no forward has to be done twice."""
-        passes = 2 if self.objective.runs_generation else 1
+        passes = 2 if self._runs_generation(batch) else 1
         return self.chunk_tokens is None or passes * batch.num_tokens <= self.chunk_tokens
+
+    def _runs_generation(self, batch: Batch) -> bool:
+        """Whether a step on this batch runs the policy over generation rows: its dataset may name other terms."""
+        return self.objective.of_terms(batch.terms).runs_generation
 
     def backward(self, module: ULLMEModule, batch: Batch) -> Logs:
         before = RandomState()
@@ -123,7 +129,7 @@ class GradCache(LossCallback):
         """Halve the chunk that did not fit. Raises: ValueError: ``on_oom: fail``, or it cannot be halved."""
         name = "chunk_tokens" if self.chunk_size is None else "chunk_size"
         used = self.chunk_size or self.chunk_tokens or 1
-        passes = 2 if self.objective.runs_generation else 1
+        passes = 2 if self._runs_generation(batch) else 1
         half = min(used, len(batch) if self.chunk_size else passes * batch.num_tokens) // 2
         if self._is_smallest(batch) or half < 1:
             raise ValueError(
@@ -170,7 +176,7 @@ class GradCache(LossCallback):
 
     def _is_smallest(self, batch: Batch) -> bool:
         """Whether a chunk is one query, or one row where queries need not stay together."""
-        if self.chunk_size or self.objective.runs_generation:
+        if self.chunk_size or self._runs_generation(batch):
             return len(self.chunks(batch)) == len(batch)
         return len(self.microbatches(batch)) == len(batch.embedded_lengths)
 

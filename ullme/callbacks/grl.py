@@ -39,6 +39,9 @@ class GRL(GradCache):
             pre-trained LLM without gradient, which costs nothing once it is in cache_reference.
         divergence: ``retrieval_to_generation``, the paper's KL(P_rt ‖ P_gen), or ``generation_to_retrieval``, as in
             distillation: the mean under the teacher.
+
+    Raises:
+        ValueError: a negative weight, or an option that a term refuses.
     """
 
     def __init__(
@@ -62,6 +65,9 @@ class GRL(GradCache):
         teacher: Teacher = "policy",
         divergence: Divergence = "retrieval_to_generation",
     ) -> None:
+        for name, weight in (("generation_weight", generation_weight), ("kl_weight", kl_weight)):
+            if not weight >= 0:
+                raise ValueError(f"GRL.{name}={weight}: must be 0 or more; 0 leaves the term out")
         terms = grl_terms(
             generation if generation_weight > 0 else None,
             kl_weight > 0,

@@ -197,9 +197,9 @@ def _padded_tokens(module: ULLMEModule, batch: Batch) -> int:
     loss, whole = module.loss, slice(0, len(batch))
     chunks = loss.chunks(batch) if isinstance(loss, GradCache) else [whole]
     microbatches = loss.microbatches(batch) if isinstance(loss, GradCache) else [chunk_rows(batch, whole)]
-    objective = loss.objective
+    objective = loss.objective.of_terms(batch.terms)
     total = 0
-    if objective.of_terms(batch.terms).uses_reps:
+    if objective.uses_reps:
         lengths = batch.embedded_lengths
         total += sum(len(rows) * int(lengths[rows].max()) for rows in microbatches)
     scoring = objective.scoring(batch)

@@ -145,7 +145,11 @@ def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
 
 
 def read_qrels(path: Path, max_lines: int | None = None) -> dict[str, dict[str, int]]:
-    """Query id -> document id -> grade."""
+    """Query id -> document id -> grade, from a file of three columns separated by tabs.
+
+    Raises:
+        ValueError: a missing or empty file, or a bad line ("file:line: reason").
+    """
     if not path.is_file() and path.parent.is_dir():
         splits = sorted(p.stem for p in path.parent.glob("*.tsv"))
         raise ValueError(f"{path}: no such file; qrels holds the splits {splits}: name one, or copy it to this file")

@@ -65,6 +65,7 @@ def _of_split(files: list[Path], split: str) -> list[Path]:
 
 
 def suffix(path: str | Path) -> str:
+    """The last suffix of a path in lower case, with its dot."""
     return Path(path).suffix.lower()
 
 
@@ -74,6 +75,7 @@ def is_lines(path: Path) -> bool:
 
 
 def is_table(name: str) -> bool:
+    """Whether a file's name says that it is one of :data:`TABLES`."""
     return suffix(name) in TABLES
 
 

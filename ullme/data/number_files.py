@@ -30,6 +30,7 @@ class NumbersWriter:
         self._write_header()
 
     def append(self, number: int) -> None:
+        """Add a number at the end."""
         self._buffer.append(number)
         self.count += 1
         if len(self._buffer) == _BUFFERED:
@@ -104,6 +105,7 @@ class Numbers:
         return view.cast(self.dtype.char)
 
     def tolist(self) -> list[int]:
+        """All numbers, read into memory."""
         return self[:].tolist()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:

@@ -82,7 +82,7 @@ class FeistelOrder:
         return rows.astype(np.int64)
 
     def position_of(self, row: int) -> int:
-        """Where a row stands; the inverse of ``order[position]``."""
+        """Where a row stands; the inverse of ``order[position]``. Raises: IndexError: there is no such row."""
         if not 0 <= row < self.num_rows:
             raise IndexError(f"row {row} of {self.num_rows}")
         position = self._decrypt(row)

@@ -14,7 +14,7 @@ from ullme.data.number_files import Numbers
 # Rows in memory at once while the index is written.
 _BLOCK = 1 << 20
 _HASHES, _ROWS, _FENCE = "query_hashes", "query_rows", "query_fence"
-# Rows between two hashes of the fence.
+# Rows between two fence pointers (every so many of the sorted hashes, in memory, to find a block of the file).
 _STEP = 1024
 
 
@@ -24,7 +24,7 @@ class QueryIndex:
     Args:
         hashes: (rows,) 32-bit hashes of the rows' queries, sorted.
         rows: (rows,) the row of each hash.
-        fence: every so many of the hashes, which are in memory; see :func:`fence_of`.
+        fence: fence pointers, every 1,024th of the hashes, which are in memory; see :func:`fence_of`.
     """
 
     def __init__(self, hashes: Numbers, rows: Numbers, fence: np.ndarray) -> None:

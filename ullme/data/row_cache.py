@@ -105,7 +105,7 @@ def size_limit() -> float:
 
 @contextmanager
 def alone(folder: Path, what: str) -> Iterator[None]:
-    """Keep other processes from making the same entry meanwhile; a long wait for one is logged.
+    """Hold the lock for making an entry, which one process at a time has; a long wait for it is logged.
 
     Args:
         folder: of the entry.
@@ -138,7 +138,11 @@ def use(folder: Path) -> IO[bytes] | None:
 
 @contextmanager
 def unfinished(folder: Path) -> Iterator[Path]:
-    """A folder to write to, renamed to ``folder`` at the end and removed after an error; within :func:`alone`."""
+    """A folder to write to, renamed to ``folder`` at the end and removed after an error; within :func:`alone`.
+
+    Raises:
+        ValueError: the disk is full, or the folder cannot be written.
+    """
     root = folder.parent
     place = root / f"{UNFINISHED}{os.getpid()}.{folder.name}"
     _sweep(root, folder)

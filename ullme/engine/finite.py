@@ -46,6 +46,9 @@ def check_finite(name: str, value: Tensor, batch: Batch, reps: Representations |
     """Raises: NotFiniteError: a term is NaN or infinite; names it and the training rows that it came from.
 
     Args:
+        name: of the term.
+        value: a scalar, or (b,) one number a query of the batch.
+        batch: b queries.
         reps: what a term of the whole batch was computed from; rows whose own are not finite are the ones to name.
     """
     finite = torch.isfinite(value)

@@ -132,7 +132,11 @@ class Objective:
         self.check_model(model, precision)
 
     def check_rows(self, num_hard_negatives: int, labelled: bool = True, where: str = "") -> None:
-        """What :meth:`check` checks of the training rows; ``where`` names their dataset."""
+        """What :meth:`check` checks of the training rows; ``where`` names their dataset.
+
+        Raises:
+            ValueError: terms that lack negatives or a positive.
+        """
         if not labelled:
             self._check_without_labels(where)
         for term in self.terms:
@@ -144,7 +148,12 @@ class Objective:
                 )
 
     def check_model(self, model: ULLME, precision: str = "32-true") -> None:
-        """What :meth:`check` checks of the model."""
+        """What :meth:`check` checks of the model.
+
+        Raises:
+            ValueError: embeddings of another width than a term needs, no mask token, or a reference or guide that this
+                model does not have.
+        """
         for term in self.representation_terms:
             term.check_width(model.hidden_size)
         if self.masking is not None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ullme.batch import Batch, LikelihoodKind, Representations, likelihood_keys
-from ullme.distributed import all_reduce_max, any_rank, world
+from ullme.distributed import all_reduce_max, any_rank, gather_messages, world
 from ullme.engine.gradcache import embed_batch
 from ullme.engine.scoring import embedder, score_by_chunk
 from ullme.utils.modes import evaluation_mode
@@ -35,7 +36,9 @@ class MissingLikelihoodsError(ValueError):
 
 
 def make_reference(choice: ReferenceChoice, folder: str | None) -> Reference:
-    """The reference that a config names. Raises: ValueError: ``cached`` without a folder."""
+    """The reference that a config names. Raises: ValueError: an unknown choice, or ``cached`` without a folder."""
+    if choice not in get_args(ReferenceChoice):
+        raise ValueError(f"loss.reference={choice!r}: choose one of {', '.join(get_args(ReferenceChoice))}")
     if choice == "cached":
         if folder is None:
             raise ValueError("loss.reference=cached needs loss.cache_reference, the folder that holds the likelihoods")
@@ -93,6 +96,7 @@ class AdaptersOff(Reference):
     def prepare(
         self, model: ULLME, precision: str, likelihoods: Sequence[LikelihoodKind] = ("passage_given_query",)
     ) -> None:
+        """Raises: ValueError: there is no adapter to switch off."""
         if model.options.lora_name is None:
             raise ValueError(
                 "loss.reference=adapters_off, but lora_name=null trains the LLM itself, so the reference would move "
@@ -108,6 +112,7 @@ class AdaptersOff(Reference):
         kind: LikelihoodKind = "passage_given_query",
         chunks: Sequence[slice] | None = None,
     ) -> Tensor:
+        """(B, C), see :meth:`Reference.logps`."""
         # the reference has no dropout, whatever mode the policy is in
         with evaluation_mode(model), model.adapters_off():
             return score_by_chunk(model, batch, mask, share_prompts, kind, chunks or [slice(0, len(batch))])
@@ -144,9 +149,15 @@ class FrozenCopy(Reference):
     def prepare(
         self, model: ULLME, precision: str, likelihoods: Sequence[LikelihoodKind] = ("passage_given_query",)
     ) -> None:
+        """Load the copy, split over ranks as the model is. Raises: ValueError: the LLM is quantised."""
         from ullme.engine.fsdp import split_alike
         from ullme.models.ullme import ULLME
 
+        if model.options.quantization != "none":
+            raise ValueError(
+                f"loss.reference=frozen_copy with quantization={model.options.quantization!r}: quantised weights are "
+                "frozen under their adapter, so no copy is needed; set loss.reference=adapters_off"
+            )
         if self.copy is None:  # from the folder, not from the model: a resumed one is not the pre-trained any more
             options = {**model.options.to_dict(), "lora_name": None, "train": None, "gradient_checkpointing": False}
             if model.options.init_mode == "continue":
@@ -166,6 +177,7 @@ class FrozenCopy(Reference):
         kind: LikelihoodKind = "passage_given_query",
         chunks: Sequence[slice] | None = None,
     ) -> Tensor:
+        """(B, C), see :meth:`Reference.logps`."""
         assert self.copy is not None
         return score_by_chunk(self.copy, batch, mask, share_prompts, kind, chunks or [slice(0, len(batch))])
 
@@ -232,6 +244,9 @@ class Cached(Reference):
             )
 
     def _open(self) -> None:
+        """Open this rank's file and those of the others, in place of those of an earlier run."""
+        for file in self.files:
+            file.close()
         own = self.folder / f"reference-{world()[0]}.sqlite"
         try:
             self.files = [sqlite3.connect(own, timeout=60, isolation_level=None)]
@@ -254,37 +269,61 @@ class Cached(Reference):
         kind: LikelihoodKind = "passage_given_query",
         chunks: Sequence[slice] | None = None,
     ) -> Tensor:
+        """(B, C), see :meth:`Reference.logps`.
+
+        Raises:
+            MissingLikelihoodsError: there is no ``source``, and some are missing.
+            ValueError: a file of the folder is damaged.
+        """
         device = batch.row_ids.device
         places = mask.flatten().nonzero()[:, 0].tolist()
         keys = [row.tobytes() for row in _keys(batch, kind)[places]]
         known = self._lookup(keys)
         missing = [place for place, key in zip(places, keys, strict=True) if key not in known]
         self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
-        if missing and self.source is None:
-            rows = sorted({int(batch.row_ids[place // mask.shape[1]]) for place in missing})
-            raise MissingLikelihoodsError(
-                f"loss.cache_reference={str(self.folder)!r} lacks the likelihoods of {len(missing)} passages "
-                f"(training rows {rows[:8]}); it was filled with other data, another seed or fewer epochs"
-            )
-        if self.source is not None and any_rank(bool(missing), device):
+        if self.source is None:
+            self._check_none_missing(batch, [place // mask.shape[1] for place in missing])
+        elif any_rank(bool(missing), device):
             todo = torch.zeros(mask.numel(), dtype=torch.bool)
             todo[missing] = True
             new = self.source.logps(model, batch, todo.view(mask.shape), share_prompts, kind, chunks).flatten().tolist()
             by_place = dict(zip(places, keys, strict=True))
             fresh = {by_place[place]: new[place] for place in missing}
             self.files[0].execute("BEGIN")  # one transaction: a commit waits for the disk
-            self.files[0].executemany("INSERT OR REPLACE INTO logps VALUES (?, ?)", list(fresh.items()))
+            # NaN stops the step, and SQLite would store it as NULL
+            stored = [(key, logp) for key, logp in fresh.items() if math.isfinite(logp)]
+            self.files[0].executemany("INSERT OR REPLACE INTO logps VALUES (?, ?)", stored)
             self.files[0].execute("COMMIT")
             known |= fresh
         out = torch.zeros(mask.numel(), dtype=torch.promote_types(model.causal_lm.dtype, torch.float32))
         out[places] = torch.tensor([known[key] for key in keys], dtype=out.dtype)
         return out.view(mask.shape).to(device)
 
+    def _check_none_missing(self, batch: Batch, queries: list[int]) -> None:
+        """Raise on every rank, so that none waits for one that stopped.
+
+        Args:
+            batch: of this rank.
+            queries: those of its queries that lack a likelihood, once for each candidate.
+
+        Raises:
+            MissingLikelihoodsError: some rank lacks one.
+        """
+        message = None
+        if queries:
+            rows = sorted({int(batch.row_ids[query]) for query in queries})
+            message = f"{len(queries)} passages (training rows {rows[:8]})"
+        if found := gather_messages(message, batch.row_ids.device):
+            raise MissingLikelihoodsError(
+                f"loss.cache_reference={str(self.folder)!r} lacks the likelihoods of {' and '.join(found.values())}; "
+                "it was filled with other data, another seed or fewer epochs"
+            )
+
     def _lookup(self, keys: list[bytes]) -> dict[bytes, float]:
         known: dict[bytes, float] = {}
         for start in range(0, len(keys), _MOST_KEYS):
             part = keys[start : start + _MOST_KEYS]
-            query = f"SELECT key, logp FROM logps WHERE key IN ({','.join('?' * len(part))})"
+            query = f"SELECT key, logp FROM logps WHERE key IN ({','.join('?' * len(part))}) AND logp IS NOT NULL"
             for file in self.files:
                 try:
                     known |= dict(file.execute(query, part).fetchall())

@@ -110,7 +110,7 @@ def embedder(model: ULLME) -> Callable[[TokenRows], Tensor]:
 
 
 def at_least_one(mask: Tensor) -> Tensor:
-    """``mask``, or with its first place where it is empty: for a forward that only other ranks need."""
+    """The (b, C) bool mask, with its first candidate added if it is empty: for a forward that only other ranks need."""
     if mask.any():
         return mask
     mask = mask.clone()

@@ -1,4 +1,4 @@
-"""How well the teacher of a KL ranks the positives, measured on some rows before a run is paid for."""
+"""How well the teacher of a KL ranks the positives, measured on some rows before training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ullme.engine.objective import Objective
     from ullme.models.ullme import ULLME
 
-# Queries, over all ranks, that are measured at the most; and after how many it is looked whether fewer do.
+# Queries, over all ranks, that are measured at the most; and after how many the result is checked, to stop early.
 ROWS, BLOCK = 100, 20
 # Queries in one forward of each rank.
 _CHUNK = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -28,7 +29,7 @@ class Term(nn.Module):
         weight: λ, the term's factor in the objective.
 
     Raises:
-        ValueError: a negative weight.
+        ValueError: a weight that is negative or not finite.
     """
 
     name = "term"
@@ -40,8 +41,7 @@ class Term(nn.Module):
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
-        if weight < 0:
-            raise ValueError(f"{type(self).__name__}.weight={weight}: must be 0 or more")
+        check_factor(self, "weight", weight)
         self.weight = weight
 
     def check_columns(self, kinds: Mapping[str, ColumnKind], num_hard_negatives: int) -> None:
@@ -194,6 +194,12 @@ class ChunkLoss(Term):
     def metrics(self, chunk: Chunk) -> dict[str, Tensor]:
         """Name -> (b,) worth logging besides the loss, without gradient."""
         return {}
+
+
+def check_factor(term: Term, option: str, value: float) -> None:
+    """Raises: ValueError: a factor of a loss that is negative or not finite."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{type(term).__name__}.{option}={value}: must be a number of 0 or more")
 
 
 def check_text_direction(term: Term, direction: str) -> None:

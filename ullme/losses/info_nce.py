@@ -51,8 +51,8 @@ def _info_nce(
         return cross_entropy(scores, positives, reduction="none")
 
 
-def _pool(passages: Tensor, extra: Tensor | None) -> Tensor:
-    """(B, C, ...) and (B, K, ...) to (B · C + B · K, ...): what belongs to the passages, then to extra positives."""
+def _all_passages(passages: Tensor, extra: Tensor | None) -> Tensor:
+    """(B · C + B · K, ...) of all passages: first of candidates (B, C, ...), then of extra positives (B, K, ...)."""
     return passages.flatten(0, 1) if extra is None else torch.cat([passages.flatten(0, 1), extra.flatten(0, 1)])
 
 
@@ -145,7 +145,7 @@ class InfoNCE(RepresentationLoss):
         whole, positive_keys, own = self._gather(reps, positive, sizes)
         places = own * reps.passages.shape[1] + positive
         numerator, excluded, too_high = self._masks(reps, whole, positive_keys, own, places)
-        passages = _pool(whole.passages, whole.extra_positives)
+        passages = _all_passages(whole.passages, whole.extra_positives)
         targets = numerator if self.positives == "all" else places
         loss = _info_nce(reps.queries, passages, targets, excluded | too_high, self.temperature)
         if self.bidirectional:
@@ -203,10 +203,10 @@ class InfoNCE(RepresentationLoss):
         Returns:
             What stands in the numerator; what is no negative, by text or by option; and what scores too high for one.
         """
-        keys = _pool(whole.passage_keys, whole.extra_positive_keys)
+        keys = _all_passages(whole.passage_keys, whole.extra_positive_keys)
         owners = torch.arange(len(whole), device=own.device)[:, None]
         extra = None if whole.extra_positive_keys is None else owners.expand_as(whole.extra_positive_keys)
-        owner = _pool(owners.expand_as(whole.passage_keys), extra)
+        owner = _all_passages(owners.expand_as(whole.passage_keys), extra)
         excluded = self._others(own, owner, reps.isolated)
         numerator = torch.zeros_like(excluded).scatter(1, places[:, None], True)
         mine = positive_keys[own, 0]
@@ -236,7 +236,8 @@ class InfoNCE(RepresentationLoss):
     @torch.no_grad()
     def _too_high(self, reps: Representations, whole: Representations, own: Tensor, places: Tensor) -> Tensor:
         """(B, M) bool: what scores too high for a negative."""
-        rule, shape = self.false_negatives, (len(own), len(_pool(whole.passage_keys, whole.extra_positive_keys)))
+        rule = self.false_negatives
+        shape = len(own), len(_all_passages(whole.passage_keys, whole.extra_positive_keys))
         if rule is None:
             return torch.zeros(shape, dtype=torch.bool, device=own.device)
         if rule.scores == "column":
@@ -253,5 +254,5 @@ class InfoNCE(RepresentationLoss):
             assert passages is not None
             wide = torch.promote_types(queries.dtype, torch.float32)
             with torch.autocast(queries.device.type, enabled=False):
-                scores = queries.to(wide) @ _pool(passages, extra).to(wide).T
+                scores = queries.to(wide) @ _all_passages(passages, extra).to(wide).T
         return above_margin(scores, scores.gather(1, places[:, None])[:, 0], rule.margin, rule.ratio)

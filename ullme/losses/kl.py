@@ -1,4 +1,4 @@
-"""The tie between embedding and generation: KL between two rankings of a query's candidates."""
+"""KL divergence between the retrieval and the generation ranking of a query's candidates (arXiv 2408.03402, eq. 9)."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -55,7 +56,7 @@ class Matryoshka(RepresentationLoss):
             )
         _check_dims(dims)
         weights = [1.0] * len(dims) if weights is None else weights
-        if len(weights) != len(dims) or min(weights) < 0:
+        if len(weights) != len(dims) or not all(0 <= c < math.inf for c in weights):
             raise ValueError(
                 f"Matryoshka.weights={list(weights)}: give a number of 0 or more for each of dims={list(dims)} "
                 "(the full width has 1)"

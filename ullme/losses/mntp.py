@@ -1,9 +1,9 @@
-"""Masked next-token prediction (MNTP): what teaches a causal LLM to use its new bidirectional attention."""
+"""Masked next-token prediction (MNTP, arXiv 2404.05961): trains a causal LLM to use bidirectional attention."""
 
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -54,8 +54,9 @@ class MNTP(ChunkLoss):
 
     def mask_token_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """Raises: ValueError: the mask token is not one token of the vocabulary."""
-        token_id = tokenizer.get_vocab().get(self.mask_token)
-        if token_id is None:
+        # not get_vocab(), which lists 100,000 tokens in every chunk
+        token_id: Any = tokenizer.convert_tokens_to_ids(self.mask_token)
+        if token_id is None or tokenizer.convert_ids_to_tokens(token_id) != self.mask_token:
             raise ValueError(
                 f"MNTP.mask_token={self.mask_token!r} is no token of this LLM; name one that is rare in texts, "
                 "such as _ or a reserved token"
@@ -77,17 +78,18 @@ class MNTP(ChunkLoss):
         # what a tokenizer puts around a text need not be among those that it calls special
         fixed = [*tokenizer.all_special_ids, *chain.from_iterable(begin_and_end(tokenizer))]
         special = torch.isin(ids, torch.tensor(fixed, dtype=ids.dtype, device=ids.device))
-        may = real & ~first & ~special
-        draws = torch.rand(ids.shape, device=ids.device).masked_fill(~may, 2.0)
-        chosen = draws < self.share
-        lowest = torch.zeros_like(may).scatter(1, draws.argmin(1, keepdim=True), True)
-        chosen = chosen | (lowest & may & ~chosen.any(1, keepdim=True))
-        stand_in = torch.full_like(ids, self.mask_token_id(tokenizer))
+        maskable = real & ~first & ~special
+        uniform = torch.rand(ids.shape, device=ids.device).masked_fill(~maskable, 2.0)
+        chosen = uniform < self.share
+        # where the share gives a text no token, the one with the smallest number
+        lowest = torch.zeros_like(maskable).scatter(1, uniform.argmin(1, keepdim=True), True)
+        chosen = chosen | (lowest & maskable & ~chosen.any(1, keepdim=True))
+        replacement = torch.full_like(ids, self.mask_token_id(tokenizer))
         if self.replacement == "bert":
-            lot = torch.rand(ids.shape, device=ids.device)
-            anything = torch.randint_like(ids, len(tokenizer))
-            stand_in = torch.where(lot < 0.8, stand_in, torch.where(lot < 0.9, anything, ids))
-        replaced = TokenRows(torch.where(chosen, stand_in, ids), rows.attention_mask, host=rows.host)
+            uniform = torch.rand(ids.shape, device=ids.device)
+            random_tokens = torch.randint_like(ids, len(tokenizer))
+            replacement = torch.where(uniform < 0.8, replacement, torch.where(uniform < 0.9, random_tokens, ids))
+        replaced = TokenRows(torch.where(chosen, replacement, ids), rows.attention_mask, host=rows.host)
         return replaced, ids.masked_fill(~chosen, -100)
 
     def forward(self, chunk: Chunk) -> Tensor:

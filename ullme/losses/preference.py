@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 from ullme.batch import Batch
-from ullme.losses.base import Chunk, ChunkLoss, TextDirection, check_text_direction, only_candidates
+from ullme.losses.base import Chunk, ChunkLoss, TextDirection, check_factor, check_text_direction, only_candidates
 from ullme.losses.sft import sft_loss
 
 Negatives = Literal["all", "first", "random"]
@@ -198,7 +198,7 @@ class KTO(PreferenceLoss):
             less and is pushed down by the loss, so that z soon stays at 0.
 
     Raises:
-        ValueError: unknown pairs.
+        ValueError: unknown pairs, or a negative weight.
     """
 
     name = "kto"
@@ -217,6 +217,8 @@ class KTO(PreferenceLoss):
         super().__init__(beta, negatives, length_normalized, weight, direction)
         if reference_pairs not in get_args(ReferencePairs):
             raise ValueError(f"KTO.reference_pairs={reference_pairs!r}: choose {' or '.join(get_args(ReferencePairs))}")
+        check_factor(self, "desirable_weight", desirable_weight)
+        check_factor(self, "undesirable_weight", undesirable_weight)
         self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
         self.reference_pairs = reference_pairs
 
@@ -250,6 +252,9 @@ class CPO(PreferenceLoss):
 
     Args:
         nll_weight: factor of the NLL term.
+
+    Raises:
+        ValueError: a negative factor.
     """
 
     name = "cpo"
@@ -265,6 +270,7 @@ class CPO(PreferenceLoss):
         direction: TextDirection = "passage_given_query",
     ) -> None:
         super().__init__(beta, negatives, length_normalized, weight, direction)
+        check_factor(self, "nll_weight", nll_weight)
         self.nll_weight = nll_weight
 
     def forward(self, chunk: Chunk) -> Tensor:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ullme.batch import Direction, Representations
-from ullme.distributed import gather_sizes, world
+from ullme.distributed import gather_sizes
 from ullme.losses.base import TextDirection, check_text_direction
+from ullme.losses.distillation import mean_of_scored
 from ullme.losses.info_nce import InfoNCE
 
 
@@ -88,14 +89,13 @@ class PseudoLabelInfoNCE(InfoNCE):
         """As :meth:`InfoNCE.forward`; 0 where no query of the global batch passes."""
         choice, counts = self.pseudo_labels(reps)
         losses = self.per_query(reps, choice, gather_sizes(len(reps), reps.queries.device))
-        total = sum(gather_sizes(int(counts.sum()), reps.queries.device))
-        return torch.where(counts, losses, 0).sum() * world()[1] / max(total, 1)
+        return mean_of_scored(torch.where(counts, losses, 0), counts)
 
     @torch.no_grad()
     def metrics(self, reps: Representations) -> dict[str, Tensor]:
         """The share of queries that pass, and of these, where positives are known, the share that is right."""
         choice, counts = self.pseudo_labels(reps)
-        found = {"pseudo_label_share": counts.double().mean()}
-        if reps.labelled:
-            found["pseudo_label_accuracy"] = (counts & (choice == 0)).sum() / counts.sum().clamp(min=1).double()
+        found = {"pseudo_label_share": mean_of_scored(counts.double(), torch.ones_like(counts))}
+        if reps.labelled:  # a rank may have fewer queries that pass than another, or none
+            found["pseudo_label_accuracy"] = mean_of_scored((counts & (choice == 0)).double(), counts)
         return found

@@ -19,7 +19,8 @@ def rank_of_first(scores: Tensor) -> tuple[Tensor, Tensor]:
         (b,) the chance that the positive comes first, and (b,) one over its rank.
     """
     others, first = scores[:, 1:], scores[:, :1]
-    better, equal = (others > first).sum(1).double(), (others == first).sum(1).double()
+    better = (~(others <= first)).sum(1).double()  # a score that is NaN ranks the positive last, not first
+    equal = (others == first).sum(1).double()
     return (better == 0).double() / (1 + equal), 1 / (1 + better + equal / 2)
 
 

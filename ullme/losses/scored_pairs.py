@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ullme.batch import ColumnKind, Representations
-from ullme.distributed import gather_sizes
+from ullme.distributed import gather_messages, gather_sizes
 from ullme.losses.base import RepresentationLoss
 from ullme.losses.distillation import mean_of_scored
 
@@ -131,13 +131,14 @@ class CosineRegression(ScoredPairs):
         self.lowest, self.highest = lowest, highest
 
     def forward(self, reps: Representations) -> Tensor:
-        """Raises: ValueError: a score whose target no cosine can reach."""
+        """Raises: ValueError, on every rank: a score whose target no cosine can reach."""
         cosines, scores = self.pairs(reps)
         targets = (scores - self.lowest) / (self.highest - self.lowest)
-        if bool((targets.abs() > 1 + 1e-6).any()):
-            worst = scores[targets.abs().nan_to_num().argmax()].item()
+        outside = bool((targets.abs() > 1 + 1e-6).any())
+        worst = f"{scores[targets.abs().nan_to_num().argmax()].item():g}" if outside else None
+        if found := gather_messages(worst, cosines.device):
             raise ValueError(
-                f"CosineRegression: the score {worst:g} is outside of lowest={self.lowest:g} and "
+                f"CosineRegression: the score {next(iter(found.values()))} is outside of lowest={self.lowest:g} and "
                 f"highest={self.highest:g}, so no cosine can reach it; set them to the range of the scores"
             )
         return mean_of_scored(cosine_regression(cosines, targets), ~targets.isnan())

@@ -109,6 +109,9 @@ class BackboneConfig:
             "train",
             f"with lora_name={self.lora_name!r}; lora needs a lora_name, biases and all need lora_name: null",
         )
+        check(
+            self.gradient_checkpointing in (True, False, "auto"), "gradient_checkpointing", "choose true, false or auto"
+        )
         check(self.init_mode in INIT_MODES, "init_mode", f"choose {' or '.join(INIT_MODES)}")
         check(self.latents >= 1, "latents", "at least 1")
         check(self.latent_heads >= 1, "latent_heads", "at least 1")

@@ -127,7 +127,11 @@ def encode(
     precision: Precision = "float32",
     on_batch: Callable[[int], None] | None = None,
 ) -> np.ndarray | Tensor:
-    """See :meth:`ullme.models.ULLME.encode`; ``on_batch`` is called with the number of texts of each batch."""
+    """See :meth:`ullme.models.ULLME.encode`; ``on_batch`` is called with the number of texts of each batch.
+
+    Raises:
+        ValueError: a text or option that cannot be used.
+    """
     from tqdm.auto import tqdm
 
     texts = _as_list(texts)

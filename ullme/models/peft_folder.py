@@ -31,9 +31,9 @@ _TAKEN_OVER = {
 # Keys that PEFT sets by itself for the experts of a mixture of experts. They must equal those of the model.
 EXPERT_KEYS = ("target_parameters", "rank_pattern", "alpha_pattern")
 # Initialisations that leave the LLM's weights as they are.
-_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-# Initialisations that PEFT repeats when it loads the adapter, and merges right.
-_REPEATED_STARTS = ("pissa", "pissa_niter_", "olora")
+_PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+# Initialisations that PEFT repeats when it loads the adapter, so that its merge_and_unload gives the right weights.
+_REPEATED_INITIALISATIONS = ("pissa", "pissa_niter_", "olora")
 # Further parts of an adapter that PEFT can merge into the LLM.
 _MERGEABLE = {
     *("use_dora", "bias", "modules_to_save", "trainable_token_indices", *EXPERT_KEYS),
@@ -64,6 +64,7 @@ def read_adapter_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]
         pooler = load_file(folder / POOLER_FILE) if (folder / POOLER_FILE).is_file() else {}
     except Exception as error:
         raise ValueError(f"checkpoint={str(folder)!r} is damaged ({type(error).__name__}: {error})") from error
+    _check_content(config, stored, folder)
     _check_is_lora(config, folder)
     if stored is None:
         stored = _foreign_contract(config, tensors, folder)
@@ -71,6 +72,20 @@ def read_adapter_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]
     name = stored["backbone"]["lora_name"]
     state = {f"llm.{_parameter_name(key, name)}": value for key, value in tensors.items()}
     return stored, {**state, **{f"pooler.{k}": v for k, v in pooler.items()}}
+
+
+def _check_content(config: Any, stored: Any, folder: Path) -> None:
+    """Raises: ValueError: a JSON file does not hold what PEFT and ullme write there."""
+    if not isinstance(config, dict):
+        raise ValueError(f"checkpoint={str(folder)!r} is damaged: adapter_config.json holds no object with keys")
+    contract = stored if isinstance(stored, dict) else {}
+    backbone = contract.get("backbone")
+    whole = isinstance(backbone, dict) and "lora_name" in backbone and isinstance(contract.get("prompts"), dict)
+    if stored is not None and not whole:
+        raise ValueError(
+            f"checkpoint={str(folder)!r} is damaged: {CONTRACT_FILE} lacks the backbone options or the prompts; write "
+            f"the folder again, or remove {CONTRACT_FILE} and say how the adapter embeds (pooling, attention, prompts)"
+        )
 
 
 def _parameter_name(key: str, adapter: str) -> str:
@@ -99,7 +114,7 @@ def _foreign_contract(config: dict[str, Any], tensors: dict[str, Tensor], folder
     elif narrowed or not isinstance(targets, list):
         keys = [key.removeprefix("base_model.model.") for key in tensors if ".lora_" in key]
         targets = sorted({key.split(".lora_")[0] for key in keys})
-    rank, alpha = config["r"], config["lora_alpha"]
+    rank, alpha = (config.get(key, default) for key, default in (("r", 8), ("lora_alpha", 8)))  # PEFT's defaults
     backbone = {
         "model_name_or_path": config.get("base_model_name_or_path"),
         "lora_name": "default",
@@ -125,8 +140,8 @@ def _check_is_lora(config: dict[str, Any], folder: Path) -> None:
     if kind != "LORA":
         raise _not_lora(folder, f"peft_type={kind!r}", kind)
     start = config.get("init_lora_weights", True)
-    if start not in _PLAIN_STARTS:
-        repeated = str(start).lower().startswith(_REPEATED_STARTS)
+    if start not in _PLAIN_INITIALISATIONS:
+        repeated = str(start).lower().startswith(_REPEATED_INITIALISATIONS)
         changed = f"init_lora_weights={start!r}, with which training changed the LLM's own weights"
         raise _not_lora(folder, changed, "use_dora" if repeated else "")
     revision = config.get("revision")

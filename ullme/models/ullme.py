@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ullme.models import attention, encoding, likelihood, loading, rank_zero, stages
 from ullme.models.config import BackboneConfig
-from ullme.models.dropout import set_attention_dropout, turn_off_dropout
+from ullme.models.dropout import check_attention_dropout, set_attention_dropout, turn_off_dropout
 from ullme.models.encoding import EmbedBlocks
 from ullme.models.fused import fuse
 from ullme.models.latent_attention import make_pooler
@@ -139,9 +140,14 @@ class ULLME(nn.Module):
 
     def _choose_attention_path(self, model: PreTrainedModel) -> str:
         """The path that passes the probe, or without a probe the one in the options (auto: packed)."""
-        if self.options.probe:
-            return attention.choose_path(model, self.options.attention == "causal", self.options.attention_path)
-        return self._unprobed_path(model)
+        if not self.options.probe:
+            return self._unprobed_path(model)
+        causal = self.options.attention == "causal"
+        path = attention.choose_path(model, causal, self.options.attention_path)
+        if self.options.attention_dropout is not None:
+            run = partial(attention.run_on_probe_block, model, path, causal)
+            check_attention_dropout(model, self.options.attention_dropout, run)
+        return path
 
     def _unprobed_path(self, model: PreTrainedModel) -> str:
         path = "packed" if self.options.attention_path == "auto" else self.options.attention_path
@@ -218,9 +224,10 @@ class ULLME(nn.Module):
             causal LM; with ``targets`` or ``masked`` a :class:`~ullme.models.likelihood.Likelihood`.
 
         Raises:
-            ValueError: a row without a real token or with more tokens than the LLM has positions, or extra arguments
-                without ``is_generate=True``.
+            ValueError: a row without a real token or with more tokens than the LLM has positions, or arguments that
+                would not be read.
         """
+        _check_all_read(is_generate, targets, owner=owner, pool_mask=pool_mask, masked=masked, **kwargs)
         self._probe_again_on_new_device(input_ids.device)
         if self.options.compile and not self._compiled:
             self._compile_layers()
@@ -238,8 +245,6 @@ class ULLME(nn.Module):
             check_rows(rows, None, None, self.max_positions, self.options.model_name_or_path)
             with self._precision_of_weights():
                 return self.causal_lm(input_ids=input_ids, attention_mask=attention_mask, is_causal=True, **kwargs)
-        if kwargs:
-            raise ValueError(f"{sorted(kwargs)}: arguments of transformers' forward; they need is_generate=True")
         check_rows(rows, None, None, self.max_positions, self.options.model_name_or_path)
         causal, masks = self.options.attention == "causal", rows.host_masks
         with self._precision_of_weights():
@@ -301,10 +306,15 @@ class ULLME(nn.Module):
         """transformers' ``generate``, with causal attention and the adapter.
 
         Raises:
-            ValueError: the prompt and ``max_new_tokens`` are more tokens than the LLM has positions.
+            ValueError: the prompt is no tensor, or with ``max_new_tokens`` has more tokens than the LLM has positions.
         """
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        if isinstance(prompt, Tensor):
+        if prompt is not None and not isinstance(prompt, Tensor):
+            raise ValueError(
+                f"generate takes token ids, a tensor, not {type(prompt).__name__}; tokenise first: "
+                'model.generate(**model.tokenizer(text, return_tensors="pt"))'
+            )
+        if prompt is not None:
             check_generation(prompt.shape[-1], kwargs, self.max_positions, self.options.model_name_or_path)
         return self.causal_lm.generate(*args, **kwargs)  # type: ignore[operator]
 
@@ -357,3 +367,16 @@ class ULLME(nn.Module):
             truncate_dim,
             precision,
         )
+
+
+def _check_all_read(is_generate: bool, targets: TokenRows | None, **given: Any) -> None:
+    """Raises: ValueError: arguments of :meth:`ULLME.forward` that it does not read with the others that are given."""
+    if not is_generate:
+        reads, needs = {"pool_mask", "masked"}, "is_generate=True"
+        given = {"targets": targets, **given}
+    elif targets is not None:
+        reads, needs = {"owner"}, "a call without targets"
+    else:
+        reads, needs = given.keys() - {"owner", "pool_mask", "masked"}, "targets, or a call without is_generate"
+    if unread := sorted(name for name, value in given.items() if value is not None and name not in reads):
+        raise ValueError(f"{unread} would not be read: these arguments of forward need {needs}; leave them out")

@@ -199,10 +199,12 @@ def step_work(batch: Batch, objective: Objective, causal: bool, share_prompts: b
 
     Args:
         batch: of this rank.
-        objective: says which candidates have which likelihoods computed (:meth:`Objective.scoring`).
+        objective: says which candidates have which likelihoods computed (:meth:`Objective.scoring`); of a batch that
+            names its terms, only these count.
         causal: the attention of embedding.
         share_prompts: a prompt really runs once for all of its targets (asked for, and the backbone is packed).
     """
+    objective = objective.of_terms(batch.terms)
     embed = embedding_work(batch, causal) if objective.uses_reps else Work()
     total = StepWork(embed, guide=embed if objective.uses_guide else Work())
     if objective.masking is not None:

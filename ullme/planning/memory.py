@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ullme.models.attention import decoder_layers
 from ullme.models.attention.packing import no_mask
+from ullme.models.config import Quantization
 from ullme.planning.flops import ModelCost
 from ullme.utils.precision import autocast_is_needless
 
@@ -26,8 +27,9 @@ CONTEXT = {"cuda": 0.8 * GIB, "cpu": 0.4 * GIB}
 # Memory that the allocator reserves but does not use, as a fraction of a step's. On a CPU measured for SmolLM2-135M in
 # float32: 1.84 MB of resident memory a token, where 1.20 MB are counted.
 FRAGMENTATION = {"cuda": 0.08, "cpu": 0.5}
-# Bytes of a weight in NF4: 4 bits, and the double-quantised scale of its block of 64 weights (arXiv 2305.14314).
-_NF4_BYTES = 0.516
+# Bytes of a quantised weight. NF4: 4 bits, and the double-quantised scale of its block of 64 (arXiv 2305.14314);
+# LLM.int8(): 8 bits, and a scale for each row (arXiv 2208.07339).
+_QUANTISED_BYTES: dict[Quantization, float] = {"nf4": 0.516, "int8": 1.0}
 _PROBE_TOKENS = 256
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm"}
 _MOVE_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "_unsafe_view", "_reshape_alias"}
@@ -212,7 +214,7 @@ def predict(
     single_chunk: bool,
     head_logits: float,
     similarities: float,
-    quantized: bool = False,
+    quantization: Quantization = "none",
     kind: str = "cuda",
 ) -> Memory:
     """Predict the memory of a training step on one device.
@@ -232,15 +234,15 @@ def predict(
         single_chunk: the activations of both exist at the same time (no GradCache).
         head_logits: number of logits in one block of the LM head.
         similarities: number of float32 values in representations and similarities.
-        quantized: linear layers are stored in NF4, and dequantised one at a time to ``compute_bytes``.
+        quantization: how linear layers are stored; quantised ones are dequantised one at a time to ``compute_bytes``.
         kind: of device, ``cuda`` or ``cpu``.
     """
     base = cost.parameters - (0 if cost.full else cost.trainable)
     trained_bytes = weight_bytes if cost.full else 4  # PEFT keeps adapters in float32
     gathered = 2 * cost.linear / acts.layers * weight_bytes if shards > 1 else 0
     frozen = float(base * weight_bytes)
-    if quantized:
-        frozen -= cost.linear * (weight_bytes - _NF4_BYTES)
+    if quantization != "none":
+        frozen -= cost.linear * (weight_bytes - _QUANTISED_BYTES[quantization])
         gathered += cost.linear / acts.layers * compute_bytes
     # autocast saves a copy of the weights in its dtype for backward
     cast = cost.linear * compute_bytes if compute_bytes < weight_bytes else 0

@@ -265,7 +265,7 @@ def _plan(
         single_chunk=len(chunks) == 1,
         head_logits=min(block, max(float(w.targets) for w in generation) * vocabulary),
         similarities=_num_similarities(job, len(batch), num_devices),
-        quantized=job.options.quantization == "nf4",
+        quantization=job.options.quantization,
         kind=device.kind,
     )
     left = USABLE[device.kind] * device.memory_gib * GIB - memory.total

@@ -61,6 +61,10 @@ def _rows_of_file(path: Path) -> int:
         from pyarrow import parquet
 
         return parquet.read_metadata(path).num_rows
+    if path.suffix.lower() == ".arrow":
+        from datasets import Dataset
+
+        return len(Dataset.from_file(str(path)))
     lines = sum(1 for _ in iter_lines(path))
     # in a table without line breaks in its cells, one line is the header
     return lines if is_lines(path) or path.suffix.lower() == ".txt" else max(0, lines - 1)

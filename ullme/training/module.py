@@ -6,7 +6,7 @@ import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import lightning as L
 import numpy as np
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
 
 
+Schedule = Literal["linear", "cosine", "constant"]
+_SCHEDULES: tuple[str, ...] = get_args(Schedule)
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW (arXiv 1711.05101), its schedule and gradient clipping.
@@ -51,7 +55,7 @@ class OptimizerConfig:
     lr: float = 2e-4
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Schedule = "linear"
     warmup: float = 0.03
     gradient_clip_val: float | None = 1.0
 
@@ -59,7 +63,8 @@ class OptimizerConfig:
         for name, ok, remedy in (
             ("lr", 0 < self.lr < math.inf, "a positive number"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or a positive number"),
-            ("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1"),
+            ("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers from 0 to below 1"),
+            ("schedule", self.schedule in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}"),
             ("warmup", 0 <= self.warmup < math.inf, "a fraction from 0 to below 1, or a number of steps"),
             (
                 "gradient_clip_val",
@@ -147,7 +152,11 @@ class ULLMEModule(L.LightningModule):
         return model
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """One optimizer step on one global batch."""
+        """One optimizer step on one global batch.
+
+        Raises:
+            NotFiniteError: on every rank, a term or the gradient that is NaN or infinite.
+        """
         self._seed_step()
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()

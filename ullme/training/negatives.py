@@ -1,4 +1,4 @@
-"""Whether a contrastive loss has anything to tell a positive from."""
+"""Check that every contrastive loss has negatives, in the batch or in the rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the training rows have what the loss terms need: positives, negatives and numbers, dataset by dataset."""
+"""Check that the rows of each dataset have what the loss terms need: positives, negatives, columns of numbers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Rows whose numbers are looked at before training.
-_LOOKED_AT = 200
+# Rows of a dataset whose numbers are checked for plausibility before training.
+_SAMPLED_ROWS = 200
 
 
 def check_columns(
@@ -83,7 +83,7 @@ def warn_of_doubts(terms: Iterable[Term], source: RowSource, where: str = "") ->
     """Warn of numbers that do not suit a term's options, by rows evenly spaced over the source."""
     if not source.columns:
         return
-    places = range(0, len(source), -(-len(source) // _LOOKED_AT))
+    places = range(0, len(source), -(-len(source) // _SAMPLED_ROWS))
     rows = [source[place].columns for place in places]
     for term in terms:
         if doubt := term.doubt(rows):
@@ -101,7 +101,7 @@ def kinds_of_batches(source: RowSource | None) -> list[tuple[tuple[str, ...] | N
 
 
 def check_rows(objective: Objective, data: Any, warn: bool = True) -> None:
-    """Refuse terms that a dataset cannot serve, before a model is paid for.
+    """Refuse terms whose needs a dataset does not meet, before a model is loaded.
 
     Args:
         objective: of the run.

@@ -12,7 +12,7 @@ from ullme.models.attention.paths import (
     run_rows,
     text_decoder,
 )
-from ullme.models.attention.probe import choose_path, find_path
+from ullme.models.attention.probe import choose_path, find_path, run_on_probe_block
 from ullme.models.attention.rotary import length_key
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "length_key",
     "run_flags",
     "run_mask4d",
+    "run_on_probe_block",
     "run_packed",
     "run_padded",
     "run_rows",

@@ -41,7 +41,15 @@ class Hidden:
 def run_packed(
     decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, causal: bool, host: HostMasks | None = None
 ) -> Hidden:
-    """Run all real tokens as one packed row; see :mod:`ullme.models.attention.packing`."""
+    """Run all real tokens as one packed row; see :mod:`ullme.models.attention.packing`.
+
+    Args:
+        decoder: in which packing is installed.
+        input_ids: (R, L) token ids.
+        attention_mask: (R, L), 1 on real tokens and 0 on padding, on either side.
+        causal: whether tokens attend to earlier ones only.
+        host: the mask on the host; None copies it from the device.
+    """
     host = HostMasks.of(attention_mask) if host is None else host
     rows = PackedRows(real_lengths(host), input_ids.device, indices={"real": np.flatnonzero(host.attention)})
     return Hidden(run_rows(decoder, input_ids.take(rows.indices["real"]), rows, causal), rows.lengths)
@@ -67,7 +75,10 @@ def run_rows(decoder: nn.Module, tokens: Tensor, rows: PackedRows, causal: bool)
 def run_padded(
     decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, causal: bool, host: HostMasks | None = None
 ) -> Hidden:
-    """Run a padded block, with the forward keyword ``is_causal`` if the decoder accepts it."""
+    """Run a padded block, with the forward keyword ``is_causal`` if the decoder accepts it.
+
+    Arguments as for :func:`run_packed`: (R, L) token ids and mask.
+    """
     accepts = _accepts_keyword(type(text_decoder(decoder)).forward, "is_causal")
     keywords: dict[str, Any] = {"is_causal": causal} if accepts else {}
     return _run_block(decoder, input_ids, attention_mask, host, **keywords)
@@ -81,6 +92,7 @@ def run_flags(
     transformers' mask functions read the configs and so pass the right mask to every layer. Without a mask, a layer
     would read its own flag, which has its old value again when gradient checkpointing recomputes the layer. As
     transformers omits the mask if all rows have the same length, such a block gets an extra row of one token.
+    Arguments as for :func:`run_packed`: (R, L) token ids and mask.
 
     Raises:
         NotImplementedError: flash attention, which uses flags instead of a mask.
@@ -104,12 +116,12 @@ def run_flags(
 @contextmanager
 def _is_causal_flags(decoder: nn.Module, causal: bool) -> Iterator[None]:
     """Set ``is_causal`` on every config and on every module that has it, inside the context."""
-    holders: dict[int, Any] = {}
+    holders: dict[int, Any] = {}  # by their attributes: several views of a config share them (models/dropout.py)
     for module in decoder.modules():
         if isinstance(getattr(module, "is_causal", None), bool):
-            holders[id(module)] = module
+            holders[id(vars(module))] = module
         if hasattr(config := getattr(module, "config", None), "to_dict"):
-            holders[id(config)] = config
+            holders[id(vars(config))] = config
     before = [(holder, vars(holder).get("is_causal")) for holder in holders.values()]
     try:
         for holder, _ in before:
@@ -142,7 +154,8 @@ def run_mask4d(
 ) -> Hidden:
     """Run a padded block with a 4D mask, for families that ignore ``is_causal`` but pass a 4D mask on unchanged.
 
-    If the config has several layer types, the decoder gets one mask for each.
+    If the config has several layer types, the decoder gets one mask for each. Arguments as for :func:`run_packed`:
+    (R, L) token ids and mask.
     """
     decoder_config: Any = text_decoder(decoder).config
     config = decoder_config.get_text_config()

@@ -21,7 +21,8 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def takes(query: Tensor, value: Tensor, rows: PackedRows) -> bool:
-    """Whether :func:`attention` can run: on a CPU, for heads of one width, rows that continue no other row."""
+    """Whether :func:`attention` can run: on a CPU, where queries (1, H, T, head_dim) and values have heads of one width
+    and no row continues another one."""
     return query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and not rows.has_parents
 
 

@@ -78,7 +78,11 @@ def choose_path(model: PreTrainedModel, causal: bool, path: str = "auto") -> str
 
 @torch.no_grad()
 def find_path(model: PreTrainedModel, causal: bool, path: str = "auto") -> tuple[str, ProbeResult]:
-    """Like :func:`choose_path`, without the warning; also returns the path's probe result."""
+    """Like :func:`choose_path`, without the warning; also returns the path's probe result.
+
+    Raises:
+        ValueError: no path passes.
+    """
     failures: list[str] = []
     with evaluation_mode(model):
         for name in PATHS if path == "auto" else [path]:
@@ -118,6 +122,11 @@ def _probe_block(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
     return ids, mask
+
+
+def run_on_probe_block(model: PreTrainedModel, path: str, causal: bool) -> Tensor:
+    """(19, D) hidden states of the probe's two rows on a path, in the mode that the model is in."""
+    return PATHS[path](model.base_model, *_probe_block(model), causal).flat
 
 
 def _plain_forward(model: PreTrainedModel, length: int = 12) -> Tensor:
