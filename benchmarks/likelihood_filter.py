@@ -24,7 +24,7 @@ RESAMPLES = 2000
 def read(file: Path, ratio: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Of each row's N negatives: (N,) how far the likelihood is above the positive's, and (N,) which are false."""
     gaps, false = [], []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_bytes().splitlines():
         row = json.loads(line)
         gaps.append(np.array(row["neg_likelihoods"]) - row["pos_likelihoods"][0])
         false.append(np.array(row["neg_scores"]) >= ratio * row["pos_scores"][0])

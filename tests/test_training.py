@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,6 +93,28 @@ def arguments(tmp_path, llm_folder):
 def logged(folder: Path, column: str) -> dict[int, float]:
     with (folder / "metrics.csv").open() as file:
         return {int(row["step"]): float(row[column]) for row in csv.DictReader(file) if row.get(column)}
+
+
+def test_validate_writes_no_configuration(tmp_path):
+    callback = train.SaveConfig.__new__(train.SaveConfig)  # without a parser, which writing needs
+    callback.save_config(SimpleNamespace(default_root_dir=tmp_path, loggers=[]), None, "validate")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_validating_a_checkpoint_changes_nothing_in_the_run_folder(arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    train.main(arguments("run", "--trainer.max_steps=1"))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert run / "metrics.csv" in before
+    capsys.readouterr()
+    options = [f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}", "--data.val_batch_size=8"]
+    train.main(["validate", f"--config={run / 'config.yaml'}", *options])
+    assert "val/ndcg@10" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    with pytest.raises(SystemExit):
+        train.main(["validate", f"--config={run / 'config.yaml'}", "--data.val=null"])
+    assert "data.val is not set" in capsys.readouterr().err
 
 
 def test_fast_dev_run(arguments):

@@ -28,7 +28,7 @@ COMMANDS = {
     "cache": ("ullme.commands.cache", "list or clear the indices of checked training rows on this machine"),
     "quickstart": ("ullme.commands.quickstart", "train, evaluate and search in miniature, offline, in a few minutes"),
 }
-EPILOG = """ullme COMMAND --help explains a command; with --print_config train fit and evaluate show all options.
+EPILOG = """ullme COMMAND --help lists a command's options; ullme train fit --print_config prints a configuration.
 Exit status: 0 done, 1 failed (or: no), 2 a mistake in the arguments, 130 Ctrl-C, 143 SIGTERM."""
 
 

@@ -129,12 +129,16 @@ def test_the_command(command, tmp_path, capsys):
     assert len((tmp_path / "q.jsonl").read_text().splitlines()) <= len(rows)
 
 
-def test_documents_are_cut_to_what_the_positions_leave(command, tmp_path, capsys):
+def test_documents_are_cut_to_what_the_positions_leave(command, tmp_path, capsys, monkeypatch):
     argv = [one for one in command if not one.startswith("--document_max_length")]
     assert queries.main([*argv, "--to", str(tmp_path / "q.jsonl"), "--max_documents=1"]) == 0
     room = int(re.search(r"reads (\d+) tokens of a document", capsys.readouterr().err)[1])
     known = json.loads((tmp_path / "q.jsonl.parts" / "settings.json").read_text())
     assert 0 < known["--document_max_length"] == room < 256
+    asked = []
+    monkeypatch.setattr(queries, "write_queries", lambda *given: asked.append(given) or (Kept(1), 0))
+    assert queries.main([*argv, "--to", str(tmp_path / "r.jsonl"), "--round_trip=likelihood"]) == 0
+    assert asked[0][4].max_length == room  # documents that are scored too
 
 
 def test_few_that_are_kept_are_worth_a_hint():

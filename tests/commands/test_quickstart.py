@@ -71,6 +71,24 @@ def test_a_missing_config_is_explained(tmp_path, capsys):
     assert "--config" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--hidden_size=48", "--hidden_size 48 must be a multiple of 32"),
+        ("--pretrain_steps=0", "--pretrain_steps 0 must be at least 1"),
+        ("--entites=20", "entites"),
+        ("--output=README", "--output"),
+    ],
+)
+def test_a_mistake_ends_before_anything_is_computed(option, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README").touch()
+    monkeypatch.setattr("ullme.demo.world.build_world", lambda *_, **__: pytest.fail("too late"))
+    assert main([option]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert message in said
+
+
 def test_an_earlier_quickstart_is_replaced(tmp_path):
     build_world(tmp_path / "run" / "world", train_entities=12, val_entities=12, dev_entities=12)
     (tmp_path / "run" / "old.txt").write_text("old")

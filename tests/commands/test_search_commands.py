@@ -51,6 +51,15 @@ def test_another_prompt_is_refused(folder, command, capsys):
     assert error.count("\n") == 1
 
 
+def test_a_folder_of_other_files_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(encode, "load_model", lambda *_: pytest.fail("too late"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").touch()
+    corpus = str(write_corpus(tmp_path / "corpus.jsonl"))
+    assert encode.main(["llm", "--corpus", corpus, "--to", str(tmp_path / "other")]) == 2
+    assert "holds thesis.txt; name a new or an empty folder" in capsys.readouterr().err
+
+
 def test_search_for_a_text(folder, capsys):
     assert search.main([str(folder), "title 3 text of document n3", "--k=2", "--device=cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()

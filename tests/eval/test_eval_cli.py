@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from eval_helpers import write_jsonl
 
+from ullme.commands import evaluate
 from ullme.commands.evaluate import main
 from ullme.eval.per_query import keep_per_query, pytrec_key, read_per_query
 from ullme.eval.table import read_rows
@@ -56,12 +57,24 @@ def test_every_kind_of_local_data(
     assert len(set(queries[rows["Retrieval"].task].values())) > 1
     written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*-????????.json")}
     assert len(written) == 6
-    assert main([*arguments, "--markdown"]) == 0
-    assert capsys.readouterr().out.startswith("| Task | Type | Main score | Score |")
+    assert main([*arguments, "--markdown", f"--per_query={tmp_path / 'again'}", "--lora_r=4"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("| Task | Type | Main score | Score |")
+    assert f"nothing is written for {', '.join(sorted(queries))}, whose results are in" in err
+    assert "--lora_r 4 is not used without a checkpoint or an adapter" in err
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*-????????.json")} == written
     assert main([*arguments, "--overwrite"]) == 0
     overwritten = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*-????????.json")}
     assert all(overwritten[name] > written[name] for name in written)
+
+
+def test_a_login_to_wandb_is_asked_for_before_anything_is_loaded(monkeypatch, capsys):
+    def check(option, without):
+        raise ValueError(f"{option}: {without}")
+
+    monkeypatch.setattr("ullme.utils.wandb_login.check_wandb_login", check)
+    assert main(["--model=none", "--sts=none.tsv", "--wandb=trial"]) == 2
+    assert "--wandb trial: leave --wandb out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -178,6 +191,13 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, tiny_llm, tmp_pa
     [line] = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     assert message in line
     assert "Traceback" not in printed.err
+
+
+def test_instructions_that_a_sentence_transformers_model_does_not_read_are_named(tmp_path, capsys):
+    write_jsonl(tmp_path / "st" / "modules.json", [])
+    given = ["--model", str(tmp_path / "st"), "--sts", "x", "--use_task_instructions", "false"]
+    evaluate._warn_of_unused(evaluate.parser().parse_args(given))
+    assert "--use_task_instructions False is not used by a sentence-transformers model" in capsys.readouterr().err
 
 
 def test_evaluate_py_is_the_same_command(tmp_path):

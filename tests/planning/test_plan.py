@@ -224,6 +224,7 @@ def test_the_command(config, capsys):
     for argv, message in (
         (["--config=/no/such.yaml"], "such.yaml"),
         ([], "--config"),
+        ([*config, "--rows=0"], "--rows 0 must be at least 1"),
         ([*config, "--data.train=hub/name"], "--rows"),
         ([*config, "--backbone-config=missing"], "--backbone_config=missing"),
         ([*config, "--model.backbone.model_name_or_path=no/where"], "--backbone_config"),

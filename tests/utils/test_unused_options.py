@@ -9,6 +9,7 @@ from ullme.commands import encode, index, mine, queries, search
 CASES = [
     (search, ["f", "text", "--dense_weight=0.3"], "search: --dense_weight 0.3 is not used with --method dense"),
     (search, ["f", "text", "--method=bm25", "--max_length=9"], "search: --max_length 9 is not used with --method bm25"),
+    (search, ["f", "text", "--method=bm25", "--device=cpu"], "search: --device cpu is not used with --method bm25"),
     (index, ["f", "--factory=none", "--bm25", "--queries=q"], "index: --queries q is not used with --factory none"),
     (index, ["f", "--stopwords=de"], "index: --stopwords de is not used without --bm25"),
     (mine, ["f", "--rows", "r", "--method=bm25", "--model=m"], "mine: --model m is not used with --method bm25"),

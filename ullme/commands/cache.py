@@ -8,6 +8,20 @@ from collections.abc import Sequence
 from datetime import datetime
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    from ullme.data.row_cache import CACHE_VARIABLE, LIMIT_VARIABLE
+
+    options = argparse.ArgumentParser(
+        prog="ullme cache",
+        description="Indices of checked training rows, and unpacked .jsonl.gz and .jsonl.zst files. "
+        f"${CACHE_VARIABLE} sets the folder, ${LIMIT_VARIABLE} the size in GB above which unused entries are removed.",
+    )
+    options.add_argument("--cache_dir", help=f"as data.cache_dir (default: ${CACHE_VARIABLE} or ~/.cache/ullme)")
+    options.add_argument("--clear", action="store_true", help="remove all entries but those in use")
+    return options
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """List the entries of the cache, or remove them.
 
@@ -17,16 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 2 for a mistake in the arguments or a folder that cannot be cleared.
     """
-    from ullme.data.row_cache import CACHE_VARIABLE, LIMIT_VARIABLE, cache_root, clear, entries, size_limit
+    from ullme.data.row_cache import cache_root, clear, entries, size_limit
 
-    parser = argparse.ArgumentParser(
-        prog="ullme cache",
-        description="Indices of checked training rows, and unpacked .jsonl.gz and .jsonl.zst files. "
-        f"${CACHE_VARIABLE} sets the folder, ${LIMIT_VARIABLE} the size in GB above which unused entries are removed.",
-    )
-    parser.add_argument("--cache_dir", help=f"as data.cache_dir (default: ${CACHE_VARIABLE} or ~/.cache/ullme)")
-    parser.add_argument("--clear", action="store_true", help="remove all entries but those in use")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     root = cache_root(options.cache_dir)
     try:
         if options.clear:

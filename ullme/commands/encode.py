@@ -86,8 +86,12 @@ def _run(options: Any) -> int:
     if options.corpus is None or options.to is None:
         raise ValueError("give --corpus FILE, FOLDER or DATASET, and --to FOLDER")
     from ullme.search.corpus import SHARD_ROWS, check_corpus
+    from ullme.search.shards import check_folder
+    from ullme.utils.atomic_files import check_writable
 
     encode = _engine(options)
+    check_folder(Path(options.to))
+    check_writable(Path(options.to).absolute().parent, "--to")
     corpus = open_chosen_corpus(options)
     plan = check_corpus(corpus, SHARD_ROWS if options.shard_rows is None else options.shard_rows)
     _print_empty(corpus, plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -137,6 +138,10 @@ def _check(options: Any) -> None:
         )
     from ullme.utils.atomic_files import check_writable  # which imports torch
 
+    if options.wandb is not None and os.environ.get("RANK", "0") == "0":  # only the first process logs
+        from ullme.utils.wandb_login import check_wandb_login
+
+        check_wandb_login(f"--wandb {options.wandb}", "leave --wandb out")
     check_writable(Path(options.output), "--output")
     for option in ("scores", "per_query"):
         if options[option] is not None:
@@ -175,8 +180,7 @@ def _evaluate(options: Any, tasks: list[AbsTask], model: WrappedULLME) -> int:
     encoder = compressed(model, options.precision)
     meta = encoder.mteb_model_meta
     print(f"{meta.name}, revision {meta.revision}", file=sys.stderr)
-    if options.per_query is not None:
-        keep_per_query(tasks, options.per_query)
+    queries = {} if options.per_query is None else keep_per_query(tasks, options.per_query)
     given = {name: value for name, value in options.as_dict().items() if value not in (None, [], {})}
     kept = {**given, "config": None, "revision": meta.revision}
     with redirect_stdout(sys.stderr), wandb_run(options.wandb, options.checkpoint, kept, options.output) as log:
@@ -193,6 +197,12 @@ def _evaluate(options: Any, tasks: list[AbsTask], model: WrappedULLME) -> int:
     if options.scores is not None:
         write_rows(rows, options.scores)
     failed = [row for row in rows if row.error is not None]
+    if unwritten := [name for name in queries.keys() - {row.task for row in failed} if not queries[name]]:
+        print(
+            f"evaluate: --per_query {options.per_query}: nothing is written for {', '.join(sorted(unwritten))}, whose "
+            f"results are in {options.output} already; --overwrite computes them again",
+            file=sys.stderr,
+        )
     if failed:
         print(
             f"evaluate: {len(failed)} of {len(rows)} tasks failed; the same command tries them again", file=sys.stderr
@@ -233,6 +243,7 @@ def _model(options: Any) -> WrappedULLME:
     from ullme.models.checkpoint import usable_device
     from ullme.utils.allocator import keep_freed_memory
 
+    _warn_of_unused(options)
     given = {name: options[name] for name in MODEL_OPTIONS if options[name] is not None}
     if (device := own_device()) is not None:
         given.setdefault("device", device)
@@ -249,6 +260,23 @@ def _model(options: Any) -> WrappedULLME:
         instructions=options.instructions,
         **given,
     )
+
+
+def _warn_of_unused(options: Any) -> None:
+    """Name the options that the kind of the model makes useless."""
+    from ullme.models.loading import adapter_folder, is_sentence_transformer
+    from ullme.utils.unused_options import warn_of_unused
+
+    if options.checkpoint is not None:
+        return
+    unused: dict[str, tuple[str, ...]] = {}
+    adapter = ("lora_name", "lora_r", "lora_alpha")
+    if is_sentence_transformer(options.model):
+        own = (*adapter, "model_backbone_type", "use_task_instructions", "instructions")
+        unused["by a sentence-transformers model, which has prompts of its own"] = own
+    elif any(options[name] is not None for name in adapter) and adapter_folder(options.model) is None:
+        unused["without a checkpoint or an adapter"] = adapter
+    warn_of_unused(parser(), options, unused)
 
 
 def _dtype(options: Any, device: str | None) -> str | None:

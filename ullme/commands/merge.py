@@ -10,6 +10,7 @@ from typing import Any
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ullme.utils.errors import run_command
+from ullme.utils.unused_options import warn_of_unused
 
 DESCRIPTION = (
     "Merge runs of the same LLM into one model: the weighted average of what they trained, or another combination. The "
@@ -68,6 +69,8 @@ def _run(options: Any) -> int:
 
     given = options.weights or None
     weights = check_request(options.runs, given, options.method, options.density)
+    if not options.method.startswith("ties"):
+        warn_of_unused(parser(), options, {f"with --method {options.method}": ("density",)})
     overrides = {"model_name_or_path": options.model, "pooling": options.pooling}
     model = merge_runs(
         options.runs,

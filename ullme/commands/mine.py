@@ -198,7 +198,10 @@ def _rows(options: Any) -> MiningRows:
         return UnlabelledQueries(read_queries(options.queries), options.queries)
     rows = open_rows(options.rows, options.schema, options.on_bad_row)
     if rows.source.skipped:
-        print(f"mine: {len(rows.source.skipped)} bad rows are left out, the first {rows.source.skipped[0]}")
+        print(
+            f"mine: {len(rows.source.skipped)} bad rows are left out, the first {rows.source.skipped[0]}",
+            file=sys.stderr,
+        )
     if lost := [name for name in (*rows.source.columns, *rows.source.unread) if name not in ("pos_ids", "neg_ids")]:
         print(f"mine: of {rows.name} these fields are not written: {', '.join(lost)}", file=sys.stderr)
     return rows

@@ -57,7 +57,11 @@ def parser() -> ArgumentParser:
         "--query_source", type=str, default="llm", help="llm writes them; titles: the first of --text_columns"
     )
     prompt = options.add_argument_group("Prompt")
-    prompt.add_argument("--template", type=str | None, help="{document}, and {query} at the end (default: see docs)")
+    prompt.add_argument(
+        "--template",
+        type=str | None,
+        help="(default: 'Document: {document}', and 'Search query: {query}' on a new line)",
+    )
     prompt.add_argument("--instruction", type=str | None, help="in front of the examples")
     prompt.add_argument(
         "--examples", type=str | None, metavar="FILE", help="JSON lines of document and query, or none (default: three)"
@@ -157,6 +161,8 @@ def _run(options: Any) -> int:
         writer = LLMQueryWriter(model)
         if options.document_max_length is None:
             settings = _as_long_as_fits(settings, writer)
+            shorter = min(round_trip.max_length, settings.document_max_length)
+            round_trip = replace(round_trip, max_length=shorter)  # the same LLM reads them again to score
         writer.check(settings)
     kept, documents = write_queries(writer, corpus, options.to, settings, round_trip, model, apart, plan)
     print(_summary(options.to, documents, kept, round_trip))

@@ -15,6 +15,7 @@ import os
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ullme.utils import config_files
-from ullme.utils.errors import print_error
+from ullme.utils.errors import one_line, print_error
 
 if TYPE_CHECKING:
     from ullme.demo.world import World
@@ -94,8 +95,7 @@ def run(options: argparse.Namespace, training_options: Sequence[str] = ()) -> di
     from ullme.demo.world import build_world
 
     output = options.output
-    if not options.config.is_file():
-        raise ValueError(f"--config {options.config} does not exist; name a YAML file, or leave it out")
+    _check(options, training_options)
     _clear_output(output)
     # Nothing here comes from the hub, and a lookup takes long without a network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -127,6 +127,28 @@ def run(options: argparse.Namespace, training_options: Sequence[str] = ()) -> di
     (output / "scores.json").write_text(json.dumps({name: vars(row) for name, row in scores.items()}, indent=2))
     plot(training_terms(output / "train"), scores, output / "quickstart.png")
     return scores
+
+
+def _check(options: argparse.Namespace, training_options: Sequence[str]) -> None:
+    """Raises: ValueError: an option that would fail after minutes of pre-training."""
+    from jsonargparse import ArgumentError
+
+    from ullme.commands.train import read_configs
+
+    if not options.config.is_file():
+        raise ValueError(f"--config {options.config} does not exist; name a YAML file, or leave it out")
+    if options.hidden_size < 32 or options.hidden_size % 32:
+        raise ValueError(
+            f"--hidden_size {options.hidden_size} must be a multiple of 32, the width of an attention head"
+        )
+    for name in ("pretrain_steps", "num_layers"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)} must be at least 1")
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # they are a part of the command line
+    try:
+        read_configs([f"--config={options.config}", *training_options])
+    except ArgumentError as error:
+        raise ValueError(one_line(error)) from None
 
 
 def train(config: Path, llm: Path, world: World, output: Path, seed: int, more: Sequence[str] = ()) -> None:
@@ -263,13 +285,15 @@ def _clear_output(output: Path) -> None:
     """Remove the files of an earlier quickstart.
 
     Raises:
-        ValueError: the folder has other files in it.
+        ValueError: the folder has other files in it, or cannot be written.
     """
+    from ullme.utils.atomic_files import check_writable
+
     if output.is_dir() and any(output.iterdir()):
         if not (output / "world" / "facts.jsonl").is_file():
             raise ValueError(f"--output {output} holds other files; name a new or an empty folder")
         shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
+    check_writable(output, "--output")
 
 
 @contextmanager

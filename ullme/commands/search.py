@@ -27,7 +27,7 @@ SHOWN = 100
 # Method -> options that it does not use.
 UNUSED = {
     "dense": ("dense_weight", "fusion"),
-    "bm25": ("dense_weight", "fusion", "exact", "model", "instruction", "max_length"),
+    "bm25": ("dense_weight", "fusion", "exact", "model", "instruction", "max_length", "device"),
     "fused": (),
 }
 

@@ -64,9 +64,11 @@ class SamePrecision(L.Callback):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes config.yaml into the run folder and logs the same configuration."""
+    """Writes config.yaml into the run folder and logs the same configuration; ``validate`` leaves a run's own alone."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
         config = resume.redacted(plain_values(self.parser, self.config))
         text = yaml.safe_dump(config, sort_keys=False)
         atomic_files.write_text(Path(trainer.default_root_dir) / resume.CONFIG_FILE, text)
@@ -106,6 +108,10 @@ class ULLMECLI(LightningCLI):
                 f"trainer.gradient_clip_val={trainer.gradient_clip_val}: GradCache clips after its last chunk; "
                 "write model.optimizer.gradient_clip_val instead"
             )
+        if self.subcommand == "validate":
+            if config.data.val is None:
+                raise ValueError("data.val is not set, so there is nothing to validate on; give --data.val BEIR_FOLDER")
+            trainer.logger = False  # what is found is printed; the loggers of the training hold its metrics
         if config.data.val is None:  # Lightning refuses an interval longer than the epoch all the same
             trainer.val_check_interval = None
         if trainer.accumulate_grad_batches != 1:
@@ -304,6 +310,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # they are the command line's
+    warnings.filterwarnings("ignore", "Experiment logs directory")  # earlier metrics are kept, see resume.keep_metrics
     add_cwd_to_path()
     show_messages("ullme.data")
     argv = config_files.locate_in_arguments(sys.argv[1:] if argv is None else argv)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _PYTREC = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P"}
 
 
-def keep_per_query(tasks: Sequence[AbsTask], folder: str | Path) -> None:
+def keep_per_query(tasks: Sequence[AbsTask], folder: str | Path) -> dict[str, dict[str, float]]:
     """Make every retrieval and reranking task write ``FOLDER/TASK.json``: {query id: main score of that query}.
 
     The scores are those that mteb averages, taken from its hook ``task_specific_scores``. The query ids of a subset
@@ -27,12 +27,17 @@ def keep_per_query(tasks: Sequence[AbsTask], folder: str | Path) -> None:
     Args:
         tasks: as :func:`~ullme.eval.find_tasks` returns them; of aggregate tasks each part is wrapped.
         folder: made when the first file is written.
+
+    Returns:
+        Task -> what it has written, filled during the evaluation; it stays empty for a result from mteb's cache.
     """
+    kept: dict[str, dict[str, float]] = {}
     for task in tasks:
         if parts := getattr(task, "tasks", None):
-            keep_per_query(parts, folder)
+            kept |= keep_per_query(parts, folder)
         elif hasattr(task, "task_specific_scores") and (key := pytrec_key(task.metadata.main_score)):
-            _wrap_task(task, key, Path(folder))
+            kept[task.metadata.name] = _wrap_task(task, key, Path(folder))
+    return kept
 
 
 def pytrec_key(main_score: str) -> str | None:
@@ -46,9 +51,10 @@ def read_per_query(folder: str | Path) -> dict[str, dict[str, float]]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))}
 
 
-def _wrap_task(task: Any, key: str, folder: Path) -> None:
-    """Write the scores of each query whenever mteb hands them to the task."""
-    own, kept = task.task_specific_scores, {}
+def _wrap_task(task: Any, key: str, folder: Path) -> dict[str, float]:
+    """Write the scores of each query whenever mteb hands them to the task; returns them, which are none yet."""
+    own = task.task_specific_scores
+    kept: dict[str, float] = {}
 
     def scores_of_task(
         scores: Mapping[str, Mapping[str, float]], *rest: Any, hf_split: str, hf_subset: str
@@ -62,3 +68,4 @@ def _wrap_task(task: Any, key: str, folder: Path) -> None:
         return own(scores, *rest, hf_split=hf_split, hf_subset=hf_subset)
 
     task.task_specific_scores = scores_of_task
+    return kept

@@ -233,5 +233,5 @@ def read_parts(folder: Path) -> Iterator[list[WrittenQuery]]:
     """The queries of one part after the other, as they were written."""
     parts, number = PartFiles(folder, "queries"), 0
     while (path := parts.path(number)).exists():
-        yield [WrittenQuery(*json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        yield [WrittenQuery(*json.loads(line)) for line in path.read_bytes().splitlines()]
         number += 1

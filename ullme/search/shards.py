@@ -66,12 +66,19 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
             if _compared(there, key) != _compared(manifest, key):
                 _refuse(folder, option, _shown(there, key), _shown(manifest, key))
         return there
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--to {folder} is a file; name a new folder")
-    if folder.is_dir() and (others := [p.name for p in sorted(folder.iterdir()) if not p.name.startswith(".")]):
-        raise ValueError(f"--to {folder} has no {MANIFEST}, but holds {others[0]}; name a new or an empty folder")
+    check_folder(folder)
     _write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def check_folder(folder: Path) -> None:
+    """Raises: ValueError: a file, or a folder with files but no manifest, to which no shards are written."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--to {folder} is a file; name a new folder")
+    if (folder / MANIFEST).exists() or not folder.is_dir():
+        return
+    if others := [p.name for p in sorted(folder.iterdir()) if not p.name.startswith(".")]:
+        raise ValueError(f"--to {folder} has no {MANIFEST}, but holds {others[0]}; name a new or an empty folder")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

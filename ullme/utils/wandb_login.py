@@ -8,11 +8,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 
-def check_wandb_login(option: str) -> None:
+def check_wandb_login(option: str, without: str = "give --trainer.logger CSVLogger") -> None:
     """Log in to W&B, unless a key is there or nothing is sent; a terminal is asked for the key.
 
     Args:
         option: that asks for W&B, for the message.
+        without: what to do to log elsewhere, for the message.
 
     Raises:
         ValueError: nobody is logged in.
@@ -29,7 +30,7 @@ def check_wandb_login(option: str) -> None:
     if not logged_in:
         raise ValueError(
             f"{option} logs to W&B, and nobody is logged in; run wandb login, or set WANDB_MODE=offline to log into "
-            "files, or give --trainer.logger CSVLogger"
+            f"files, or {without}"
         )
 
 

@@ -145,6 +145,7 @@ def test_commands(adaptation, place):
     assert found["index"] == f"ullme index {to}/embeddings --factory=none --bm25 {judged} --device=cpu"
     plain = f"ullme index {to}/embeddings --factory=none --bm25"
     assert lines(replace(adaptation, held_out_share=0))["index"] == plain
+    assert lines(replace(adaptation, held_out_share=0, factory="HNSW32"))["index"].endswith("--bm25 --device=cpu")
     assert lines(replace(adaptation, queries=str(place / "rows.jsonl"), labelled=True))["index"] == plain
     art = lines(replace(adaptation, method="art", queries=str(place / "own.jsonl")))
     assert f"--queries {place}/own.jsonl" in art["candidates"]

@@ -8,9 +8,10 @@ from ullme.commands.adapt.report import read_found, table
 
 
 def test_found(tmp_path):
-    hits = [{"score": 1.0, "id": "a", "text": "t"}, {"score": 0.5, "id": "b", "text": "t"}]
+    hits = [{"score": 1.0, "id": "a", "text": "t"}, {"score": 0.5, "id": "b", "text": "one\u2028two\x85"}]
     rows = [{"query": "q1", "hits": hits}, {"query": "q2", "hits": []}]
-    (tmp_path / "f.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]  # as `ullme search` writes them
+    (tmp_path / "f.jsonl").write_text("".join(lines), encoding="utf-8")
     assert read_found(tmp_path / "f.jsonl") == {"q1": ["a", "b"], "q2": []}
 
 

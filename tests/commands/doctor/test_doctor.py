@@ -7,6 +7,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -303,6 +304,23 @@ def test_bad_training_rows(text, found, read, tmp_path):
 def test_bad_rows_may_be_skipped(read, tmp_path):
     (tmp_path / "train.jsonl").write_text(f"{{\n{json.dumps(ROW)}\n")
     assert "the first 1 rows" in read("--data.on_bad_row=skip").train_data()
+
+
+def test_no_training_rows(read):
+    assert failed(read("--data.train=null").train_data).remedy == "give data.train or data.datasets"
+
+
+def test_configs_of_the_package_are_found_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    read_from: list[str] = []
+
+    def read_configs(arguments):
+        read_from.extend(arguments)
+        return SimpleNamespace(trainer=SimpleNamespace(default_root_dir="run"))
+
+    monkeypatch.setattr("ullme.commands.train.read_configs", read_configs)
+    settings.read(SimpleNamespace(config=["configs/base.yaml"]), [])
+    assert Path(read_from[0].removeprefix("--config=")).is_file()
 
 
 def test_data_of_the_hub_are_left_to_train(read, tmp_path):

@@ -158,6 +158,12 @@ def test_mistakes_on_the_command_line(table_file, option, capsys):
     assert option.split("=")[0] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("table", "option"), [("table2", "--llm=x"), ("miniature", "--data=x")])
+def test_an_llm_or_data_that_the_table_does_not_ask_for(table, option, capsys):
+    assert main([f"--config={PAPER}/{table}.yaml", option, "--dry_run"]) == 2
+    assert f"{option.replace('=', ' ')} would not be used" in capsys.readouterr().err
+
+
 def test_a_cell_of_other_settings_is_refused_although_only_leaves_it_out(tmp_path, capsys):
     options = [f"--config={PAPER}/miniature.yaml", f"--output={tmp_path}", "--dry_run"]
     assert main([*options, "--only", "tiny/grl"]) == 0

@@ -219,8 +219,10 @@ def _embeddings(adaptation: Adaptation) -> list[Step]:
     index = ["index", str(vectors), f"--factory={adaptation.factory}", "--bm25"]
     writes = [vectors / "bm25", *([] if adaptation.factory == "none" else [vectors / "faiss"])]
     if (judged := adaptation.held_out) is not None:
-        index += [f"--queries={judged / QUERIES}", f"--qrels={judged / QRELS}", *adaptation.on_device]
+        index += [f"--queries={judged / QUERIES}", f"--qrels={judged / QRELS}"]
         writes.append(vectors / fusion_weight.FOLDER)
+    if judged is not None or adaptation.factory != "none":  # what searches for the weight, or for the recall
+        index += adaptation.on_device
     index += adaptation.given("index")
     return [
         Step("encode", encode, (vectors,), ("train",)),

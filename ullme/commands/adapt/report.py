@@ -11,7 +11,7 @@ import numpy as np
 
 def read_found(file: str | Path) -> dict[str, list[str]]:
     """Query id -> document ids, of a .jsonl file of ``ullme search``."""
-    lines = Path(file).read_text(encoding="utf-8").splitlines()
+    lines = Path(file).read_bytes().splitlines()  # of a text, U+2028 and others in a document would end a line
     return {row["query"]: [hit["id"] for hit in row["hits"]] for row in map(json.loads, lines)}
 
 

@@ -157,7 +157,7 @@ class Settings:
         return f"{self.root} can be written" + (f"; train.py fit resumes from {found[0]}" if found else "")
 
     def train_data(self) -> str:
-        """Raises: ValueError: no such file, or a bad row; NotChecked: a dataset of the hub."""
+        """Raises: ValueError: no such file, or a bad row; CheckFailed: no rows; NotChecked: a dataset of the hub."""
         from ullme.data.mixture import TrainSet
 
         data = self.config.data
@@ -166,7 +166,10 @@ class Settings:
             if data.train
             else None
         )
-        return "; ".join(_check_first_rows(one, data.on_bad_row) for one in ([whole] if whole else data.datasets or []))
+        chosen = [whole] if whole else data.datasets or []
+        if not chosen:
+            raise CheckFailed("there are no training rows", "give data.train or data.datasets")
+        return "; ".join(_check_first_rows(one, data.on_bad_row) for one in chosen)
 
     def val_data(self) -> str:
         """Raises: ValueError: a file is missing, or its first rows cannot be read; NotChecked: no validation."""
@@ -237,8 +240,9 @@ def _parses(parse: Callable[[], Any], where: str, on_bad_row: str) -> bool:
 def read(arguments: argparse.Namespace, overrides: list[str]) -> Settings:
     """The configuration of a command line. Raises: ValueError, ArgumentError: a mistake in it."""
     from ullme.commands.train import read_configs
+    from ullme.utils.config_files import locate_in_arguments
     from ullme.utils.errors import check_config_files
 
-    files = [f"--config={path}" for path in arguments.config]
+    files = locate_in_arguments([f"--config={path}" for path in arguments.config])
     check_config_files(files)
     return Settings(read_configs([*files, *overrides]))

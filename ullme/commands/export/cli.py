@@ -12,6 +12,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ullme.commands.evaluate import MODEL_OPTIONS, PROMPT_OPTIONS
 from ullme.utils.errors import run_command
+from ullme.utils.unused_options import warn_of_unused
 
 if TYPE_CHECKING:
     from ullme.commands.export.job import Exported
@@ -99,13 +100,19 @@ def _run(options: Any) -> int:
     _check(options)
     _silence_libraries()
     from ullme.commands.export import hub
-    from ullme.commands.export.job import export_adapter, export_model
+    from ullme.commands.export.check import need_sentence_transformers
+    from ullme.commands.export.job import check_limits, export_adapter, export_model
     from ullme.commands.export.model_card import Description, write_card
     from ullme.commands.export.scores import read_scores
     from ullme.commands.export.source import Source, find_source
     from ullme.commands.export.texts import read_texts
     from ullme.models.checkpoint import load_embedder, usable_device
 
+    if options.adapter_only:
+        warn_of_unused(parser(), options, {"with --adapter_only": ("tolerance", "max_length")})
+    else:
+        need_sentence_transformers()  # this and the limits before an LLM is loaded
+        check_limits(options.dtype, options.max_length, options.tolerance)
     if options.push_to_hub is not None:
         hub.check_push(options.push_to_hub)
     texts = read_texts(options.texts)

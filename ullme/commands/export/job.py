@@ -57,6 +57,14 @@ class Exported:
     truncate_dim: int | None = None
 
 
+def check_limits(dtype: str, max_length: int, tolerance: float) -> None:
+    """Raises: ValueError: an unknown dtype, or a limit that is not positive."""
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    if max_length < 1 or not tolerance > 0:
+        raise ValueError(f"--max_length {max_length}, --tolerance {tolerance:g}: both must be positive")
+
+
 def export_model(
     model: ULLME,
     to: str | Path,
@@ -94,10 +102,7 @@ def export_model(
     """
     folder.check_target(Path(to))
     check.need_sentence_transformers()
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
-    if max_length < 1 or not tolerance > 0:
-        raise ValueError(f"--max_length {max_length}, --tolerance {tolerance:g}: both must be positive")
+    check_limits(dtype, max_length, tolerance)
     if model.options.quantization != "none":
         raise ValueError(
             f"quantization={model.options.quantization}: an adapter is not merged into quantised weights; load the "

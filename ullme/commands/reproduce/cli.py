@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 where a cell failed; 2 for a mistake in the arguments; 130 if stopped.
     """
-    from ullme.utils.errors import one_line
+    from ullme.utils.errors import explain_permission, print_error
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -77,8 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser().parse_args(locate_in_arguments(sys.argv[1:] if argv is None else argv))
         return run(options)
     except (ArgumentError, ValueError) as error:
-        print(f"reproduce: error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return print_error(error)
+    except PermissionError as error:
+        return print_error(explain_permission(error))
     except KeyboardInterrupt:
         return 130
 
@@ -94,6 +95,7 @@ def run(options: Any) -> int:
         raise ValueError(f"--parallel {parallel} must be at least 1, or auto")
     table, points = expanded(read_table(options))
     check(table)
+    _check_used(table, overrides, options)
     llm, data = (miniature_llm(table), miniature_data(table)) if table.world else (options.llm, options.data)
     table = filled(table, llm, data)
     if options.report_only:
@@ -215,6 +217,16 @@ def report(table: Table, points: Mapping[str, Point] | None = None) -> int:
         write_sweep(table, points, cells)
     print(f"the table is in {folder}{os.sep}")
     return 0
+
+
+def _check_used(table: Table, overrides: Overrides, options: Any) -> None:
+    """Raises: ValueError: --llm or --data, which the table does not ask for."""
+    for name in ("llm", "data"):
+        if options[name] is not None and (table.world or f"{{{name}}}" not in f"{table} {overrides}"):
+            why = f"world: {table.world} makes its own" if table.world else f"the table has no {{{name}}} to fill in"
+            raise ValueError(
+                f"--{name} {options[name]} would not be used: {why}; leave it out, or take another --config"
+            )
 
 
 def _fill(options: dict[str, Any], llm: str | None, data: str | None) -> dict[str, Any]:

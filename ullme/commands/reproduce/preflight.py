@@ -29,7 +29,7 @@ def runner(cells: Sequence[Cell], parallel: int | Literal["auto"]) -> Runner:
     gpus = visible_gpus()
     for cell in cells:
         check(cell, len(gpus))
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
     if gpus:
         return Runner(cells, len(gpus) if parallel == "auto" else parallel, Devices(gpus), cores // len(gpus) or 1)
     count = max(1, cores // 2) if parallel == "auto" else parallel

@@ -22,6 +22,7 @@ from ullme.commands.support.page import CHECKS, Support, document, table
 from ullme.commands.support.training import exports, trains_with_defaults
 from ullme.models import attention
 from ullme.models.loading import max_positions
+from ullme.utils.atomic_files import check_writable, write_text
 from ullme.utils.progress import progress
 from ullme.utils.tiny_models import make_tiny
 
@@ -267,21 +268,31 @@ def survey(names: Iterable[str] | None = None, leave_out: Collection[str] = ()) 
         return [check_family(name, leave_out) for name in progress("families", chosen)]
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(prog="ullme support", description=DESCRIPTION)
+    options.add_argument("--family", action="append", metavar="NAME", help="transformers' model_type (default: all)")
+    options.add_argument("--write", type=Path, metavar="FILE", help="write the page about all families to this file")
+    return options
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table or write the page; the exit status is 1 if a family given with --family is not usable."""
-    parser = argparse.ArgumentParser(prog="ullme support", description=DESCRIPTION)
-    parser.add_argument("--family", action="append", metavar="NAME", help="transformers' model_type (default: all)")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the page about all families to this file")
-    arguments = parser.parse_args(argv)
+    options = parser()
+    arguments = options.parse_args(argv)
     known = families()
     if unknown := sorted(set(arguments.family or ()) - set(known)):
-        parser.error(f"--family {unknown[0]}: transformers has no causal language model of this type")
+        options.error(f"--family {unknown[0]}: transformers has no causal language model of this type")
     if arguments.family and arguments.write:
-        parser.error("--write is for the page about all families; leave out --family")
+        options.error("--write is for the page about all families; leave out --family")
+    if arguments.write:
+        try:
+            check_writable(arguments.write.absolute().parent, "--write")
+        except ValueError as error:
+            options.error(str(error))
     rows = survey(arguments.family)
     if arguments.write:
-        arguments.write.parent.mkdir(parents=True, exist_ok=True)
-        arguments.write.write_text(document(rows))
+        write_text(arguments.write, document(rows), "--write")
     else:
         print(table(rows))
     return int(bool(arguments.family) and any(row.verdict in ("refused", "not built") for row in rows))
