@@ -47,8 +47,8 @@ class BackboneConfig:
         llm_dropout: keep the dropout that the LLM itself has in training (GPT-2, OPT and BLOOM: 0.1). false turns it
             off, for embedding and generation, so that the policy is as deterministic as its reference and DPO starts at
             ln 2; the adapter's lora_dropout is another matter.
-        attention_dropout: dropout on attention weights in training; null: as llm_dropout says. Refused, by a trial while
-            the model is loaded, where the model applies none (Falcon).
+        attention_dropout: dropout on attention weights in training; null: as llm_dropout says. Refused, by a trial
+            while the model is loaded, where it applies none (Falcon).
         init_from: a run, checkpoint or adapter folder to start from; null starts from the LLM.
         init_mode: merge that run's trained weights into the LLM and train new ones, or continue training the same
             weights.
