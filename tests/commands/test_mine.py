@@ -108,7 +108,7 @@ def test_what_is_not_written_is_said(folder, place, tmp_path, capsys):
     assert mine.main([*argv, "--on_bad_row=skip"]) == 0
     said = capsys.readouterr()
     assert "these fields are not written: score, source" in said.err
-    assert "1 bad rows are left out, the first" in said.out
+    assert "1 bad rows are left out, the first" in said.err
     assert "1 positives are not in the corpus, embedded for their scores" in said.out
 
 
