@@ -10,16 +10,15 @@ rows, so that the tokens of prompts count too, and ends with the gradient. CPU s
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 
 import torch
 from machine import machine
+from workload import read_rows
 
 from ullme.data.collator import Collator
 from ullme.data.sampler import Draw
@@ -44,19 +43,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--passage_max_length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     return parser.parse_args(argv)
-
-
-def read(path: Path, queries: int, negatives: int) -> list[tuple[int, Draw]]:
-    """The first rows that have as many negatives.
-
-    Raises:
-        ValueError: there are too few.
-    """
-    with path.open() as lines:
-        found = list(islice((row for row in map(json.loads, lines) if len(row["neg"]) >= negatives), queries))
-    if len(found) < queries:
-        raise ValueError(f"--rows={path}: {len(found)} rows have {negatives} negatives, and --queries={queries}")
-    return [(n, Draw(row["query"], row["pos"][0], row["neg"][:negatives], None)) for n, row in enumerate(found)]
 
 
 def kl() -> KL:
@@ -127,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     dtype = "float32" if device == "cpu" else "auto"
     model = ULLME(options.llm, lora_r=16, lora_dropout=0.0, dtype=dtype, prompts=Prompts(query="{text}"))
     model.to(device).train()
-    draws = read(options.rows, options.queries, options.negatives)
+    draws = list(enumerate(read_rows(options.rows, options.queries, options.negatives)))
     with tempfile.TemporaryDirectory() as cache:
         lengths = (options.query_max_length, options.passage_max_length)
         found = measure(make_steps(model, draws, lengths, cache), options.rounds, device == "cuda")

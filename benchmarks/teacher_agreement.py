@@ -11,28 +11,19 @@ the cosines' (in nats, temperatures as in configs/paper/query_distillation.yaml)
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from workload import read_rows
 
+from ullme.data.sampler import Draw
 from ullme.losses.kl import kl_loss
 from ullme.models import ULLME
 from ullme.models.checkpoint import load_ullme
 from ullme.models.query_likelihood import mean_query_logps
 
 COSINE_TEMPERATURE, TEACHER_TEMPERATURE = 0.05, 0.25
-
-
-@dataclass(frozen=True)
-class Row:
-    """A query and its candidates, the positive first."""
-
-    query: str
-    candidates: list[str]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -46,31 +37,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read(path: Path, max_rows: int, negatives: int) -> list[Row]:
-    """The first rows that have as many negatives.
-
-    Raises:
-        ValueError: no row has.
-    """
-    with path.open() as lines:
-        rows = (row for row in map(json.loads, lines) if len(row["neg"]) >= negatives)
-        found = [Row(row["query"], [row["pos"][0], *row["neg"][:negatives]]) for row in islice(rows, max_rows)]
-    if not found:
-        raise ValueError(f"--rows={path}: no row has --negatives={negatives} negatives")
-    return found
-
-
-def teacher_scores(model: ULLME, rows: list[Row], query_max_length: int, passage_max_length: int) -> np.ndarray:
+def teacher_scores(model: ULLME, rows: list[Draw], query_max_length: int, passage_max_length: int) -> np.ndarray:
     """(B, C) mean log π_ref(q|p), in nats a token."""
-    pairs = [(row.query, candidate) for row in rows for candidate in row.candidates]
+    pairs = [(row.query, candidate) for row in rows for candidate in (row.positive, *row.negatives)]
     lengths = {"query_max_length": query_max_length, "passage_max_length": passage_max_length}
     return mean_query_logps(model, pairs, **lengths).reshape(len(rows), -1)
 
 
-def cosines(model: ULLME, rows: list[Row], query_max_length: int, passage_max_length: int) -> np.ndarray:
+def cosines(model: ULLME, rows: list[Draw], query_max_length: int, passage_max_length: int) -> np.ndarray:
     """(B, C)."""
     queries = np.asarray(model.encode([row.query for row in rows], role="query", max_length=query_max_length))
-    passages = [candidate for row in rows for candidate in row.candidates]
+    passages = [candidate for row in rows for candidate in (row.positive, *row.negatives)]
     embedded = np.asarray(model.encode(passages, role="passage", max_length=passage_max_length))
     return np.einsum("bd,bcd->bc", queries, embedded.reshape(len(rows), -1, queries.shape[1]))
 
@@ -91,7 +68,7 @@ def compared(student: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    rows = read(options.rows, options.max_rows, options.negatives)
+    rows = read_rows(options.rows, options.max_rows, options.negatives)
     lengths = (options.query_max_length, options.passage_max_length)
     teacher: np.ndarray | None = None
     for run in options.runs:

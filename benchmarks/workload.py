@@ -7,6 +7,7 @@ import gc
 import json
 import tempfile
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ullme.batch import Batch, GenerationRows
+from ullme.data.sampler import Draw
 from ullme.models import ULLME
 from ullme.prompts import pad_rows
 from ullme.token_rows import TokenRows
@@ -30,6 +32,25 @@ def save_tokenizer(folder: str, vocabulary: int) -> None:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
+
+
+def read_rows(path: Path, count: int, negatives: int) -> list[Draw]:
+    """The first rows of a JSONL file of query, pos and neg that have as many negatives; each with its first of them.
+
+    Args:
+        path: the file.
+        count: of rows, at most.
+        negatives: of each.
+
+    Raises:
+        ValueError: no row has as many.
+    """
+    with path.open() as lines:
+        rows = (row for row in map(json.loads, lines) if len(row["neg"]) >= negatives)
+        found = [Draw(row["query"], row["pos"][0], row["neg"][:negatives], None) for row in islice(rows, count)]
+    if not found:
+        raise ValueError(f"--rows={path}: no row has --negatives={negatives} negatives")
+    return found
 
 
 def passage_lengths(count: int, rng: np.random.Generator) -> np.ndarray:

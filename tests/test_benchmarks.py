@@ -67,8 +67,8 @@ def test_the_cost_of_a_cached_teacher(tmp_path, monkeypatch, capsys, llm_folder)
     printed = capsys.readouterr().out.splitlines()[-3:]
     assert [line.split(":")[0] for line in printed] == ["CL", "CL + KL, teacher computed", "CL + KL, warm cache"]
     assert printed[0].endswith("1.00 times CL")
-    with pytest.raises(ValueError, match="2 rows have 2 negatives, and --queries=3"):
-        script.main([*options, "--queries=3"])
+    with pytest.raises(ValueError, match="no row has --negatives=3"):
+        script.main([*options, "--negatives=3"])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ullme.planning.devices import DEVICES, number_of, this_cpu
-from ullme.utils.config_files import locate_in_arguments
 from ullme.utils.errors import explain_permission, print_error
 
 if TYPE_CHECKING:
@@ -122,17 +121,14 @@ def plan_from(arguments: argparse.Namespace, overrides: Sequence[str]) -> Plan:
     """Make the plan of a command line. Raises: ValueError: a mistake in it."""
     from ullme.commands.train import read_configs
     from ullme.planning.plan import make_plan
-    from ullme.utils.errors import check_config_files
 
     if not arguments.config:
         raise ValueError("--config: give at least one configuration of train.py, or --paper")
     for name in ("rows", "query_tokens", "passage_tokens"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1")
-    files = locate_in_arguments([f"--config={path}" for path in arguments.config])
-    check_config_files(files)
     kind = "cpu" if arguments.device == "cpu" else "cuda"
-    config = read_configs([*files, *overrides], device=kind)
+    config = read_configs([*(f"--config={path}" for path in arguments.config), *overrides], device=kind)
     strategy = config.trainer.strategy
     named = strategy if isinstance(strategy, str) else strategy.class_path
     fsdp = arguments.strategy == "fsdp" or (

@@ -277,6 +277,8 @@ def read_configs(arguments: Sequence[str], device: str | None = None) -> Any:
         def instantiate_classes(self) -> None:
             pass
 
+    arguments = config_files.locate_in_arguments(arguments)
+    errors.check_config_files(arguments)
     config = build([*arguments, "--seed_everything=false"], run=False, kind=Reader).config
     resolve_precision(config, device)
     return config

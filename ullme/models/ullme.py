@@ -241,11 +241,10 @@ class ULLME(nn.Module):
             packed = self.attention_path == "packed"
             with self._precision_of_weights():
                 return likelihood.likelihood(self.causal_lm, packed, rows, targets, owners, share_prompts)
+        check_rows(rows, None, None, self.max_positions, self.options.model_name_or_path)
         if is_generate:
-            check_rows(rows, None, None, self.max_positions, self.options.model_name_or_path)
             with self._precision_of_weights():
                 return self.causal_lm(input_ids=input_ids, attention_mask=attention_mask, is_causal=True, **kwargs)
-        check_rows(rows, None, None, self.max_positions, self.options.model_name_or_path)
         causal, masks = self.options.attention == "causal", rows.host_masks
         with self._precision_of_weights():
             hidden = attention.PATHS[self.attention_path](

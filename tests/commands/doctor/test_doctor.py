@@ -312,15 +312,8 @@ def test_no_training_rows(read):
 
 def test_configs_of_the_package_are_found_from_any_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    read_from: list[str] = []
-
-    def read_configs(arguments):
-        read_from.extend(arguments)
-        return SimpleNamespace(trainer=SimpleNamespace(default_root_dir="run"))
-
-    monkeypatch.setattr("ullme.commands.train.read_configs", read_configs)
-    settings.read(SimpleNamespace(config=["configs/base.yaml"]), [])
-    assert Path(read_from[0].removeprefix("--config=")).is_file()
+    found = settings.read(SimpleNamespace(config=["configs/base.yaml"]), ["--model.backbone.model_name_or_path=x"])
+    assert found.config.data.batch_size == 512
 
 
 def test_data_of_the_hub_are_left_to_train(read, tmp_path):

@@ -241,10 +241,9 @@ def _steps(adaptation: Adaptation) -> list[Step]:
 
     from ullme.commands.adapt.plan import steps, train_arguments, untrained_arguments
     from ullme.commands.train import read_configs
-    from ullme.utils.config_files import locate_in_arguments
 
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # they are a part of the command line
-    untrained, asked = untrained_arguments(read_configs(locate_in_arguments(train_arguments(adaptation))))
+    untrained, asked = untrained_arguments(read_configs(train_arguments(adaptation)))
     own = {**adaptation.overrides, "search": [*asked, *adaptation.overrides.get("search", ())]}
     found = steps(replace(adaptation, overrides=own), untrained)
     _check_overrides(adaptation, found)

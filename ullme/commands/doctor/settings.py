@@ -240,9 +240,5 @@ def _parses(parse: Callable[[], Any], where: str, on_bad_row: str) -> bool:
 def read(arguments: argparse.Namespace, overrides: list[str]) -> Settings:
     """The configuration of a command line. Raises: ValueError, ArgumentError: a mistake in it."""
     from ullme.commands.train import read_configs
-    from ullme.utils.config_files import locate_in_arguments
-    from ullme.utils.errors import check_config_files
 
-    files = locate_in_arguments([f"--config={path}" for path in arguments.config])
-    check_config_files(files)
-    return Settings(read_configs([*files, *overrides]))
+    return Settings(read_configs([*(f"--config={path}" for path in arguments.config), *overrides]))
