@@ -1,4 +1,4 @@
-"""The tables and plots of docs/grl.md from the lines that grl_study.py left.
+"""The tables and plots of docs/grl_small_llm.md from the lines that grl_study.py left.
 
     python benchmarks/grl_report.py [--output runs/grl_study]
 

@@ -7,7 +7,7 @@ whose line is there is not done again.
     python benchmarks/grl_study.py --model FOLDER --train msmarco/train.jsonl --corpus msmarco/dev
     python benchmarks/grl_study.py ... --seeds 1 2 --points CL GRL
     python benchmarks/grl_study.py ... --diagnose      # no training: what P_gen knows, and the terms' gradients
-    python benchmarks/grl_report.py                    # the table and the plots of docs/grl.md
+    python benchmarks/grl_report.py                    # the table and the plots of docs/grl_small_llm.md
 """
 
 from __future__ import annotations

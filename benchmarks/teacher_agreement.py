@@ -5,7 +5,9 @@
 ``RUN`` is a training's folder or checkpoint; all are of one LLM with an adapter. ``--rows`` has ``query``, ``pos`` and
 ``neg``. For each run: how often the cosine ranks the positive first, how often the teacher does, how often both rank
 the same candidate first, and, where only one of the two is right, which; and the KL from the teacher's distribution to
-the cosines' (in nats, temperatures as in configs/paper/query_distillation.yaml).
+the cosines' (in nats, temperatures as in configs/paper/query_distillation.yaml). For the teacher and each run also how
+surely the positive is told from the negatives at several temperatures: −log P(positive), in nats. Where that is lowest
+the ranking is as sure as it is right.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from ullme.models.checkpoint import load_ullme
 from ullme.models.query_likelihood import mean_query_logps
 
 COSINE_TEMPERATURE, TEACHER_TEMPERATURE = 0.05, 0.25
+TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.3, 0.5, 1.0, 2.0)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -66,6 +69,15 @@ def compared(student: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
     }
 
 
+def surprise(scores: np.ndarray, temperature: float) -> float:
+    """Mean −log P(positive) in nats, from (B, C) scores whose first column is the positive's; log C for a uniform P."""
+    return -torch.tensor(scores, dtype=torch.float64).div(temperature).log_softmax(1)[:, 0].mean().item()
+
+
+def by_temperature(scores: np.ndarray) -> str:
+    return "-log P(positive) at " + ", ".join(f"{t:g}: {surprise(scores, t):.3f}" for t in TEMPERATURES)
+
+
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     rows = read_rows(options.rows, options.max_rows, options.negatives)
@@ -75,10 +87,11 @@ def main(argv: list[str] | None = None) -> None:
         model = load_ullme(run).eval()
         if teacher is None:
             teacher = teacher_scores(model, rows, *lengths)
-        found = compared(cosines(model, rows, *lengths), teacher)
-        print(
-            f"{run}: {len(rows)} rows; " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()), flush=True
-        )
+            print(f"teacher: {by_temperature(teacher)}", flush=True)
+        scores = cosines(model, rows, *lengths)
+        found = compared(scores, teacher)
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+        print(f"{run}: {len(rows)} rows; {figures}\n    {by_temperature(scores)}", flush=True)
 
 
 if __name__ == "__main__":

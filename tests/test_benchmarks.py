@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from search_helpers import write_corpus
+from search_helpers import StubEmbedder, encoded, write_corpus
 from test_training import write_rows
 from tiny import make_tokenizer
 
 from ullme.models.checkpoint import save_adapter
+from ullme.search.bm25 import build_index
+from ullme.search.searcher import Searcher
+from ullme.search.shards import Shards
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -263,6 +267,8 @@ def test_what_an_embedder_knows_of_the_teacher(monkeypatch):
     assert found["only teacher right"] == found["only cosine right"] == 0.25
     assert script.compared(teacher / 5, teacher)["KL"] == pytest.approx(0), "0.05 and 0.25: the same distribution"
     assert found["KL"] > 0.1
+    assert script.surprise(teacher[:2], 1.0) == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(-2))) / 2)
+    assert script.surprise(np.zeros((3, 5)), 0.05) == pytest.approx(math.log(5))
 
 
 def test_an_embedder_beside_its_own_llm(tmp_path, monkeypatch, capsys, make_model):
@@ -270,6 +276,35 @@ def test_an_embedder_beside_its_own_llm(tmp_path, monkeypatch, capsys, make_mode
     rows = [{"query": f"query {n}", "pos": [f"passage {n}"], "neg": [f"other {n}"] * (1 + n % 2)} for n in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     script.main([str(run), f"--rows={tmp_path / 'rows.jsonl'}", "--negatives=2", "--query_max_length=99"])
-    assert "2 rows; right " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2 rows; right " in out
+    assert out.count("-log P(positive) at 0.01: ") == 2, "of the teacher and of the run"
     with pytest.raises(ValueError, match="no row has --negatives=3"):
         script.main([str(run), f"--rows={tmp_path / 'rows.jsonl'}", "--negatives=3"])
+
+
+def test_what_a_tuned_weight_of_fusion_gains(monkeypatch):
+    script = load("fusion_weights", monkeypatch)
+    scores = {0.0: np.full(8, 40.0), 0.5: np.full(8, 60.0), 1.0: np.full(8, 50.0)}
+    assert script.tuned_gains(scores, tuning=3, draws=4, seed=0).tolist() == [10.0] * 4
+    scores[0.5] = np.array([100.0] * 4 + [0.0] * 4)  # chosen where the draw has more than two of the first four
+    gains = script.tuned_gains(scores, tuning=4, draws=50, seed=0)
+    # of the others 100 k / 4 with k of the first four: 25 below dense search's 50 where the draw took three of them
+    assert set(gains.round(6).tolist()) <= {-50.0, -25.0, 0.0}
+    assert {-25.0, 0.0} <= set(gains.round(6).tolist())
+
+
+def test_fusion_of_an_encoded_collection(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("bm25s")
+    script, folder = load("fusion_weights", monkeypatch), encoded(tmp_path / "e", number=30)
+    build_index(Shards(folder))
+    queries = [{"_id": name, "text": text} for name, text in (("a", "n3"), ("b", "n9"))]
+    (tmp_path / "c" / "qrels").mkdir(parents=True)
+    (tmp_path / "c" / "queries.jsonl").write_text("".join(json.dumps(one) + "\n" for one in queries))
+    (tmp_path / "c" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\na\td3\t1\nb\td9\t1\n")
+    monkeypatch.setattr(script, "Searcher", lambda folder: Searcher(folder, StubEmbedder(), device="cpu"))
+    script.main([str(folder), f"--collection={tmp_path / 'c'}", "--draws=2"])
+    out = capsys.readouterr().out
+    assert "2 queries; dense " in out
+    assert "BM25 100.0" in out
+    assert out.count("; tuned ") == 2

@@ -47,10 +47,34 @@ def choose_weights(searcher: Searcher, queries: Mapping[str, str], qrels: Qrels)
 
     Both ends are among them, so on these queries fusion is never worse than the better of dense search and BM25.
 
+    Args, Raises: as :func:`ndcg_by_weight`.
+    """
+    chosen = {}
+    for how, found in ndcg_by_weight(searcher, queries, qrels).items():
+        means = {weight: sum(scores.values()) / len(scores) for weight, scores in found.items()}
+        chosen[how] = FusionWeight(best_weight(means), means, len(found[DEFAULT]))
+    return chosen
+
+
+def best_weight(scores: Mapping[float, float]) -> float:
+    """The weight of the best score in [0, 1]; of equal ones the nearest to equal weights.
+
+    Args:
+        scores: weight -> mean nDCG@10.
+    """
+    return max(scores, key=lambda weight: (round(scores[weight], 6), -abs(weight - DEFAULT)))
+
+
+def ndcg_by_weight(
+    searcher: Searcher, queries: Mapping[str, str], qrels: Qrels
+) -> dict[Fusion, dict[float, dict[str, float]]]:
+    """For each kind of fusion and each weight of :data:`CANDIDATES`, query id -> nDCG@10 in [0, 1].
+
     Args:
         searcher: of a folder with a BM25 index.
         queries: query id -> text.
-        qrels: query id -> document id -> relevance grade.
+        qrels: query id -> document id -> relevance grade. Queries without a judgement on a document of the folder are
+            left out.
 
     Raises:
         ValueError: no BM25 index, or judgements on queries that are not there or on no document of the folder.
@@ -61,20 +85,17 @@ def choose_weights(searcher: Searcher, queries: Mapping[str, str], qrels: Qrels)
     unjudged = {name: queries[name] for name in names if qrels[name].get(name, 0) <= 0}
     copies = find_own_copies(searcher.shards, unjudged)
     dense, words = searcher.rankings([queries[name] for name in names])
-    chosen = {}
-    for how in get_args(Fusion):
-        scores = {}
-        for weight in CANDIDATES:
-            _, rows = fuse(dense, words, 10 + bool(copies), weight, how)
-            ids = [searcher.shards.ids(own[own >= 0]) for own in rows]
-            found = {
-                name: [key for key in own if key != name or name not in copies]
-                for name, own in zip(names, ids, strict=True)
-            }
-            scores[weight] = sum(ndcg_at_10(found, qrels).values()) / len(qrels)
-        best = max(CANDIDATES, key=lambda weight: (round(scores[weight], 6), -abs(weight - DEFAULT)))
-        chosen[how] = FusionWeight(best, scores, len(qrels))
-    return chosen
+
+    def scores(weight: float, how: Fusion) -> dict[str, float]:
+        _, rows = fuse(dense, words, 10 + bool(copies), weight, how)
+        ids = [searcher.shards.ids(own[own >= 0]) for own in rows]
+        found = {
+            name: [key for key in own if key != name or name not in copies]
+            for name, own in zip(names, ids, strict=True)
+        }
+        return ndcg_at_10(found, qrels)
+
+    return {how: {weight: scores(weight, how) for weight in CANDIDATES} for how in get_args(Fusion)}
 
 
 def on_known_documents(shards: Shards, qrels: Qrels) -> tuple[dict[str, dict[str, int]], int]:
