@@ -308,3 +308,14 @@ def test_fusion_of_an_encoded_collection(tmp_path, monkeypatch, capsys):
     assert "2 queries; dense " in out
     assert "BM25 100.0" in out
     assert out.count("; tuned ") == 2
+
+
+def test_how_the_likelihoods_of_an_llm_rank(tmp_path, monkeypatch, capsys, llm_folder):
+    script = load("likelihood_rankings", monkeypatch)
+    rows = [{"query": f"query {n}", "pos": [f"passage {n}"], "neg": [f"other {n}", f"more {n}"]} for n in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    script.main([llm := str(llm_folder("llama")), f"--rows={tmp_path / 'rows.jsonl'}", "--negatives=2"])
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == f"{llm}: 3 rows of 3 candidates"
+    assert [line.split(":")[0].strip() for line in lines] == ["passage_given_query", "query_given_passage", "gain"]
+    assert len({line.split("MRR")[1] for line in lines}) == 3, "three scores"

@@ -102,7 +102,7 @@ def measure_teacher(objective: Objective, model: ULLME, batches: Iterable[Batch]
         for start in range(0, len(batch), size):
             part = batch[start : start + size].to(model.device)
             try:
-                scores = _scores(objective, term, model, part)
+                scores = ranking_scores(objective, term, model, part)
             except MissingLikelihoodsError:  # training may end before these rows; if not, the step says so
                 scores = None
             if any_rank(scores is None, part.row_ids.device) or scores is None:
@@ -116,8 +116,15 @@ def measure_teacher(objective: Objective, model: ULLME, batches: Iterable[Batch]
     return quality
 
 
-def _scores(objective: Objective, term: KL, model: ULLME, batch: Batch) -> torch.Tensor:
-    """(b, C) what the term ranks by, before its temperature."""
+def ranking_scores(objective: Objective, term: KL, model: ULLME, batch: Batch) -> torch.Tensor:
+    """(b, C) float64 what the term ranks by, before its temperature, in nats a token.
+
+    Args:
+        objective: prepared (:meth:`Objective.check`).
+        term: of the objective.
+        model: on its device.
+        batch: on the same device, with the rows for the likelihoods.
+    """
     everything = torch.ones(batch.passage_keys.shape, dtype=torch.bool)
     chunks = [slice(n, min(n + _CHUNK, len(batch))) for n in range(0, len(batch), _CHUNK)]
     total = torch.zeros(everything.shape, dtype=torch.double, device=batch.row_ids.device)
