@@ -389,11 +389,28 @@ def test_a_cache_holds_what_other_ranks_have_computed(make_model, batch, tmp_pat
     (tmp_path / "cache" / "reference-0.sqlite").rename(tmp_path / "cache" / "reference-1.sqlite")
     second = Cached(tmp_path / "cache", None)
     second.prepare(model, "32-true")
+    assert not (tmp_path / "cache" / "reference-0.sqlite").exists()  # the folder may be writable for others only
     opened = second.files
     second.prepare(model, "32-true")  # as a second fit does
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
         opened[0].execute("SELECT 1")
     torch.testing.assert_close(second.logps(model, batch, mask, True), expected, rtol=0, atol=0)
+
+
+def test_the_file_of_a_rank_that_starts_later_is_read_too(make_model, tmp_path, monkeypatch):
+    """A later epoch gives a row to another rank, which would compute it once more."""
+
+    def wait(message, device):
+        other = sqlite3.connect(tmp_path / "reference-1.sqlite")
+        other.execute("CREATE TABLE logps (key BLOB PRIMARY KEY, logp REAL)")
+        other.close()
+        (tmp_path / "reference-2.sqlite").touch()  # of a process that was killed just then
+        return {}
+
+    monkeypatch.setattr("ullme.engine.reference.gather_messages", wait)
+    cached = Cached(tmp_path, AdaptersOff())
+    cached.prepare(make_model(), "32-true")
+    assert len(cached.files) == 2
 
 
 def test_a_likelihood_that_is_not_finite_is_not_kept(make_model, batch, tmp_path):
@@ -408,6 +425,32 @@ def test_a_likelihood_that_is_not_finite_is_not_kept(make_model, batch, tmp_path
     cached.source = AdaptersOff()
     assert cached.logps(model, batch, mask, True).isfinite().all()
     assert (cached.hits, cached.misses) == (12, 18)
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_is_not_to_be_deleted(make_model, batch, tmp_path):
+    model, mask = make_model().train(), torch.ones(5, 3, dtype=torch.bool)
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(
+        ValueError, match=r"loss\.cache_reference='.*file' cannot be written .*; name a folder that can"
+    ):
+        Cached(tmp_path / "file", AdaptersOff()).prepare(model, "32-true")
+    cached = Cached(tmp_path / "cache", AdaptersOff())
+    cached.prepare(model, "32-true")
+    cached.files[0].execute("PRAGMA query_only=ON")
+    with pytest.raises(
+        ValueError, match=r"cannot be used \(attempt to write a readonly database\); free space, make it"
+    ):
+        cached.logps(model, batch, mask, True)
+
+
+def test_a_look_up_keeps_to_the_values_that_sqlite_takes_at_once(make_model, batch, tmp_path):
+    model, mask = make_model().train(), torch.ones(5, 3, dtype=torch.bool)
+    cached = Cached(tmp_path, AdaptersOff())
+    cached.prepare(model, "32-true")
+    cached.files[0].setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 4)
+    cold, warm = (cached.logps(model, batch, mask, True) for _ in range(2))
+    assert torch.equal(cold, warm)
+    assert (cached.hits, cached.misses) == (15, 15)
 
 
 def test_likelihoods_that_another_rank_lacks_stop_every_rank(make_model, batch, tmp_path, monkeypatch):

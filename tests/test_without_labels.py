@@ -19,6 +19,7 @@ from ullme.data.mixture import Mixture, TrainSet
 from ullme.data.records import BadRow, Record, parse_record
 from ullme.data.sampler import draw
 from ullme.data.sources import JsonlSource
+from ullme.engine.finite import NotFiniteError
 from ullme.engine.gradcache import chunk_slices
 from ullme.engine.objective import Objective
 from ullme.engine.reference import AdaptersOff
@@ -188,6 +189,7 @@ def test_pseudo_labels_by_hand():
     torch.testing.assert_close(with_labels(labelled), InfoNCE(0.05)(labelled))
     assert (with_labels(labelled) - term(labelled)).abs() > 1e-3
     torch.testing.assert_close(with_labels(given), term(given))  # a batch without labels has none to take
+    assert with_labels.metrics(labelled) == term.metrics(labelled)  # of the teacher, not of the labels that are taken
 
 
 def test_where_no_query_passes_there_is_no_loss_and_no_gradient():
@@ -204,6 +206,18 @@ def test_a_margin_of_zero_takes_queries_whose_two_best_are_equal_too():
     term = PseudoLabelInfoNCE(margin=0)
     assert term.metrics(given) == {"pseudo_label_share": 1}
     assert term(given) > 1e-3
+
+
+def test_a_teachers_score_that_is_nan_stops_the_step(model, batch):
+    """It passes no margin, so the loss alone would be finite, without that query."""
+
+    class Broken(AdaptersOff):
+        def logps(self, *args):
+            return super().logps(*args).masked_fill(batch.row_ids[:, None] == 3, float("nan"))
+
+    objective = Objective([PseudoLabelInfoNCE(margin=0)], Broken())
+    with pytest.raises(NotFiniteError, match=r"the teacher of pseudo_label_info_nce is nan \(training rows \[3\]\)"):
+        objective.full_batch(model, batch)
 
 
 def test_a_pseudo_positives_text_is_no_negative_of_its_query():

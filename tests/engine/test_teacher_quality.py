@@ -95,3 +95,19 @@ def test_the_policy_teacher_is_scored_in_evaluation_mode(make_model, batch):
     assert first == second is not None
     assert model.training
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_only_rows_of_as_many_candidates_are_measured_together(make_model, batch):
+    """Chance is another one among three candidates than among five."""
+    three = with_generation(make_batch(40, 3))
+    found, asked = measured(3, [batch, three, three], make_model())
+    assert found is not None
+    assert (found.candidates, found.rows, asked) == (5, 40, 40)
+
+
+def test_a_rank_with_more_rows_than_another_measures_as_many(make_model, batch, monkeypatch):
+    """Else it would wait for a likelihood that no other rank computes, for ever."""
+    monkeypatch.setattr("ullme.engine.teacher_quality.all_reduce_max", lambda value, device: max(value, -21))
+    found, asked = measured(3, [batch], make_model())
+    assert found is not None
+    assert (found.rows, asked) == (21, 21)

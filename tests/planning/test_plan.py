@@ -54,6 +54,8 @@ def test_hours_follow_from_the_flops(job):
     assert plan.step_flops == pytest.approx(flops)
     run = flops + model_cost(job.config, job.options).forward(work.reference, adapters=False).item()
     assert plan.seconds == pytest.approx(run / 0.5e12)
+    assert plan.seconds_with_cache == pytest.approx(flops / 0.5e12)
+    assert f"cache     {flops / 0.5e12:.2f} s a step once loss.cache_reference holds" in describe(plan)
     assert plan.steps == 12
     assert plan.hours == pytest.approx(12 * plan.seconds / 3600)
     assert plan.mfu == pytest.approx(0.5 * flops / run)
@@ -71,6 +73,9 @@ def test_time_from_its_parts(job):
     assert others == pytest.approx(plan.traffic / (0.8 * 1e15))
     assert plan.seconds == products + others
     assert plan.utilisation == pytest.approx(0.75 * products / plan.seconds)
+    alone = make_plan(with_(job, objective=Objective(grl_terms(None, use_kl=False))), fast)
+    assert "cache" not in describe(alone)
+    assert plan.seconds > plan.seconds_with_cache > alone.seconds == alone.seconds_with_cache
     assert "limit     matrix products" in describe(plan)
     assert "limit     other kernels" in describe(make_plan(job, slow))
     assert "limit" not in describe(make_plan(job, fast, utilisation=0.5))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_gradcache import assert_same_gradients, gradients, make_batch
 from test_objective import with_generation
+from tiny import make_tokenizer
 
 from ullme.data.datamodule import ULLMEDataModule
 from ullme.data.mixture import TrainSet
@@ -16,7 +17,8 @@ from ullme.engine.gradcache import chunk_slices
 from ullme.engine.objective import Objective
 from ullme.losses import DPO, KL, SFT, CoSENT, DistillationKL, InfoNCE, MarginMSE, Matryoshka, PseudoLabelInfoNCE
 from ullme.losses.false_negatives import FalseNegatives
-from ullme.training.rows import check_columns, check_positives, check_rows
+from ullme.prompts import Prompts, PromptTokenizer
+from ullme.training.rows import check_columns, check_positives, check_rows, datasets_for_teacher
 
 PASSAGES = {"query": "q", "pos": ["p"], "neg": ["n", "m"]}
 PAIRS = {"sentence1": "a", "sentence2": "b", "score": 0.5}
@@ -60,6 +62,28 @@ def test_every_dataset_with_terms_that_it_can_serve_is_fine(tmp_path, caplog):
 def test_a_term_that_a_dataset_cannot_serve_is_refused_by_name(row, terms, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         check_rows(Objective([InfoNCE(), DPO(), CoSENT(), SFT()]), mixture(tmp_path, (row, terms)))
+
+
+def test_a_teacher_is_measured_on_rows_with_labels_and_negatives(tmp_path):
+    """On those that it teaches, or where these have no labels, on others; batches without use are never tokenised."""
+    tokenizer = PromptTokenizer(make_tokenizer(), Prompts(query="{text}"))
+    unjudged, paired = {"query": "q", "candidates": ["a", "b", "c"]}, {"query": "q", "pos": ["p"]}
+    for sets, expected in (
+        ([(PASSAGES, ["info_nce"]), (unjudged, ["kl"])], [0]),
+        ([(PASSAGES, ["info_nce"]), (unjudged, ["kl"]), (PASSAGES, None)], [2]),
+        ([(unjudged, ["kl"]), (PASSAGES, ["info_nce", "kl"])], [1]),
+        ([(unjudged, ["kl"])], []),
+    ):
+        data = mixture(tmp_path, *sets)
+        assert datasets_for_teacher(data, "kl") == expected
+        batches = data.first_batches(tokenizer, datasets=expected)
+        counts = [len(data.source[batch.row_ids[0]].negatives) for batch in batches]
+        assert set(counts) == ({2} if expected else set())
+    for row, negatives, expected in ((PASSAGES, 2, [0]), (paired, 0, []), (unjudged, 2, [])):
+        data = ULLMEDataModule(train=write(tmp_path, "rows", row), num_hard_negatives=negatives, batch_size=2)
+        data.setup("fit")
+        assert datasets_for_teacher(data, "kl") == expected
+        assert len(list(data.first_batches(tokenizer, datasets=expected))) == 2 * len(expected)
 
 
 def test_scores_need_candidates_and_unused_ones_are_named(tmp_path, caplog):

@@ -20,10 +20,10 @@ from ullme.engine.fsdp import unsynchronised
 from ullme.engine.objective import Logs, Objective
 from ullme.engine.reference import ReferenceChoice, make_reference
 from ullme.engine.teacher_quality import measure_teacher
-from ullme.losses import InfoNCE, Term
+from ullme.losses import KL, InfoNCE, Term
 from ullme.planning.auto_chunk import Chunking
 from ullme.training.negatives import check_negatives, contrastive
-from ullme.training.rows import check_rows
+from ullme.training.rows import check_rows, datasets_for_teacher
 
 if TYPE_CHECKING:
     from ullme.training.module import ULLMEModule
@@ -102,10 +102,15 @@ class LossCallback(L.Callback, ABC):
 
         To be called once a checkpoint is restored: FSDP2 cannot copy weights in after a forward.
         """
-        first_batches = getattr(trainer.datamodule, "first_batches", None)  # type: ignore[attr-defined]
-        if first_batches is None or trainer.global_step > 0:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        term = next((term for term in self.objective.terms if isinstance(term, KL)), None)
+        if term is None or not hasattr(data, "first_batches") or trainer.global_step > 0:
             return
-        batches = first_batches(model.prompt_tokenizer, self.objective.likelihoods)
+        datasets = datasets_for_teacher(data, term.name)
+        if not datasets:
+            rank_zero_info("the teacher of the KL is not measured: no training rows have labels and hard negatives")
+            return
+        batches = data.first_batches(model.prompt_tokenizer, self.objective.likelihoods, datasets=datasets)
         with trainer.precision_plugin.forward_context():
             quality = measure_teacher(self.objective, model, batches)
         if quality is not None and quality.at_chance:

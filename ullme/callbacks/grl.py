@@ -20,7 +20,7 @@ class GRL(GradCache):
         generation: the generation term: dpo is the paper's GRL, sft its GRL_SFT; kto and cpo are its other methods.
         temperature: τ of InfoNCE.
         beta: β of the preference loss.
-        contrastive_weight: λ_CL.
+        contrastive_weight: λ_CL; 0 leaves the term out, as rows without labels need it.
         generation_weight: λ_DPO; 0 leaves the term out.
         kl_weight: λ_KL; 0 leaves the term out.
         retrieval_temperature: divides the cosines in P_rt.
@@ -65,9 +65,12 @@ class GRL(GradCache):
         teacher: Teacher = "policy",
         divergence: Divergence = "retrieval_to_generation",
     ) -> None:
-        for name, weight in (("generation_weight", generation_weight), ("kl_weight", kl_weight)):
+        weights = {"contrastive": contrastive_weight, "generation": generation_weight, "kl": kl_weight}
+        for name, weight in weights.items():
             if not weight >= 0:
-                raise ValueError(f"GRL.{name}={weight}: must be 0 or more; 0 leaves the term out")
+                raise ValueError(f"GRL.{name}_weight={weight}: must be 0 or more; 0 leaves the term out")
+        if not any(weights.values()):
+            raise ValueError("GRL: contrastive_weight, generation_weight and kl_weight are all 0; give one of them")
         terms = grl_terms(
             generation if generation_weight > 0 else None,
             kl_weight > 0,
@@ -84,7 +87,7 @@ class GRL(GradCache):
             divergence=divergence,
         )
         super().__init__(
-            terms,
+            [term for term in terms if term.weight > 0],
             chunk_size=chunk_size,
             chunk_tokens=chunk_tokens,
             reference=reference,

@@ -244,6 +244,9 @@ def describe(plan: Plan) -> str:
         part, seconds = max(plan.parts.items(), key=lambda item: item[1])
         shares = ", ".join(f"{name} {value:.2f} s" for name, value in plan.parts.items())
         lines["limit"] = f"{part}, {seconds / plan.seconds:.0%} of the time ({shares})"
+    if plan.reference_flops:
+        cached = f"{plan.seconds_with_cache:.2f} s a step once loss.cache_reference holds"
+        lines["cache"] = f"{cached} the reference likelihoods of its rows"
     if plan.retained_tokens:
         lines["retained"] = (
             f"the memory left over keeps the graphs of {plan.retained_tokens:,} tokens "

@@ -293,6 +293,7 @@ class ULLMEDataModule(L.LightningDataModule):
         prompt_tokenizer: PromptTokenizer,
         generation: bool | Collection[LikelihoodKind] = False,
         rows: int = 100,
+        datasets: Collection[int] | None = None,
     ) -> Iterator[Batch]:
         """This rank's part of the batches that training begins with, without worker processes.
 
@@ -300,14 +301,20 @@ class ULLMEDataModule(L.LightningDataModule):
             prompt_tokenizer: the prompt contract with its tokenizer.
             generation: as for :meth:`train_dataloader_for`.
             rows: queries of each batch at the most, over all ranks.
+            datasets: places among :attr:`sources`; batches of other datasets are passed over. None: all.
         """
         self.setup("fit")
         assert self.source is not None
+        if datasets is not None and not datasets:
+            return
         dataset = self._draws()
         lengths = self.query_max_length, self.passage_max_length
         collator = Collator(prompt_tokenizer, *lengths, generation, self.source.longest_instruction)
         rank, ranks = self._rank_and_world_size()
         for places in self._sampler(rank, ranks):
+            of = self.source.locate(places[0][0])[0] if isinstance(self.source, Mixture) else 0
+            if datasets is not None and of not in datasets:
+                continue
             yield collator([dataset[place] for place in places[: -(-rows // ranks)]])
 
     def val_dataloader(self) -> list[DataLoader[Any]]:

@@ -263,6 +263,8 @@ class Objective:
             for term in self.representation_terms:
                 direction = term.teacher_direction
                 teacher = None if direction is None else _per_token(batch, references, direction)
+                if teacher is not None:  # NaN passes no margin, and would only leave its query out
+                    finite.check(f"the teacher of {term.name}", teacher.sum(1), batch)
                 seen = replace(reps, teacher=teacher)
                 value = term(seen)
                 finite.check(term.name, value, batch, reps)

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 ReferenceChoice = Literal["adapters_off", "frozen_copy", "cached"]
 
-# SQLite takes no more than 32,766 values in one statement.
-_MOST_KEYS = 32_000
-
 
 class MissingLikelihoodsError(ValueError):
     """A cache lacks likelihoods, and nothing may compute them."""
@@ -218,12 +215,17 @@ class Cached(Reference):
                     f"loss.cache_reference={str(self.folder)!r} holds no reference likelihoods; fill it first with a "
                     "run that has loss.reference adapters_off or frozen_copy and the same data and prompts"
                 )
-            self.folder.mkdir(parents=True, exist_ok=True)
             draft = note.with_suffix(f".{os.getpid()}")  # another rank never reads half a file
-            draft.write_text(json.dumps(identity, indent=2))
-            os.replace(draft, note)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                draft.write_text(json.dumps(identity, indent=2))
+                os.replace(draft, note)
+            except OSError as error:
+                raise ValueError(
+                    f"loss.cache_reference={str(self.folder)!r} cannot be written ({error}); name a folder that can"
+                ) from error
         self._compare(note, identity)
-        self._open()
+        self._open(model.device)
 
     def _compare(self, note: Path, identity: dict[str, Any]) -> None:
         try:
@@ -243,21 +245,42 @@ class Cached(Reference):
                 "name another folder, or delete this one"
             )
 
-    def _open(self) -> None:
-        """Open this rank's file and those of the others, in place of those of an earlier run."""
+    def _open(self, device: torch.device) -> None:
+        """Open this rank's file and those of the others, in place of those of an earlier run; without a source, which
+        writes nothing, all of them for reading only."""
         for file in self.files:
             file.close()
-        own = self.folder / f"reference-{world()[0]}.sqlite"
+        self.files = []
+        own: Path | None = None
+        problem: str | None = None
         try:
-            self.files = [sqlite3.connect(own, timeout=60, isolation_level=None)]
-            self.files[0].execute("PRAGMA synchronous=NORMAL")
-            self.files[0].execute("CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, logp REAL) WITHOUT ROWID")
-            others = [path for path in sorted(self.folder.glob("reference-*.sqlite")) if path != own]
+            if self.source is not None:
+                own = self.folder / f"reference-{world()[0]}.sqlite"
+                self.files = [sqlite3.connect(own, timeout=60, isolation_level=None)]
+                self.files[0].execute("PRAGMA synchronous=NORMAL")
+                self.files[0].execute(
+                    "CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, logp REAL) WITHOUT ROWID"
+                )
+        except sqlite3.DatabaseError as error:
+            problem = str(self._unusable(error))
+        # every rank's file is there before the others are listed: a later epoch gives a row to another rank
+        if found := gather_messages(problem, device):
+            raise ValueError(next(iter(found.values())))
+        found_files = sorted(self.folder.glob("reference-*.sqlite"))
+        others = [path for path in found_files if path != own and path.stat().st_size]  # one just made is empty
+        try:
             self.files += [
                 sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60) for path in others
             ]
         except sqlite3.DatabaseError as error:
-            raise ValueError(f"loss.cache_reference: {own} cannot be used ({error}); delete the folder") from error
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: sqlite3.DatabaseError) -> ValueError:
+        """What to say where a file is damaged, or where it is in order and cannot be read or written now."""
+        remedy = "delete the folder"
+        if isinstance(error, sqlite3.OperationalError):  # a lock, a full disk, no permission
+            remedy = "free space, make it writable, wait for other runs to end, or name another folder"
+        return ValueError(f"loss.cache_reference={str(self.folder)!r} cannot be used ({error}); {remedy}")
 
     @torch.no_grad()
     def logps(
@@ -273,7 +296,7 @@ class Cached(Reference):
 
         Raises:
             MissingLikelihoodsError: there is no ``source``, and some are missing.
-            ValueError: a file of the folder is damaged.
+            ValueError: a file of the folder is damaged, or cannot be written.
         """
         device = batch.row_ids.device
         places = mask.flatten().nonzero()[:, 0].tolist()
@@ -289,15 +312,22 @@ class Cached(Reference):
             new = self.source.logps(model, batch, todo.view(mask.shape), share_prompts, kind, chunks).flatten().tolist()
             by_place = dict(zip(places, keys, strict=True))
             fresh = {by_place[place]: new[place] for place in missing}
-            self.files[0].execute("BEGIN")  # one transaction: a commit waits for the disk
-            # NaN stops the step, and SQLite would store it as NULL
-            stored = [(key, logp) for key, logp in fresh.items() if math.isfinite(logp)]
-            self.files[0].executemany("INSERT OR REPLACE INTO logps VALUES (?, ?)", stored)
-            self.files[0].execute("COMMIT")
+            self._store(fresh)
             known |= fresh
         out = torch.zeros(mask.numel(), dtype=torch.promote_types(model.causal_lm.dtype, torch.float32))
         out[places] = torch.tensor([known[key] for key in keys], dtype=out.dtype)
         return out.view(mask.shape).to(device)
+
+    def _store(self, fresh: dict[bytes, float]) -> None:
+        """Keep new likelihoods. Raises: ValueError: the file cannot be written."""
+        # NaN stops the step, and SQLite would store it as NULL
+        stored = [(key, logp) for key, logp in fresh.items() if math.isfinite(logp)]
+        try:
+            self.files[0].execute("BEGIN")  # one transaction: a commit waits for the disk
+            self.files[0].executemany("INSERT OR REPLACE INTO logps VALUES (?, ?)", stored)
+            self.files[0].execute("COMMIT")
+        except sqlite3.DatabaseError as error:
+            raise self._unusable(error) from error
 
     def _check_none_missing(self, batch: Batch, queries: list[int]) -> None:
         """Raise on every rank, so that none waits for one that stopped.
@@ -321,16 +351,15 @@ class Cached(Reference):
 
     def _lookup(self, keys: list[bytes]) -> dict[bytes, float]:
         known: dict[bytes, float] = {}
-        for start in range(0, len(keys), _MOST_KEYS):
-            part = keys[start : start + _MOST_KEYS]
-            query = f"SELECT key, logp FROM logps WHERE key IN ({','.join('?' * len(part))}) AND logp IS NOT NULL"
-            for file in self.files:
+        for file in self.files:
+            most = file.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER)  # 999 before SQLite 3.32
+            for start in range(0, len(keys), most):
+                part = keys[start : start + most]
+                query = f"SELECT key, logp FROM logps WHERE key IN ({','.join('?' * len(part))}) AND logp IS NOT NULL"
                 try:
                     known |= dict(file.execute(query, part).fetchall())
                 except sqlite3.DatabaseError as error:
-                    raise ValueError(
-                        f"loss.cache_reference={str(self.folder)!r}: {error}; delete the folder"
-                    ) from error
+                    raise self._unusable(error) from error
         return known
 
 

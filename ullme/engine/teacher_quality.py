@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ullme.batch import PARTS, Batch, Direction
-from ullme.distributed import any_rank, mean_over_ranks, world
+from ullme.distributed import all_reduce_max, any_rank, mean_over_ranks, world
 from ullme.engine.reference import MissingLikelihoodsError
 from ullme.engine.scoring import score_by_chunk
 from ullme.losses.kl import KL
@@ -79,12 +79,14 @@ def measure_teacher(objective: Objective, model: ULLME, batches: Iterable[Batch]
     """Rank the candidates of up to :data:`ROWS` queries by the likelihoods of the objective's KL.
 
     A teacher that is far above chance after some queries is not measured on more; nor is one beyond the queries whose
-    likelihoods a cache holds, where nothing computes them (``reference: cached``).
+    likelihoods a cache holds, where nothing computes them (``reference: cached``). Chance follows from the number of
+    candidates, so batches with another number than the first are passed over, as are those without labels.
 
     Args:
         objective: prepared (:meth:`Objective.check`).
         model: the policy, on its device; every rank calls this with its own.
-        batches: this rank's, with the rows for the likelihoods; every rank has as many.
+        batches: this rank's, with the rows for the likelihoods; every rank has as many. Whether a dataset has the KL
+            among its terms does not matter.
 
     Returns:
         None where there is no KL, one candidate only, or no positive or no likelihood is known.
@@ -96,11 +98,12 @@ def measure_teacher(objective: Objective, model: ULLME, batches: Iterable[Batch]
     quality = None
     size = max(1, BLOCK // world()[1])
     for batch in islice(batches, ROWS):
-        unused = batch.terms is not None and term.name not in batch.terms
-        if unused or not batch.labelled or batch.num_candidates < 2:
+        candidates = batch.num_candidates if quality is None else quality.candidates
+        if not batch.labelled or batch.num_candidates < 2 or batch.num_candidates != candidates:
             continue
-        for start in range(0, len(batch), size):
-            part = batch[start : start + size].to(model.device)
+        queries = -all_reduce_max(-len(batch), model.device)  # a rank's part of an epoch's last batch may be larger
+        for start in range(0, queries, size):
+            part = batch[start : min(start + size, queries)].to(model.device)
             try:
                 scores = ranking_scores(objective, term, model, part)
             except MissingLikelihoodsError:  # training may end before these rows; if not, the step says so

@@ -2,8 +2,8 @@
 
 In the direction ``query_given_passage`` the same text, the query, is scored after different passages: DPO becomes
 −log σ(β [log π/π_ref (q|p⁺) − log π/π_ref (q|p⁻)]), and the others change alike. Since chosen and rejected are the same
-text, its length and its own probability cancel in every difference: by Bayes' rule log π(q|p) = log π(p|q) + log π(q) −
-log π(p), so what is left is the difference of the pointwise mutual informations of q with p⁺ and with p⁻.
+text, its length and its own probability cancel in every difference: log π(q|p) = log π(q) + the pointwise mutual
+information of q and p, so what is left is the difference of the mutual informations of q with p⁺ and with p⁻.
 
 Pure functions take chosen (b,) and rejected (b, K) log-likelihoods and return (b,), the mean over the K rejected ones.
 """

@@ -93,8 +93,11 @@ class PseudoLabelInfoNCE(InfoNCE):
 
     @torch.no_grad()
     def metrics(self, reps: Representations) -> dict[str, Tensor]:
-        """The share of queries that pass, and of these, where positives are known, the share that is right."""
-        choice, counts = self.pseudo_labels(reps)
+        """The share of queries that pass, and of these, where positives are known, the share that is right; of the
+        teacher's choices, also where ``use_labels`` takes the known positives in their place."""
+        assert reps.teacher is not None
+        choice, margin = best_candidate(reps.teacher, reps.passage_keys)
+        counts = margin >= self.margin
         found = {"pseudo_label_share": mean_of_scored(counts.double(), torch.ones_like(counts))}
         if reps.labelled:  # a rank may have fewer queries that pass than another, or none
             found["pseudo_label_accuracy"] = mean_of_scored((counts & (choice == 0)).double(), counts)

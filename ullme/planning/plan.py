@@ -108,6 +108,8 @@ class Plan:
         step_flops: model FLOPs of a step on one device.
         hardware_flops: FLOPs that the device computes in a step, including recomputation and π_ref.
         traffic: bytes that other kernels than matrix products read and write in a step.
+        reference_flops: the part of hardware_flops that π_ref takes, which a filled ``loss.cache_reference`` saves.
+        reference_traffic: the same part of the traffic.
         assumed: hardware FLOPs per second as a fraction of the device's peak, where that is given; None predicts the
             time from its parts.
     """
@@ -125,6 +127,8 @@ class Plan:
     step_flops: float
     hardware_flops: float
     traffic: float
+    reference_flops: float
+    reference_traffic: float
     assumed: float | None
 
     @property
@@ -141,6 +145,12 @@ class Plan:
     def seconds(self) -> float:
         """Duration of a step; communication between devices is not counted."""
         return sum(self.parts.values())
+
+    @property
+    def seconds_with_cache(self) -> float:
+        """Duration of a step whose likelihoods under π_ref are all in ``loss.cache_reference``."""
+        flops, traffic = self.hardware_flops - self.reference_flops, self.traffic - self.reference_traffic
+        return replace(self, hardware_flops=flops, traffic=traffic).seconds
 
     @property
     def parts(self) -> dict[str, float]:
@@ -293,6 +303,9 @@ def _plan(
         retained_memory=retained * bytes_per_token,
         step_flops=float(cost.step(work)),
         hardware_flops=hardware,
+        reference_flops=float(cost.forward(work.reference, adapters=False)),
+        reference_traffic=float(acts.traffic * work.reference.tokens)
+        + float(_BYTES_PER_LOGIT * vocabulary * work.reference.targets),
         traffic=float(acts.traffic * (forwards + _BACKWARD_TRAFFIC * backwards) + _BYTES_PER_LOGIT * logits),
         assumed=utilisation,
     )

@@ -169,6 +169,7 @@ class ULLMEModule(L.LightningModule):
         except NotFiniteError as error:
             raise NotFiniteError(f"step {self.global_step}: {error}") from error
         optimizer.step()
+        self._forget_logged()
         self.log("lr", optimizer.param_groups[0]["lr"])
         schedule: Any = self.lr_schedulers()
         schedule.step()
@@ -176,6 +177,13 @@ class ULLMEModule(L.LightningModule):
         self.log("train/loss", means.pop("loss"), prog_bar=True, batch_size=len(batch))
         self.log_dict({f"train/{name}": value for name, value in means.items()}, batch_size=len(batch))
         return logs
+
+    def _forget_logged(self) -> None:
+        """Drop what earlier steps logged: a dataset may have other terms and metrics than the one before, and Lightning
+        would log their last values again at every step that has no new ones."""
+        for logged in (getattr(self.trainer, "_results", None) or {}).values():
+            if logged.meta.fx == "training_step" and not logged.meta.on_epoch:
+                logged.reset()
 
     def _seed_step(self) -> None:
         """Seed dropout by (seed, step, rank), so that a resumed run gets the same dropout as an uninterrupted one."""
@@ -217,10 +225,12 @@ class ULLMEModule(L.LightningModule):
         self._monitors_checked = False
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """After the first step, check what callbacks monitor. Raises: ValueError: it is not logged."""
+        """After the first step, check what callbacks monitor; of several datasets, whose terms and metrics may differ,
+        after the first epoch. Raises: ValueError: it is not logged."""
         from ullme.callbacks.unsupported import check_monitors_of_training
 
-        if not self._monitors_checked:
+        several = len(getattr(self.trainer.datamodule, "datasets", None) or ()) > 1  # type: ignore[attr-defined]
+        if not self._monitors_checked and (self.trainer.is_last_batch or not several):
             check_monitors_of_training(self.trainer)
             self._monitors_checked = True
 

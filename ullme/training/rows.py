@@ -100,6 +100,27 @@ def kinds_of_batches(source: RowSource | None) -> list[tuple[tuple[str, ...] | N
     return [(None, source.columns)]
 
 
+def datasets_for_teacher(data: Any, term: str) -> list[int]:
+    """Which datasets show how well a teacher ranks: those whose rows have a known positive and hard negatives.
+
+    Args:
+        data: the data module, set up.
+        term: name of the loss term that learns from the teacher. Datasets that have it go first; where none of them has
+            labels, the teacher is measured on the others.
+
+    Returns:
+        Places among ``data.sources``; empty where no dataset is of use.
+    """
+    sets = data.source.sets if isinstance(data.source, Mixture) else data.sets
+    of_term: list[int] = []
+    others: list[int] = []
+    for place, (settings, source) in enumerate(zip(sets, data.sources, strict=True)):
+        own = settings.num_hard_negatives
+        if source.labelled and (data.num_hard_negatives if own is None else own) > 0:
+            (of_term if settings.terms is None or term in settings.terms else others).append(place)
+    return of_term or others
+
+
 def check_rows(objective: Objective, data: Any, warn: bool = True) -> None:
     """Refuse terms whose needs a dataset does not meet, before a model is loaded.
 

@@ -109,6 +109,16 @@ def test_the_reference_as_the_teacher_of_an_llm_without_adapters_is_measured(ref
     assert not (tmp_path / "cache").exists()
 
 
+def test_the_teacher_of_rows_without_labels_is_measured_on_those_with_labels(read, tmp_path):
+    (tmp_path / "unjudged.jsonl").write_text("\n".join([json.dumps({"query": "q", "candidates": ["a", "b", "c"]})] * 4))
+    kl, labelled = (
+        f"{{train: {tmp_path / name}.jsonl, terms: [{terms}]}}"
+        for name, terms in (("unjudged", "kl"), ("train", "info_nce"))
+    )
+    options = ["--data.train=null", "--loss.generation_weight=0"]
+    assert " positives first among 3 candidates" in teacher(read(*options, f"--data.datasets=[{labelled}, {kl}]"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

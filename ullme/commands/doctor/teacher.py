@@ -28,9 +28,11 @@ def teacher(settings: Settings) -> str:
     from ullme.losses import KL
     from ullme.models.ullme import ULLME
     from ullme.prompts import Prompts
+    from ullme.training.rows import datasets_for_teacher
 
     objective = settings.job.objective
-    if not any(isinstance(term, KL) for term in objective.terms):
+    kl = next((term for term in objective.terms if isinstance(term, KL)), None)
+    if kl is None:
         raise NotChecked("the loss has no KL, so nothing is taught by likelihoods")
     name = settings.options.model_name_or_path
     if not settings.is_local:
@@ -43,14 +45,15 @@ def teacher(settings: Settings) -> str:
         options["datasets"] = [TrainSet(**vars(one)) for one in settings.config.data.datasets]
     data = ULLMEDataModule(**options)
     data.setup("fit")
-    if not data.labelled:
-        raise NotChecked("the training rows have no labels to measure the teacher by")
+    datasets = datasets_for_teacher(data, kl.name)
+    if not datasets:
+        raise NotChecked("no training rows have labels and hard negatives to measure the teacher by")
     prompts = Prompts(**settings.config.model.prompts.as_dict())
     model = ULLME(**settings.options.to_dict(), prompts=prompts).eval().to("cuda" if gpu else "cpu")
     if objective.uses_reference:  # computed here: a check neither reads nor fills the run's cache
         objective.reference = FrozenCopy() if settings.options.lora_name is None else AdaptersOff()
         objective.reference.prepare(model, str(settings.config.trainer.precision), objective.reference_likelihoods)
-    quality = measure_teacher(objective, model, data.first_batches(model.prompt_tokenizer, objective.likelihoods))
-    if quality is None:
-        raise NotChecked("data.num_hard_negatives=0 leaves the teacher nothing to rank")
+    batches = data.first_batches(model.prompt_tokenizer, objective.likelihoods, datasets=datasets)
+    quality = measure_teacher(objective, model, batches)
+    assert quality is not None  # there are rows with labels, and nothing is missing
     return f"warning: {quality}: {quality.remedy}" if quality.at_chance else str(quality)
