@@ -10,12 +10,13 @@ import torch.distributed as dist
 from device_without_values import DEVICE, CopiesToDevice, on_device
 from test_gradcache import make_batch
 from test_objective import with_generation
+from tiny import make_tokenizer
 
 from ullme import distributed
 from ullme.engine.finite import FiniteChecks
 from ullme.engine.gradcache import chunk_slices, microbatch_rows
 from ullme.engine.objective import Objective
-from ullme.losses import DPO, KL, KTO, InfoNCE
+from ullme.losses import DPO, KL, KTO, MNTP, InfoNCE
 from ullme.training.validation import CorpusRanking
 
 
@@ -47,6 +48,14 @@ def test_a_step_waits_for_nothing_but_the_choice_of_candidates_and_its_last_chec
     assert {value.device for value in logs.values()} == {DEVICE}  # Lightning reduces them over ranks
     assert {name for name, *_ in checked} == {"info_nce", "dpo", "kto", "kl"}
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_the_choice_of_masked_tokens_waits_for_nothing():
+    rows = make_batch().queries.to(DEVICE)
+    with CopiesToDevice() as copies:
+        replaced, masked = MNTP().mask(rows, make_tokenizer(), distributed.random_seed(DEVICE))
+    assert copies.waited == 0
+    assert {replaced.input_ids.device, masked.device} == {DEVICE}
 
 
 def test_a_wait_would_be_noticed(make_model):
@@ -97,6 +106,7 @@ CALLS = {
     "all_reduce_max": lambda: distributed.all_reduce_max(3, DEVICE),
     "any_rank": lambda: distributed.any_rank(True, DEVICE),
     "each_on_any_rank": lambda: distributed.each_on_any_rank([True, False], DEVICE),
+    "random_seed": lambda: distributed.random_seed(DEVICE),
     "gather_messages": lambda: distributed.gather_messages("a message", DEVICE),
     "gather_sizes": lambda: distributed.gather_sizes(4, DEVICE),
     "gather": lambda: distributed.gather(torch.empty(2, 3, device=DEVICE), [2, 3]),
