@@ -262,10 +262,7 @@ class TestWhatATokenizerPutsAroundATextByItself:
         ({"query": "\n<s>q: {text}"}, r"prompts.query has white space outside of '<s>' \('\\n<s>q: '\)"),
         ({"passage": "{text}<pad>\n"}, "prompts.passage has white space outside of '<pad>'"),
         ({"generation": " {instruction} {text}", "instruction": "<s>do"}, "prompts.generation has white space"),
-        (
-            {"query_generation": "{passage} <pad> {query}"},
-            "prompts.query_generation has white space outside of '<pad>'",
-        ),
+        ({"query_generation": " <s>{passage}{query}"}, "prompts.query_generation has white space outside of '<s>'"),
     ],
 )
 def test_white_space_outside_of_a_begin_or_end_token_is_refused(templates, message):
