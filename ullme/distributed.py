@@ -158,6 +158,13 @@ def broadcast(parameters: Iterable[Tensor]) -> None:
         dist.broadcast(parameter.detach(), src=0)
 
 
+def random_seed(device: torch.device) -> Tensor:
+    """() int64 on the device, drawn by rank 0 from torch's generator: the same on every rank, without a wait for it."""
+    seed = torch.randint(2**62, (), device=device)
+    broadcast([seed])
+    return seed
+
+
 def from_rank_zero(make: Callable[[], T]) -> T:
     """What ``make()`` returns on rank 0, which alone calls it; what it raises there, every rank raises."""
     if world()[1] == 1:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ullme.data.beir import read_beir
+from ullme.data.beir import is_copy, read_beir
 
 CORPUS = [
     {"_id": "d1", "title": "Title", "text": "one"},
@@ -113,6 +113,14 @@ def test_a_query_that_is_a_document_is_told_by_id_and_text(folder):
     assert beir.own_copies == {"a", "b", "d"}
     (note,) = beir.notes
     assert "3 of 5 queries" in note
+
+
+@pytest.mark.parametrize(
+    ("document", "copy"),
+    [("the  mill", True), ("A title the mill\n", True), ("the mill stands", False), ("bathe mill", False), ("", False)],
+)
+def test_a_copy_has_the_querys_words_at_its_end(document, copy):
+    assert is_copy(" the mill", document) == copy
 
 
 @pytest.mark.parametrize(("name", "documents", "queries"), [("msmarco/dev", 6978, 1000), ("trec-dl19", 14581, 43)])

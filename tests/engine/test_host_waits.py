@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from device_without_values import DEVICE, CopiesToDevice, on_device
-from test_gradcache import make_batch
+from test_gradcache import make_batch, with_extra_positives
 from test_objective import with_generation
+from tiny import make_tokenizer
 
 from ullme import distributed
 from ullme.engine.finite import FiniteChecks
-from ullme.engine.gradcache import chunk_slices, microbatch_rows
+from ullme.engine.gradcache import chunk_slices, embed_batch, microbatch_rows
 from ullme.engine.objective import Objective
-from ullme.losses import DPO, KL, KTO, InfoNCE
+from ullme.losses import DPO, KL, KTO, MNTP, InfoNCE
 from ullme.training.validation import CorpusRanking
 
 
@@ -30,6 +32,9 @@ def without_autocast(monkeypatch):
 @pytest.mark.parametrize("how", ["chunks", pytest.param("whole", marks=pytest.mark.slow)])
 def test_a_step_waits_for_nothing_but_the_choice_of_candidates_and_its_last_check(make_model, monkeypatch, how):
     batch, objective = with_generation(make_batch()), Objective([InfoNCE(), DPO(), KTO(), KL()])
+    batch = replace(
+        batch, query_keys=torch.tensor([1, 2, 1, 3, 1])
+    )  # of which a row's own positive is not the only one
     model = on_device(make_model("llama", lora_dropout=0.1).train())
     scoring, checked = objective.scoring(batch), []
     monkeypatch.setattr(objective, "scoring", lambda _: scoring)
@@ -47,6 +52,24 @@ def test_a_step_waits_for_nothing_but_the_choice_of_candidates_and_its_last_chec
     assert {value.device for value in logs.values()} == {DEVICE}  # Lightning reduces them over ranks
     assert {name for name, *_ in checked} == {"info_nce", "dpo", "kto", "kl"}
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_positives_of_rows_with_the_same_query_are_not_waited_for():
+    """Nor several of one row; how many there are is known on the device alone."""
+    batch = replace(with_extra_positives(make_batch()), query_keys=torch.tensor([1, 2, 1, 3, 1])).to(DEVICE)
+    reps = embed_batch(lambda rows: torch.empty(len(rows), 8, device=DEVICE), batch)
+    with CopiesToDevice() as copies, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+        assert InfoNCE(positives="all", bidirectional=True)(reps).device == DEVICE
+    assert copies.waited == 0
+
+
+def test_the_choice_of_masked_tokens_waits_for_nothing():
+    rows = make_batch().queries.to(DEVICE)
+    with CopiesToDevice() as copies:
+        replaced, masked = MNTP().mask(rows, make_tokenizer(), distributed.random_seed(DEVICE))
+    assert copies.waited == 0
+    assert {replaced.input_ids.device, masked.device} == {DEVICE}
 
 
 def test_a_wait_would_be_noticed(make_model):
@@ -97,6 +120,7 @@ CALLS = {
     "all_reduce_max": lambda: distributed.all_reduce_max(3, DEVICE),
     "any_rank": lambda: distributed.any_rank(True, DEVICE),
     "each_on_any_rank": lambda: distributed.each_on_any_rank([True, False], DEVICE),
+    "random_seed": lambda: distributed.random_seed(DEVICE),
     "gather_messages": lambda: distributed.gather_messages("a message", DEVICE),
     "gather_sizes": lambda: distributed.gather_sizes(4, DEVICE),
     "gather": lambda: distributed.gather(torch.empty(2, 3, device=DEVICE), [2, 3]),

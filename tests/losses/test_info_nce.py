@@ -180,9 +180,14 @@ def test_a_siblings_positive_gets_no_gradient_from_the_query():
 
 def test_known_positives_of_many_and_of_one():
     own, positives = torch.arange(4), torch.tensor([10, 11, 12, 10])
-    found = known_positives(own, torch.tensor([5, 6, 5, 5]), positives[:, None])
-    assert [set(row.tolist()) for row in found] == [{10, 12}, {11}, {10, 12}, {10, 12}]
-    assert known_positives(own, None, positives[:, None]).tolist() == [[10], [11], [12], [10]]
+    found = known_positives(own, torch.tensor([5, 6, 5, 5]), positives[:, None], torch.tensor([12, 11, 10, 13]))
+    assert found.tolist() == [
+        [True, False, True, False],
+        [False, True, False, False],
+        *[[True, False, True, False]] * 2,
+    ]
+    alone = known_positives(own, None, positives[:, None], positives)
+    assert alone.tolist() == (positives[:, None] == positives).tolist()
 
 
 def test_several_positives_by_hand():

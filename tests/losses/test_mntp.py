@@ -6,13 +6,18 @@ import copy
 
 import pytest
 import torch
+from test_gradcache import assert_same_gradients, gradients
 from tiny import TEXTS, make_tokenizer
 from tokenizers import processors
+from torch.nn.functional import pad
 
 from ullme.batch import Batch
+from ullme.distributed import random_seed
+from ullme.engine.gradcache import chunk_slices
 from ullme.engine.objective import Objective
 from ullme.losses import MNTP, InfoNCE
 from ullme.prompts import Prompts, PromptTokenizer, pad_rows
+from ullme.token_rows import TokenRows
 
 PROMPTS = Prompts(query="{text}", append_eos=True)
 
@@ -57,10 +62,9 @@ def test_attention_looks_at_what_follows_the_mask(make_model):
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.8, 1.0])
 def test_which_tokens_are_masked(share):
     rows, tokenizer = rows_of(), make_tokenizer()
-    torch.manual_seed(0)
     counts = torch.zeros(rows.input_ids.shape)
-    for _ in range(300):
-        replaced, masked = MNTP(share, replacement="mask").mask(rows, tokenizer)
+    for seed in range(300):
+        replaced, masked = MNTP(share, replacement="mask").mask(rows, tokenizer, seed)
         chosen = masked != -100
         assert torch.equal(masked[chosen], rows.input_ids[chosen])
         assert (replaced.input_ids[chosen] == tokenizer.get_vocab()["_"]).all()
@@ -76,15 +80,14 @@ def test_which_tokens_are_masked(share):
 
 def test_a_texts_first_token_is_never_masked():
     """Nor one that is no special token, as where a tokenizer puts none in front: nothing stands before it."""
-    _, masked = MNTP(1.0).mask(pad_rows([[40, 50, 60], [70, 80]], 0), make_tokenizer())
+    _, masked = MNTP(1.0).mask(pad_rows([[40, 50, 60], [70, 80]], 0), make_tokenizer(), seed=0)
     assert masked.tolist() == [[-100, 50, 60], [-100, 80, -100]]
 
 
 def test_bert_replacement():
     rows = pad_rows([[1, *range(10, 290)]] * 40, 0)
     tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    replaced, masked = MNTP(0.5).mask(rows, tokenizer)
+    replaced, masked = MNTP(0.5).mask(rows, tokenizer, seed=0)
     chosen = masked != -100
     share = lambda x: x[chosen].float().mean().item()  # noqa: E731
     assert share(replaced.input_ids == tokenizer.get_vocab()["_"]) == pytest.approx(0.8, abs=0.02)
@@ -97,7 +100,7 @@ def test_the_objective_is_the_mean_over_texts(make_model):
     torch.manual_seed(5)
     logs = Objective([MNTP(0.3)]).full_batch(model, batch)
     torch.manual_seed(5)
-    rows, masked = MNTP(0.3).mask(batch.queries, model.tokenizer)
+    rows, masked = MNTP(0.3).mask(batch.queries, model.tokenizer, random_seed(torch.device("cpu")))
     found = model(rows.input_ids, rows.attention_mask, masked=masked)
     expected = -(found.logps / found.lengths).mean()
     assert logs["mntp"].item() == pytest.approx(expected.item(), abs=1e-5)
@@ -108,6 +111,43 @@ def test_the_objective_is_the_mean_over_texts(make_model):
     assert sum(g.abs().sum() for g in wanted) > 0.1
     for a, b in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_rows_masks_depend_on_no_other_row_and_on_no_padding():
+    """The same text in another place of the batch has other masks: they are no function of the text alone."""
+    row = [1, *range(10, 60)]
+    whole = pad_rows([row, row[:9], row], 0)
+    replaced, masked = MNTP(0.5).mask(whole, make_tokenizer(), seed=7)
+    for n, length in enumerate((51, 9, 51)):
+        alone = MNTP(0.5).mask(whole[n : n + 1], make_tokenizer(), seed=7, first_row=n)
+        left = TokenRows(pad(whole.input_ids[n : n + 1, :length], (4, 0)), pad(torch.ones(1, length), (4, 0)))
+        padded = MNTP(0.5).mask(left, make_tokenizer(), seed=7, first_row=n)
+        for found, expected in ((alone, slice(None, length)), (padded, slice(4, None))):
+            assert torch.equal(found[0].input_ids[0, expected], replaced.input_ids[n, :length])
+            assert torch.equal(found[1][0, expected], masked[n, :length])
+    assert not torch.equal(masked[0], masked[2])
+    assert not torch.equal(masked, MNTP(0.5).mask(whole, make_tokenizer(), seed=8)[1])
+
+
+def test_what_replaces_a_token_does_not_depend_on_why_it_was_chosen():
+    """Were one number used for both, all tokens of a share of 0.1 would get the mask token."""
+    rows = pad_rows([[1, *range(10, 290)]] * 40, 0)
+    replaced, masked = MNTP(0.1).mask(rows, make_tokenizer(), seed=0)
+    chosen = masked != -100
+    mask_token = (replaced.input_ids == make_tokenizer().get_vocab()["_"])[chosen]
+    assert mask_token.float().mean().item() == pytest.approx(0.8, abs=0.04)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_chunks_change_neither_the_loss_nor_a_gradient(chunks, make_model):
+    model, batch, objective = make_model().double().train(), batch_of(), Objective([InfoNCE(), MNTP(0.3)])
+    torch.manual_seed(5)
+    expected = objective.full_batch(model, batch)
+    wanted = gradients(model)
+    torch.manual_seed(5)
+    found = objective.grad_cache(model, batch, chunk_slices(batch, chunks, None))
+    assert found["mntp"].item() == pytest.approx(expected["mntp"].item(), rel=1e-6)
+    assert_same_gradients(gradients(model), wanted, 1e-5)  # Llama's norms round to float32
 
 
 def test_it_needs_no_generation_rows_and_joins_other_terms(make_model):
@@ -147,7 +187,7 @@ def test_what_the_tokenizer_appends_is_never_masked_though_it_is_no_special_toke
     ends = processors.TemplateProcessing(single="$A ~", special_tokens=[("~", end)])
     tokenizer.backend_tokenizer.post_processor = ends
     rows = PromptTokenizer(tokenizer, PROMPTS)(TEXTS, "query", max_length=64)
-    _, masked = MNTP(1.0, replacement="mask").mask(rows, tokenizer)
+    _, masked = MNTP(1.0, replacement="mask").mask(rows, tokenizer, seed=0)
     assert (rows.input_ids == end).sum() == len(TEXTS)
     assert not (masked == end).any()
     assert (masked != -100).sum() == rows.num_tokens - 2 * len(TEXTS)  # all but the first and the last of each

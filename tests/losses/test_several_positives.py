@@ -10,7 +10,7 @@ import torch
 
 from ullme.batch import NO_TEXT, Representations
 from ullme.losses import InfoNCE, Matryoshka
-from ullme.losses.false_negatives import FalseNegatives, known_positives
+from ullme.losses.false_negatives import FalseNegatives, known_positives, one_place_per_text
 from ullme.losses.matryoshka import truncated
 
 
@@ -200,8 +200,19 @@ def test_a_guide_and_a_student_judge_extra_positives_of_other_queries():
 
 
 def test_known_positives_of_rows_with_several():
-    keys = torch.tensor([[10, 20, NO_TEXT], [11, NO_TEXT, NO_TEXT], [12, 22, 32]])
-    found = known_positives(torch.arange(3), torch.tensor([5, 6, 5]), keys)
-    assert [set(row.tolist()) for row in found] == [{10, 20, 12, 22, 32}, {11}, {10, 20, 12, 22, 32}]
-    assert [row[0].item() for row in found] == [10, 11, 12]
-    assert [set(row.tolist()) for row in known_positives(torch.arange(3), None, keys)] == [{10, 20}, {11}, {12, 22, 32}]
+    rows = torch.tensor([[10, 20, NO_TEXT], [11, NO_TEXT, NO_TEXT], [12, 22, 32]])
+    keys = torch.tensor([32, 99, 10, NO_TEXT, 22, 11, 20, 12, 10])
+    known = known_positives(torch.arange(3), torch.tensor([5, 6, 5]), rows, keys)
+    assert [set(keys[row].tolist()) for row in known] == [{10, 20, 12, 22, 32}, {11}, {10, 20, 12, 22, 32}]
+    assert known.sum(1).tolist() == [6, 1, 6]  # 10 stands there twice
+    alone = known_positives(torch.arange(1, 3), None, rows, keys)
+    assert [set(keys[row].tolist()) for row in alone] == [{11}, {12, 22, 32}]
+    assert not known_positives(torch.arange(3), None, rows, keys + 100).any()
+
+
+def test_each_text_has_one_place():
+    """The first that it has in the own row, or else the first of all."""
+    keys = torch.tensor([7, 8, 7, 9, 8, 8, NO_TEXT, 9])
+    known = torch.tensor([[True] * 6 + [False, True], [False] * 8])
+    chosen = one_place_per_text(known, keys, torch.tensor([[2, 5, 4, 6]] * 2))[0]
+    assert chosen.nonzero()[:, 0].tolist() == [2, 3, 5]

@@ -115,6 +115,13 @@ def test_a_family_that_stays_causal_is_refused_by_name_and_layer():
     assert attention.choose_path(model, causal=True) == "padded"
 
 
+def test_a_family_that_fails_in_float64_is_refused_with_the_remedy():
+    """transformers' XGLM puts the least float64 into a float32, as docs/backbones.md says."""
+    with pytest.raises(ValueError, match=r"'xglm' backbone.*attention: causal, or set dtype: float32"):
+        attention.choose_path(make_tiny("xglm").double(), causal=False)
+    assert attention.choose_path(make_tiny("xglm"), causal=False) == "padded"
+
+
 def test_one_causal_layer_is_found_behind_a_bidirectional_one():
     """What the first layer mixed in must not hide that the second one looks back only."""
     model = make_llm("llama")

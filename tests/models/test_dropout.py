@@ -87,6 +87,11 @@ def test_attention_dropout_that_reaches_no_attention_is_refused(make_model):
     assert not make_model("diffllama", attention_dropout=0.0).training  # none is what it has
 
 
+def test_attention_dropout_without_a_probe_is_said_to_be_untried(make_model, caplog):
+    make_model("diffllama", attention_dropout=0.3, probe=False)
+    assert "attention_dropout=0.3 is not tried with probe=false" in caplog.text
+
+
 def test_the_check_of_attention_dropout_leaves_the_random_state_and_the_number():
     model = make_tiny("llama")
     state = torch.get_rng_state()

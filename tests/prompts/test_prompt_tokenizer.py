@@ -256,6 +256,30 @@ class TestWhatATokenizerPutsAroundATextByItself:
         assert starts == [len(before) + len(bare("q:\n"))] * 2
 
 
+@pytest.mark.parametrize(
+    ("templates", "message"),
+    [
+        ({"query": "\n<s>q: {text}"}, r"prompts.query has white space outside of '<s>' \('\\n<s>q: '\)"),
+        ({"passage": "{text}<pad>\n"}, "prompts.passage has white space outside of '<pad>'"),
+        ({"generation": " {instruction} {text}", "instruction": "<s>do"}, "prompts.generation has white space"),
+        ({"query_generation": " <s>{passage}{query}"}, "prompts.query_generation has white space outside of '<s>'"),
+    ],
+)
+def test_white_space_outside_of_a_begin_or_end_token_is_refused(templates, message):
+    """Such a row would have the token twice."""
+    tokenizer = framing_tokenizer("begin and another end")
+    with pytest.raises(ValueError, match=message):
+        PromptTokenizer(tokenizer, Prompts(**templates))
+    PromptTokenizer(framing_tokenizer("nothing"), Prompts(**templates))  # which puts nothing there by itself
+
+
+def test_an_end_token_and_white_space_may_end_a_prompt_of_generation():
+    """It gets no end token by itself."""
+    prompts = PromptTokenizer(framing_tokenizer("own end"), Prompts(query_generation="{passage}</s>\n{query}"))
+    (row,) = prompts.prompt_ids(["mill"], max_length=99, role="query_generation")
+    assert row == [*bare("mill"), 2, *bare("\n")]
+
+
 def test_the_last_token_that_is_pooled_is_the_same_for_long_and_short_texts():
     prompts = PromptTokenizer(framing_tokenizer("another end"), Prompts(append_eos=True))
     rows = prompts(["mill", LONG], "passage", max_length=20)

@@ -183,7 +183,9 @@ def _warn_of_unused(options: Any) -> None:
         unused["without a BM25 index to build"] = ("stopwords",)
     if options.likelihood is None:
         unused["without --likelihood"] = ("passage_max_length", "query_max_length")
-        if options.method == "bm25" or options.folder is not None:
+        if options.method == "bm25":
+            unused["with --method bm25 and without --likelihood"] = ("dtype", "device")
+        elif options.folder is not None:
             unused["without a model to load by name"] = ("dtype",)
     if options.sampling == "top":
         unused["with --sampling top"] = ("seed",)

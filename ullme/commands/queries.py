@@ -318,6 +318,13 @@ def _warn_of_unused(options: Any) -> None:
         unused["with --round_trip bm25"] = ("candidates",)
     if options.held_out is None:
         unused["without --held_out"] = ("held_out_share",)
+    if options.llm is None:
+        unused["without an LLM"] = ("dtype", "device")
+    writes_the_likeliest = options.query_source == "llm" and options.temperature == 0
+    if writes_the_likeliest:
+        unused["with --temperature 0"] = ("top_p",)
+    if (writes_the_likeliest or options.query_source == "titles") and not (options.max_documents or options.held_out):
+        unused["where nothing is drawn"] = ("seed",)
     warn_of_unused(parser(), options, unused)
 
 

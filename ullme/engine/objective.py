@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from ullme.batch import PARTS, Batch, Direction, LikelihoodKind, Representations
-from ullme.distributed import all_reduce_max, each_on_any_rank, gather_sizes, global_mean_weight, mean_over_ranks
+from ullme.distributed import (
+    all_reduce_max,
+    each_on_any_rank,
+    gather_sizes,
+    global_mean_weight,
+    mean_over_ranks,
+    random_seed,
+    world,
+)
 from ullme.engine.finite import FiniteChecks
 from ullme.engine.gradcache import GradCache, backward_outside_autocast, chunk_rows, embed_batch
 from ullme.engine.mismatched import mismatched_pairs
@@ -35,6 +43,7 @@ from ullme.losses.mntp import MNTP
 
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
+    from ullme.token_rows import TokenRows
 
 # Queries at once in a pass without gradient over one candidate each, so that memory does not grow with the batch.
 STATISTIC_QUERIES = 32
@@ -188,13 +197,16 @@ class Objective:
         whole = slice(0, len(batch))
         scoring = self.scoring(batch)
         references = self._references(model, batch, scoring, [whole])
+        chunk_loss = None
+        if self.chunk_terms:  # made before dropout draws numbers, as in grad_cache
+            chunk_loss = self._chunk_loss(model, batch, scoring, references, logs, finite, [whole])
         reps = embed_batch(embedder(model), batch) if self.uses_reps else None
         parts = []
         if self.representation_terms and reps:
             guide = self._guide(model, batch, [whole])
             parts.append(self._representation_loss(batch, references, guide, logs, finite)(reps))
-        if self.chunk_terms:
-            parts.append(self._chunk_loss(model, batch, scoring, references, logs, finite, [whole])(whole, reps))
+        if chunk_loss is not None:
+            parts.append(chunk_loss(whole, reps))
         backward_outside_autocast(backward)(torch.stack(parts).sum())
         finite.raise_if_any(batch.row_ids.device)
         return self._total(logs)
@@ -298,6 +310,7 @@ class Objective:
         forwards = self._forwards(scoring, chunks, batch.row_ids.device)
         sizes = gather_sizes(len(batch), batch.row_ids.device)
         weight = global_mean_weight(sizes) / len(batch)
+        masked_queries = None if self.masking is None else _mask_queries(model, batch, self.masking, sizes)
         statistics = self._statistics(model, batch, scoring, references, sizes)
 
         def total(chunk: slice, reps: Representations | None, scale: float = 1.0) -> Tensor:
@@ -305,7 +318,7 @@ class Objective:
             policy = {
                 kind: self._policy(model, part, kind, scored[chunk], forwards) for kind, scored in scoring.items()
             }
-            masked = _masked_logps(model, part, self.masking) if self.masking is not None else None
+            masked = None if masked_queries is None else _masked_logps(model, *masked_queries, chunk)
             reference = {kind: logps[chunk] for kind, logps in references.items()}
             values, seen = [], set()
             for term in self.chunk_terms:
@@ -425,10 +438,16 @@ def _per_token(batch: Batch, references: References, direction: Direction) -> Te
     return _combine(direction, references) / batch.generation_rows(kind).lengths(batch.passage_keys.shape)
 
 
-def _masked_logps(model: ULLME, batch: Batch, masking: MNTP) -> Tensor:
-    """(b,) mean log-probability of the tokens that are masked in each query, in nats; 0 where none can be."""
-    rows, masked = masking.mask(batch.queries, model.tokenizer)
-    found = model(rows.input_ids, rows.attention_mask, masked=masked, host=rows.host)
+def _mask_queries(model: ULLME, batch: Batch, masking: MNTP, sizes: list[int]) -> tuple[TokenRows, Tensor]:
+    """:meth:`MNTP.mask` of all queries, before they are cut into chunks; ``sizes``: queries of each rank."""
+    seed = random_seed(batch.row_ids.device)
+    return masking.mask(batch.queries, model.tokenizer, seed, first_row=sum(sizes[: world()[0]]))
+
+
+def _masked_logps(model: ULLME, rows: TokenRows, masked: Tensor, chunk: slice) -> Tensor:
+    """(b,) mean log-probability of the masked tokens of each of a chunk's queries, in nats; 0 where none can be."""
+    part = rows[chunk]
+    found = model(part.input_ids, part.attention_mask, masked=masked[chunk], host=part.host)
     return found.logps / found.lengths.clamp(min=1)
 
 

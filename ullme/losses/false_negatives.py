@@ -13,38 +13,54 @@ from ullme.batch import NO_TEXT
 ScoreSource = Literal["student", "column", "guide"]
 
 
-def known_positives(own: Tensor, query_keys: Tensor | None, positive_keys: Tensor) -> Tensor:
-    """Keys of the passages that are known to answer each query: its positives, and those of rows with the same query.
+def known_positives(own: Tensor, query_keys: Tensor | None, positive_keys: Tensor, keys: Tensor) -> Tensor:
+    """Passages that are known to answer a query: its row's positives and those of rows with the same query, wherever
+    their texts stand.
+
+    No shape depends on a value, for which the host would wait.
 
     Args:
         own: (b,) index of each of this rank's queries among the B of all ranks.
         query_keys: (B,) equal for equal queries; None: every query is another.
         positive_keys: (B, P) keys of each row's positives, :data:`~ullme.batch.NO_TEXT` where it has fewer than P.
+        keys: (M,) of the passages of all ranks.
 
     Returns:
-        (b, K) with each row's own positive first; it stands in where a query has fewer than K.
+        (b, M) bool.
     """
-    known = positive_keys[own]
-    mine = known[:, :1]
-    if query_keys is not None:
-        same = query_keys == query_keys[own][:, None]
-        order = same.int().topk(int(same.sum(1).max()), dim=1).indices
-        of_siblings = torch.where(same.gather(1, order)[..., None], positive_keys[order], mine[..., None])
-        known = torch.cat([known, of_siblings.flatten(1)], dim=1)
-    return torch.where(known == NO_TEXT, mine, known)
+    ordered, positives = keys.sort().values, positive_keys.flatten()
+    # a text's number is the place of its key among the sorted ones, so that equal texts have one
+    numbers = torch.searchsorted(ordered, positives)
+    exists = (ordered[numbers.clamp(max=len(keys) - 1)] == positives) & (positives != NO_TEXT)
+    rows = torch.arange(len(positive_keys), device=keys.device)
+    same = rows == own[:, None] if query_keys is None else query_keys == query_keys[own][:, None]
+    answers = same[:, :, None].expand(-1, -1, positive_keys.shape[1]).flatten(1) & exists
+    # the last column takes what is no answer
+    known = torch.zeros((len(own), len(keys) + 1), dtype=torch.bool, device=keys.device)
+    known.scatter_(1, torch.where(answers, numbers, len(keys)), True)
+    return known.index_select(1, torch.searchsorted(ordered, keys))
 
 
-def among(keys: Tensor, wanted: Tensor) -> Tensor:
-    """(b, M) bool: which of M keys are one of the K of each query.
+def one_place_per_text(known: Tensor, keys: Tensor, own_places: Tensor) -> Tensor:
+    """Each known text once: in the first of a query's own places that has it, or else in the first place of all.
 
     Args:
-        keys: (M,).
-        wanted: (b, K).
+        known: (b, M) bool, from :func:`known_positives`.
+        keys: (M,) of the passages.
+        own_places: (b, P) places of the positives of each query's own row among the M, whose texts are known.
+
+    Returns:
+        (b, M) bool.
     """
-    found = torch.zeros((len(wanted), len(keys)), dtype=torch.bool, device=keys.device)
-    for column in wanted.unbind(1):
-        found |= keys == column[:, None]
-    return found
+    order = keys.argsort(stable=True)
+    first = order[torch.searchsorted(keys[order], keys)]
+    own_keys = keys[own_places]
+    left_out = (own_keys[:, :, None] == own_keys[:, None, :]).tril(-1).any(2) | (own_keys == NO_TEXT)
+    chosen = known & (first == torch.arange(len(keys), device=keys.device))
+    chosen = torch.nn.functional.pad(chosen, (0, 1))  # the last column takes what is left out
+    chosen.scatter_(1, torch.where(left_out, len(keys), first[own_places]), False)
+    chosen.scatter_(1, torch.where(left_out, len(keys), own_places), True)
+    return chosen[:, :-1]
 
 
 def above_margin(scores: Tensor, positive: Tensor, margin: float | None = None, ratio: float | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from ullme.batch import NO_TEXT, ColumnKind, Representations
 from ullme.distributed import gather, gather_sizes, global_mean_weight, world
 from ullme.losses.base import RepresentationLoss
-from ullme.losses.false_negatives import FalseNegatives, above_margin, among, known_positives
+from ullme.losses.false_negatives import FalseNegatives, above_margin, known_positives, one_place_per_text
 
 Positives = Literal["one", "all"]
 
@@ -211,16 +211,13 @@ class InfoNCE(RepresentationLoss):
         numerator = torch.zeros_like(excluded).scatter(1, places[:, None], True)
         mine = positive_keys[own, 0]
         if self.mask_siblings:
-            known = known_positives(own, whole.query_keys, positive_keys)[:, 1:]
+            known = known_positives(own, whole.query_keys, positive_keys, keys)
             if self.positives == "all":
-                extra_places = torch.arange(len(keys), device=own.device) >= whole.passage_keys.numel()
-                own_extra = extra_places & (owner == own[:, None])
-                for key in known.unbind(1):
-                    same = keys == key[:, None]
-                    place = (same.int() + (same & own_extra)).argmax(1)  # the row's own, or else the first of a text
-                    numerator.scatter_(1, torch.where(key == mine, places, place)[:, None], True)
+                count = 0 if extra is None else extra.shape[1]
+                own_extra = whole.passage_keys.numel() + own[:, None] * count + torch.arange(count, device=own.device)
+                numerator = one_place_per_text(known, keys, torch.cat([places[:, None], own_extra], dim=1))
             # the text of the own positive is a matter of mask_duplicates
-            excluded = excluded | (among(keys, known) & (keys != mine[:, None]))
+            excluded = excluded | (known & (keys != mine[:, None]))
         if self.mask_duplicates:
             excluded = excluded | (keys == mine[:, None])
         if extra is not None:

@@ -5,17 +5,22 @@ from __future__ import annotations
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ullme.losses.base import Chunk, ChunkLoss
 from ullme.prompts import begin_and_end
 from ullme.token_rows import TokenRows
+from ullme.utils.counter_random import random_bits, random_uniform
+from ullme.utils.transfer import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Replacement = Literal["mask", "bert"]
+# What a token's random numbers are for; another use is another counter, so that they are independent of each other.
+_CHOICE, _REPLACEMENT, _TOKEN = range(3)
 
 
 class MNTP(ChunkLoss):
@@ -63,32 +68,44 @@ class MNTP(ChunkLoss):
             )
         return token_id
 
-    def mask(self, rows: TokenRows, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenRows, Tensor]:
+    def mask(
+        self, rows: TokenRows, tokenizer: PreTrainedTokenizerBase, seed: Tensor | int, first_row: int = 0
+    ) -> tuple[TokenRows, Tensor]:
         """Mask tokens at random.
+
+        A row's masks are a function of the seed, the row's number and its tokens, whatever rows are with it; so they
+        depend neither on chunks nor on the number of ranks.
 
         Args:
             rows: R rows.
             tokenizer: whose vocabulary they are in.
+            seed: () int64, another one in every step.
+            first_row: the first row's number in the global batch.
 
         Returns:
             The rows with tokens replaced, and (R, L) the masked tokens, -100 elsewhere.
         """
         ids, real = rows.input_ids, rows.attention_mask.bool()
-        first = real & (real.cumsum(1) == 1)
+        position = real.cumsum(1)  # from 1, padding aside
         # what a tokenizer puts around a text need not be among those that it calls special
-        fixed = [*tokenizer.all_special_ids, *chain.from_iterable(begin_and_end(tokenizer))]
-        special = torch.isin(ids, torch.tensor(fixed, dtype=ids.dtype, device=ids.device))
-        maskable = real & ~first & ~special
-        uniform = torch.rand(ids.shape, device=ids.device).masked_fill(~maskable, 2.0)
-        chosen = uniform < self.share
+        fixed = {*tokenizer.all_special_ids, *chain.from_iterable(begin_and_end(tokenizer))}
+        (special,) = to_device([np.array(sorted(fixed), dtype=np.int64)], ids.device)
+        maskable = real & (position > 1) & ~torch.isin(ids, special)
+        number = torch.arange(first_row, first_row + len(rows), device=ids.device)[:, None]
+
+        def uniform(use: int) -> Tensor:
+            return random_uniform(seed, number, position, torch.full_like(position, use))
+
+        choice = uniform(_CHOICE).masked_fill(~maskable, 2.0)
+        chosen = choice < self.share
         # where the share gives a text no token, the one with the smallest number
-        lowest = torch.zeros_like(maskable).scatter(1, uniform.argmin(1, keepdim=True), True)
+        lowest = torch.zeros_like(maskable).scatter(1, choice.argmin(1, keepdim=True), True)
         chosen = chosen | (lowest & maskable & ~chosen.any(1, keepdim=True))
         replacement = torch.full_like(ids, self.mask_token_id(tokenizer))
         if self.replacement == "bert":
-            uniform = torch.rand(ids.shape, device=ids.device)
-            random_tokens = torch.randint_like(ids, len(tokenizer))
-            replacement = torch.where(uniform < 0.8, replacement, torch.where(uniform < 0.9, random_tokens, ids))
+            kind = uniform(_REPLACEMENT)
+            random_tokens = random_bits(seed, number, position, torch.full_like(position, _TOKEN)) % len(tokenizer)
+            replacement = torch.where(kind < 0.8, replacement, torch.where(kind < 0.9, random_tokens, ids))
         replaced = TokenRows(torch.where(chosen, replacement, ids), rows.attention_mask, host=rows.host)
         return replaced, ids.masked_fill(~chosen, -100)
 

@@ -48,7 +48,8 @@ class BackboneConfig:
             off, for embedding and generation, so that the policy is as deterministic as its reference and DPO starts at
             ln 2; the adapter's lora_dropout is another matter.
         attention_dropout: dropout on attention weights in training; null: as llm_dropout says. Refused, by a trial
-            while the model is loaded, where it applies none (Falcon).
+            while the model is loaded, where it applies none (Falcon). With ``probe: false`` there is a warning instead
+            of the trial.
         init_from: a run, checkpoint or adapter folder to start from; null starts from the LLM.
         init_mode: merge that run's trained weights into the LLM and train new ones, or continue training the same
             weights.

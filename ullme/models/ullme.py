@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from ullme.models.compression import Precision
+
+logger = logging.getLogger(__name__)
 
 
 class ULLME(nn.Module):
@@ -86,6 +89,12 @@ class ULLME(nn.Module):
         fuse(model)
         if self.options.attention_dropout is not None:
             set_attention_dropout(model, self.options.attention_dropout)
+            if self.options.attention_dropout and not self.options.probe:
+                logger.warning(
+                    "attention_dropout=%s is not tried with probe=false; a family that applies no dropout to attention "
+                    "weights (Falcon, DiffLlama) trains without it",
+                    self.options.attention_dropout,
+                )
         loading.check_vocabulary(self.tokenizer, model, model_name_or_path)
         self.attention_path, self._probed_device_type = self._first_attention_path(model)
         self._head_checked = self._compiled = False

@@ -30,11 +30,11 @@ from ullme.token_rows import TokenRows
 if TYPE_CHECKING:
     from ullme.models.ullme import ULLME
 
-# The share of what is free that is planned with: an accelerator is ours alone, a CPU's memory is everybody's.
+# The share of the free memory that a chunk may use: other processes need a CPU's memory too.
 _USABLE = {"cpu": 0.5, "cuda": 0.9}
-# Chunks beyond this are no faster: a CPU has tall enough matrices, a GPU has been full for long.
+# Tokens beyond which a larger chunk is no faster, as the matrices are tall enough to keep the device busy.
 _MOST = {"cpu": 2048, "cuda": 65536}
-# Chunks below this leave a GPU idle; where they would not fit, layers are recomputed instead.
+# Tokens below which a GPU is not busy; rather than take smaller chunks, layers are recomputed.
 _LEAST = {"cpu": 256, "cuda": 8192}
 
 
@@ -163,15 +163,15 @@ def _runs_out(
     chunks = chunk_slices(batch, None, chunking.chunk_tokens)
     microbatches = microbatch_rows(batch, chunking.chunk_tokens)
     retained = count_retained(batch, microbatches, chunking.retained_tokens)
-    kept: list[Tensor] = []
+    moments: list[Tensor] = []
     try:
-        kept.append(_room_for_moments(model))  # which a step has in memory too
+        moments.append(_room_for_moments(model))  # a training step has AdamW's moments in memory too
         with autocast(), no_collectives():
             terms.grad_cache(model, batch, chunks, microbatches=microbatches, num_retained=retained)
     except torch.OutOfMemoryError:
         return True
     finally:
-        kept.clear()
+        moments.clear()
         _free(model)
     return False
 
@@ -266,6 +266,8 @@ def _local_bytes(parameter: Tensor) -> int:
 
 
 class _NoReference(Reference):
+    """Stands in for π_ref in a trial: zeros, without a forward."""
+
     def prepare(self, model: ULLME, precision: str, likelihoods: Any = ()) -> None: ...
 
     def logps(self, model: ULLME, batch: Batch, mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -297,7 +299,7 @@ def _random_batch(model: ULLME, tokens: int, most: int, passages: int, passage_t
 
 
 def _no_numbers(batch: Batch, kinds: Mapping[str, ColumnKind]) -> dict[str, Tensor]:
-    """Columns of the kinds that the training rows have, without a number in them."""
+    """Columns as the training rows have them, all NaN."""
     shapes = {"query": batch.passage_keys.shape[:1], "candidate": batch.passage_keys.shape}
     nothing = {kind: torch.full(shape, float("nan"), device=batch.row_ids.device) for kind, shape in shapes.items()}
     return {name: nothing[kind] for name, kind in kinds.items()}

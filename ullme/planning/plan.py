@@ -34,7 +34,8 @@ USABLE = {"cuda": 0.92, "cpu": 0.5}
 UTILISATION = {"cuda": 0.6, "cpu": 0.75}
 # Assumed fractions of the vendor's peaks: of large matrix products, and of the memory's bandwidth in other kernels.
 PRODUCTS, BANDWIDTH = 0.75, 0.8
-# Of a backward, over a forward's: kernels of one input read a gradient and what was saved, and write a gradient.
+# Bytes that a backward moves, over a forward's: where a forward's kernel reads one tensor and writes one, a backward's
+# reads a gradient and what was saved, and writes a gradient.
 _BACKWARD_TRAFFIC = 1.5
 # Bytes that the LM head's softmax moves for each logit: written and read in half precision, three times in float32.
 _BYTES_PER_LOGIT = 16
@@ -282,10 +283,9 @@ def _plan(
     retain = retain and left > 0 and len(chunks) > 1 and not (checkpointing or fsdp)
     bytes_per_token = (1 + FRAGMENTATION[device.kind]) * acts.saved
     retained = min(int(left / bytes_per_token), batch.num_tokens) if retain else 0
-    hardware = float(cost.hardware_step(work, False, checkpointing))
-    if len(chunks) > 1 and job.objective.uses_reps:
-        hardware += float(cost.forward(work.embed)) * (1 - retained / batch.num_tokens)
+    # the share of the rows that GradCache embeds once more, first without gradient
     again = 1 - retained / batch.num_tokens if len(chunks) > 1 and job.objective.uses_reps else 0.0
+    hardware = float(cost.hardware_step(work, False, checkpointing)) + again * float(cost.forward(work.embed))
     forwards = (1 + again + checkpointing) * work.embed.tokens + (1 + checkpointing) * work.learned.tokens
     forwards += work.scored.tokens + work.reference.tokens + work.guide.tokens
     backwards = work.embed.tokens + work.learned.tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -57,6 +57,10 @@ class PromptTokenizer:
         tokenizer: any transformers tokenizer with a pad token.
         prompts: the contract.
 
+    Raises:
+        ValueError: a template with white space outside of its begin or end token, which would come twice; or see
+            :func:`begin_and_end`.
+
     Attributes:
         begin: token ids before every text.
         end: token ids after every text, and not after a prompt of generation.
@@ -70,19 +74,28 @@ class PromptTokenizer:
         self._prompt_end = own_end or self._eos  # what a prompt of generation must not end with
         self.end = self._prompt_end if prompts.append_eos else own_end
         self._tail_lengths: dict[str, int] = {}
+        for role in get_args(Role):
+            self.around(role)
 
     def around(self, role: Role | None, instruction: str | None = None) -> tuple[str, ...]:
-        """:meth:`Prompts.around` without the begin and end tokens, which every row gets anyway."""
+        """:meth:`Prompts.around` without the begin and end tokens, which every row gets anyway.
+
+        Raises:
+            ValueError: white space outside of a begin or end token that the template has, which would come twice.
+        """
         first, *others, last = self.prompts.around(role, instruction)
         before = self.tokenizer.convert_ids_to_tokens(self.begin)
         after = self.tokenizer.convert_ids_to_tokens(self._prompt_end if _is_generation(role) else self.end)
-        for n in range(len(before)):
-            if first.startswith("".join(before[n:])):
-                first = first.removeprefix("".join(before[n:]))
+        for token in ("".join(before[n:]) for n in range(len(before))):
+            if first.lstrip().startswith(token):
+                _check_no_space(role, first, token, first.startswith(token))
+                first = first.removeprefix(token)
                 break
-        for n in range(len(after), 0, -1):
-            if last.endswith("".join(after[:n])):
-                last = last.removesuffix("".join(after[:n]))
+        for token in ("".join(after[:n]) for n in range(len(after), 0, -1)):
+            # a prompt of generation gets no end token, so that one before white space stands there once
+            if last.endswith(token) or (last.rstrip().endswith(token) and not _is_generation(role)):
+                _check_no_space(role, last, token, last.endswith(token))
+                last = last.removesuffix(token)
                 break
         return first, *others, last
 
@@ -272,6 +285,15 @@ class PromptTokenizer:
     ) -> TokenRows:
         """:meth:`rows`, padded."""
         return self.pad(*self.rows(texts, role, max_length=max_length, instruction=instruction))
+
+
+def _check_no_space(role: Role | None, part: str, token: str, is_outermost: bool) -> None:
+    """Raises: ValueError: white space stands outside of the begin or end token in a part of a template."""
+    if not is_outermost:
+        raise ValueError(
+            f"prompts.{role} has white space outside of {token!r} ({part!r}): every row gets {token!r} there by "
+            f"itself, and would have it twice; leave out the white space, or {token!r} as well"
+        )
 
 
 def _is_generation(role: Role | None) -> bool:

@@ -17,7 +17,7 @@ from ullme.utils import atomic_files
 
 QUERIES = "queries.jsonl"
 QRELS = "qrels.tsv"
-# More say nothing that these do not.
+# Enough to compare searches on; more would be missing in training.
 MAX_DOCUMENTS = 500
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Documents of a part.
 PART_DOCUMENTS = 64
-# Called with the number of documents that were done.
+# Called after each batch with its number of documents.
 OnDocuments = Callable[[int], Any]
 
 
@@ -89,7 +89,7 @@ class QueryWriter(Protocol):
     """Writes queries for documents."""
 
     def fingerprint(self) -> str:
-        """Changes with whatever changes a query, settings aside."""
+        """Identifies the writer: another fingerprint, such as that of another LLM, may write other queries."""
         ...
 
     def write(self, documents: Sequence[Document], settings: WriteSettings, done: OnDocuments) -> list[WrittenQuery]:

@@ -13,7 +13,7 @@ from ullme.search.shards import Shards
 from ullme.search.words import WORDS, words
 
 FOLDER = "bm25"
-# What an index was made with that does not say.
+# The regular expression of a token in indexes that were built before index.json had it.
 _OLD_TOKENS = r"(?u)\b\w\w+\b"
 
 

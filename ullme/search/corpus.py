@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -31,7 +31,7 @@ from ullme.utils.progress import progress
 
 OnEmpty = Literal["stop", "keep", "skip"]
 
-# Documents in a shard, and the characters at which it ends earlier, so that long documents need no more memory.
+# Documents in a shard, and the characters at which it ends earlier, so that long documents take no more memory.
 SHARD_ROWS = 16_384
 SHARD_CHARACTERS = 32_000_000
 MAX_ID_BYTES = 512
@@ -282,9 +282,14 @@ def check_corpus(corpus: Corpus, shard_rows: int = SHARD_ROWS, shard_characters:
     digest = hashlib.sha256()
     hashes = _Hashes()
     shards: list[ShardPlan] = []
-    start, rows, characters, empty, skipped = None, 0, 0, 0, count()
+    start, rows, characters, empty, skipped = None, 0, 0, 0, 0
+
+    def skip(_: Row) -> None:
+        nonlocal skipped
+        skipped += 1
+
     with progress(f"checking {corpus.name}", unit="document") as bar:
-        for row, (key, text) in corpus.documents(skipped=lambda _: next(skipped)):
+        for row, (key, text) in corpus.documents(skipped=skip):
             if not text:
                 empty += 1
                 if corpus.on_empty == "stop":
@@ -308,7 +313,7 @@ def check_corpus(corpus: Corpus, shard_rows: int = SHARD_ROWS, shard_characters:
     shards.append(ShardPlan(start, rows))
     if (repeated := hashes.repeated()) is not None:
         _report_duplicate(corpus, repeated)
-    return CorpusPlan(sum(shard.rows for shard in shards), digest.hexdigest(), tuple(shards), empty, next(skipped))
+    return CorpusPlan(sum(shard.rows for shard in shards), digest.hexdigest(), tuple(shards), empty, skipped)
 
 
 class _Hashes:

@@ -37,7 +37,7 @@ class TextEmbedder(Protocol):
     default_max_length: int
 
     def revision(self) -> str:
-        """Changes with whatever changes an embedding."""
+        """A hash of all that embeddings depend on: weights, tokenizer, prompts and options."""
         ...
 
     def embed(

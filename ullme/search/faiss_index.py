@@ -15,6 +15,7 @@ from ullme.utils.progress import progress
 
 FOLDER = "faiss"
 _FILE = "index.faiss"
+# Vectors that train an index, at the most.
 TRAIN_ROWS = 200_000
 
 

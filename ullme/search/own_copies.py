@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ullme.data.beir import is_copy
 from ullme.search.shards import Shards
 
 
 def find_own_copies(shards: Shards, queries: Mapping[str, str]) -> frozenset[str]:
-    """The ids of the queries that are also documents: with the same id and the same text, a title in front aside.
+    """The ids of the queries that are also documents: with the same id and the same text (:func:`is_copy`).
 
     Such a document is left out of what is found for its own query. Equal ids of different texts are no copies.
 
@@ -17,8 +18,4 @@ def find_own_copies(shards: Shards, queries: Mapping[str, str]) -> frozenset[str
         queries: query id -> text.
     """
     rows = [row for row, key in enumerate(shards.all_ids()) if key in queries]
-    return frozenset(d.id for d in shards.documents(rows) if f" {_words(d.text)}".endswith(f" {_words(queries[d.id])}"))
-
-
-def _words(text: str) -> str:
-    return " ".join(text.split())
+    return frozenset(d.id for d in shards.documents(rows) if is_copy(queries[d.id], d.text))

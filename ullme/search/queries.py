@@ -120,7 +120,7 @@ def check_judged_queries(judged: Iterable[str], queries: Mapping[str, str], qrel
 
 
 def write_hits(file: str | Path, hits: Mapping[str, Sequence[Hit]], tag: str) -> None:
-    """Write a file for :func:`read_queries`'s ids.
+    """Write what was found for queries, as a TREC run or as JSON lines.
 
     Args:
         file: .trec, .run or .txt: lines of query id, Q0, document id, rank from 1, score and tag; .jsonl: lines of

@@ -30,7 +30,7 @@ FORMAT = 1
 # Rows that are read at once.
 BLOCK_ROWS = 16_384
 
-# What must agree for two commands to write into one folder, and how to say it: key -> option.
+# What must be equal for two commands to write into one folder: key of the manifest -> its name in messages.
 _SETTINGS = {
     "role": "--role",
     "prompts": "the prompts",

@@ -381,6 +381,19 @@ def test_gradients_that_depend_on_the_chunks(probe, monkeypatch):
     assert "depends on the chunks" in failed(lambda: correctness.gradcache_is_full_batch(model, probe)).found
 
 
+def test_a_dropout_of_the_llm_that_stays_on(probe, monkeypatch):
+    model = probe.build()
+    assert "two forwards are equal" in correctness.llm_dropout_is_off(model, probe)
+    layer = attention.decoder_layers(model.causal_lm.base_model)[0]
+    layer.register_forward_hook(lambda layer, _, out: torch.nn.functional.dropout(out, 0.1, layer.training))
+    check = failed(lambda: correctness.llm_dropout_is_off(model, probe))
+    assert "something random in it is still on" in check.found
+    assert not model.training
+    monkeypatch.setattr(model, "options", replace(model.options, llm_dropout=True))
+    with pytest.raises(NotChecked):
+        correctness.llm_dropout_is_off(model, probe)
+
+
 def test_no_gradient_is_no_agreement(probe):
     with pytest.raises(CheckFailed):
         correctness.compare({"w": torch.zeros(2)}, {"w": torch.zeros(2)}, "it is nothing")

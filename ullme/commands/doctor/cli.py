@@ -136,6 +136,7 @@ def _correctness_checks(settings: Settings | None, folder: Path, fast: bool) -> 
     yield "packed = padded", lambda: correctness.packed_is_padded(model, probe)
     yield "GradCache = whole", lambda: correctness.gradcache_is_full_batch(model, probe)
     yield "likelihood", lambda: correctness.likelihood_is_direct(model, probe)
+    yield "LLM's dropout off", lambda: correctness.llm_dropout_is_off(model, probe)
     if not fast:
         yield "2 ranks = 1", lambda: correctness.two_ranks_are_one(probe)
 

@@ -90,6 +90,35 @@ def likelihood_is_direct(model: ULLME, probe: ProbeModel) -> str:
     return _check_difference(difference(found, torch.stack(direct)), "likelihoods differ from transformers' own logits")
 
 
+@torch.no_grad()
+def llm_dropout_is_off(model: ULLME, probe: ProbeModel) -> str:
+    """Embed twice in training mode; the model has no dropout but the LLM's own.
+
+    Raises:
+        NotChecked: the configuration keeps the LLM's dropout.
+        CheckFailed: the embeddings differ.
+    """
+    if model.options.llm_dropout:
+        raise NotChecked("model.backbone.llm_dropout=true keeps it")
+    rows = probe.batch.passages.to(model.device)
+    device = [model.device] if model.device.type == "cuda" else []
+    model.train()
+    try:
+        with torch.random.fork_rng(device):
+            torch.manual_seed(0)
+            first, second = (model(rows.input_ids, rows.attention_mask)["rep"] for _ in range(2))
+    finally:
+        model.eval()
+    if not (relative := difference(second, first)) <= TOLERANCE:
+        raise CheckFailed(
+            f"{type(model.causal_lm).__name__} embeds differently in every forward (by {relative:.1e}) in training "
+            "mode, though model.backbone.llm_dropout=false: something random in it is still on, so that policy and "
+            "reference are not the same LLM at the start",
+            "set the LLM's dropout to 0 in its config.json, or model.backbone.llm_dropout=true to train with it",
+        )
+    return f"two forwards are equal to {relative:.0e}"
+
+
 def gradients(model: ULLME, step: object) -> dict[str, Tensor]:
     """Name -> gradient of every trained weight after ``step()``."""
     model.zero_grad()

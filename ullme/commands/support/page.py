@@ -103,6 +103,8 @@ Versions: {versions}.
 A model is probed again when it is loaded, with its own weights and attention kernels. A path that fails the probe is
 not used, and a model without a working path is refused.
 
+The tiny models were in float32. In float64 `xglm` is refused: its attention in transformers fails there.
+
 ## Paths
 
 - **packed**: the real tokens of all rows run as one row, so nothing is spent on padding. The fastest path.

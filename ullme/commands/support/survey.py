@@ -50,7 +50,7 @@ def check_family(family: str, leave_out: Collection[str] = ()) -> Support:
     try:
         model = make_tiny(family)
     except Exception as error:  # building may fail in many ways, by family
-        return Support(family, "not built", reason=_first_line(error))
+        return Support(family, "not built", reason=_last_line(error))
     try:
         path, finding = attention.find_path(model, causal=False)
     except ValueError as error:
@@ -66,7 +66,7 @@ def check_family(family: str, leave_out: Collection[str] = ()) -> Support:
             passed = check(model, path)
         except Exception as error:
             passed = False
-            problems.append(f"{name}: {_first_line(error)}")
+            problems.append(f"{name}: {_last_line(error)}")
         else:
             problems += [name] if passed is False else []
         if passed is not None:
@@ -91,8 +91,8 @@ def _not_a_decoder(family: str) -> str:
     return ""
 
 
-def _first_line(error: Exception) -> str:
-    """The error's last line, without the temporary folder in which a check works."""
+def _last_line(error: Exception) -> str:
+    """The error's type and the last line of its text, where libraries give the reason; without the temporary folder."""
     text = re.sub(rf"{re.escape(gettempdir())}/\w+/", "", str(error))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"{type(error).__name__}: {(lines or [''])[-1][:160]}"

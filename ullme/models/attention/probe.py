@@ -93,10 +93,12 @@ def find_path(model: PreTrainedModel, causal: bool, path: str = "auto") -> tuple
                 return name, result
             failures.append(f"{name}: {result.failure}")
     kind = "causal" if causal else "bidirectional"
+    remedies = ["Take another backbone", *([] if causal else ["set attention: causal"])]
+    if next(model.parameters()).dtype == torch.float64:
+        remedies.append("set dtype: float32 (not every family runs in float64)")
     raise ValueError(
         f"the {model.config.model_type!r} backbone cannot be run with {kind} attention here "
-        f"({'; '.join(failures)}). "
-        + ("Take another backbone." if causal else "Take another backbone, or set attention: causal.")
+        f"({'; '.join(failures)}). {', or '.join(remedies)}."
     )
 
 
