@@ -15,6 +15,7 @@ from search_helpers import StubEmbedder, encoded, write_corpus
 from test_training import write_rows
 from tiny import make_tokenizer
 
+from ullme.data.sampler import Draw
 from ullme.models.checkpoint import save_adapter
 from ullme.search.bm25 import build_index
 from ullme.search.searcher import Searcher
@@ -319,3 +320,15 @@ def test_how_the_likelihoods_of_an_llm_rank(tmp_path, monkeypatch, capsys, llm_f
     assert title == f"{llm}: 3 rows of 3 candidates"
     assert [line.split(":")[0].strip() for line in lines] == ["passage_given_query", "query_given_passage", "gain"]
     assert len({line.split("MRR")[1] for line in lines}) == 3, "three scores"
+
+
+def test_the_gain_is_over_the_passage_after_an_empty_query(monkeypatch, make_model):
+    script, model = load("likelihood_rankings", monkeypatch), make_model("llama")
+    draws = [Draw(f"query {n}", f"passage {n}", [f"other {n}"], None) for n in range(3)]
+    given, alone = (
+        script.scores(model, rows, "passage_given_query", (99, 99))
+        for rows in (draws, [one._replace(query="") for one in draws])
+    )
+    gain = script.scores(model, draws, "gain", (99, 99))
+    assert gain.abs().min() > 1e-6
+    torch.testing.assert_close(gain, given - alone)
