@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 from workload import read_rows
 
 from ullme.data.sampler import Draw
@@ -69,13 +70,14 @@ def compared(student: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
     }
 
 
-def surprise(scores: np.ndarray, temperature: float) -> float:
+def positive_cross_entropy(scores: np.ndarray, temperature: float) -> float:
     """Mean −log P(positive) in nats, from (B, C) scores whose first column is the positive's; log C for a uniform P."""
-    return -torch.tensor(scores, dtype=torch.float64).div(temperature).log_softmax(1)[:, 0].mean().item()
+    return cross_entropy(torch.tensor(scores).double() / temperature, torch.zeros(len(scores), dtype=torch.long)).item()
 
 
 def by_temperature(scores: np.ndarray) -> str:
-    return "-log P(positive) at " + ", ".join(f"{t:g}: {surprise(scores, t):.3f}" for t in TEMPERATURES)
+    """The cross-entropy at each of :data:`TEMPERATURES`, in words."""
+    return "-log P(positive) at " + ", ".join(f"{t:g}: {positive_cross_entropy(scores, t):.3f}" for t in TEMPERATURES)
 
 
 def main(argv: list[str] | None = None) -> None:

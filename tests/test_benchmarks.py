@@ -268,8 +268,10 @@ def test_what_an_embedder_knows_of_the_teacher(monkeypatch):
     assert found["only teacher right"] == found["only cosine right"] == 0.25
     assert script.compared(teacher / 5, teacher)["KL"] == pytest.approx(0), "0.05 and 0.25: the same distribution"
     assert found["KL"] > 0.1
-    assert script.surprise(teacher[:2], 1.0) == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(-2))) / 2)
-    assert script.surprise(np.zeros((3, 5)), 0.05) == pytest.approx(math.log(5))
+    assert script.positive_cross_entropy(teacher[:2], 1.0) == pytest.approx(
+        (math.log1p(math.exp(-1)) + math.log1p(math.exp(-2))) / 2
+    )
+    assert script.positive_cross_entropy(np.zeros((3, 5)), 0.05) == pytest.approx(math.log(5))
 
 
 def test_an_embedder_beside_its_own_llm(tmp_path, monkeypatch, capsys, make_model):

@@ -19,8 +19,8 @@ from ullme.data.short_rows import check_no_row_borrows
 from ullme.engine.fsdp import unsynchronised
 from ullme.engine.objective import Logs, Objective
 from ullme.engine.reference import ReferenceChoice, make_reference
-from ullme.engine.teacher_quality import measure_teacher
-from ullme.losses import KL, InfoNCE, Term
+from ullme.engine.teacher_quality import measure_teacher, taught_term
+from ullme.losses import InfoNCE, Term
 from ullme.planning.auto_chunk import Chunking
 from ullme.training.negatives import check_negatives, contrastive
 from ullme.training.rows import check_rows, datasets_for_teacher
@@ -103,7 +103,7 @@ class LossCallback(L.Callback, ABC):
         To be called once a checkpoint is restored: FSDP2 cannot copy weights in after a forward.
         """
         data = trainer.datamodule  # type: ignore[attr-defined]
-        term = next((term for term in self.objective.terms if isinstance(term, KL)), None)
+        term = taught_term(self.objective)
         if term is None or not hasattr(data, "first_batches") or trainer.global_step > 0:
             return
         datasets = datasets_for_teacher(data, term.name)

@@ -72,8 +72,7 @@ class GRL(GradCache):
         if not any(weights.values()):
             raise ValueError("GRL: contrastive_weight, generation_weight and kl_weight are all 0; give one of them")
         terms = grl_terms(
-            generation if generation_weight > 0 else None,
-            kl_weight > 0,
+            generation,
             temperature=temperature,
             beta=beta,
             contrastive_weight=contrastive_weight,

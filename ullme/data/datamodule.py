@@ -305,8 +305,6 @@ class ULLMEDataModule(L.LightningDataModule):
         """
         self.setup("fit")
         assert self.source is not None
-        if datasets is not None and not datasets:
-            return
         dataset = self._draws()
         lengths = self.query_max_length, self.passage_max_length
         collator = Collator(prompt_tokenizer, *lengths, generation, self.source.longest_instruction)

@@ -74,6 +74,11 @@ class TeacherQuality:
         return f"such a KL teaches noise; try {other}another LLM, or a kl_weight of 0"
 
 
+def taught_term(objective: Objective) -> KL | None:
+    """The KL of an objective, whose teacher is measured; None where it has none."""
+    return next((term for term in objective.chunk_terms if isinstance(term, KL)), None)
+
+
 @torch.no_grad()
 def measure_teacher(objective: Objective, model: ULLME, batches: Iterable[Batch]) -> TeacherQuality | None:
     """Rank the candidates of up to :data:`ROWS` queries by the likelihoods of the objective's KL.
@@ -91,7 +96,7 @@ def measure_teacher(objective: Objective, model: ULLME, batches: Iterable[Batch]
     Returns:
         None where there is no KL, one candidate only, or no positive or no likelihood is known.
     """
-    term = next((term for term in objective.chunk_terms if isinstance(term, KL)), None)
+    term = taught_term(objective)
     if term is None:
         return None
     found: list[torch.Tensor] = []

@@ -24,14 +24,13 @@ def teacher(settings: Settings) -> str:
     from ullme.data.datamodule import ULLMEDataModule
     from ullme.data.mixture import TrainSet
     from ullme.engine.reference import AdaptersOff, FrozenCopy
-    from ullme.engine.teacher_quality import measure_teacher
-    from ullme.losses import KL
+    from ullme.engine.teacher_quality import measure_teacher, taught_term
     from ullme.models.ullme import ULLME
     from ullme.prompts import Prompts
     from ullme.training.rows import datasets_for_teacher
 
     objective = settings.job.objective
-    kl = next((term for term in objective.terms if isinstance(term, KL)), None)
+    kl = taught_term(objective)
     if kl is None:
         raise NotChecked("the loss has no KL, so nothing is taught by likelihoods")
     name = settings.options.model_name_or_path
