@@ -196,7 +196,7 @@ def config(tmp_path, llm_folder):
 
 def parse(*argv: str):
     arguments, overrides = plan.parser().parse_known_args(argv)
-    return plan.plan_from(arguments, overrides)
+    return plan.plan_from(arguments, overrides)[0]
 
 
 def test_a_plan_reads_the_stacked_configurations_of_train(config, tmp_path, monkeypatch):
@@ -217,6 +217,35 @@ def test_a_plan_reads_the_stacked_configurations_of_train(config, tmp_path, monk
     assert parse(*config, "--trainer.devices=[0,3]", "--trainer.strategy=fsdp").num_devices == 2
     assert parse(*config, "--trainer.devices=0,3", "--num-devices=4").num_devices == 4
     assert parse(*config, "--trainer.devices=0,3").num_devices == 2
+
+
+def test_each_dataset_is_charged_with_its_own_terms_and_passages(config, capsys, tmp_path):
+    train = str(tmp_path / "train.jsonl")
+    sets = [
+        {"train": train, "terms": ["info_nce"], "weight": 2},
+        {"train": train, "terms": ["info_nce", "kl"], "num_hard_negatives": 1},
+        {"train": train},
+    ]
+    mixture = [*config, "--data.train=null", f"--data.datasets={json.dumps(sets)}", "--utilisation=0.5"]
+    arguments, overrides = plan.parser().parse_known_args(mixture)
+    whole, datasets = plan.plan_from(arguments, overrides)
+    assert [(one.steps, one.job.candidates) for _, one in datasets] == [(16, 3), (8, 2), (8, 3)]
+    assert [[term.name for term in one.job.objective.terms] for _, one in datasets] == [
+        ["info_nce"],
+        ["info_nce", "kl"],
+        ["info_nce", "dpo", "kl"],
+    ]
+    contrastive, ranked, last = (one for _, one in datasets)
+    assert last.hardware_flops == whole.hardware_flops > ranked.hardware_flops > contrastive.hardware_flops
+    assert contrastive.hardware_flops == make_plan(contrastive.job, whole.device, utilisation=0.5).hardware_flops
+    plan.main(mixture)
+    out = capsys.readouterr().out
+    seconds = [one.seconds for one in (contrastive, ranked, last)]
+    mean = (2 * seconds[0] + seconds[1] + seconds[2]) / 4
+    assert f"an epoch of 32 steps, {mean:.2f} s a step on average:" in out
+    assert f"{train}: 16 steps of info_nce, {seconds[0]:.2f} s each\n" in out
+    assert f"{train}: 8 steps of info_nce, dpo, kl, {seconds[2]:.2f} s each (" in out
+    assert "average" not in plan.describe(parse(*mixture, "--rows=80"))
 
 
 def test_the_command(config, capsys):

@@ -6,17 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from ullme.planning.rows import epoch_rows, most_passages
+from ullme.data.mixture import TrainSet
+from ullme.planning.rows import DatasetShare, dataset_shares, epoch_rows, most_passages
 
 LINE = json.dumps({"query": "q", "pos": ["p"]}) + "\n"
 
 
-def data(train=None, datasets=None, max_rows=None):
-    return SimpleNamespace(train=train, train_split="train", datasets=datasets, max_rows=max_rows)
-
-
-def one(train, max_rows=None, weight=1.0):
-    return SimpleNamespace(train=train, split="train", max_rows=max_rows, weight=weight)
+def data(train=None, datasets=None, max_rows=None, **options):
+    options = {"batch_size": 4, "num_hard_negatives": 3, "num_positives": 1, "mixture_alpha": 1.0} | options
+    return SimpleNamespace(train=train, train_split="train", datasets=datasets, max_rows=max_rows, **options)
 
 
 def test_rows_of_each_kind_of_file(tmp_path):
@@ -45,11 +43,25 @@ def test_no_more_rows_than_there_are(tmp_path):
         epoch_rows(data("owner/set"))
 
 
-def test_a_mixture_counts_each_dataset_with_its_weight(tmp_path):
+def test_each_dataset_of_a_mixture_has_its_share_of_an_epoch(tmp_path):
     file = tmp_path / "rows.jsonl"
-    file.write_text(LINE * 8)
-    sets = [one(str(file)), one(str(file), max_rows=4, weight=3.0), one("owner/set", max_rows=10, weight=0.5)]
-    assert epoch_rows(data(datasets=sets, max_rows=279040)) == 8 + 12 + 5
+    file.write_text(LINE * 10)
+    sets = [
+        TrainSet(str(file), terms=["info_nce"]),  # two batches of 4; two rows are left over
+        TrainSet(str(file), max_rows=4, weight=3.0, num_hard_negatives=0),
+        TrainSet(["owner/set", str(file)], max_rows=16, weight=0.5, num_positives=2),
+    ]
+    options = data(datasets=sets, max_rows=279040)
+    assert dataset_shares(options) == [
+        DatasetShare(str(file), 8, 3, 1, ("info_nce",)),
+        DatasetShare(str(file), 12, 0, 1, None),
+        DatasetShare(f"owner/set, {file}", 8, 3, 2, None),
+    ]
+    assert epoch_rows(options) == 8 + 12 + 8
+    assert [share.rows for share in dataset_shares(data(datasets=sets[:1] + sets[2:], mixture_alpha=0.0))] == [12, 4]
+    assert dataset_shares(data(str(file))) == []
+    with pytest.raises(ValueError, match=r"4 rows, fewer than a batch of data\.batch_size=5"):
+        dataset_shares(data(datasets=sets, batch_size=5))
 
 
 def test_the_dataset_with_the_most_passages_decides(tmp_path):

@@ -59,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.paper:
             print(paper_table(arguments.utilisation))
             return 0
-        plan = plan_from(arguments, overrides)
+        plan, datasets = plan_from(arguments, overrides)
     except (ValueError, argparse.ArgumentError) as error:
         return print_error(error)
     except PermissionError as error:
         return print_error(explain_permission(error))
-    print(describe(plan))
+    print(describe(plan, datasets))
     return 0 if plan.fits else 1
 
 
@@ -117,8 +117,12 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def plan_from(arguments: argparse.Namespace, overrides: Sequence[str]) -> Plan:
-    """Make the plan of a command line. Raises: ValueError: a mistake in it."""
+def plan_from(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[Plan, list[tuple[str, Plan]]]:
+    """Make the plan of a command line, and those of its datasets, if it trains on several.
+
+    Raises:
+        ValueError: a mistake in it.
+    """
     from ullme.commands.train import read_configs
     from ullme.planning.plan import make_plan
 
@@ -137,7 +141,27 @@ def plan_from(arguments: argparse.Namespace, overrides: Sequence[str]) -> Plan:
     job = job_from_config(config, arguments)
     count = _devices_of(config.trainer) if arguments.num_devices is None else arguments.num_devices
     device = this_cpu(job.half) if kind == "cpu" else DEVICES[arguments.device]
-    return make_plan(job, device, count, fsdp, arguments.utilisation)
+    plan = make_plan(job, device, count, fsdp, arguments.utilisation)
+    return plan, [] if arguments.rows else dataset_plans(plan, config.data)
+
+
+def dataset_plans(plan: Plan, data: Any) -> list[tuple[str, Plan]]:
+    """The files and the plan of each of ``data.datasets``: its own terms and passages, in the chunks of the run.
+
+    Args:
+        plan: of the run, with all terms and the most passages.
+        data: the options under ``data:``.
+    """
+    from ullme.planning.plan import plan_alike
+    from ullme.planning.rows import dataset_shares
+
+    plans = []
+    for share in dataset_shares(data):
+        objective = plan.job.objective.of_terms(share.terms)
+        passages = {"candidates": 1 + share.negatives, "extra_positives": share.positives - 1}
+        job = replace(plan.job, objective=objective, rows=share.rows, **passages)
+        plans.append((share.name, plan_alike(plan, job)))
+    return plans
 
 
 def _devices_of(trainer: Any) -> int:
@@ -214,8 +238,13 @@ def _llm_config(options: BackboneConfig, given: str | None) -> PretrainedConfig:
     return AutoConfig.for_model(kind, **sizes)
 
 
-def describe(plan: Plan) -> str:
-    """The plan as lines of text for the terminal."""
+def describe(plan: Plan, datasets: Sequence[tuple[str, Plan]] = ()) -> str:
+    """The plan as lines of text for the terminal.
+
+    Args:
+        plan: of the run; with several datasets, of a step with all terms and the most passages.
+        datasets: as :func:`dataset_plans` gives them.
+    """
     from ullme.planning.memory import GIB
 
     job, memory = plan.job, plan.memory
@@ -240,11 +269,16 @@ def describe(plan: Plan) -> str:
         "time": f"{plan.seconds:.2f} s a step, {plan.hours:.2f} hours an epoch of {plan.steps} steps, "
         f"at {plan.utilisation:.0%} of the device's peak (model FLOPs utilisation {plan.mfu:.0%})",
     }
-    if len(plan.parts) > 1:
+    if datasets:
+        hours, steps = (sum(getattr(one, name) for _, one in datasets) for name in ("hours", "steps"))
+        mean = f"{3600 * hours / steps:.2f} s a step on average"
+        lines["time"] = f"{hours:.2f} hours an epoch of {steps} steps, {mean}:"
+        lines["time"] += "".join(f"\n{'':10}{name}: {_dataset_line(one)}" for name, one in datasets)
+    elif len(plan.parts) > 1:
         part, seconds = max(plan.parts.items(), key=lambda item: item[1])
         shares = ", ".join(f"{name} {value:.2f} s" for name, value in plan.parts.items())
         lines["limit"] = f"{part}, {seconds / plan.seconds:.0%} of the time ({shares})"
-    if plan.reference_flops:
+    if plan.reference_flops and not datasets:
         cached = f"{plan.seconds_with_cache:.2f} s a step once loss.cache_reference holds"
         lines["cache"] = f"{cached} the reference likelihoods of its rows"
     if plan.retained_tokens:
@@ -257,6 +291,13 @@ def describe(plan: Plan) -> str:
     if plan.utilisation > 0.76 and plan.device.kind == "cuda":
         lines["note"] = "more than 75% of the peak is not realistic; lower --utilisation"
     return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
+
+
+def _dataset_line(plan: Plan) -> str:
+    """The steps of a dataset and their terms and seconds."""
+    terms = ", ".join(term.name for term in plan.job.objective.terms)
+    cached = f" ({plan.seconds_with_cache:.2f} s from loss.cache_reference)" if plan.reference_flops else ""
+    return f"{plan.steps} steps of {terms}, {plan.seconds:.2f} s each{cached}"
 
 
 def _remedies(plan: Plan) -> list[str]:

@@ -198,6 +198,27 @@ def epoch_batches(batches: Sequence[int], weights: Sequence[float], alpha: float
     return [max(1, round(scale * power)) for power in powers]
 
 
+def batches_per_pass(sets: Sequence[TrainSet], rows: Sequence[int], batch_size: int) -> list[int]:
+    """The full batches of each dataset.
+
+    Args:
+        sets: the settings of each dataset.
+        rows: of each dataset.
+        batch_size: queries of a global batch.
+
+    Raises:
+        ValueError: a dataset with fewer rows than a batch.
+    """
+    batches = [count // max(1, batch_size) for count in rows]
+    for settings, count, full in zip(sets, rows, batches, strict=True):
+        if not full:
+            raise ValueError(
+                f"data.datasets: {settings.train!r} has {count} rows, fewer than a batch of "
+                f"data.batch_size={batch_size} from one dataset; lower it or leave the dataset out"
+            )
+    return batches
+
+
 class MixtureSampler(GlobalBatchSampler):
     """Global batches of one dataset each, in another random order in every epoch.
 
@@ -234,13 +255,7 @@ class MixtureSampler(GlobalBatchSampler):
         alpha: float = 1.0,
     ) -> None:
         self.mixture = mixture
-        self.batches_per_pass = [len(source) // max(1, batch_size) for source in mixture.sources]
-        for settings, source, batches in zip(mixture.sets, mixture.sources, self.batches_per_pass, strict=True):
-            if not batches:
-                raise ValueError(
-                    f"data.datasets: {settings.train!r} has {len(source)} rows, fewer than a batch of "
-                    f"data.batch_size={batch_size} from one dataset; lower it or leave the dataset out"
-                )
+        self.batches_per_pass = batches_per_pass(mixture.sets, list(map(len, mixture.sources)), batch_size)
         weights = [settings.weight for settings in mixture.sets]
         self.batches_per_epoch = epoch_batches(self.batches_per_pass, weights, alpha)
         rows = sum(self.batches_per_epoch) * batch_size

@@ -206,15 +206,32 @@ def make_plan(
     if num_devices < 1 or job.batch_size % num_devices:
         raise ValueError(f"--num_devices={num_devices}: data.batch_size={job.batch_size} must be a multiple of it")
     batch = typical_batch(job, job.batch_size // num_devices)
-    weight_dtype = _weight_dtype(job)
-    model = meta_model(job.config, job.options, weight_dtype)
-    cost = count_weights(model, job.options)
-    acts = activations(model, torch.bfloat16 if job.half else weight_dtype)
+    cost, acts = _costs(job)
     for candidate in _candidates(job, device.kind):
         plan = _plan(candidate, batch, cost, acts, device, num_devices, fsdp, utilisation, _chooses_chunk_tokens(job))
         if plan.fits:
             break
     return plan
+
+
+def plan_alike(plan: Plan, job: Job) -> Plan:
+    """The plan of another job of the same LLM on the same devices, in chunks as large as those of ``plan``.
+
+    Args:
+        plan: as :func:`make_plan` gives it.
+        job: the other job, a dataset of a mixture for instance; its chunk size and gradient checkpointing are not read.
+    """
+    job = replace(job, options=plan.job.options, chunk_size=plan.job.chunk_size, chunk_tokens=plan.job.chunk_tokens)
+    batch = typical_batch(job, job.batch_size // plan.num_devices)
+    keeps_graphs = plan.retained_tokens > 0
+    return _plan(job, batch, *_costs(job), plan.device, plan.num_devices, plan.fsdp, plan.assumed, keeps_graphs)
+
+
+def _costs(job: Job) -> tuple[ModelCost, Activations]:
+    """The weights, FLOPs and activations of the job's LLM."""
+    weight_dtype = _weight_dtype(job)
+    model = meta_model(job.config, job.options, weight_dtype)
+    return count_weights(model, job.options), activations(model, torch.bfloat16 if job.half else weight_dtype)
 
 
 def _chooses_chunk_tokens(job: Job) -> bool:

@@ -3,22 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 
+@dataclass(frozen=True)
+class DatasetShare:
+    """One dataset of an epoch.
+
+    Args:
+        name: its files.
+        rows: the rows of its batches in an epoch; a dataset of weight 2 has each twice.
+        negatives: hard negatives of a query.
+        positives: of a query.
+        terms: names of its loss terms; None for all.
+    """
+
+    name: str
+    rows: int
+    negatives: int
+    positives: int
+    terms: tuple[str, ...] | None
+
+
 def epoch_rows(data: Any) -> int:
-    """Rows of an epoch: those of ``data.train``, or of each of ``data.datasets`` times its weight.
+    """Rows of an epoch: those of ``data.train``, or of all batches of ``data.datasets``.
 
     Args:
         data: the options under ``data:``.
 
     Raises:
-        ValueError: rows of a dataset that cannot be counted, and no ``max_rows`` says how many they are.
+        ValueError: rows that cannot be counted, and no ``max_rows`` says how many they are; or see
+            :func:`dataset_shares`.
     """
     if data.datasets is None:
         return _rows(data.train, data.train_split, data.max_rows)
-    return round(sum(one.weight * _rows(one.train, one.split, one.max_rows) for one in data.datasets))
+    return sum(share.rows for share in dataset_shares(data))
+
+
+def dataset_shares(data: Any) -> list[DatasetShare]:
+    """What each of ``data.datasets`` has of an epoch; empty where these are not given.
+
+    Args:
+        data: the options under ``data:``.
+
+    Raises:
+        ValueError: as :func:`epoch_rows`, or a dataset with fewer rows than a batch.
+    """
+    from ullme.data.mixture import batches_per_pass, epoch_batches
+
+    sets = data.datasets or []
+    passes = batches_per_pass(sets, [_rows(one.train, one.split, one.max_rows) for one in sets], data.batch_size)
+    batches = epoch_batches(passes, [one.weight for one in sets], data.mixture_alpha) if sets else []
+    return [
+        DatasetShare(
+            one.train if isinstance(one.train, str) else ", ".join(one.train),
+            count * data.batch_size,
+            *_passages(data, one),
+            None if one.terms is None else tuple(one.terms),
+        )
+        for one, count in zip(sets, batches, strict=True)
+    ]
 
 
 def most_passages(data: Any) -> tuple[int, int]:
@@ -27,15 +73,17 @@ def most_passages(data: Any) -> tuple[int, int]:
     Args:
         data: the options under ``data:``, or a data module that may lack them.
     """
-    negatives, positives = getattr(data, "num_hard_negatives", 8), getattr(data, "num_positives", 1)
-    own = [
-        (
-            negatives if one.num_hard_negatives is None else one.num_hard_negatives,
-            positives if one.num_positives is None else one.num_positives,
-        )
-        for one in getattr(data, "datasets", None) or []
-    ]
-    return max(own or [(negatives, positives)], key=sum)
+    own = [_passages(data, one) for one in getattr(data, "datasets", None) or []]
+    return max(own or [(getattr(data, "num_hard_negatives", 8), getattr(data, "num_positives", 1))], key=sum)
+
+
+def _passages(data: Any, one: Any) -> tuple[int, int]:
+    """The hard negatives and positives of a query of a dataset: its own numbers, or those under ``data:``."""
+    negatives, positives = one.num_hard_negatives, one.num_positives
+    return (
+        data.num_hard_negatives if negatives is None else negatives,
+        data.num_positives if positives is None else positives,
+    )
 
 
 def _rows(train: str | Sequence[str], split: str, max_rows: int | None) -> int:
