@@ -158,8 +158,8 @@ def dataset_plans(plan: Plan, data: Any) -> list[tuple[str, Plan]]:
     plans = []
     for share in dataset_shares(data):
         objective = plan.job.objective.of_terms(share.terms)
-        passages = {"candidates": 1 + share.negatives, "extra_positives": share.positives - 1}
-        job = replace(plan.job, objective=objective, rows=share.rows, **passages)
+        candidates, extra = 1 + share.negatives, share.positives - 1
+        job = replace(plan.job, objective=objective, rows=share.rows, candidates=candidates, extra_positives=extra)
         plans.append((share.name, plan_alike(plan, job)))
     return plans
 
