@@ -361,7 +361,7 @@ class ULLME(nn.Module):
             uint8 for another precision, and (R, ⌈D/8⌉) for binary and ubinary.
 
         Raises:
-            ValueError: a text or option that cannot be used.
+            ValueError: a text or option that cannot be used, or an embedding that is not finite (float16 overflows).
         """
         return encoding.encode(
             self,
