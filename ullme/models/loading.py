@@ -42,7 +42,7 @@ def has_file(name: str, file: str) -> bool:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a name is a PEFT adapter. An LLM that has an adapter in the same folder is an LLM."""
+    """Whether a name is a PEFT adapter. An LLM with an adapter in the same folder is none; loading it is refused."""
     return has_file(name, "adapter_config.json") and not has_file(name, "config.json")
 
 
@@ -62,7 +62,7 @@ def is_sentence_transformer(name: str) -> bool:
 def adapter_folder(name: str) -> Path | None:
     """The folder of the PEFT adapter with this name, downloaded if necessary; None if the name is no adapter.
 
-    An LLM that has an adapter in the same folder is an LLM.
+    An LLM with an adapter in the same folder is none; loading it is refused.
     """
     if not is_adapter(name):
         return None
@@ -77,8 +77,8 @@ def load_config(options: BackboneConfig) -> PretrainedConfig:
     """Read config.json and check it, before any weight is read.
 
     Raises:
-        ValueError: nothing to load under this name, another model type than asked for, no decoder-only LLM, or
-            quantization that is not possible here.
+        ValueError: nothing to load under this name, an adapter beside the LLM, another model type than asked for, no
+            decoder-only LLM, or quantization that is not possible here.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -99,6 +99,8 @@ def load_config(options: BackboneConfig) -> PretrainedConfig:
             f"model_name_or_path={name!r} is {what}, not an LLM: to train from it, name its LLM there and set "
             f"init_from={name!r}{local}; to embed with it, load_ullme({name!r}) or evaluate --checkpoint {name}"
         ) from error
+    if (Path(name) / "adapter_config.json").is_file():  # of the hub, load_backbone sees it
+        raise _adapter_beside(name)
     expected_type = options.model_backbone_type
     if expected_type is not None and expected_type.lower() != config.model_type:
         raise ValueError(
@@ -115,6 +117,17 @@ def load_config(options: BackboneConfig) -> PretrainedConfig:
             f"{config.model_type!r}; take a decoder-only LLM"
         )
     return config
+
+
+def _adapter_beside(name: str) -> ValueError:
+    """The error for an LLM with an adapter beside it: transformers loads that too, unasked, and a new one switches it
+    off, so that evaluation would embed with it, and training without."""
+    local = "" if Path(name).is_dir() else "download both, "
+    return ValueError(
+        f"model_name_or_path={name!r} has an adapter (adapter_config.json) beside an LLM's config.json, and does not "
+        f"say which of them is meant; {local}put the adapter's files into a folder of their own, and give the LLM as "
+        "model_name_or_path, the adapter as init_from to train from it or as checkpoint to embed with it"
+    )
 
 
 def max_positions(config: PretrainedConfig) -> int:
@@ -164,7 +177,7 @@ def load_backbone(options: BackboneConfig, config: PretrainedConfig) -> PreTrain
     """Load the causal LM, without an adapter.
 
     Raises:
-        ValueError: missing or unreadable weights.
+        ValueError: missing or unreadable weights, or an adapter beside them.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -182,6 +195,8 @@ def load_backbone(options: BackboneConfig, config: PretrainedConfig) -> PreTrain
             **quantization_options(options),
         )
     model, report = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise _adapter_beside(options.model_name_or_path)
     model.weights_not_stored = frozenset(report["missing_keys"])  # they are random
     return model
 
