@@ -32,8 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0; 2 for a mistake in the arguments or a folder that cannot be cleared.
     """
     from ullme.data.row_cache import cache_root, clear, entries, size_limit
+    from ullme.utils.home_folder import expand_home
 
     options = parser().parse_args(argv)
+    expand_home(options)
     root = cache_root(options.cache_dir)
     try:
         if options.clear:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from ullme.utils import config_files
 from ullme.utils.errors import one_line, print_error
+from ullme.utils.home_folder import expand_home
 
 if TYPE_CHECKING:
     from ullme.demo.world import World
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 2 for a mistake in the arguments, printed in one line.
     """
     options, training_options = parser().parse_known_args(argv)
+    expand_home(options)
     try:
         scores = run(options, training_options)
     except ValueError as error:
