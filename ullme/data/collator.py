@@ -113,7 +113,7 @@ class Collator:
         self.likelihoods: tuple[LikelihoodKind, ...] = tuple(generation)
         for instruction in {None, longest_instruction}:
             prompt_tokenizer.check_length("query", query_max_length, instruction)
-        prompt_tokenizer.check_length("passage", passage_max_length)
+            prompt_tokenizer.check_length("passage", passage_max_length, instruction)
 
     def __call__(self, items: Sequence[tuple[int, Draw]]) -> Batch:
         draws = [drawn for _, drawn in items]
@@ -140,10 +140,9 @@ class Collator:
     def _passage_rows(self, draws: list[Draw], texts: Sequence[Sequence[str]]) -> TokenRows:
         """The texts of each draw, query-major. A batch is of one dataset, so the first row speaks for all."""
         flat = [text for own in texts for text in own]
-        if not draws[0].symmetric:
-            return self.prompt_tokenizer(flat, "passage", max_length=self.passage_max_length)
+        role: Role = "query" if draws[0].symmetric else "passage"
         instructions = [drawn.instruction for drawn, own in zip(draws, texts, strict=True) for _ in own]
-        return self.prompt_tokenizer(flat, "query", max_length=self.passage_max_length, instruction=instructions)
+        return self.prompt_tokenizer(flat, role, max_length=self.passage_max_length, instruction=instructions)
 
     def _extra_positives(self, draws: list[Draw]) -> dict[str, Any]:
         """The batch's extra positives and their keys; nothing where one positive of a row is drawn."""
