@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ullme.data.datamodule import ULLMEDataModule
+from ullme.data.mixture import TrainSet
 from ullme.prompts import Prompts, PromptTokenizer
 
 
@@ -28,6 +29,18 @@ def make(write_jsonl, rows):
 @pytest.fixture
 def prompt_tokenizer(tokenizer):
     return PromptTokenizer(tokenizer, Prompts(instruction="find"))  # a byte is a token here
+
+
+@pytest.mark.parametrize("by", ["dataset", "schema"])
+def test_passages_with_the_querys_template_need_room_for_it(by, make, rows, write_jsonl, prompt_tokenizer):
+    """Else all of them would be the same row, the beginning of the template."""
+    if by == "dataset":
+        data = make(train=None, datasets=[TrainSet(write_jsonl(rows), symmetric=True)], passage_max_length=20)
+    else:
+        pairs = [{"sentence1": f"a {n}", "sentence2": f"b {n}", "score": n} for n in range(8)]
+        data = make(train=write_jsonl(pairs), num_hard_negatives=0, passage_max_length=20)
+    with pytest.raises(ValueError, match=r"query: max_length=20 tokens, .* takes \d+; raise passage_max_length"):
+        data.train_dataloader_for(prompt_tokenizer)
 
 
 @pytest.fixture

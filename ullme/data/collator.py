@@ -92,6 +92,7 @@ class Collator:
         generation: the likelihoods that the loss needs rows for; True: log π(passage | query), False: none. A prompt
             may have as many tokens more than its text as its template has.
         longest_instruction: of the rows' own, to be checked before training.
+        symmetric: whether some rows' passages have the query's template, to be checked likewise.
 
     Raises:
         ValueError: a template, with the longest instruction, leaves no room for a text.
@@ -104,6 +105,7 @@ class Collator:
         passage_max_length: int,
         generation: bool | Collection[LikelihoodKind] = False,
         longest_instruction: str | None = None,
+        symmetric: bool = False,
     ) -> None:
         self.prompt_tokenizer = prompt_tokenizer
         self.query_max_length = query_max_length
@@ -114,6 +116,8 @@ class Collator:
         for instruction in {None, longest_instruction}:
             prompt_tokenizer.check_length("query", query_max_length, instruction)
             prompt_tokenizer.check_length("passage", passage_max_length, instruction)
+            if symmetric:
+                prompt_tokenizer.check_length("query", passage_max_length, instruction, "passage_max_length")
 
     def __call__(self, items: Sequence[tuple[int, Draw]]) -> Batch:
         draws = [drawn for _, drawn in items]

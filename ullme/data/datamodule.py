@@ -279,9 +279,15 @@ class ULLMEDataModule(L.LightningDataModule):
         assert self.source is not None
         dataset = self._draws()
         sampler = self._sampler(rank, world_size, epoch, start_batch, position)
-        lengths = self.query_max_length, self.passage_max_length
-        collator = Collator(prompt_tokenizer, *lengths, generation, self.source.longest_instruction)
+        collator = self._collator(prompt_tokenizer, generation)
         return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=collator, **self._loader_options())
+
+    def _collator(self, prompt_tokenizer: PromptTokenizer, generation: bool | Collection[LikelihoodKind]) -> Collator:
+        """Raises: ValueError: a template leaves no room for a text."""
+        assert self.source is not None
+        lengths = self.query_max_length, self.passage_max_length
+        symmetric = any(s.symmetric or rows[0].symmetric for s, rows in zip(self.sets, self.sources, strict=True))
+        return Collator(prompt_tokenizer, *lengths, generation, self.source.longest_instruction, symmetric)
 
     def _draws(self) -> TrainDataset:
         """The rows as they are drawn."""
@@ -306,8 +312,7 @@ class ULLMEDataModule(L.LightningDataModule):
         self.setup("fit")
         assert self.source is not None
         dataset = self._draws()
-        lengths = self.query_max_length, self.passage_max_length
-        collator = Collator(prompt_tokenizer, *lengths, generation, self.source.longest_instruction)
+        collator = self._collator(prompt_tokenizer, generation)
         rank, ranks = self._rank_and_world_size()
         for places in self._sampler(rank, ranks):
             of = self.source.locate(places[0][0])[0] if isinstance(self.source, Mixture) else 0

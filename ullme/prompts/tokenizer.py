@@ -198,14 +198,26 @@ class PromptTokenizer:
                 beyond = middle
         return text[:fits]
 
-    def check_length(self, role: Role, max_length: int, instruction: str | None = None) -> None:
-        """Raises: ValueError: the template alone takes ``max_length`` tokens, so that all texts would be the same."""
+    def check_length(
+        self, role: Role, max_length: int, instruction: str | None = None, option: str | None = None
+    ) -> None:
+        """Check that a template leaves room for a text.
+
+        Args:
+            role: of the template.
+            max_length: in tokens, template included.
+            instruction: None for the contract's own.
+            option: that says the length, for the message; None: the role's (``query_max_length``).
+
+        Raises:
+            ValueError: the template alone takes ``max_length`` tokens, so that all texts would be the same.
+        """
         empty = len(self.ids([""], role, max_length=2**31, instruction=instruction)[0])
         if empty >= max_length and any(self.prompts.around(role, instruction)):
             with_it = "" if instruction is None else f" with the instruction {instruction[:60]!r}"
             raise ValueError(
                 f"{role}: max_length={max_length} tokens, but the template alone{with_it} takes {empty}; raise "
-                f"{role}_max_length (or max_length), or shorten prompts.{role} or the instruction"
+                f"{option or f'{role}_max_length'} (or max_length), or shorten prompts.{role} or the instruction"
             )
 
     def _tail_length(self, tail: str) -> int:
