@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -268,20 +268,40 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
     )
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """A hash of the config and of the name, shape, dtype and up to 32 values of every weight.
+class Identity(NamedTuple):
+    """What tells pre-trained LLMs apart, without reading all their weights.
 
-    It tells pre-trained LLMs apart without reading all their weights.
+    Args:
+        fingerprint: a hash of weights and configuration.
+        weights: a hash of the name, shape, dtype and up to 32 values of every weight.
+        config: the fields of the configuration as plain values. Versions of transformers differ in which fields an LLM
+            has (Phi's lost one between 5.2 and 5.23).
     """
+
+    fingerprint: str
+    weights: str
+    config: dict[str, Any]
+
+
+def identity(model: PreTrainedModel) -> Identity:
+    """The identity of an LLM in memory."""
     config = model.config.to_dict()
     for ignored in ("_name_or_path", "transformers_version", "use_cache"):
         config.pop(ignored, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    text = json.dumps(config, sort_keys=True, default=lambda value: sorted(value) if _is_set(value) else str(value))
+    both, weights = hashlib.sha256(text.encode()), hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, len(flat) // 32)][:32].double().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {sample.tolist()}".encode())
-    return digest.hexdigest()[:32]
+        described = f"{name} {tuple(parameter.shape)} {parameter.dtype} {sample.tolist()}".encode()
+        both.update(described)
+        weights.update(described)
+    return Identity(both.hexdigest()[:32], weights.hexdigest()[:32], json.loads(text))
+
+
+def _is_set(value: Any) -> bool:
+    """Of names, whose order differs between processes."""
+    return isinstance(value, set | frozenset) and all(isinstance(one, str) for one in value)
 
 
 def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:
