@@ -58,8 +58,8 @@ class PromptTokenizer:
         prompts: the contract.
 
     Raises:
-        ValueError: a template with white space outside of its begin or end token, which would come twice; or see
-            :func:`begin_and_end`.
+        ValueError: a template with white space outside of its begin or end token, which would come twice;
+            ``append_eos`` with a tokenizer that has no end token; or see :func:`begin_and_end`.
 
     Attributes:
         begin: token ids before every text.
@@ -73,6 +73,11 @@ class PromptTokenizer:
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self._prompt_end = own_end or self._eos  # what a prompt of generation must not end with
         self.end = self._prompt_end if prompts.append_eos else own_end
+        if prompts.append_eos and not self.end:
+            raise ValueError(
+                f"prompts.append_eos=true, and {type(tokenizer).__name__} has no eos_token and ends no text by itself; "
+                "set the tokenizer's eos_token (in tokenizer_config.json), or prompts.append_eos=false"
+            )
         self._tail_lengths: dict[str, int] = {}
         for role in get_args(Role):
             self.around(role)
