@@ -203,6 +203,17 @@ def test_overfit_batches_repeats_the_same(make, prompt_tokenizer, tmp_path):
     assert module.seen == 3 * module.seen[:2]
 
 
+@pytest.mark.parametrize(("query", "warns"), [("q: {text}", True), ("{instruction}: {text}", False)])
+def test_instructions_without_a_place_in_the_template_are_named(
+    query, warns, make, rows, write_jsonl, tokenizer, tmp_path, caplog
+):
+    data = make(train=write_jsonl([{**row, "prompt": "find the answer"} for row in rows]))
+    with caplog.at_level(logging.WARNING, "ullme.data"):
+        fit(data, PromptTokenizer(tokenizer, Prompts(query=query, instruction="find")), tmp_path, max_steps=1)
+    message = "instructions (such as 'find the answer'), and model.prompts.query='q: {text}' has no {instruction}"
+    assert (message in caplog.text) == warns
+
+
 def test_resuming_with_other_data_warns(make, prompt_tokenizer, tmp_path, caplog):
     _, trainer = fit(make(), prompt_tokenizer, tmp_path, max_steps=2)
     trainer.save_checkpoint(tmp_path / "stopped.ckpt")

@@ -29,7 +29,7 @@ from ullme.data.train_rows import (
     datasets_of_entries,
     usable_rows,
 )
-from ullme.prompts import PromptTokenizer, Role
+from ullme.prompts import Prompts, PromptTokenizer, Role
 
 log = logging.getLogger(__name__)
 
@@ -242,8 +242,10 @@ class ULLMEDataModule(L.LightningDataModule):
             return epoch * whole + batch
 
         loss: Any = getattr(trainer.lightning_module, "loss", None)
+        prompt_tokenizer = self._prompt_tokenizer()
+        self._warn_of_unread_instructions(prompt_tokenizer.prompts)
         loader = self.train_dataloader_for(
-            self._prompt_tokenizer(),
+            prompt_tokenizer,
             *self._rank_and_world_size(),
             position=position,
             generation=() if loss is None else loss.objective.likelihoods,
@@ -281,6 +283,17 @@ class ULLMEDataModule(L.LightningDataModule):
         sampler = self._sampler(rank, world_size, epoch, start_batch, position)
         collator = self._collator(prompt_tokenizer, generation)
         return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=collator, **self._loader_options())
+
+    def _warn_of_unread_instructions(self, prompts: Prompts) -> None:
+        """Say that rows or datasets have instructions, and the template of what is embedded no place for them."""
+        own = None if self.source is None else self.source.longest_instruction
+        if own is not None and "{instruction}" not in prompts.query and self._rank_and_world_size()[0] == 0:
+            log.warning(
+                "data: rows or datasets have instructions (such as %.80r), and model.prompts.query=%r has no "
+                "{instruction}: they are not used to embed queries",
+                own,
+                prompts.query,
+            )
 
     def _collator(self, prompt_tokenizer: PromptTokenizer, generation: bool | Collection[LikelihoodKind]) -> Collator:
         """Raises: ValueError: a template leaves no room for a text."""
