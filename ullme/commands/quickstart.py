@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from ullme.utils import config_files
 from ullme.utils.errors import one_line, print_error
-from ullme.utils.home_folder import expand_home
+from ullme.utils.expanded_paths import expand_paths
 
 if TYPE_CHECKING:
     from ullme.demo.world import World
@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 2 for a mistake in the arguments, printed in one line.
     """
     options, training_options = parser().parse_known_args(argv)
-    expand_home(options)
     try:
+        expand_paths(options)
         scores = run(options, training_options)
     except ValueError as error:
         return print_error(error)

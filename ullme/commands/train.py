@@ -29,7 +29,7 @@ from ullme.training.signals import INTERRUPTED
 from ullme.utils import atomic_files, config_files, errors
 from ullme.utils.allocator import keep_freed_memory
 from ullme.utils.dotted_names import add_cwd_to_path
-from ullme.utils.home_folder import expand_home
+from ullme.utils.expanded_paths import expand_paths
 from ullme.utils.messages import show_messages
 from ullme.utils.precision import choose_precision, device_type, slow_choice, stored_dtype
 from ullme.utils.wandb_login import check_wandb_login
@@ -102,7 +102,7 @@ class ULLMECLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
-        expand_home(self.config)  # before any of its paths is used: Lightning expands only its own copy of one
+        expand_paths(self.config)  # before any of its paths is used: Lightning expands only its own copy of one
 
     def before_instantiate_classes(self) -> None:
         """Check options that would fail later with a less helpful message. Raises: ValueError."""

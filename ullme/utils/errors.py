@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from ullme.utils.home_folder import expand_home
+from ullme.utils.expanded_paths import expand_paths
 
 # Lines that jsonargparse prints around the reason, once for every type that it tried.
 _PARSER_NOISE = re.compile(
@@ -154,7 +154,7 @@ def run_command(
     """
     try:
         options = parser.parse_args(argv)
-        expand_home(options)
+        expand_paths(options)
         check_empty_options(parser, options)
         return run(options)
     except (ArgumentError, ValueError) as error:

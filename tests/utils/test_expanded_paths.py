@@ -1,4 +1,4 @@
-"""~/ in a YAML file, and behind --option=, is the home folder."""
+"""~/ in a YAML file, and behind --option=, is the home folder; a variable in a YAML file is what it is set to."""
 
 from __future__ import annotations
 
@@ -53,6 +53,25 @@ def test_the_options_of_a_command(home, tmp_path):
     assert (found[0].to, found[0].corpus, found[0].model) == (f"{home}/E", f"{home}/corpus.jsonl", "a~/b")
     assert found[0].runs == [f"{home}/a", "b"]
     assert found[0].text == "~/.profile is not read"
+
+
+def test_variables_at_the_beginning_of_a_path(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "trainer: {default_root_dir: $SCRATCH/runs}\ndata: {train: '${SCRATCH}/a.jsonl', cache_dir: /x/$SCRATCH}\n"
+        "model: {backbone: {model_name_or_path: $SCRATCH}, prompts: {query: '$NONE/{text}'}}\n"
+    )
+    config = train.read_configs([f"--config={file}", "--trainer.logger=false"])
+    assert config.checkpoint.dirpath == "/scratch/me/runs/checkpoints"
+    assert (config.data.train, config.data.cache_dir) == ("/scratch/me/a.jsonl", "/x/$SCRATCH")
+    assert config.model.backbone.model_name_or_path == "/scratch/me"
+    monkeypatch.delenv("SCRATCH")
+    with pytest.raises(SystemExit) as end:
+        train.main(["fit", f"--config={file}"])
+    assert end.value.code == 2
+    assert "'$SCRATCH/runs': the environment variable SCRATCH is not set" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/"))
 
 
 def test_a_configuration_is_located_there(home, tmp_path):
