@@ -165,7 +165,17 @@ def rebuild_model(model_class: type[Any], checkpoint: str | Path, strict: bool =
             f"run code that it names; to allow it, pass pooling={stored['backbone']['pooling']!r}"
         )
     _warn_undeclared(stored, overrides, checkpoint)
-    model = model_class(**options, prompts=Prompts.from_dict(stored["prompts"]))
+    try:
+        model = model_class(**options, prompts=Prompts.from_dict(stored["prompts"]))
+    except ValueError as error:
+        name = str(options["model_name_or_path"])
+        absent = f"model_name_or_path={name!r}: cannot load the config.json" in str(error) and not Path(name).exists()
+        if "model_name_or_path" in overrides or not absent:
+            raise
+        raise ValueError(
+            f"checkpoint={str(checkpoint)!r} was trained on {name!r}, which is no folder here, seen from {Path.cwd()}, "
+            f"and cannot be had from the hub ({error}); say where the LLM is with model_name_or_path (--model)"
+        ) from error
     if "undeclared" in stored:
         _compare_tokenizer(model, find_checkpoint(checkpoint))
     copy_weights(model, stored, state, checkpoint, strict)
