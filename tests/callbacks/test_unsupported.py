@@ -10,6 +10,7 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
 from test_training import arguments, logged  # noqa: F401 - arguments is a fixture
 
+from ullme.callbacks import Checkpoint
 from ullme.callbacks.unsupported import UNSUPPORTED, check_callbacks
 from ullme.commands import train
 from ullme.training.module import ULLMEModule
@@ -159,6 +160,26 @@ def test_a_callback_of_ones_own_may_log_what_others_monitor(monkeypatch):
     trainer.callbacks = [stop]
     with pytest.raises(ValueError, match="val/mine"):
         check_callbacks(trainer, None)
+
+
+@pytest.mark.parametrize(
+    ("callback", "better"),
+    [
+        (EarlyStopping("val/ndcg@10"), "max"),  # min is Lightning's default
+        (ModelCheckpoint(monitor="val/mrr@10"), "max"),
+        (Checkpoint(monitor="train/loss"), "min"),  # max is ours
+        (EarlyStopping("val/recall@100", mode="max"), None),
+        (EarlyStopping("train/loss"), None),
+    ],
+)
+def test_the_worst_is_not_taken_for_the_best(callback, better):
+    trainer = SimpleNamespace(callbacks=[callback], loggers=[], fast_dev_run=False, limit_val_batches=1)
+    data = SimpleNamespace(val="beir")
+    if better is None:
+        check_callbacks(trainer, data)
+    else:
+        with pytest.raises(ValueError, match=f"takes the worst value for the best; set its mode to {better}"):
+            check_callbacks(trainer, data)
 
 
 def best_state(file: Path) -> dict:

@@ -62,6 +62,7 @@ def test_a_missing_split_names_the_others(folder):
         ({"qrels": QRELS + "q9\td1\t1\n"}, r"has 1 ids that are not in queries\.jsonl, first \['q9'\]"),
         ({"qrels": "q1\td9\t1\n"}, r"no judgement on a document of corpus\.jsonl; it names \['d9'\]"),
         ({"qrels": QRELS + "q1 d1 1\n"}, r"test\.tsv:5: expected query id, document id"),
+        ({"qrels": "q1\td1\t1.0\nq2\td2\t1\n"}, r"test\.tsv:1: expected .* integer grade"),  # no header
         ({"qrels": QRELS + "q1\td1\thigh\n"}, r"test\.tsv:5: expected query id, document id"),
         ({"corpus": [*CORPUS, {"_id": "d1", "text": "x"}]}, r"corpus\.jsonl:5: duplicate _id 'd1'"),
         ({"corpus": [{"text": "x"}]}, r"corpus\.jsonl:1: missing key '_id'"),

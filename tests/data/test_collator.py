@@ -74,6 +74,17 @@ def test_extra_positives_of_a_symmetric_dataset_have_the_query_template(tokenize
     assert read(tokenizer, batch.extra_positives) == ["other|pc"]
 
 
+def test_a_passage_template_has_the_rows_own_instruction_too(tokenizer):
+    prompts = Prompts(query="{instruction}?{text}", passage="{instruction}|{text}", instruction="usual")
+    draws = [(0, Draw("qa", "pa", ["na"], "other")), (1, Draw("qb", "pb", ["nb"], None))]
+    collator = Collator(PromptTokenizer(tokenizer, prompts), 32, 32)
+    assert read(tokenizer, collator(draws).passages) == ["other|pa", "other|na", "usual|pb", "usual|nb"]
+    with pytest.raises(
+        ValueError, match="passage: max_length=32 tokens, but the template alone with the instruction 'i"
+    ):
+        Collator(PromptTokenizer(tokenizer, prompts), 128, 32, longest_instruction="i" * 40)
+
+
 def test_extra_positives_without_keys_are_refused(prompt_tokenizer):
     batch = Collator(prompt_tokenizer, 32, 32)(DRAWS)
     with pytest.raises(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ullme.data.datamodule import ULLMEDataModule
+from ullme.data.mixture import TrainSet
 from ullme.prompts import Prompts, PromptTokenizer
 
 
@@ -28,6 +29,18 @@ def make(write_jsonl, rows):
 @pytest.fixture
 def prompt_tokenizer(tokenizer):
     return PromptTokenizer(tokenizer, Prompts(instruction="find"))  # a byte is a token here
+
+
+@pytest.mark.parametrize("by", ["dataset", "schema"])
+def test_passages_with_the_querys_template_need_room_for_it(by, make, rows, write_jsonl, prompt_tokenizer):
+    """Else all of them would be the same row, the beginning of the template."""
+    if by == "dataset":
+        data = make(train=None, datasets=[TrainSet(write_jsonl(rows), symmetric=True)], passage_max_length=20)
+    else:
+        pairs = [{"sentence1": f"a {n}", "sentence2": f"b {n}", "score": n} for n in range(8)]
+        data = make(train=write_jsonl(pairs), num_hard_negatives=0, passage_max_length=20)
+    with pytest.raises(ValueError, match=r"query: max_length=20 tokens, .* takes \d+; raise passage_max_length"):
+        data.train_dataloader_for(prompt_tokenizer)
 
 
 @pytest.fixture
@@ -188,6 +201,17 @@ def test_lightning_gives_each_process_its_slice(make, prompt_tokenizer, tmp_path
 def test_overfit_batches_repeats_the_same(make, prompt_tokenizer, tmp_path):
     module, _ = fit(make(), prompt_tokenizer, tmp_path, overfit_batches=2)
     assert module.seen == 3 * module.seen[:2]
+
+
+@pytest.mark.parametrize(("query", "warns"), [("q: {text}", True), ("{instruction}: {text}", False)])
+def test_instructions_without_a_place_in_the_template_are_named(
+    query, warns, make, rows, write_jsonl, tokenizer, tmp_path, caplog
+):
+    data = make(train=write_jsonl([{**row, "prompt": "find the answer"} for row in rows]))
+    with caplog.at_level(logging.WARNING, "ullme.data"):
+        fit(data, PromptTokenizer(tokenizer, Prompts(query=query, instruction="find")), tmp_path, max_steps=1)
+    message = "instructions (such as 'find the answer'), and model.prompts.query='q: {text}' has no {instruction}"
+    assert (message in caplog.text) == warns
 
 
 def test_resuming_with_other_data_warns(make, prompt_tokenizer, tmp_path, caplog):

@@ -12,6 +12,7 @@ from ullme.commands import evaluate
 from ullme.commands.evaluate import main
 from ullme.eval.per_query import keep_per_query, pytrec_key, read_per_query
 from ullme.eval.table import read_rows
+from ullme.prompts import Prompts
 
 ROOT = Path(__file__).parents[2]
 
@@ -142,6 +143,19 @@ def test_options_from_a_file_reach_the_model(tiny_llm, sts_file, tmp_path, monke
         "use_task_instructions": False,
         "instructions": {"STS": "compare"},
     }
+
+
+@pytest.mark.parametrize(("template", "warns"), [("{text}", True), ("{instruction} {text}", False)])
+def test_instructions_without_a_place_in_the_template_are_named(template, warns, tiny_llm, monkeypatch, capsys):
+    import ullme.models
+
+    model = SimpleNamespace(delegate=None, model=SimpleNamespace(prompts=Prompts(query=template)))
+    monkeypatch.setattr(ullme.models, "WrappedULLME", lambda *args, **kwargs: model, raising=False)
+    given = ["--model", str(tiny_llm), "--instruction", "find", "--instructions", '{"STS": "compare"}']
+    assert evaluate._model(evaluate.parser().parse_args(given)) is model
+    said = capsys.readouterr().err
+    assert ("--instruction find is not used: the query template '{text}' has no {instruction}" in said) == warns
+    assert ("--instructions {'STS': 'compare'} is not used" in said) == warns
 
 
 BAD = {

@@ -121,6 +121,19 @@ def test_a_positive_outside_the_corpus_is_embedded(folder, tmp_path):
     assert written.outside == 1
 
 
+@pytest.mark.parametrize("sampling", ["top", "random"])
+def test_a_positive_with_a_title_in_front_is_no_negative(sampling, tmp_path):
+    """A corpus of titles and texts, and rows of texts alone."""
+    positives = ["A passage that answers the question and has no title.", "Another one that does, without a title too."]
+    texts = [f"Answers {positives[0]}", f"Some other\ntitle\n{positives[1]}", *DOCUMENTS, "long " * 30 + positives[0]]
+    settings = MiningSettings(len(texts) - 2, sampling=sampling)  # all but the two
+    rows = [{"query": "the question", "pos": positives}, {"query": "another", "pos": [DOCUMENTS[3]]}]
+    first, second = mined(tmp_path, rows, dense(make_folder(tmp_path, texts)), settings)
+    assert set(texts) - set(first["neg"]) == set(texts[:2])
+    assert first["neg_scores"] == sorted(first["neg_scores"], reverse=True)
+    assert len(second["neg"]) == len(texts) - 2
+
+
 def test_by_bm25(tmp_path):
     pytest.importorskip("bm25s")
     shards = Shards(make_folder(tmp_path))

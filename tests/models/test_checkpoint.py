@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +48,18 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
         load_ullme(tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=r"give a run folder, a .ckpt file or a PEFT adapter folder"):
         load_ullme(tmp_path / "nothing")
+
+
+def test_an_llm_that_is_no_longer_where_it_was_is_asked_for(make_model, llm_folder, tmp_path, monkeypatch):
+    """As with a path that is relative to the folder in which the training was started."""
+    monkeypatch.chdir(Path(llm_folder()).parent)
+    model = make_model()
+    model.options = replace(model.options, model_name_or_path=Path(llm_folder()).name)
+    folder = save_adapter(model, tmp_path / "adapter")
+    load_ullme(folder)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"was trained on 'llm\d+', which is no folder here, .*say where .* \(--model\)"
+    ):
+        load_ullme(folder)
+    load_ullme(folder, model_name_or_path=llm_folder())

@@ -170,6 +170,14 @@ def test_another_llm_of_the_same_shape(make_run, pair):
     run, _ = make_run(3)
     stored = torch.load(run / "checkpoints" / "last.ckpt")
     stored["ullme"]["fingerprint"] = "another"
+    stored["ullme"]["llm"]["config"]["of_another_version"] = 1
+    torch.save(stored, run / "checkpoints" / "last.ckpt")
+    merge_runs([pair[0][0], run])  # the same weights, read by another version of transformers
+    stored["ullme"]["llm"]["weights"] = "others"
+    torch.save(stored, run / "checkpoints" / "last.ckpt")
+    with pytest.raises(ValueError, match="the hash of the LLM's weights in auto is"):
+        merge_runs([pair[0][0], run])
+    del stored["ullme"]["llm"]  # as in a checkpoint of an earlier version
     torch.save(stored, run / "checkpoints" / "last.ckpt")
     with pytest.raises(ValueError, match="the fingerprint of the LLM's weights in auto is"):
         merge_runs([pair[0][0], run])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from tiny import make_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ullme.models import ULLME
 from ullme.models.checkpoint import load_ullme, save_adapter
+from ullme.models.config import BackboneConfig
+from ullme.models.loading import load_backbone
 from ullme.models.peft_folder import read_adapter_folder
 from ullme.prompts import Prompts
 
@@ -245,6 +248,22 @@ def test_an_adapter_in_place_of_an_llm_is_refused_with_where_it_belongs(make_mod
     folder = str(save_adapter(make_model(), tmp_path / "adapter"))
     with pytest.raises(ValueError, match=r"is an adapter, not an LLM.*init_from=.*adapter.*load_ullme\("):
         ULLME(folder)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_an_llm_with_an_adapter_beside_it_is_refused(weights, make_model, llm_folder, tmp_path):
+    folder = save_adapter(make_model(), tmp_path / "adapter")
+    for file in Path(llm_folder()).iterdir():
+        if file.name == "config.json" or (weights and file.suffix == ".safetensors"):
+            shutil.copy(file, folder)
+    message = r"has an adapter .* beside an LLM's config\.json.*as init_from to train from it or as checkpoint to embed"
+    for lora_name in (None, "ullme"):
+        with pytest.raises(ValueError, match=message):
+            ULLME(str(folder), lora_name=lora_name)
+    if weights:  # in a repository of the hub, which is seen when they are loaded
+        with pytest.raises(ValueError, match=message):
+            load_backbone(BackboneConfig(str(folder)), AutoConfig.from_pretrained(folder))
+    assert load_ullme(folder).options.model_name_or_path == llm_folder()  # a checkpoint is the adapter
 
 
 @pytest.mark.parametrize(

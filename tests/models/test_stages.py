@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ullme.models.checkpoint import load_ullme, save_adapter
-from ullme.models.trained_weights import CONTRACT_KEY, STATE_PREFIX, contract, trainable_state
+from ullme.models.trained_weights import CONTRACT_KEY, STATE_PREFIX, check_can_resume, contract, trainable_state
 
 TEXTS = ["the mill by the river", "a market"]
 
@@ -98,7 +98,8 @@ def test_latent_attention_goes_on(mode, make_model, tmp_path):
     ("options", "message"),
     [
         ({"sizes": {"hidden_size": 64}}, "was trained with hidden_size=32"),
-        ({"sizes": {"rms_norm_eps": 0.1}}, "holds other weights than"),
+        ({"sizes": {"rms_norm_eps": 0.1}}, r"another configuration \(rms_norm_eps is 0.1 and was 1e-06\) than"),
+        ({"sizes": {"initializer_range": 0.1}}, "holds other weights than"),
         ({"init_mode": "continue", "lora_r": 8}, "was trained with lora_r=4"),
         ({"init_mode": "continue", "lora_name": None}, "does not fit the model"),
         ({"init_mode": "start"}, "init_mode='start': choose merge or continue"),
@@ -107,6 +108,45 @@ def test_latent_attention_goes_on(mode, make_model, tmp_path):
 def test_mismatches_are_refused(first, make_model, options, message):
     with pytest.raises(ValueError, match=message):
         make_model(init_from=first[1], **options)
+
+
+def edited(path: str, change) -> str:
+    """The checkpoint with another contract."""
+    stored = torch.load(path)
+    change(stored[CONTRACT_KEY])
+    stored[CONTRACT_KEY]["fingerprint"] = "another"
+    torch.save(stored, path)
+    return path
+
+
+def test_another_version_of_transformers_is_no_other_llm(first, make_model):
+    """Whose configuration has fields more and less."""
+
+    def other_fields(known):
+        del known["llm"]["config"]["pretraining_tp"]
+        known["llm"]["config"] |= {"new_field": 3, "rope_parameters": {"rope_theta": 10000.0, "new_field": 4}}
+
+    path = edited(first[1], other_fields)
+    assert far(load_ullme(path, strict=True).encode(TEXTS), first[0].encode(TEXTS)) < 1e-6
+    check_can_resume(first[0], torch.load(path))
+    with make_model(init_from=path).eval().adapters_off():
+        pass
+
+
+def test_the_configuration_counts_field_by_field(first):
+    path = edited(first[1], lambda known: known["llm"]["config"]["rope_parameters"].update(rope_theta=5.0))
+    with pytest.raises(
+        ValueError, match=r"another configuration \(rope_parameters.rope_theta is 10000.0 and was 5.0\)"
+    ):
+        check_can_resume(first[0], torch.load(path))
+
+
+def test_a_checkpoint_of_an_earlier_version_knows_the_fingerprint_alone(first):
+    path = edited(first[1], lambda known: known.pop("llm"))
+    with pytest.raises(
+        ValueError, match=r"other weights \(or another version of transformers reads its config\.json\)"
+    ):
+        load_ullme(path, strict=True)
 
 
 def test_no_such_run(make_model):

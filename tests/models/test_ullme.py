@@ -125,6 +125,17 @@ def test_encode_refuses_half_an_emoji(make_model):
         make_model().encode(["whole \U0001f525", "cut \ud83d"])
 
 
+def test_encode_refuses_an_embedding_that_is_not_finite(make_model):
+    model = make_model(lora_name=None)
+    broken = model.tokenizer("z", add_special_tokens=False)["input_ids"][0]
+    with torch.no_grad():
+        model.causal_lm.get_input_embeddings().weight[broken] = torch.nan
+    assert np.isfinite(model.encode(["a", "b"])).all()
+    texts = ["a longer text that is embedded first", "b", "a z", "z"]
+    with pytest.raises(ValueError, match=r"texts\[2\]='a z' is not finite, with weights in float32; load the LLM"):
+        model.encode(texts, batch_size=1)
+
+
 def test_encode_tokenises_so_many_characters_at_a_time(make_model, monkeypatch):
     """Long documents are cut to max_length a few at a time, and come back in their order."""
     model = make_model()

@@ -298,6 +298,18 @@ def test_a_passage_that_is_scored_ends_in_the_tokenizers_own_end_where_there_is_
     assert PromptTokenizer(tokenizer, Prompts()).target_ids(["mill"], max_length=20) == [[*bare("mill"), 0]]
 
 
+def test_an_end_token_that_there_is_not_cannot_be_appended():
+    tokenizer = copy.deepcopy(make_tokenizer())
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"append_eos=true, and .* has no eos_token and ends no text by itself"):
+        PromptTokenizer(tokenizer, Prompts(append_eos=True))
+    other = framing_tokenizer("another end")
+    other.eos_token = None
+    assert PromptTokenizer(other, Prompts(append_eos=True)).ids(["mill"], "passage", max_length=20) == [
+        [*bare("mill"), 0]
+    ]
+
+
 def test_a_tokenizer_that_reads_few_texts_is_asked_about_one_of_them():
     from tokenizers import Tokenizer, models, processors
     from transformers import PreTrainedTokenizerFast

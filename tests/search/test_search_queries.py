@@ -20,6 +20,11 @@ def test_both_formats_of_queries(tmp_path):
         assert read_queries(tmp_path / name) == {"a": "first", "2": "second"}
 
 
+def test_a_table_may_name_its_columns(tmp_path):
+    (tmp_path / "q.tsv").write_text("query_id\tQuery\nid\ttext\n1\tfirst\n")
+    assert read_queries(tmp_path / "q.tsv") == {"id": "text", "1": "first"}  # only the first line is no query
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -48,6 +48,8 @@ UNSUPPORTED: dict[type[L.Callback], tuple[str, str]] = {
 _NEED_A_LOGGER = (callbacks.LearningRateMonitor, callbacks.DeviceStatsMonitor, callbacks.ThroughputMonitor)
 _OTHER_METRICS = ("lr", "epoch", "step")
 VALIDATION_METRICS = ("val/ndcg@10", "val/mrr@10", "val/recall@100")
+# Mode -> the metrics of which it would take the worst for the best. min is what Lightning's callbacks begin with.
+_WRONG_MODE: dict[str, tuple[str, ...]] = {"min": VALIDATION_METRICS, "max": ("train/loss",)}
 
 
 def check_callbacks(trainer: L.Trainer, data: L.LightningDataModule | None) -> None:
@@ -58,7 +60,8 @@ def check_callbacks(trainer: L.Trainer, data: L.LightningDataModule | None) -> N
         data: the data module of the run.
 
     Raises:
-        ValueError: one is not supported, needs a logger and has none, or monitors a metric that is never logged.
+        ValueError: one is not supported, needs a logger and has none, or monitors a metric that is never logged, or the
+            wrong way round.
     """
     found: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in found:
@@ -79,6 +82,12 @@ def check_callbacks(trainer: L.Trainer, data: L.LightningDataModule | None) -> N
         # A callback of the user's own may log what it likes.
         elif not own_callbacks and not metric.startswith("train/") and metric not in _OTHER_METRICS:
             raise ValueError(_unknown(owner, metric, VALIDATION_METRICS))
+        mode = str(getattr(callback, "mode", None))
+        if metric in _WRONG_MODE.get(mode, ()):
+            better = "max" if mode == "min" else "min"
+            raise ValueError(
+                f"{owner}={metric!r} with mode={mode} takes the worst value for the best; set its mode to {better}"
+            )
 
 
 def check_monitors_of_training(trainer: L.Trainer) -> None:

@@ -32,10 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0; 2 for a mistake in the arguments or a folder that cannot be cleared.
     """
     from ullme.data.row_cache import cache_root, clear, entries, size_limit
+    from ullme.utils.expanded_paths import expand_paths
 
     options = parser().parse_args(argv)
-    root = cache_root(options.cache_dir)
     try:
+        expand_paths(options)
+        root = cache_root(options.cache_dir)
         if options.clear:
             freed, kept = clear(root)
             in_use = f"; {kept} in use by a run stay" if kept else ""

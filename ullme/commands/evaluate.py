@@ -253,13 +253,15 @@ def _model(options: Any) -> WrappedULLME:
     prompts = {field: options[name] for name, (field, *_) in PROMPT_OPTIONS.items() if options[name] is not None}
     if prompts:
         given["prompts"] = prompts
-    return WrappedULLME(
+    model = WrappedULLME(
         options.model,
         model_checkpoint=options.checkpoint,
         use_task_instructions=options.use_task_instructions,
         instructions=options.instructions,
         **given,
     )
+    _warn_of_unread_instructions(options, model)
+    return model
 
 
 def _warn_of_unused(options: Any) -> None:
@@ -277,6 +279,23 @@ def _warn_of_unused(options: Any) -> None:
     elif any(options[name] is not None for name in adapter) and adapter_folder(options.model) is None:
         unused["without a checkpoint or an adapter"] = adapter
     warn_of_unused(parser(), options, unused)
+
+
+def _warn_of_unread_instructions(options: Any, model: WrappedULLME) -> None:
+    """Name the instructions that were given for templates without a place for them."""
+    from ullme.distributed import world
+
+    if model.delegate is not None or world()[0] > 0:
+        return
+    prompts = model.model.prompts
+    if "{instruction}" not in prompts.query + prompts.passage:
+        for name in ("instruction", "instructions"):
+            if options[name]:
+                print(
+                    f"evaluate: --{name} {options[name]} is not used: the query template {prompts.query!r} has no "
+                    "{instruction}",
+                    file=sys.stderr,
+                )
 
 
 def _dtype(options: Any, device: str | None) -> str | None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from ullme.utils import config_files
 from ullme.utils.errors import one_line, print_error
+from ullme.utils.expanded_paths import expand_paths
 
 if TYPE_CHECKING:
     from ullme.demo.world import World
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options, training_options = parser().parse_known_args(argv)
     try:
+        expand_paths(options)
         scores = run(options, training_options)
     except ValueError as error:
         return print_error(error)

@@ -29,6 +29,7 @@ from ullme.training.signals import INTERRUPTED
 from ullme.utils import atomic_files, config_files, errors
 from ullme.utils.allocator import keep_freed_memory
 from ullme.utils.dotted_names import add_cwd_to_path
+from ullme.utils.expanded_paths import expand_paths
 from ullme.utils.messages import show_messages
 from ullme.utils.precision import choose_precision, device_type, slow_choice, stored_dtype
 from ullme.utils.wandb_login import check_wandb_login
@@ -98,6 +99,10 @@ class ULLMECLI(LightningCLI):
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=_checkpoint_folder)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        expand_paths(self.config)  # before any of its paths is used: Lightning expands only its own copy of one
 
     def before_instantiate_classes(self) -> None:
         """Check options that would fail later with a less helpful message. Raises: ValueError."""

@@ -164,7 +164,7 @@ def read_qrels(path: Path, max_lines: int | None = None) -> dict[str, dict[str, 
             query, document, grade = columns
             qrels.setdefault(query, {})[document] = int(grade)
         except ValueError:
-            if number == 1 and len(columns) == 3:  # the header
+            if number == 1 and len(columns) == 3 and not _is_number(columns[2]):  # the header
                 continue
             raise ValueError(
                 f"{path}:{number}: expected query id, document id and integer grade, separated by tabs; got {columns}"
@@ -172,6 +172,14 @@ def read_qrels(path: Path, max_lines: int | None = None) -> dict[str, dict[str, 
     if not qrels:
         raise ValueError(f"{path} has no relevance judgements")
     return qrels
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def is_copy(query: str, document: str) -> bool:

@@ -92,6 +92,7 @@ class Collator:
         generation: the likelihoods that the loss needs rows for; True: log π(passage | query), False: none. A prompt
             may have as many tokens more than its text as its template has.
         longest_instruction: of the rows' own, to be checked before training.
+        symmetric: whether some rows' passages have the query's template, to be checked likewise.
 
     Raises:
         ValueError: a template, with the longest instruction, leaves no room for a text.
@@ -104,6 +105,7 @@ class Collator:
         passage_max_length: int,
         generation: bool | Collection[LikelihoodKind] = False,
         longest_instruction: str | None = None,
+        symmetric: bool = False,
     ) -> None:
         self.prompt_tokenizer = prompt_tokenizer
         self.query_max_length = query_max_length
@@ -113,7 +115,9 @@ class Collator:
         self.likelihoods: tuple[LikelihoodKind, ...] = tuple(generation)
         for instruction in {None, longest_instruction}:
             prompt_tokenizer.check_length("query", query_max_length, instruction)
-        prompt_tokenizer.check_length("passage", passage_max_length)
+            prompt_tokenizer.check_length("passage", passage_max_length, instruction)
+            if symmetric:
+                prompt_tokenizer.check_length("query", passage_max_length, instruction, "passage_max_length")
 
     def __call__(self, items: Sequence[tuple[int, Draw]]) -> Batch:
         draws = [drawn for _, drawn in items]
@@ -140,10 +144,9 @@ class Collator:
     def _passage_rows(self, draws: list[Draw], texts: Sequence[Sequence[str]]) -> TokenRows:
         """The texts of each draw, query-major. A batch is of one dataset, so the first row speaks for all."""
         flat = [text for own in texts for text in own]
-        if not draws[0].symmetric:
-            return self.prompt_tokenizer(flat, "passage", max_length=self.passage_max_length)
+        role: Role = "query" if draws[0].symmetric else "passage"
         instructions = [drawn.instruction for drawn, own in zip(draws, texts, strict=True) for _ in own]
-        return self.prompt_tokenizer(flat, "query", max_length=self.passage_max_length, instruction=instructions)
+        return self.prompt_tokenizer(flat, role, max_length=self.passage_max_length, instruction=instructions)
 
     def _extra_positives(self, draws: list[Draw]) -> dict[str, Any]:
         """The batch's extra positives and their keys; nothing where one positive of a row is drawn."""

@@ -29,7 +29,7 @@ from ullme.data.train_rows import (
     datasets_of_entries,
     usable_rows,
 )
-from ullme.prompts import PromptTokenizer, Role
+from ullme.prompts import Prompts, PromptTokenizer, Role
 
 log = logging.getLogger(__name__)
 
@@ -242,8 +242,10 @@ class ULLMEDataModule(L.LightningDataModule):
             return epoch * whole + batch
 
         loss: Any = getattr(trainer.lightning_module, "loss", None)
+        prompt_tokenizer = self._prompt_tokenizer()
+        self._warn_of_unread_instructions(prompt_tokenizer.prompts)
         loader = self.train_dataloader_for(
-            self._prompt_tokenizer(),
+            prompt_tokenizer,
             *self._rank_and_world_size(),
             position=position,
             generation=() if loss is None else loss.objective.likelihoods,
@@ -279,9 +281,26 @@ class ULLMEDataModule(L.LightningDataModule):
         assert self.source is not None
         dataset = self._draws()
         sampler = self._sampler(rank, world_size, epoch, start_batch, position)
-        lengths = self.query_max_length, self.passage_max_length
-        collator = Collator(prompt_tokenizer, *lengths, generation, self.source.longest_instruction)
+        collator = self._collator(prompt_tokenizer, generation)
         return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=collator, **self._loader_options())
+
+    def _warn_of_unread_instructions(self, prompts: Prompts) -> None:
+        """Say that rows or datasets have instructions, and the template of what is embedded no place for them."""
+        own = None if self.source is None else self.source.longest_instruction
+        if own is not None and "{instruction}" not in prompts.query and self._rank_and_world_size()[0] == 0:
+            log.warning(
+                "data: rows or datasets have instructions (such as %.80r), and model.prompts.query=%r has no "
+                "{instruction}: they are not used to embed queries",
+                own,
+                prompts.query,
+            )
+
+    def _collator(self, prompt_tokenizer: PromptTokenizer, generation: bool | Collection[LikelihoodKind]) -> Collator:
+        """Raises: ValueError: a template leaves no room for a text."""
+        assert self.source is not None
+        lengths = self.query_max_length, self.passage_max_length
+        symmetric = any(s.symmetric or rows[0].symmetric for s, rows in zip(self.sets, self.sources, strict=True))
+        return Collator(prompt_tokenizer, *lengths, generation, self.source.longest_instruction, symmetric)
 
     def _draws(self) -> TrainDataset:
         """The rows as they are drawn."""
@@ -306,8 +325,7 @@ class ULLMEDataModule(L.LightningDataModule):
         self.setup("fit")
         assert self.source is not None
         dataset = self._draws()
-        lengths = self.query_max_length, self.passage_max_length
-        collator = Collator(prompt_tokenizer, *lengths, generation, self.source.longest_instruction)
+        collator = self._collator(prompt_tokenizer, generation)
         rank, ranks = self._rank_and_world_size()
         for places in self._sampler(rank, ranks):
             of = self.source.locate(places[0][0])[0] if isinstance(self.source, Mixture) else 0

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ullme.data.beir import is_copy
 from ullme.mining.parts import OnFewer, Parts, Written, check_on_fewer
 from ullme.mining.retrievers import Question, Retriever
 from ullme.mining.rows import MiningRow, MiningRows
@@ -48,7 +49,7 @@ class Chosen(NamedTuple):
     """The negatives of one query.
 
     Args:
-        places: among its candidates, the best first.
+        places: among its candidates, in the order in which they are taken.
         likelihoods: (n,) mean log π(q|n), or None.
         positives: (p,) mean log π(q|p) of its known positives, or None.
     """
@@ -74,7 +75,8 @@ def mine(
     Labelled rows get ``query``, ``pos``, ``neg``, ``pos_scores``, ``neg_scores``, ``pos_ids`` and ``neg_ids`` (the
     ids of the documents, null for a positive that is none), and ``prompt`` where the row has an instruction. Queries
     without labels get ``query``, ``candidates``, ``scores`` and ``candidate_ids``, and their own ``_id``. A negative is
-    never a known positive of its query, over all rows, nor a copy of one, of another negative or of the query.
+    never a known positive of its query, over all rows, nor a copy of one, of another negative or of the query; nor a
+    document that is a positive with a title in front, where the positive itself is no document.
 
     Args:
         rows: to mine for.
@@ -181,12 +183,20 @@ class _Miner:
         for row in block:
             first.setdefault((row.query, row.instruction), row)
         queries = list(first.values())
-        candidates = self._candidates(self._questions(queries))
-        chosen = self._choose(queries, candidates)
+        questions = self._questions(queries)
+        candidates = self._candidates(questions)
+        outside = [
+            [text for text, place in zip(question.positives, question.rows, strict=True) if place < 0]
+            for question in questions
+        ]
+        wanted = [self.settings.num_negatives + len(own) for own in outside]
+        chosen = self._choose(queries, candidates, wanted)
         rows = [found.rows[choice.places] for found, choice in zip(candidates, chosen, strict=True)]
         documents = self.retriever.shards.documents(np.concatenate(rows))
         ends = np.cumsum(list(map(len, rows))).tolist()
         negatives = [documents[low:high] for low, high in zip([0, *ends], ends, strict=False)]
+        for n, own in enumerate(outside):
+            chosen[n], negatives[n] = _kept(chosen[n], negatives[n], own, self.settings.num_negatives)
         line = _labelled_line if self.labelled else _unlabelled_line
         of = dict(zip(first, zip(candidates, chosen, negatives, strict=True), strict=True))
         return [line(row, *of[row.query, row.instruction]) for row in block]
@@ -221,18 +231,25 @@ class _Miner:
             missing, k = again, min(2 * k, len(self.retriever.shards))
         return [found[n] for n in range(len(questions))]
 
-    def _choose(self, block: Sequence[MiningRow], candidates: Sequence[Candidates]) -> list[Chosen]:
+    def _choose(
+        self, block: Sequence[MiningRow], candidates: Sequence[Candidates], wanted: Sequence[int]
+    ) -> list[Chosen]:
+        """As many candidates of each query as are wanted, or all that the settings allow."""
         orders = []
         for row, found in zip(block, candidates, strict=True):
             known = found.positives[~np.isnan(found.positives)]
             places = self.settings.window(found.scores, known.min() if len(known) else None, self.last)
             orders.append(self.settings.order(places, text_hash(row.query)).tolist())
         if self.query_likelihood is None:
-            return [Chosen(sorted(order[: self.settings.num_negatives])) for order in orders]
-        return self._choose_by_likelihood(block, candidates, orders)
+            return [Chosen(order[:count]) for order, count in zip(orders, wanted, strict=True)]
+        return self._choose_by_likelihood(block, candidates, orders, wanted)
 
     def _choose_by_likelihood(
-        self, block: Sequence[MiningRow], candidates: Sequence[Candidates], orders: list[list[int]]
+        self,
+        block: Sequence[MiningRow],
+        candidates: Sequence[Candidates],
+        orders: list[list[int]],
+        wanted: Sequence[int],
     ) -> list[Chosen]:
         """Score as many candidates as are still missing, drop what is too likely, and so on with the next ones."""
         assert self.query_likelihood is not None
@@ -244,8 +261,8 @@ class _Miner:
         taken: list[dict[int, float]] = [{} for _ in block]
         while True:
             asked = [
-                [order.pop(0) for _ in range(min(len(order), self.settings.num_negatives - len(have)))]
-                for order, have in zip(orders, taken, strict=True)
+                [order.pop(0) for _ in range(min(len(order), count - len(have)))]
+                for order, have, count in zip(orders, taken, wanted, strict=True)
             ]
             if not any(asked):
                 break
@@ -255,14 +272,34 @@ class _Miner:
             logps = self._split(self.query_likelihood(list(zip(queries, texts, strict=True))), list(map(len, asked)))
             for have, places, own, limit in zip(taken, asked, logps, limits, strict=True):
                 have.update({p: v for p, v in zip(places, own.tolist(), strict=True) if v <= limit})
-        return [
-            Chosen(sorted(have), [have[place] for place in sorted(have)], own)
-            for have, own in zip(taken, positives, strict=True)
-        ]
+        return [Chosen(list(have), list(have.values()), own) for have, own in zip(taken, positives, strict=True)]
 
     @staticmethod
     def _split(values: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
         return np.split(values, np.cumsum(counts)[:-1])
+
+
+def _kept(
+    choice: Chosen, negatives: Sequence[Document], outside: Sequence[str], count: int
+) -> tuple[Chosen, list[Document]]:
+    """The first ``count`` negatives that are no positive with a title in front, in decreasing order of their scores.
+
+    Args:
+        choice: in the order in which they are taken.
+        negatives: the documents.
+        outside: positives of the query that are no documents as they are.
+        count: how many.
+    """
+    taken = [n for n, document in enumerate(negatives) if not any(_is_titled(text, document.text) for text in outside)]
+    order = sorted(taken[:count], key=choice.places.__getitem__)
+    likelihoods = None if choice.likelihoods is None else [choice.likelihoods[n] for n in order]
+    kept = choice._replace(places=[choice.places[n] for n in order], likelihoods=likelihoods)
+    return kept, [negatives[n] for n in order]
+
+
+def _is_titled(text: str, document: str) -> bool:
+    """Whether a document is a text with a title in front, which is no longer than the text."""
+    return len(document) <= 2 * len(text) + 1 and is_copy(text, document)
 
 
 def _labelled_line(row: MiningRow, found: Candidates, choice: Chosen, negatives: Sequence[Document]) -> dict[str, Any]:

@@ -114,6 +114,30 @@ def _as_list(texts: Sequence[str]) -> list[str]:
     return texts
 
 
+def _check_finite(rep: Tensor, texts: Sequence[str], batch: Sequence[int], start: int, model: Embedder) -> None:
+    """Refuse what is no embedding; a ranking of NaN would have a score all the same.
+
+    Args:
+        rep: (R, D) embeddings of a batch.
+        texts: of a window.
+        batch: the places of the R texts in it.
+        start: the place of the window's first text among all.
+        model: that embedded them, for the message.
+
+    Raises:
+        ValueError: an embedding that is NaN or infinite.
+    """
+    finite = rep.isfinite().all(dim=1)
+    if not finite.all():
+        place = batch[int(finite.int().argmin())]
+        dtype = str(next(p for _, p in model.named_parameters()).dtype).removeprefix("torch.")
+        raise ValueError(
+            f"the embedding of texts[{start + place}]={texts[place]!r:.80} is not finite, with weights in {dtype}; "
+            "load the LLM with dtype=float32 (or bfloat16: float16 overflows in many LLMs), or, where it is not finite "
+            "in float32 either, another checkpoint: its weights are damaged"
+        )
+
+
 def encode(
     model: Embedder,
     texts: Sequence[str],
@@ -130,7 +154,7 @@ def encode(
     """See :meth:`ullme.models.ULLME.encode`; ``on_batch`` is called with the number of texts of each batch.
 
     Raises:
-        ValueError: a text or option that cannot be used.
+        ValueError: a text or option that cannot be used, or an embedding that is not finite.
     """
     from tqdm.auto import tqdm
 
@@ -171,6 +195,7 @@ def encode(
                 tokenizer.pad([rows[n] for n in batch], starts and [starts[n] for n in batch]) for batch in batches
             )
             for batch, rep in zip(batches, model.embed_blocks(model, blocks), strict=True):
+                _check_finite(rep, texts[window], batch, window.start, model)
                 out[torch.tensor(batch) + window.start] = rep if truncate_dim is None else truncated(rep, width)
                 bar.update(len(batch))
                 if on_batch is not None:

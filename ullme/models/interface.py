@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ullme.models.config import BackboneConfig
+from ullme.models.loading import Identity
 from ullme.prompts import Prompts, PromptTokenizer
 from ullme.token_rows import TokenRows
 
@@ -20,6 +21,7 @@ class Embedder(Protocol):
     options: BackboneConfig
     prompts: Prompts
     fingerprint: str
+    identity: Identity
     llm: nn.Module
     tokenizer: Any
     training: bool

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -42,7 +42,7 @@ def has_file(name: str, file: str) -> bool:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a name is a PEFT adapter. An LLM that has an adapter in the same folder is an LLM."""
+    """Whether a name is a PEFT adapter. An LLM with an adapter in the same folder is none; loading it is refused."""
     return has_file(name, "adapter_config.json") and not has_file(name, "config.json")
 
 
@@ -62,7 +62,7 @@ def is_sentence_transformer(name: str) -> bool:
 def adapter_folder(name: str) -> Path | None:
     """The folder of the PEFT adapter with this name, downloaded if necessary; None if the name is no adapter.
 
-    An LLM that has an adapter in the same folder is an LLM.
+    An LLM with an adapter in the same folder is none; loading it is refused.
     """
     if not is_adapter(name):
         return None
@@ -77,8 +77,8 @@ def load_config(options: BackboneConfig) -> PretrainedConfig:
     """Read config.json and check it, before any weight is read.
 
     Raises:
-        ValueError: nothing to load under this name, another model type than asked for, no decoder-only LLM, or
-            quantization that is not possible here.
+        ValueError: nothing to load under this name, an adapter beside the LLM, another model type than asked for, no
+            decoder-only LLM, or quantization that is not possible here.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -99,6 +99,8 @@ def load_config(options: BackboneConfig) -> PretrainedConfig:
             f"model_name_or_path={name!r} is {what}, not an LLM: to train from it, name its LLM there and set "
             f"init_from={name!r}{local}; to embed with it, load_ullme({name!r}) or evaluate --checkpoint {name}"
         ) from error
+    if (Path(name) / "adapter_config.json").is_file():  # of the hub, load_backbone sees it
+        raise _adapter_beside(name)
     expected_type = options.model_backbone_type
     if expected_type is not None and expected_type.lower() != config.model_type:
         raise ValueError(
@@ -115,6 +117,17 @@ def load_config(options: BackboneConfig) -> PretrainedConfig:
             f"{config.model_type!r}; take a decoder-only LLM"
         )
     return config
+
+
+def _adapter_beside(name: str) -> ValueError:
+    """The error for an LLM with an adapter beside it: transformers loads that too, unasked, and a new one switches it
+    off, so that evaluation would embed with it, and training without."""
+    local = "" if Path(name).is_dir() else "download both, "
+    return ValueError(
+        f"model_name_or_path={name!r} has an adapter (adapter_config.json) beside an LLM's config.json, and does not "
+        f"say which of them is meant; {local}put the adapter's files into a folder of their own, and give the LLM as "
+        "model_name_or_path, the adapter as init_from to train from it or as checkpoint to embed with it"
+    )
 
 
 def max_positions(config: PretrainedConfig) -> int:
@@ -164,7 +177,7 @@ def load_backbone(options: BackboneConfig, config: PretrainedConfig) -> PreTrain
     """Load the causal LM, without an adapter.
 
     Raises:
-        ValueError: missing or unreadable weights.
+        ValueError: missing or unreadable weights, or an adapter beside them.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -182,6 +195,8 @@ def load_backbone(options: BackboneConfig, config: PretrainedConfig) -> PreTrain
             **quantization_options(options),
         )
     model, report = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise _adapter_beside(options.model_name_or_path)
     model.weights_not_stored = frozenset(report["missing_keys"])  # they are random
     return model
 
@@ -253,20 +268,40 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
     )
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """A hash of the config and of the name, shape, dtype and up to 32 values of every weight.
+class Identity(NamedTuple):
+    """What tells pre-trained LLMs apart, without reading all their weights.
 
-    It tells pre-trained LLMs apart without reading all their weights.
+    Args:
+        fingerprint: a hash of weights and configuration.
+        weights: a hash of the name, shape, dtype and up to 32 values of every weight.
+        config: the fields of the configuration as plain values. Versions of transformers differ in which fields an LLM
+            has (Phi's lost one between 5.2 and 5.23).
     """
+
+    fingerprint: str
+    weights: str
+    config: dict[str, Any]
+
+
+def identity(model: PreTrainedModel) -> Identity:
+    """The identity of an LLM in memory."""
     config = model.config.to_dict()
     for ignored in ("_name_or_path", "transformers_version", "use_cache"):
         config.pop(ignored, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    text = json.dumps(config, sort_keys=True, default=lambda value: sorted(value) if _is_set(value) else str(value))
+    both, weights = hashlib.sha256(text.encode()), hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, len(flat) // 32)][:32].double().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {sample.tolist()}".encode())
-    return digest.hexdigest()[:32]
+        described = f"{name} {tuple(parameter.shape)} {parameter.dtype} {sample.tolist()}".encode()
+        both.update(described)
+        weights.update(described)
+    return Identity(both.hexdigest()[:32], weights.hexdigest()[:32], json.loads(text))
+
+
+def _is_set(value: Any) -> bool:
+    """Of names, whose order differs between processes."""
+    return isinstance(value, set | frozenset) and all(isinstance(one, str) for one in value)
 
 
 def add_adapter(model: PreTrainedModel, options: BackboneConfig) -> nn.Module:

@@ -21,6 +21,7 @@ from ullme.models.trained_weights import (
     STATE_PREFIX,
     contract,
     copy_weights,
+    flat_config,
     read_checkpoint,
     rebuild_model,
     stored_dims,
@@ -39,6 +40,7 @@ _SAME_OPTIONS = (
 # Where the LLM comes from, which is compared where its fingerprint cannot be.
 _FOLDERS = ("model_name_or_path", "init_from")
 _FINGERPRINT = "the fingerprint of the LLM's weights"
+_WEIGHTS = "the hash of the LLM's weights"
 # Adapters of the runs while they are merged.
 _SOURCE = "merge_source_{}"
 # Directions that are nearly the same, or opposite, are interpolated linearly.
@@ -134,7 +136,9 @@ def check_mergeable(runs: Sequence[str | Path], contracts: Sequence[dict[str, An
     described = [_described(stored) for stored in contracts]
     for (run, one), (other_run, other) in pairwise(zip(runs, described, strict=True)):
         common = [name for name in one if name in other]
-        if any(name.startswith(_FINGERPRINT) for name in common):
+        if any(name.startswith(_WEIGHTS) for name in common):  # the configuration is compared field by field
+            common = [name for name in common if not name.startswith(_FINGERPRINT)]
+        if any(name.startswith((_FINGERPRINT, _WEIGHTS)) for name in common):
             common = [name for name in common if name not in _FOLDERS]  # the same weights may lie in two places
         for name in common:
             if one[name] != other[name]:
@@ -162,6 +166,10 @@ def _described(stored: dict[str, Any]) -> dict[str, Any]:
     # A fingerprint is of the weights in their dtype, and an adapter from elsewhere has none.
     if "fingerprint" in stored:
         found[f"{_FINGERPRINT} in {backbone['dtype']}"] = stored["fingerprint"]
+    if llm := stored.get("llm"):
+        found[f"{_WEIGHTS} in {backbone['dtype']}"] = llm["weights"]
+        config = flat_config(llm["config"]).items()
+        found |= {f"the LLM's configuration in {backbone['dtype']}, {name}": value for name, value in config}
     return found
 
 

@@ -43,6 +43,7 @@ def contract(model: Embedder) -> dict[str, Any]:
         "matryoshka_dims": list(model.matryoshka_dims),
         "shape": shape,
         "fingerprint": model.fingerprint,
+        "llm": {"weights": model.identity.weights, "config": model.identity.config},
     }
 
 
@@ -164,7 +165,17 @@ def rebuild_model(model_class: type[Any], checkpoint: str | Path, strict: bool =
             f"run code that it names; to allow it, pass pooling={stored['backbone']['pooling']!r}"
         )
     _warn_undeclared(stored, overrides, checkpoint)
-    model = model_class(**options, prompts=Prompts.from_dict(stored["prompts"]))
+    try:
+        model = model_class(**options, prompts=Prompts.from_dict(stored["prompts"]))
+    except ValueError as error:
+        name = str(options["model_name_or_path"])
+        absent = f"model_name_or_path={name!r}: cannot load the config.json" in str(error) and not Path(name).exists()
+        if "model_name_or_path" in overrides or not absent:
+            raise
+        raise ValueError(
+            f"checkpoint={str(checkpoint)!r} was trained on {name!r}, which is no folder here, seen from {Path.cwd()}, "
+            f"and cannot be had from the hub ({error}); say where the LLM is with model_name_or_path (--model)"
+        ) from error
     if "undeclared" in stored:
         _compare_tokenizer(model, find_checkpoint(checkpoint))
     copy_weights(model, stored, state, checkpoint, strict)
@@ -295,15 +306,35 @@ def check_can_resume(model: Embedder, checkpoint: dict[str, Any], source: str = 
 
 
 def _backbone_mismatch(model: Embedder, stored: dict[str, Any]) -> str | None:
-    """A message if the weights were trained on another LLM, else None; LLMs are compared only in the same dtype."""
+    """A message if the weights were trained on another LLM, else None; LLMs are compared only in the same dtype.
+
+    A field of the configuration that only one of them has is no difference: another version of transformers has others.
+    """
     trained, options = stored["backbone"], model.options
     comparable = (trained.get("dtype"), trained.get("quantization", "none")) == (options.dtype, options.quantization)
-    if comparable and stored.get("fingerprint", model.fingerprint) != model.fingerprint:
-        return (
-            f"model_name_or_path={model.options.model_name_or_path!r} holds other weights than "
-            f"{trained['model_name_or_path']!r}, on which this checkpoint was trained; name that LLM"
-        )
-    return None
+    if not comparable or stored.get("fingerprint", model.fingerprint) == model.fingerprint:
+        return None
+    known = stored.get("llm")
+    if known is not None and known["weights"] == model.identity.weights:
+        now, before = (flat_config(config) for config in (model.identity.config, known["config"]))
+        changed = next((name for name in sorted(now.keys() & before.keys()) if now[name] != before[name]), None)
+        if changed is None:
+            return None
+        what = f"another configuration ({changed} is {now[changed]!r} and was {before[changed]!r})"
+    else:
+        what = "other weights" if known else "other weights (or another version of transformers reads its config.json)"
+    return (
+        f"model_name_or_path={options.model_name_or_path!r} holds {what} than {trained['model_name_or_path']!r}, on "
+        "which this checkpoint was trained; name that LLM"
+    )
+
+
+def flat_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """An LLM's configuration as dotted name -> value."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        found |= flat_config(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def _check_weights_fit(model: Embedder, stored: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> None:

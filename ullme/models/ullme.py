@@ -56,6 +56,7 @@ class ULLME(nn.Module):
         matryoshka_dims: the numbers of leading dimensions that training made embeddings of, the largest first
             (:class:`~ullme.losses.Matryoshka`); empty for none.
         fingerprint: hash that identifies the pre-trained LLM in its dtype.
+        identity: the parts of which it is made.
         is_on_rank_zero: the other ranks have no memory for the weights yet (:mod:`ullme.models.rank_zero`).
         attention_path: how the LLM is run to embed (packed, padded, flags or mask4d), as chosen by the probe.
 
@@ -99,7 +100,8 @@ class ULLME(nn.Module):
         self.attention_path, self._probed_device_type = self._first_attention_path(model)
         self._head_checked = self._compiled = False
         self._autocast_is_needless: tuple[tuple[torch.dtype, torch.dtype], bool] | None = None
-        self.fingerprint = rank_zero.of_rank_zero(lambda: loading.fingerprint(model))
+        self.identity = rank_zero.of_rank_zero(lambda: loading.identity(model))
+        self.fingerprint = self.identity.fingerprint
         self.llm = loading.add_adapter(model, self.options)
         self.pooler = make_pooler(self.options, self.hidden_size, earlier_pooler)
         if self.options.init_from is not None and self.options.init_mode == "continue":
@@ -361,7 +363,7 @@ class ULLME(nn.Module):
             uint8 for another precision, and (R, ⌈D/8⌉) for binary and ubinary.
 
         Raises:
-            ValueError: a text or option that cannot be used.
+            ValueError: a text or option that cannot be used, or an embedding that is not finite (float16 overflows).
         """
         return encoding.encode(
             self,

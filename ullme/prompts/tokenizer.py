@@ -58,8 +58,8 @@ class PromptTokenizer:
         prompts: the contract.
 
     Raises:
-        ValueError: a template with white space outside of its begin or end token, which would come twice; or see
-            :func:`begin_and_end`.
+        ValueError: a template with white space outside of its begin or end token, which would come twice;
+            ``append_eos`` with a tokenizer that has no end token; or see :func:`begin_and_end`.
 
     Attributes:
         begin: token ids before every text.
@@ -73,6 +73,11 @@ class PromptTokenizer:
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self._prompt_end = own_end or self._eos  # what a prompt of generation must not end with
         self.end = self._prompt_end if prompts.append_eos else own_end
+        if prompts.append_eos and not self.end:
+            raise ValueError(
+                f"prompts.append_eos=true, and {type(tokenizer).__name__} has no eos_token and ends no text by itself; "
+                "set the tokenizer's eos_token (in tokenizer_config.json), or prompts.append_eos=false"
+            )
         self._tail_lengths: dict[str, int] = {}
         for role in get_args(Role):
             self.around(role)
@@ -198,14 +203,26 @@ class PromptTokenizer:
                 beyond = middle
         return text[:fits]
 
-    def check_length(self, role: Role, max_length: int, instruction: str | None = None) -> None:
-        """Raises: ValueError: the template alone takes ``max_length`` tokens, so that all texts would be the same."""
+    def check_length(
+        self, role: Role, max_length: int, instruction: str | None = None, option: str | None = None
+    ) -> None:
+        """Check that a template leaves room for a text.
+
+        Args:
+            role: of the template.
+            max_length: in tokens, template included.
+            instruction: None for the contract's own.
+            option: that says the length, for the message; None: the role's (``query_max_length``).
+
+        Raises:
+            ValueError: the template alone takes ``max_length`` tokens, so that all texts would be the same.
+        """
         empty = len(self.ids([""], role, max_length=2**31, instruction=instruction)[0])
         if empty >= max_length and any(self.prompts.around(role, instruction)):
             with_it = "" if instruction is None else f" with the instruction {instruction[:60]!r}"
             raise ValueError(
                 f"{role}: max_length={max_length} tokens, but the template alone{with_it} takes {empty}; raise "
-                f"{role}_max_length (or max_length), or shorten prompts.{role} or the instruction"
+                f"{option or f'{role}_max_length'} (or max_length), or shorten prompts.{role} or the instruction"
             )
 
     def _tail_length(self, tail: str) -> int:

@@ -12,6 +12,13 @@ from ullme.data.jsonl import decode_line, iter_lines, parse_line
 from ullme.data.records import BadRow, check_utf8
 from ullme.utils import atomic_files
 
+# What the first line of a table of queries may be called.
+_HEADERS = {
+    (key, text)
+    for key in ("_id", "id", "qid", "query_id", "query-id", "queryid")
+    for text in ("text", "query", "query_text", "question")
+}
+
 
 class Hit(NamedTuple):
     """A document that was found: its score (the larger the better), id and text."""
@@ -26,7 +33,7 @@ def read_queries(file: str | Path) -> dict[str, str]:
 
     Args:
         file: .jsonl (or .jsonl.gz) with ``_id`` (or ``id``) and ``text`` (or ``query``), or lines of id, a tab and the
-            text (.tsv).
+            text (.tsv); a first line that names the two columns is none.
 
     Raises:
         ValueError: no such file, no queries, a bad line ("file:line: reason"), or a duplicate id.
@@ -39,6 +46,8 @@ def read_queries(file: str | Path) -> dict[str, str]:
     for number, _, line in iter_lines(path):
         try:
             key, text = parse(line)
+            if number == 1 and parse is _tsv_query and (key.lower(), text.lower()) in _HEADERS:
+                continue
             check_utf8(key + text, "query")
             if not key or not text:
                 raise BadRow("the id or the text of the query is empty")

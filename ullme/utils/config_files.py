@@ -16,9 +16,9 @@ def configs_folder() -> Path:
 def locate(name: str | Path) -> Path:
     """``name`` itself if there is such a file; else, if it begins with ``configs/``, this project's file of that name.
 
-    A name that is found nowhere is returned unchanged; opening it gives the error.
+    A name that is found nowhere is returned as it is; opening it gives the error.
     """
-    path = Path(name)
+    path = Path(name).expanduser()  # no shell does this in --config=~/file
     if (
         not path.exists()
         and path.parts[:1] == ("configs",)

@@ -17,6 +17,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from ullme.utils.expanded_paths import expand_paths
+
 # Lines that jsonargparse prints around the reason, once for every type that it tried.
 _PARSER_NOISE = re.compile(
     r"^(Does not validate against any of the Union|Subtypes: |Errors:$|(- )?Expected a <class 'NoneType'>"
@@ -152,6 +154,7 @@ def run_command(
     """
     try:
         options = parser.parse_args(argv)
+        expand_paths(options)
         check_empty_options(parser, options)
         return run(options)
     except (ArgumentError, ValueError) as error:

@@ -17,6 +17,7 @@ from ullme.commands.reproduce.cells import Cell, Overrides, parse_options
 from ullme.commands.reproduce.spec import Model, Row, Stage, Table, check, chosen, filled
 from ullme.commands.reproduce.sweep import Halving, Point, Sweep, check_stops, expanded
 from ullme.utils.config_files import locate_in_arguments
+from ullme.utils.expanded_paths import expand_paths
 
 DESCRIPTION = (
     "Train and evaluate every missing cell of a table (LLM x row x seed) and write the table. The "
@@ -75,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # its arguments are only a part of the command line
     try:
         options = parser().parse_args(locate_in_arguments(sys.argv[1:] if argv is None else argv))
+        expand_paths(options)
         return run(options)
     except (ArgumentError, ValueError) as error:
         return print_error(error)
