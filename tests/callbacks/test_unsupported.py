@@ -132,6 +132,7 @@ def test_callbacks_that_cannot_work_are_refused(kind):
         (["--checkpoint.monitor=ndcg@10"], "checkpoint.monitor='ndcg@10' is not logged"),
         (["--trainer.callbacks=LearningRateMonitor", "--trainer.logger=false"], "LearningRateMonitor needs a logger"),
         (["--trainer.callbacks=LearningRateFinder"], "LearningRateFinder is not supported"),
+        (["--trainer.strategy=deepspeed_stage_2"], "strategy=deepspeed_stage_2: DeepSpeed averages gradients in every"),
     ],
 )
 def test_they_are_refused_before_the_llm_is_loaded(arguments, tmp_path, capsys, monkeypatch, options, message):  # noqa: F811

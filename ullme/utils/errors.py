@@ -103,11 +103,17 @@ def _allows_none(hint: Any) -> bool:
 
 
 def check_strategy(trainer: Any) -> None:
-    """Check, before anything is built, that FSDP2's parallel sizes match the number of ranks.
+    """Check the strategy before anything is built.
 
     Raises:
-        ValueError: they do not.
+        ValueError: DeepSpeed, or FSDP2's parallel sizes do not match the number of ranks.
     """
+    name = str(getattr(trainer.strategy, "class_path", trainer.strategy))
+    if "deepspeed" in name.lower():
+        raise ValueError(
+            f"trainer.strategy={name}: DeepSpeed averages gradients in every backward, and a step of GradCache has "
+            "several; use FSDP (configs/strategy/fsdp.yaml) where the LLM does not fit on a device, else ddp"
+        )
     options = getattr(trainer.strategy, "init_args", None)
     sizes = [options.get(f"{name}_parallel_size") for name in ("data", "tensor")] if options else []
     devices = str(trainer.devices)
