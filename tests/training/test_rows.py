@@ -64,6 +64,16 @@ def test_a_term_that_a_dataset_cannot_serve_is_refused_by_name(row, terms, messa
         check_rows(Objective([InfoNCE(), DPO(), CoSENT(), SFT()]), mixture(tmp_path, (row, terms)))
 
 
+def test_terms_that_all_have_weight_0_are_refused(tmp_path):
+    """Their steps would do nothing; a term of weight 0 beside another one is only logged."""
+    terms = [InfoNCE(), SFT(weight=0.0)]
+    check_rows(Objective(terms), mixture(tmp_path, (PASSAGES, None)))
+    with pytest.raises(ValueError, match=r"with sft of weight 0 a step of '.*set1\.jsonl' trains nothing"):
+        check_rows(Objective(terms), mixture(tmp_path, (PASSAGES, None), (CHAT, ["sft"])))
+    with pytest.raises(ValueError, match=r"with info_nce and sft of weight 0 a step trains nothing"):
+        Objective([InfoNCE(weight=0.0), SFT(weight=0.0)]).check_rows(2)
+
+
 def test_a_teacher_is_measured_on_rows_with_labels_and_negatives(tmp_path):
     """On those that it teaches, or where these have no labels, on others; batches without use are never tokenised."""
     tokenizer = PromptTokenizer(make_tokenizer(), Prompts(query="{text}"))

@@ -130,8 +130,8 @@ def check_rows(objective: Objective, data: Any, warn: bool = True) -> None:
         warn: whether to name columns and terms that are not used.
 
     Raises:
-        ValueError: a term lacks its columns, positives or negatives, no term looks at all positives that are drawn, or
-            a dataset names a term that there is not.
+        ValueError: a term lacks its columns, positives or negatives, all terms have weight 0, no term looks at all
+            positives that are drawn, or a dataset names a term that there is not.
     """
     source, negatives = getattr(data, "source", None), getattr(data, "num_hard_negatives", 1)
     positives = getattr(data, "num_positives", 1)
