@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sqlite3
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,6 +186,17 @@ def test_a_frozen_copy_of_a_quantised_llm_is_refused(make_model):
 def test_an_unknown_reference_is_refused():
     with pytest.raises(ValueError, match=r"loss\.reference='frozen': choose one of adapters_off, frozen_copy, cached"):
         make_reference("frozen", None)
+
+
+def test_of_two_runs_that_start_at_once_one_has_the_cache(make_model, tmp_path, monkeypatch):
+    """The second looked before the first had written; another LLM must not fill the same files."""
+    first, second = (Cached(tmp_path, AdaptersOff()) for _ in range(2))
+    first.prepare(make_model(), "32-true")
+    monkeypatch.setattr(Path, "is_file", lambda path: False)
+    with pytest.raises(ValueError, match="made with another backbone"):
+        second.prepare(make_model("mistral"), "32-true")
+    second.prepare(make_model(), "32-true")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["reference-0.sqlite", "reference.json"]
 
 
 def test_a_foreign_stale_or_damaged_cache_is_refused(make_model, tmp_path):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sqlite3
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -215,17 +216,31 @@ class Cached(Reference):
                     f"loss.cache_reference={str(self.folder)!r} holds no reference likelihoods; fill it first with a "
                     "run that has loss.reference adapters_off or frozen_copy and the same data and prompts"
                 )
-            draft = note.with_suffix(f".{os.getpid()}")  # another rank never reads half a file
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                draft.write_text(json.dumps(identity, indent=2))
-                os.replace(draft, note)
-            except OSError as error:
-                raise ValueError(
-                    f"loss.cache_reference={str(self.folder)!r} cannot be written ({error}); name a folder that can"
-                ) from error
+            self._claim(note, identity)
         self._compare(note, identity)
         self._open(model.device)
+
+    def _claim(self, note: Path, identity: dict[str, Any]) -> None:
+        """Write what the folder is for, unless another rank or run has done so by now.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        draft = note.with_suffix(f".{uuid.uuid4().hex}")  # nobody reads half a file
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            draft.write_text(json.dumps(identity, indent=2))
+            try:
+                os.link(draft, note)  # never in place of another run's, as a rename would be
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without hard links
+                os.replace(draft, note)
+            draft.unlink(missing_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"loss.cache_reference={str(self.folder)!r} cannot be written ({error}); name a folder that can"
+            ) from error
 
     def _compare(self, note: Path, identity: dict[str, Any]) -> None:
         try:
