@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +123,28 @@ def test_the_file_of_a_rank_that_starts_later_is_read_too(make_model, tmp_path, 
     cached = Cached(tmp_path, AdaptersOff())
     cached.prepare(make_model(), "32-true")
     assert len(cached.files) == 2
+
+
+def test_the_file_of_a_rank_that_was_killed_while_it_wrote_is_read(make_model, batch, tmp_path):
+    """By a run of fewer ranks, or one that only reads, which cannot undo the half of it that was written."""
+    model, everything = make_model(), torch.ones(len(batch), batch.num_candidates, dtype=torch.bool)
+    folder, own = tmp_path / "cache", tmp_path / "cache" / "reference-0.sqlite"
+    full = Cached(folder, AdaptersOff())
+    full.prepare(model, "32-true")
+    expected = full.logps(model, batch, everything, True)
+    writing = sqlite3.connect(own, isolation_level=None)
+    writing.execute("PRAGMA cache_size=5")  # so that pages are in the file before the commit
+    writing.execute("BEGIN")
+    writing.executemany("INSERT INTO logps VALUES (?, ?)", [(n.to_bytes(16), 0.0) for n in range(20_000)])
+    for name in ("reference-3.sqlite", "reference-3.sqlite-journal"):
+        shutil.copy(folder / name.replace("3", "0"), folder / name)
+    writing.close()
+    own.unlink()
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        sqlite3.connect(f"file:{folder / 'reference-3.sqlite'}?mode=ro", uri=True).execute("SELECT * FROM logps")
+    reader = Cached(folder, None)
+    reader.prepare(model, "32-true")
+    assert torch.equal(reader.logps(model, batch, everything, True), expected)
 
 
 def test_a_likelihood_that_is_not_finite_is_not_kept(make_model, batch, tmp_path):

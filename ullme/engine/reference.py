@@ -9,6 +9,7 @@ import sqlite3
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -283,6 +284,8 @@ class Cached(Reference):
             raise ValueError(next(iter(found.values())))
         found_files = sorted(self.folder.glob("reference-*.sqlite"))
         others = [path for path in found_files if path != own and path.stat().st_size]  # one just made is empty
+        for path in others:
+            _roll_back(path)
         try:
             self.files += [
                 sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60) for path in others
@@ -376,6 +379,19 @@ class Cached(Reference):
                 except sqlite3.DatabaseError as error:
                     raise self._unusable(error) from error
         return known
+
+
+def _roll_back(path: Path) -> None:
+    """Undo what a killed process left half written: a connection that only reads cannot, and would fail.
+
+    Where nothing may be written, reading says so.
+    """
+    if path.with_name(f"{path.name}-journal").exists():
+        with (
+            suppress(sqlite3.DatabaseError),
+            closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=60)) as file,
+        ):
+            file.execute("SELECT 1 FROM logps LIMIT 1")  # SQLite does it before it reads
 
 
 def _templates(prompts: Prompts, likelihoods: Sequence[LikelihoodKind]) -> dict[str, str]:
