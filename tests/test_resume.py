@@ -305,6 +305,8 @@ def test_a_used_folder_is_neither_continued_nor_written_over_by_mistake(argument
     (folder / "finished").unlink()  # as if it had been killed
     said = refused(capsys, arguments("run", *common, "--model.optimizer.lr=0.5", "--loss.chunk_size=1"))
     assert "holds a run of another configuration: model.optimizer.lr=0.01 (now 0.5); give another" in said
+    said = refused(capsys, arguments("run", *common, "--data.columns={score: teacher}"))
+    assert "another configuration: data.columns=None (now {'score': 'teacher'}); give another" in said
     last, best = folder / "last.ckpt", next(folder.glob("best-*"))
     last.write_bytes(before[last][:-200])
     for extra in ([], ["--ckpt_path=last"], [f"--ckpt_path={last}"]):

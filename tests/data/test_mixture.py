@@ -233,6 +233,24 @@ def test_a_positive_of_the_query_in_another_dataset_is_not_borrowed(tmp_path):
     assert {both.draw(0, epoch, 0, 1, "borrow").negatives[0] for epoch in range(20)} == {"c1"}
 
 
+def test_a_row_keeps_its_negatives_where_they_are_unlabelled_candidates_of_its_query(tmp_path):
+    """Nobody has judged those; a row without labels borrows neither them nor a known positive of its query."""
+    labelled = [{"query": "q", "pos": ["p"], "neg": ["n", "m"]}, {"query": "x", "pos": ["y"]}]
+    unlabelled = [("q", ["n", "p2"]), ("q", ["m", "c"]), ("z", ["p", "d"])]
+    sets = []
+    for name, rows in (
+        ("a", labelled),
+        ("b", [{"query": query, "candidates": candidates} for query, candidates in unlabelled]),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        sets.append(TrainSet(str(tmp_path / f"{name}.jsonl")))
+    both = Mixture(sets, [open_source(one.train) for one in sets])
+    for epoch in range(20):
+        assert set(both.draw(0, epoch, 0, 2).negatives) == {"n", "m"}
+        drawn = both.draw(2, epoch, 0, 2)
+        assert {drawn.positive, *drawn.negatives} == {"n", "p2", "d"}
+
+
 @pytest.mark.parametrize(
     ("negatives", "short_rows", "wrong"),
     [

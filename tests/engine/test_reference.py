@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sqlite3
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,6 +125,28 @@ def test_the_file_of_a_rank_that_starts_later_is_read_too(make_model, tmp_path, 
     assert len(cached.files) == 2
 
 
+def test_the_file_of_a_rank_that_was_killed_while_it_wrote_is_read(make_model, batch, tmp_path):
+    """By a run of fewer ranks, or one that only reads, which cannot undo the half of it that was written."""
+    model, everything = make_model(), torch.ones(len(batch), batch.num_candidates, dtype=torch.bool)
+    folder, own = tmp_path / "cache", tmp_path / "cache" / "reference-0.sqlite"
+    full = Cached(folder, AdaptersOff())
+    full.prepare(model, "32-true")
+    expected = full.logps(model, batch, everything, True)
+    writing = sqlite3.connect(own, isolation_level=None)
+    writing.execute("PRAGMA cache_size=5")  # so that pages are in the file before the commit
+    writing.execute("BEGIN")
+    writing.executemany("INSERT INTO logps VALUES (?, ?)", [(n.to_bytes(16), 0.0) for n in range(20_000)])
+    for name in ("reference-3.sqlite", "reference-3.sqlite-journal"):
+        shutil.copy(folder / name.replace("3", "0"), folder / name)
+    writing.close()
+    own.unlink()
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        sqlite3.connect(f"file:{folder / 'reference-3.sqlite'}?mode=ro", uri=True).execute("SELECT * FROM logps")
+    reader = Cached(folder, None)
+    reader.prepare(model, "32-true")
+    assert torch.equal(reader.logps(model, batch, everything, True), expected)
+
+
 def test_a_likelihood_that_is_not_finite_is_not_kept(make_model, batch, tmp_path):
     class Broken(AdaptersOff):
         def logps(self, *args):
@@ -185,6 +209,17 @@ def test_a_frozen_copy_of_a_quantised_llm_is_refused(make_model):
 def test_an_unknown_reference_is_refused():
     with pytest.raises(ValueError, match=r"loss\.reference='frozen': choose one of adapters_off, frozen_copy, cached"):
         make_reference("frozen", None)
+
+
+def test_of_two_runs_that_start_at_once_one_has_the_cache(make_model, tmp_path, monkeypatch):
+    """The second looked before the first had written; another LLM must not fill the same files."""
+    first, second = (Cached(tmp_path, AdaptersOff()) for _ in range(2))
+    first.prepare(make_model(), "32-true")
+    monkeypatch.setattr(Path, "is_file", lambda path: False)
+    with pytest.raises(ValueError, match="made with another backbone"):
+        second.prepare(make_model("mistral"), "32-true")
+    second.prepare(make_model(), "32-true")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["reference-0.sqlite", "reference.json"]
 
 
 def test_a_foreign_stale_or_damaged_cache_is_refused(make_model, tmp_path):

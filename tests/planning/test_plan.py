@@ -248,6 +248,24 @@ def test_each_dataset_is_charged_with_its_own_terms_and_passages(config, capsys,
     assert "average" not in plan.describe(parse(*mixture, "--rows=80"))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.datasets=[]"], "give exactly one of them"),
+        (["--data.datasets=[]", "--data.train=null"], r"data.datasets=\[\] holds no dataset"),
+        (["--data.datasets=[{train: a}]"], "give exactly one of them"),
+        (
+            ["--data.datasets=[{train: a}]", "--data.train=null", "--data.max_rows=9"],
+            "data.max_rows=9 is for data.train",
+        ),
+        (["--data.num_hard_negatives=-1"], "data.num_hard_negatives=-1 must be at least 0"),
+    ],
+)
+def test_data_that_a_run_refuses_is_not_planned(config, options, message):
+    with pytest.raises(ValueError, match=message):
+        parse(*config, *options)
+
+
 def test_the_command(config, capsys):
     with pytest.raises(SystemExit) as end:
         main(["plan", *config])

@@ -62,6 +62,8 @@ def test_each_dataset_of_a_mixture_has_its_share_of_an_epoch(tmp_path):
     assert dataset_shares(data(str(file))) == []
     with pytest.raises(ValueError, match=r"4 rows, fewer than a batch of data\.batch_size=5"):
         dataset_shares(data(datasets=sets, batch_size=5))
+    with pytest.raises(ValueError, match=r"data\.datasets: train='owner/set' is not a local file.*give it max_rows"):
+        dataset_shares(data(datasets=[TrainSet("owner/set")]))
 
 
 def test_the_dataset_with_the_most_passages_decides(tmp_path):

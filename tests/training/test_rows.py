@@ -15,6 +15,7 @@ from ullme.data.datamodule import ULLMEDataModule
 from ullme.data.mixture import TrainSet
 from ullme.engine.gradcache import chunk_slices
 from ullme.engine.objective import Objective
+from ullme.engine.reference import make_reference
 from ullme.losses import DPO, KL, SFT, CoSENT, DistillationKL, InfoNCE, MarginMSE, Matryoshka, PseudoLabelInfoNCE
 from ullme.losses.false_negatives import FalseNegatives
 from ullme.prompts import Prompts, PromptTokenizer
@@ -62,6 +63,27 @@ def test_every_dataset_with_terms_that_it_can_serve_is_fine(tmp_path, caplog):
 def test_a_term_that_a_dataset_cannot_serve_is_refused_by_name(row, terms, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         check_rows(Objective([InfoNCE(), DPO(), CoSENT(), SFT()]), mixture(tmp_path, (row, terms)))
+
+
+def test_terms_that_all_have_weight_0_are_refused(tmp_path):
+    """Their steps would do nothing; a term of weight 0 beside another one is only logged."""
+    terms = [InfoNCE(), SFT(weight=0.0)]
+    check_rows(Objective(terms), mixture(tmp_path, (PASSAGES, None)))
+    with pytest.raises(ValueError, match=r"with sft of weight 0 a step of '.*set1\.jsonl' trains nothing"):
+        check_rows(Objective(terms), mixture(tmp_path, (PASSAGES, None), (CHAT, ["sft"])))
+    with pytest.raises(ValueError, match=r"with info_nce and sft of weight 0 a step trains nothing"):
+        Objective([InfoNCE(weight=0.0), SFT(weight=0.0)]).check_rows(2)
+
+
+def test_a_cache_that_no_term_needs_is_named(tmp_path, caplog):
+    """As with the paper's KL, whose teacher is the policy."""
+    data, cache = mixture(tmp_path, (PASSAGES, None)), make_reference("adapters_off", str(tmp_path / "cache"))
+    for term in (KL(teacher="reference"), DPO()):
+        check_rows(Objective([InfoNCE(), term], cache), data)
+    assert not caplog.records
+    check_rows(Objective([InfoNCE(), KL()], cache), data)
+    assert "cache is neither read nor filled" in caplog.text
+    assert "which no term of the loss needs (info_nce, kl)" in caplog.text
 
 
 def test_a_teacher_is_measured_on_rows_with_labels_and_negatives(tmp_path):

@@ -16,6 +16,7 @@ from ullme.utils.errors import explain_permission, print_error
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from ullme.data.datamodule import ULLMEDataModule
     from ullme.models.config import BackboneConfig
     from ullme.planning.plan import Job, Plan
     from ullme.prompts import Prompts
@@ -138,6 +139,7 @@ def plan_from(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[
     fsdp = arguments.strategy == "fsdp" or (
         arguments.strategy is None and any(word in named.lower() for word in ("fsdp", "modelparallel"))
     )
+    data_module(config.data)  # refuses what a run refuses
     job = job_from_config(config, arguments)
     count = _devices_of(config.trainer) if arguments.num_devices is None else arguments.num_devices
     device = this_cpu(job.half) if kind == "cpu" else DEVICES[arguments.device]
@@ -168,6 +170,25 @@ def _devices_of(trainer: Any) -> int:
     """The number of processes of a run; with trainer.devices=auto one for each node."""
     devices = number_of(trainer.devices)
     return trainer.num_nodes * (devices if isinstance(devices, int) else 1)
+
+
+def data_module(data: Any, **changes: Any) -> ULLMEDataModule:
+    """The data module of a configuration, which has read nothing yet.
+
+    Args:
+        data: the options under ``data:``.
+        **changes: options to replace.
+
+    Raises:
+        ValueError: options that a run would refuse.
+    """
+    from ullme.data.datamodule import ULLMEDataModule
+    from ullme.data.mixture import TrainSet
+
+    options = {**data.as_dict(), **changes}
+    if data.datasets is not None:
+        options["datasets"] = [TrainSet(**vars(one)) for one in data.datasets]
+    return ULLMEDataModule(**options)
 
 
 def job_from_config(config: Any, arguments: argparse.Namespace) -> Job:

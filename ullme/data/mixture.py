@@ -127,8 +127,9 @@ class Mixture:
         return self.sources[dataset][index]
 
     def positives_of(self, query: str) -> set[str]:
-        """What is a positive of a row with this query in any of the datasets."""
-        return set().union(*(source.positives_of(query) for source in self.sources))
+        """What is a positive of a row with this query in any of the datasets; what is an unlabelled candidate there may
+        be a negative here."""
+        return set().union(*(source.positives_of(query) for source in self.sources if source.labelled))
 
     def count_of(self, query: str) -> int:
         """At most how many rows of all datasets have this query."""

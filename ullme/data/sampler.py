@@ -92,11 +92,10 @@ def draw(
         own = _fill(rng.permutation(len(record.negatives)).tolist(), num_hard_negatives + 1, short_rows)
         texts = [record.negatives[i] for i in own]
         missing = num_hard_negatives + 1 - len(own)
-        texts += (
-            _borrow(source, missing, {record.query, *record.negatives, *queries.positives_of(record.query)}, rng)
-            if missing
-            else []
-        )
+        if missing:
+            candidates = source.positives_of(record.query)  # of all rows with this query
+            taken = {record.query, *record.negatives, *candidates, *queries.positives_of(record.query)}
+            texts += _borrow(source, missing, taken, rng)
         columns = _columns(source, record, own, missing)
         drawn = Draw(record.query, texts[0], texts[1:], record.instruction, labelled=False, columns=columns)
         return drawn._replace(symmetric=record.symmetric, extra_positives=(None,) * (num_positives - 1))

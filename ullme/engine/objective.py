@@ -135,7 +135,7 @@ class Objective:
             labelled: whether the data says which candidate is a positive.
 
         Raises:
-            ValueError: terms that lack negatives or a positive, or a reference that cannot be had.
+            ValueError: terms that lack negatives or a positive or all have weight 0, or a reference that cannot be had.
         """
         self.check_rows(num_hard_negatives, labelled)
         self.check_model(model, precision)
@@ -144,8 +144,14 @@ class Objective:
         """What :meth:`check` checks of the training rows; ``where`` names their dataset.
 
         Raises:
-            ValueError: terms that lack negatives or a positive.
+            ValueError: terms that lack negatives or a positive, or that all have weight 0.
         """
+        if not any(term.weight for term in self.terms):
+            names = " and ".join(term.name for term in self.terms)
+            raise ValueError(
+                f"loss.terms: with {names} of weight 0 a step{where} trains nothing; give one a weight above 0, or "
+                "leave the rows out"
+            )
         if not labelled:
             self._check_without_labels(where)
         for term in self.terms:

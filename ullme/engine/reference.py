@@ -6,8 +6,10 @@ import json
 import math
 import os
 import sqlite3
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -215,17 +217,31 @@ class Cached(Reference):
                     f"loss.cache_reference={str(self.folder)!r} holds no reference likelihoods; fill it first with a "
                     "run that has loss.reference adapters_off or frozen_copy and the same data and prompts"
                 )
-            draft = note.with_suffix(f".{os.getpid()}")  # another rank never reads half a file
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                draft.write_text(json.dumps(identity, indent=2))
-                os.replace(draft, note)
-            except OSError as error:
-                raise ValueError(
-                    f"loss.cache_reference={str(self.folder)!r} cannot be written ({error}); name a folder that can"
-                ) from error
+            self._claim(note, identity)
         self._compare(note, identity)
         self._open(model.device)
+
+    def _claim(self, note: Path, identity: dict[str, Any]) -> None:
+        """Write what the folder is for, unless another rank or run has done so by now.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        draft = note.with_suffix(f".{uuid.uuid4().hex}")  # nobody reads half a file
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            draft.write_text(json.dumps(identity, indent=2))
+            try:
+                os.link(draft, note)  # never in place of another run's, as a rename would be
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without hard links
+                os.replace(draft, note)
+            draft.unlink(missing_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"loss.cache_reference={str(self.folder)!r} cannot be written ({error}); name a folder that can"
+            ) from error
 
     def _compare(self, note: Path, identity: dict[str, Any]) -> None:
         try:
@@ -268,6 +284,8 @@ class Cached(Reference):
             raise ValueError(next(iter(found.values())))
         found_files = sorted(self.folder.glob("reference-*.sqlite"))
         others = [path for path in found_files if path != own and path.stat().st_size]  # one just made is empty
+        for path in others:
+            _roll_back(path)
         try:
             self.files += [
                 sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60) for path in others
@@ -361,6 +379,19 @@ class Cached(Reference):
                 except sqlite3.DatabaseError as error:
                     raise self._unusable(error) from error
         return known
+
+
+def _roll_back(path: Path) -> None:
+    """Undo what a killed process left half written: a connection that only reads cannot, and would fail.
+
+    Where nothing may be written, reading says so.
+    """
+    if path.with_name(f"{path.name}-journal").exists():
+        with (
+            suppress(sqlite3.DatabaseError),
+            closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=60)) as file,
+        ):
+            file.execute("SELECT 1 FROM logps LIMIT 1")  # SQLite does it before it reads
 
 
 def _templates(prompts: Prompts, likelihoods: Sequence[LikelihoodKind]) -> dict[str, str]:

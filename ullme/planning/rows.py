@@ -54,7 +54,8 @@ def dataset_shares(data: Any) -> list[DatasetShare]:
     from ullme.data.mixture import batches_per_pass, epoch_batches
 
     sets = data.datasets or []
-    passes = batches_per_pass(sets, [_rows(one.train, one.split, one.max_rows) for one in sets], data.batch_size)
+    rows = [_rows(one.train, one.split, one.max_rows, "data.datasets: train") for one in sets]
+    passes = batches_per_pass(sets, rows, data.batch_size)
     batches = epoch_batches(passes, [one.weight for one in sets], data.mixture_alpha) if sets else []
     return [
         DatasetShare(
@@ -86,8 +87,8 @@ def _passages(data: Any, one: Any) -> tuple[int, int]:
     )
 
 
-def _rows(train: str | Sequence[str], split: str, max_rows: int | None) -> int:
-    """Raises: ValueError: see :func:`epoch_rows`."""
+def _rows(train: str | Sequence[str], split: str, max_rows: int | None, option: str = "data.train") -> int:
+    """Rows of ``option``. Raises: ValueError: see :func:`epoch_rows`."""
     from ullme.data.files import expand_files
 
     names = [train] if isinstance(train, str) else train
@@ -96,7 +97,10 @@ def _rows(train: str | Sequence[str], split: str, max_rows: int | None) -> int:
     except ValueError as error:
         if max_rows is not None:
             return max_rows
-        raise ValueError(f"data.train={train!r} is not a local file, so its size is unknown; pass --rows=N") from error
+        remedy = "pass --rows=N"
+        if option != "data.train":
+            remedy = "give it max_rows, or pass --rows=N, which plans all steps with all terms"
+        raise ValueError(f"{option}={train!r} is not a local file, so its size is unknown; {remedy}") from error
     count = sum(_rows_of_file(path) for path in files)
     return count if max_rows is None else min(max_rows, count)
 

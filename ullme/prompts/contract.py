@@ -19,7 +19,8 @@ class Prompts:
             passage template may hold {text} twice, as in echo embeddings (arXiv 2402.15449).
         passage: template of a passage.
         generation: template of the query in front of a passage whose likelihood log π(passage | query) is asked for;
-            the passage's own tokens follow it.
+            the passage's own tokens follow it. As in ``query_generation``, an end token right before what is scored is
+            left out.
         query_generation: template for the likelihood log π(query | passage): ``{passage}`` stands for the passage and
             ``{query}``, at the end, for the query, whose own tokens are scored (arXiv 2204.07496).
         instruction: the task description that training uses, and evaluation where a task brings none of its own.

@@ -176,7 +176,7 @@ def _check_same_run(folder: Path, run_folder: Path, config: dict[str, Any]) -> N
             f"trainer.default_root_dir={str(run_folder)!r} holds checkpoints without the {CONFIG_FILE} of their run; "
             f"{remedy}"
         )
-    before, now = settings_of(yaml.safe_load(saved.read_text()) or {}), settings_of(redacted(config))
+    before, now = map(_settings, (yaml.safe_load(saved.read_text()) or {}, redacted(config)))
     changed = [key for key in sorted(before.keys() & now.keys()) if before[key] != now[key]]
     if changed:
         shown = ", ".join(f"{key}={before.get(key)!r} (now {now.get(key)!r})" for key in changed[:3])
@@ -185,6 +185,14 @@ def _check_same_run(folder: Path, run_folder: Path, config: dict[str, Any]) -> N
             f"trainer.default_root_dir={str(run_folder)!r} holds a run of another configuration: {shown}{more}; "
             f"{remedy}"
         )
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """:func:`settings_of`, with data.columns as one option: its keys are the user's, and another one is no option that
+    an earlier release did not have."""
+    columns = (config.get("data") or {}).get("columns")
+    options = {key: value for key, value in settings_of(config).items() if not key.startswith("data.columns.")}
+    return {**options, "data.columns": columns}
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ullme.batch import ColumnKind
 from ullme.data.mixture import Mixture
 from ullme.data.sources import RowSource
+from ullme.engine.reference import Cached
 from ullme.losses import Term
 
 if TYPE_CHECKING:
@@ -127,12 +128,19 @@ def check_rows(objective: Objective, data: Any, warn: bool = True) -> None:
     Args:
         objective: of the run.
         data: the data module, set up; without a ``source`` only its options are looked at.
-        warn: whether to name columns and terms that are not used.
+        warn: whether to name columns, terms and a cache that are not used.
 
     Raises:
-        ValueError: a term lacks its columns, positives or negatives, no term looks at all positives that are drawn, or
-            a dataset names a term that there is not.
+        ValueError: a term lacks its columns, positives or negatives, all terms have weight 0, no term looks at all
+            positives that are drawn, or a dataset names a term that there is not.
     """
+    if warn and isinstance(objective.reference, Cached) and not objective.uses_reference:
+        log.warning(
+            "loss.cache_reference=%s is neither read nor filled: it holds likelihoods of the reference, which no term "
+            "of the loss needs (%s); DPO, IPO, hinge and KTO do, and a KL with teacher=reference",
+            objective.reference.folder,
+            ", ".join(term.name for term in objective.terms),
+        )
     source, negatives = getattr(data, "source", None), getattr(data, "num_hard_negatives", 1)
     positives = getattr(data, "num_positives", 1)
     if not isinstance(source, Mixture):

@@ -318,6 +318,7 @@ def test_bad_rows_may_be_skipped(read, tmp_path):
 
 def test_no_training_rows(read):
     assert failed(read("--data.train=null").train_data).remedy == "give data.train or data.datasets"
+    assert "give exactly one of them" in failed(read("--data.datasets=[{train: a}]").train_data).found
 
 
 def test_configs_of_the_package_are_found_from_any_folder(monkeypatch, tmp_path):

@@ -157,7 +157,9 @@ class Settings:
         return f"{self.root} can be written" + (f"; train.py fit resumes from {found[0]}" if found else "")
 
     def train_data(self) -> str:
-        """Raises: ValueError: no such file, or a bad row; CheckFailed: no rows; NotChecked: a dataset of the hub."""
+        """Raises: ValueError: no such file, a bad row, or options that a run refuses; CheckFailed: no rows; NotChecked:
+        a dataset of the hub."""
+        from ullme.commands.plan import data_module
         from ullme.data.mixture import TrainSet
 
         data = self.config.data
@@ -169,6 +171,7 @@ class Settings:
         chosen = [whole] if whole else data.datasets or []
         if not chosen:
             raise CheckFailed("there are no training rows", "give data.train or data.datasets")
+        data_module(data)  # refuses what a run refuses
         return "; ".join(_check_first_rows(one, data.on_bad_row) for one in chosen)
 
     def val_data(self) -> str:

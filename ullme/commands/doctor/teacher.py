@@ -21,8 +21,7 @@ def teacher(settings: Settings) -> str:
     """
     import torch
 
-    from ullme.data.datamodule import ULLMEDataModule
-    from ullme.data.mixture import TrainSet
+    from ullme.commands.plan import data_module
     from ullme.engine.reference import AdaptersOff, FrozenCopy
     from ullme.engine.teacher_quality import measure_teacher, taught_term
     from ullme.models.ullme import ULLME
@@ -39,10 +38,7 @@ def teacher(settings: Settings) -> str:
     gpu = torch.cuda.is_available() and settings.config.trainer.accelerator != "cpu"
     if not gpu and settings.plan.weights > _MOST_WEIGHTS_ON_CPU:
         raise NotChecked(f"{name} is too large for a CPU; the run measures its teacher before the first step")
-    options = {**settings.config.data.as_dict(), "val": None}
-    if options.get("datasets"):
-        options["datasets"] = [TrainSet(**vars(one)) for one in settings.config.data.datasets]
-    data = ULLMEDataModule(**options)
+    data = data_module(settings.config.data, val=None)
     data.setup("fit")
     datasets = datasets_for_teacher(data, kl.name)
     if not datasets:
