@@ -10,7 +10,7 @@ import torch
 from tiny import blank_batch
 
 from ullme.batch import Representations
-from ullme.losses import CPO, DPO, IPO, KL, KTO, SFT, Chunk, Hinge, SimPO, kl_loss, sft_loss
+from ullme.losses import CPO, DPO, IPO, KL, KTO, SFT, Chunk, Hinge, PseudoLabelInfoNCE, SimPO, kl_loss, sft_loss
 from ullme.losses.preference import dpo_loss, hinge_loss, ipo_loss, kto_loss, random_negative, simpo_loss
 
 
@@ -209,6 +209,8 @@ def test_metrics():
         (lambda: KTO(negatives="some"), "KTO.negatives='some'"),
         (lambda: KTO(reference_pairs="own"), "KTO.reference_pairs='own': choose mismatched or first_negative"),
         (lambda: KL(retrieval_temperature=0), "KL.retrieval_temperature=0"),
+        (lambda: KL(generation_temperature=math.inf), "KL.generation_temperature=inf: must be above 0, and finite"),
+        (lambda: PseudoLabelInfoNCE(margin=math.nan), "PseudoLabelInfoNCE.margin=nan: must be a number of 0 or more"),
         (lambda: KL(direction="both"), "KL.direction='both'"),
         (lambda: SFT(weight=-1), "SFT.weight=-1"),
         (lambda: SFT(weight=math.nan), "SFT.weight=nan: must be a number of 0 or more"),

@@ -197,9 +197,15 @@ class ChunkLoss(Term):
 
 
 def check_factor(term: Term, option: str, value: float) -> None:
-    """Raises: ValueError: a factor of a loss that is negative or not finite."""
+    """Raises: ValueError: a factor or margin of a loss that is negative or not finite."""
     if not 0 <= value < math.inf:
         raise ValueError(f"{type(term).__name__}.{option}={value}: must be a number of 0 or more")
+
+
+def check_positive(term: Term, option: str, value: float) -> None:
+    """Raises: ValueError: a temperature, scale or β that is not positive, or not finite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{type(term).__name__}.{option}={value}: must be above 0, and finite")
 
 
 def check_text_direction(term: Term, direction: str) -> None:

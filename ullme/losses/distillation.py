@@ -12,7 +12,7 @@ from torch.nn.functional import log_softmax
 
 from ullme.batch import ColumnKind, Representations
 from ullme.distributed import gather_sizes, world
-from ullme.losses.base import RepresentationLoss, RowNumbers
+from ullme.losses.base import RepresentationLoss, RowNumbers, check_positive
 
 # A teacher that gives so much to one candidate, for so many of the queries, says no more than a label does.
 _ONE_HOT, _NEARLY_ALL = 0.99, 0.9
@@ -143,8 +143,8 @@ class DistillationKL(Distillation):
     ) -> None:
         super().__init__(column, weight)
         for option, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
-            if value is not None and not value > 0:
-                raise ValueError(f"DistillationKL.{option}={value}: must be above 0")
+            if value is not None:
+                check_positive(self, option, value)
         self.temperature, self.teacher_temperature = temperature, teacher_temperature
 
     def doubt(self, rows: Sequence[RowNumbers]) -> str | None:
@@ -189,8 +189,7 @@ class MarginMSE(Distillation):
 
     def __init__(self, column: str = "score", scale: float = 1.0, weight: float = 1.0) -> None:
         super().__init__(column, weight)
-        if not scale > 0:
-            raise ValueError(f"MarginMSE.scale={scale}: must be above 0")
+        check_positive(self, "scale", scale)
         self.scale = scale
 
     def check_columns(self, kinds: Mapping[str, ColumnKind], num_hard_negatives: int) -> None:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from ullme.batch import NO_TEXT, ColumnKind, Representations
 from ullme.distributed import gather, gather_sizes, global_mean_weight, world
-from ullme.losses.base import RepresentationLoss
+from ullme.losses.base import RepresentationLoss, check_positive
 from ullme.losses.false_negatives import FalseNegatives, above_margin, known_positives, one_place_per_text
 
 Positives = Literal["one", "all"]
@@ -91,8 +91,7 @@ class InfoNCE(RepresentationLoss):
         false_negatives: FalseNegatives | None = None,
     ) -> None:
         super().__init__(weight)
-        if not temperature > 0:
-            raise ValueError(f"InfoNCE.temperature={temperature}: must be above 0")
+        check_positive(self, "temperature", temperature)
         if bidirectional and not in_batch_negatives:
             raise ValueError(
                 "InfoNCE.bidirectional=true needs in_batch_negatives=true: its negatives are other queries"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from ullme.batch import Batch, Direction
-from ullme.losses.base import Chunk, ChunkLoss
+from ullme.losses.base import Chunk, ChunkLoss, check_positive
 from ullme.losses.ranking import rank_correlation, rank_of_first
 
 log = logging.getLogger(__name__)
@@ -90,8 +90,7 @@ class KL(ChunkLoss):
             ("retrieval_temperature", retrieval_temperature),
             ("generation_temperature", generation_temperature),
         ):
-            if not temperature > 0:
-                raise ValueError(f"KL.{option}={temperature}: must be above 0")
+            check_positive(self, option, temperature)
         self.direction = direction  # type: ignore[assignment]
         self.divergence, self.teacher = divergence, teacher
         self.retrieval_temperature, self.generation_temperature = retrieval_temperature, generation_temperature

@@ -17,7 +17,15 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 from ullme.batch import Batch
-from ullme.losses.base import Chunk, ChunkLoss, TextDirection, check_factor, check_text_direction, only_candidates
+from ullme.losses.base import (
+    Chunk,
+    ChunkLoss,
+    TextDirection,
+    check_factor,
+    check_positive,
+    check_text_direction,
+    only_candidates,
+)
 from ullme.losses.sft import sft_loss
 
 Negatives = Literal["all", "first", "random"]
@@ -113,8 +121,7 @@ class PreferenceLoss(ChunkLoss):
         super().__init__(weight)
         check_text_direction(self, direction)
         self.direction = direction
-        if not beta > 0:
-            raise ValueError(f"{type(self).__name__}.beta={beta}: must be above 0")
+        check_positive(self, "beta", beta)
         if negatives not in get_args(Negatives):
             raise ValueError(f"{type(self).__name__}.negatives={negatives!r}: choose all, first or random")
         self.beta, self.negatives, self.length_normalized = beta, negatives, length_normalized

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ullme.batch import Direction, Representations
 from ullme.distributed import gather_sizes
-from ullme.losses.base import TextDirection, check_text_direction
+from ullme.losses.base import TextDirection, check_factor, check_text_direction
 from ullme.losses.distillation import mean_of_scored
 from ullme.losses.info_nce import InfoNCE
 
@@ -67,8 +67,7 @@ class PseudoLabelInfoNCE(InfoNCE):
     ) -> None:
         super().__init__(temperature, in_batch_negatives, mask_duplicates, weight=weight, mask_siblings=mask_siblings)
         check_text_direction(self, direction)
-        if margin < 0:
-            raise ValueError(f"PseudoLabelInfoNCE.margin={margin}: must be 0 or more, in nats a token")
+        check_factor(self, "margin", margin)
         self.margin, self.use_labels = margin, use_labels
         self.teacher_direction: Direction | None = direction
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ullme.batch import ColumnKind, Representations
 from ullme.distributed import gather_messages, gather_sizes
-from ullme.losses.base import RepresentationLoss
+from ullme.losses.base import RepresentationLoss, check_positive
 from ullme.losses.distillation import mean_of_scored
 
 
@@ -99,8 +99,7 @@ class CoSENT(ScoredPairs):
 
     def __init__(self, temperature: float = 0.05, column: str = "score", weight: float = 1.0) -> None:
         super().__init__(column, weight)
-        if not temperature > 0:
-            raise ValueError(f"CoSENT.temperature={temperature}: must be above 0")
+        check_positive(self, "temperature", temperature)
         self.temperature = temperature
 
     def forward(self, reps: Representations) -> Tensor:
