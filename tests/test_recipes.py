@@ -75,7 +75,7 @@ def world(tmp_path_factory, llm_folder):
                 "prompts": {"instruction": "find"},
                 "optimizer": {"lr": 0.01, "warmup": 0},
             },
-            "data": {"val": beir, "batch_size": 6, "query_max_length": 128, "passage_max_length": 56, "num_workers": 0},
+            "data": {"val": beir, "batch_size": 6, "query_max_length": 128, "passage_max_length": 80, "num_workers": 0},
             "loss": {"class_path": recipe["loss"]["class_path"], "init_args": {"chunk_size": 4, "chunk_tokens": None}},
         }
         if recipe.get("data", {}).get("num_hard_negatives", 8):

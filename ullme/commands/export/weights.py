@@ -57,9 +57,16 @@ def merge(model: ULLME) -> None:
 
 @torch.no_grad()
 def round_to(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round every weight to what ``dtype`` can hold, in place; the weights keep their type."""
-    for weight in model.parameters():
+    """Round every weight to what ``dtype`` can hold, in place; the weights keep their type.
+
+    Raises:
+        ValueError: a weight is too large for it.
+    """
+    for name, weight in model.named_parameters():
         weight.copy_(weight.to(dtype))
+        if not weight.isfinite().all():
+            short = str(dtype).removeprefix("torch.")
+            raise ValueError(f"--dtype {short} cannot hold the weights: {name} overflows; export with --dtype float32")
 
 
 def difference(a: Tensor, b: Tensor) -> float:
